@@ -1,0 +1,40 @@
+# Each target sets itself up in .venv. PYTHON names the interpreter to start from (3.10 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's CPU build of torch is enough here; override to install from elsewhere, e.g. PIP_ARGS="--index-url ..."
+PIP_ARGS ?=
+
+.PHONY: install demo test lint smoke clean
+
+install: $(VENV)/.installed
+demo: $(VENV)/.installed
+	$(BIN)/eva-mim pipeline configs/pipelines/demo.yaml --out runs/demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+smoke: $(VENV)/.installed-test
+	$(BIN)/python -m tools.cifar10_smoke
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,58 @@
+"""Joins that several programs make: loaders from a recipe, and the seeding of a trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from eva_mim.contracts import Source
+from eva_mim.data import ViewSettings
+from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
+from eva_mim.data.masking import BlockMask
+from eva_mim.data.sampler import GlobalOrder
+from eva_mim.data.views import EvalView, TrainView
+from eva_mim.distributed import rank, world_size
+from eva_mim.handover import KeyReport, read_parent, seed_trunk
+from eva_mim.recipe import Recipe
+
+
+def train_loader(
+    recipe: Recipe,
+    source: Source,
+    sizes: Sequence[int],
+    view: ViewSettings,
+    mask: BlockMask | None = None,
+    tokenize: Tokenize | None = None,
+) -> TrainLoader:
+    """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
+    run = recipe.run
+    order = GlobalOrder(
+        len(source),
+        seed=run.seed,
+        global_batch=run.global_batch,
+        micro_batch=run.micro_batch or max(1, run.global_batch // world_size()),
+        rank=rank(),
+        world=world_size(),
+    )
+    made = Preparation(TrainView(view, sizes), run.seed, mask, tokenize, recipe.data.templates)
+    return TrainLoader(source, made, order, recipe.data.workers)
+
+
+def eval_loader(
+    recipe: Recipe,
+    source: Source,
+    sizes: Sequence[int],
+    mask: BlockMask | None = None,
+    tokenize: Tokenize | None = None,
+    limit: int | None = None,
+) -> EvalLoader:
+    """Held-out batches of this rank, with fixed views and masks (the same for every run seed)."""
+    made = Preparation(EvalView(sizes), 0, mask, tokenize, recipe.data.templates, training=False)
+    batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
+    return EvalLoader(source, made, batch, recipe.data.workers, limit)
+
+
+def seed_from(init_from: str | None, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:
+    """Seed a trunk in place and say what went where; None without `init_from`. Raises UserError."""
+    return None if init_from is None else seed_trunk(trunk, read_parent(init_from), classes)

@@ -1,0 +1,168 @@
+"""The words of the project: what crosses a function boundary. The file to read first.
+
+Shape legend, used in every docstring: B images, H x W pixels, N patches (N = grid rows x grid columns), M masked
+patches of the whole batch, D student width, C target width, K classes, L text tokens.
+Pixels travel as uint8 and each network normalises them with its own mean and std, so that one crop serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+Grid = tuple[int, int]
+"""(rows, columns) of patches."""
+
+
+class Sample(NamedTuple):
+    """One record of a source, before any view is taken."""
+
+    key: str
+    image: Image
+    label: int | None = None
+    caption: str | None = None
+
+
+class Source(Protocol):
+    """Images by position. `read` may raise anything for a broken record; the loader counts and replaces it."""
+
+    classes: tuple[str, ...] | None
+    """Class names by label, or None when the images carry no labels."""
+    fingerprint: str
+    """Changes when the records or their order change."""
+
+    def __len__(self) -> int: ...
+    def key(self, index: int) -> str: ...
+    def read(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process sees in one forward pass."""
+
+    index: Tensor
+    """[B] int64, position of each image in its source."""
+    images: Tensor
+    """[B, 3, H, W] uint8, the student's view."""
+    teacher_images: Tensor | None = None
+    """[B, 3, H', W'] uint8, the same crop at the teacher's size; None when that is the student's size."""
+    masked: Tensor | None = None
+    """[B, N] bool, True where the student does not see the patch."""
+    masked_index: Tensor | None = None
+    """[M] int64, positions of the masked patches in the flattened [B * N]: gathering needs no host sync."""
+    labels: Tensor | None = None
+    """[B] int64."""
+    texts: Tensor | None = None
+    """[B, L] int64 token ids."""
+    broken: tuple[str, ...] = ()
+    """Records that could not be read and were replaced: "key: reason"."""
+
+    def to(self, device: Any) -> Batch:
+        """The same batch with every tensor on `device` (asynchronously where the memory is pinned)."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader; the name is its protocol."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if hasattr(value, "dtype")}
+        return replace(self, **changed)
+
+
+class Features(NamedTuple):
+    """What a teacher says about a batch."""
+
+    summary: Tensor
+    """[B, C], one vector an image."""
+    spatial: Tensor
+    """[B, N, C], one vector a patch, after the teacher's final norm (and projection where it has one)."""
+    grid: Grid
+
+
+class StepOutput(NamedTuple):
+    """A differentiable mean loss and detached scalars to log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Teacher(Protocol):
+    """A frozen network that knows its own input. Never a submodule of what an engine wraps."""
+
+    image_size: int
+    grid: Grid
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Features: ...
+    def to(self, device: Any) -> Teacher: ...
+    def fingerprint(self) -> str: ...
+
+
+class Student(Protocol):
+    """A network under training (always also an nn.Module)."""
+
+    trunk: nn.Module
+    """The timm model inside: the part that the next stage takes over."""
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Task(Protocol):
+    """One kind of training step: teacher(s) + student + objective. The loop and the engines know nothing else."""
+
+    student: nn.Module
+
+    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+        """The mean loss of one forward pass. `student` is the engine's callable around `self.student`."""
+
+    def terms(self, batch: Batch) -> Tensor | None:
+        """How many terms the mean runs over (a scalar), or None when that is the same for every batch."""
+
+
+class Evaluator(Protocol):
+    """Measures a student on held-out data; every rank calls it and gets the same figures."""
+
+    headline: str
+    """The metric that stands for the stage in a summary."""
+
+    def __call__(self, student: nn.Module, autocast: Callable[[], Any]) -> dict[str, float]: ...
+
+
+class Engine(Protocol):
+    """Makes a task run: forward, backward, optimizer, on one process or many."""
+
+    module: nn.Module
+
+    def step(self, task: Task, batches: list[Batch], lr: float) -> StepOutput:
+        """One optimizer update from this process's micro-batches; metrics include `grad_norm`."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Whole fp32 weights on the CPU (empty on ranks other than 0). Every rank must call."""
+
+    def gathered(self) -> Any:
+        """Context in which the module's parameters are whole on every rank, for evaluation."""
+
+    def autocast(self) -> Any:
+        """Context with the precision of the forward pass."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class TrainData(Protocol):
+    """An endless order of samples cut into global batches; position = steps done."""
+
+    steps_per_epoch: int
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]: ...

@@ -1,0 +1,164 @@
+"""From a source to batches: read, view, mask, caption, collate. Broken records are replaced and reported."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Batch, Sample, Source
+from eva_mim.data.masking import BlockMask
+from eva_mim.data.sampler import GlobalOrder, Place
+from eva_mim.distributed import rank, world_size
+from eva_mim.rng import derive
+
+REPLACEMENTS = 20
+"""Other samples tried in place of a broken one before the run stops."""
+
+View = Callable[[Image.Image, random.Random], list[Tensor]]
+Tokenize = Callable[[list[str]], Tensor]
+
+
+class Item(NamedTuple):
+    """One sample, ready to be stacked."""
+
+    index: int
+    views: list[Tensor]
+    masked: Tensor | None
+    label: int | None
+    text: Tensor | None
+    broken: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is made of a sample. `templates` serve where a sample has no caption of its own."""
+
+    view: View
+    seed: int
+    mask: BlockMask | None = None
+    tokenize: Tokenize | None = None
+    templates: Sequence[str] = ()
+    training: bool = True
+
+
+class Reader(Dataset["Item | str"]):
+    """Place -> Item; every random choice comes from (seed, epoch, index). A broken held-out record -> its fault."""
+
+    def __init__(self, source: Source, preparation: Preparation):
+        self.source, self.preparation = source, preparation
+
+    def __getitem__(self, place: Place) -> Item | str:
+        sample, index, broken = self._read(place)
+        if sample is None:
+            return broken[0]
+        made, purpose = self.preparation, "view" if self.preparation.training else "held-out"
+        rng = random.Random(derive(made.seed, purpose, place.epoch, index))
+        views = made.view(sample.image, rng)
+        masked = torch.from_numpy(made.mask(rng)) if made.mask else None
+        text = made.tokenize([self._caption(sample, rng)])[0] if made.tokenize else None
+        return Item(index, views, masked, sample.label, text, broken)
+
+    def _read(self, place: Place) -> tuple[Sample | None, int, tuple[str, ...]]:
+        index, broken = place.index, []
+        rng = random.Random(derive(self.preparation.seed, "replacement", place.epoch, place.index))
+        for _ in range(REPLACEMENTS):
+            try:
+                return self.source.read(index), index, tuple(broken)
+            except Exception as error:  # a record may be broken in any way; it is counted and named, never hidden
+                broken.append(f"{self.source.key(index)}: {type(error).__name__}: {error}")
+                if not self.preparation.training:
+                    return None, index, tuple(broken)
+                index = rng.randrange(len(self.source))
+        raise UserError(f"{REPLACEMENTS} broken records in a row; the last: {broken[-1]}")
+
+    def _caption(self, sample: Sample, rng: random.Random) -> str:
+        if sample.caption is not None:
+            return sample.caption
+        if sample.label is None or self.source.classes is None:
+            raise UserError(f"{sample.key}: no caption and no class name; the clip stage needs one of them")
+        template = rng.choice(self.preparation.templates) if self.preparation.training else self.preparation.templates[0]
+        return template.replace("{}", self.source.classes[sample.label])
+
+
+def collate(read: list[Item | str]) -> Batch | None:
+    """Stack items; views after the first are the teacher's. None when nothing was readable."""
+    items = [item for item in read if isinstance(item, Item)]
+    if not items:
+        return None
+    first = items[0]
+    masked = torch.stack([item.masked for item in items if item.masked is not None]) if first.masked is not None else None
+    return Batch(
+        index=torch.tensor([item.index for item in items]),
+        images=torch.stack([item.views[0] for item in items]),
+        teacher_images=torch.stack([item.views[1] for item in items]) if len(first.views) > 1 else None,
+        masked=masked,
+        masked_index=masked.flatten().nonzero()[:, 0] if masked is not None else None,
+        labels=torch.tensor([item.label for item in items]) if first.label is not None else None,
+        texts=torch.stack([item.text for item in items if item.text is not None]) if first.text is not None else None,
+        broken=sum((item.broken for item in items), tuple(fault for fault in read if isinstance(fault, str))),
+    )
+
+
+def _quiet_worker(worker: int) -> None:
+    # Ctrl-C goes to the whole process group; the main process decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _batches(reader: Reader, places: Sequence[list[Place]] | Iterator[list[Place]], workers: int) -> Iterator[Batch]:
+    loader: DataLoader[Item | str] = DataLoader(
+        reader,
+        batch_sampler=places,  # type: ignore[arg-type]  # torch's stub wants int indices; it passes on anything
+        num_workers=workers,
+        collate_fn=collate,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_quiet_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        yield from (batch for batch in loader if batch is not None)
+    except UserError as error:  # torch wraps a worker's exception in its traceback
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+class TrainLoader:
+    """Training batches of this rank by step; see `contracts.TrainData`."""
+
+    def __init__(self, source: Source, preparation: Preparation, order: GlobalOrder, workers: int):
+        self._reader, self._order, self._workers = Reader(source, preparation), order, workers
+        self.steps_per_epoch = order.steps_per_epoch
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each step first .. last - 1. Steps run on through epochs: loading never pauses."""
+        step: list[Batch] = []
+        for batch in _batches(self._reader, self._order.micro_steps(first, last), self._workers):
+            step.append(batch)
+            if len(step) == self._order.micro_batches:
+                yield step
+                step = []
+
+
+class EvalLoader:
+    """Every sample once over all ranks, in order, with fixed views and masks. Broken records are left out."""
+
+    def __init__(self, source: Source, preparation: Preparation, batch: int, workers: int, limit: int | None = None):
+        assert not preparation.training
+        self._reader, self._batch, self._workers = Reader(source, preparation), batch, workers
+        count = min(len(source), limit or len(source))
+        chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # spread: a folder is sorted by class
+        self._indices = [int(index) for index in chosen[rank() :: world_size()]]
+        self.classes = source.classes
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self._indices), self._batch)
+        places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
+        yield from _batches(self._reader, places, self._workers)

@@ -1,0 +1,92 @@
+"""From a picture to uint8 pixels: one crop box an image, resized once for each size that is asked for."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eva_mim.data import ViewSettings
+from eva_mim.rng import isolated
+
+CROP_TRIES = 10
+"""Random boxes tried before the centre is taken (torchvision's RandomResizedCrop)."""
+
+Box = tuple[int, int, int, int]
+
+
+class TrainView:
+    """Random resized crop, mirror and optional RandAugment; the same crop at every size."""
+
+    def __init__(self, settings: ViewSettings, sizes: Sequence[int]):
+        self.settings = settings
+        self.sizes = list(dict.fromkeys(sizes))
+        self._augment = _randaugment(settings.randaugment) if settings.randaugment else None
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
+        """[3, size, size] uint8 for each distinct size, in order."""
+        box = crop_box(image.size, self.settings.crop_scale, self.settings.crop_ratio, rng)
+        mirror = rng.random() < self.settings.flip
+        seed = rng.getrandbits(62)
+        views = []
+        for size in self.sizes:
+            view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            if mirror:
+                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if self._augment is not None:
+                with isolated(seed):  # timm draws from the global generators
+                    view = self._augment(view)
+            views.append(to_tensor(view))
+        return views
+
+
+class EvalView:
+    """Short side resized to `size`, centre crop."""
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = list(dict.fromkeys(sizes))
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
+        """[3, size, size] uint8 for each distinct size; draws nothing."""
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        return [to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box)) for size in self.sizes]
+
+
+def crop_box(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+) -> Box:
+    """(left, top, right, bottom) of a random crop by torchvision's law (area uniform, aspect log-uniform)."""
+    width, height = size
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """[3, H, W] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _randaugment(config: str) -> Callable[[Image.Image], Image.Image]:
+    from timm.data.auto_augment import rand_augment_transform
+
+    parameters: dict[str, Any] = {"translate_const": 8, "img_mean": (124, 116, 104)}
+    augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(config, parameters)
+    return augment

@@ -1,0 +1,94 @@
+"""Rank helpers that also work without a process group. torch is imported when a function needs it: settings use this file."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rank() -> int:
+    """This process's number, 0 without a launcher (torchrun and deepspeed set RANK, srun SLURM_PROCID)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if _srun() else 0))
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if _srun() else 1))
+
+
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0) if _srun() else 0))
+
+
+def _srun() -> bool:
+    # SLURM_NTASKS is also set in a plain sbatch script, where only one process runs; this one is set by srun alone.
+    return "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def is_main() -> bool:
+    """True on the one process that writes files and logs."""
+    return rank() == 0
+
+
+def setup(device: torch.device) -> None:
+    """Join the process group when a launcher started more than one process. Idempotent."""
+    import torch.distributed as dist
+
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timedelta(minutes=30))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda" (this rank's own GPU)."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
+
+
+def grouped() -> bool:
+    """A process group exists."""
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    import torch.distributed as dist
+
+    if grouped():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; the tensor itself without a group."""
+    import torch.distributed as dist
+
+    if grouped():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of every rank, rank by rank; ranks may hold different numbers of rows."""
+    import torch
+    import torch.distributed as dist
+
+    if not grouped():
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    sizes = [int(count) for count in counts]
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,52 @@
+"""Two ways to run a task behind one interface (`contracts.Engine`): `local` and `deepspeed`. Settings only here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from eva_mim.config import Settings
+from eva_mim.optim import OptimSettings
+from eva_mim.registry import ENGINES, lookup
+
+
+class RunSettings(Settings):
+    """How long, how much at once, on what."""
+
+    epochs: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    """Images in one optimizer step, over all processes."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images in one forward pass of one process; default global_batch / processes. Less of it accumulates gradients."""
+    seed: int = 0
+    engine: str = "local"
+    """"local" (one process) or "deepspeed" (any number)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's sharding: 1 optimizer state, 2 and gradients, 3 and parameters."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the forward pass (autocast). Weights, optimizer and losses are fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Keep an exponential moving average of the weights and evaluate it as well."""
+    evaluate_every: int = Field(1, ge=1)
+    """Epochs between evaluations; the end is always evaluated."""
+    log_every: int = Field(20, ge=1)
+    """Steps between log lines. The only point where the host waits for the device."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; default one epoch."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _local_is_unsharded(self) -> RunSettings:
+        if self.engine == "local" and self.zero_stage:
+            raise ValueError(f"run.zero_stage={self.zero_stage} needs run.engine=deepspeed")
+        if self.zero_stage == 3 and self.ema_decay is not None:
+            raise ValueError("run.ema_decay needs whole weights on each process; use run.zero_stage 0 to 2")
+        return self
+
+
+def build_engine(student: Any, run: RunSettings, optim: OptimSettings, device: Any) -> Any:
+    """The engine around a student. Raises UserError for an unknown name."""
+    return lookup(ENGINES, run.engine, "run.engine")(student, run, optim, device)

@@ -1,0 +1,119 @@
+"""Any number of processes through DeepSpeed, ZeRO 0 to 3, on GPUs (nccl) or CPUs (gloo). The only file that imports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Batch, StepOutput, Task
+from eva_mim.distributed import is_main, local_rank, rank, world_size
+from eva_mim.engine import RunSettings
+from eva_mim.engine.step import combine, loss_weights
+from eva_mim.optim import OptimSettings, parameter_groups
+
+TAG = "engine"
+
+
+class DeepSpeedEngine:
+    """torch's AdamW under DeepSpeed: nothing is compiled at start."""
+
+    def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if world_size() == 1:  # a single process without a launcher: DeepSpeed wants a group all the same
+            for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+                os.environ.setdefault(name, str(value))
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "0")
+        os.environ.setdefault("LOCAL_RANK", str(local_rank()))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, rank=rank(), world_size=world_size())
+        micro = run.micro_batch or run.global_batch // world_size()
+        groups = parameter_groups(student, optim)
+        self._lr_scales = [group["lr_scale"] for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        config = {
+            "train_batch_size": run.global_batch,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": run.global_batch // (micro * world_size()),
+            "gradient_clipping": optim.clip_grad or 0.0,
+            "zero_optimization": {"stage": run.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            # Autocast as in the local engine; gradients travel in fp32.
+            "torch_autocast": {
+                "enabled": run.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+            "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
+        }
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=student.to(device), optimizer=optimizer, config=config
+        )
+        self._zero = run.zero_stage
+        self._device = device
+        self._dtype = torch.bfloat16 if run.precision == "bf16" else None
+        self.module: nn.Module = self._engine.module
+        groups_now = self._optimizer.param_groups
+        if len(groups_now) != len(self._lr_scales):
+            raise RuntimeError(f"DeepSpeed made {len(groups_now)} groups of {len(self._lr_scales)}")
+
+    def step(self, task: Task, batches: list[Batch], lr: float) -> StepOutput:
+        """See `contracts.Engine`."""
+        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = lr * scale
+        weights = loss_weights(task, batches)
+        outputs = []
+        for batch, weight in zip(batches, weights, strict=True):
+            with self.autocast():
+                output = task.loss(self._engine, batch)
+            self._engine.backward(output.loss * weight)  # divides by the number of micro-batches itself
+            self._engine.step()
+            outputs.append(output)
+        norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0, device=self._device).detach()
+        total = combine(outputs, weights)
+        return StepOutput(total.loss, {**total.metrics, "grad_norm": norm})
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """See `contracts.Engine`."""
+        with self.gathered():
+            if not is_main():
+                return {}
+            return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
+                    for name, value in self.module.state_dict().items()}
+
+    def gathered(self) -> Any:
+        """With ZeRO 3 every rank holds the whole parameters inside this context."""
+        if self._zero < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+
+    def autocast(self) -> Any:
+        """bf16 autocast, or nothing for fp32."""
+        return torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext()
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own files below `folder`; every rank must call."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote. Raises UserError when nothing was restored."""
+        if not (folder / TAG).is_dir():
+            raise UserError(f"{folder} was not written by run.engine=deepspeed; resume it with the engine that wrote it")
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise UserError(f"{folder}: DeepSpeed could not load its checkpoint (written with another number of processes?)")

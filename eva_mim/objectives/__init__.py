@@ -1,0 +1,20 @@
+"""(prediction, target) -> (loss, metrics): no networks, no devices. This file holds the settings."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from eva_mim.config import Settings
+
+
+class MixSettings(Settings):
+    """Mixed images and soft labels (timm's Mixup)."""
+
+    mixup: Annotated[float, Field(ge=0.0)] = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    """Alpha of cutmix; 0 is off."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Label smoothing."""

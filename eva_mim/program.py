@@ -1,0 +1,74 @@
+"""The outside of every program: arguments, settings, errors and exit codes. Light to import."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from eva_mim.config import UserError, override, parse, read_yaml
+from eva_mim.recipe import Recipe
+
+USER_ERROR = 2
+INTERRUPTED = 130
+REQUEUE = 75
+"""EX_TEMPFAIL: SIGTERM, SIGUSR1 or SIGUSR2 ended the run after a checkpoint; start the same command again."""
+
+
+def guard(work: Callable[[], Any]) -> int:
+    """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 75 (requeue), 130 (Ctrl-C)."""
+    try:
+        work()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except Exception as error:
+        number = getattr(error, "number", None)
+        if type(error).__name__ != "Interrupted" or number is None:
+            raise
+        sys.stderr.write("stopped after a checkpoint; the same command goes on from here\n")
+        return INTERRUPTED if number == signal.SIGINT else REQUEUE
+    return 0
+
+
+def leave(code: int) -> None:
+    """End the process with `code`, without waiting for other ranks that may be stuck in a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if "RANK" in os.environ and code else sys.exit(code)
+
+
+def stage_parser(program: str, summary: str) -> argparse.ArgumentParser:
+    """Arguments of a stage program."""
+    parser = argparse.ArgumentParser(prog=f"eva-mim {program}", description=summary)
+    parser.add_argument("recipe", help="YAML file, or the name of a recipe that ships with eva-mim (configs/...)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change, by dotted name")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run already there goes on")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser
+
+
+def run_program(module: str, program: str, argv: Sequence[str] | None, summary: str) -> int:
+    """A stage program from its command line to its exit code. `module` holds `StageRecipe` and `build`."""
+    arguments = stage_parser(program, summary).parse_intermixed_args(argv)
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    home = import_module(module)
+
+    def work() -> None:
+        tree = override(read_yaml(arguments.recipe), arguments.overrides)
+        recipe: Recipe = parse(home.StageRecipe, tree, arguments.recipe)
+        from eva_mim.stage import run_stage
+
+        run_stage(program, recipe, arguments.out, home.build)
+
+    return guard(work)

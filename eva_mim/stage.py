@@ -1,0 +1,167 @@
+"""Running one stage from its recipe to its files. What the four programs have in common."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import eva_mim
+from eva_mim import checkpoint
+from eva_mim.config import UserError, as_tree, differences, digest
+from eva_mim.contracts import Teacher
+from eva_mim.distributed import barrier, is_main, pick_device, setup, world_size
+from eva_mim.engine import build_engine
+from eva_mim.files import sha256, write_json, write_text
+from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
+from eva_mim.log import duration, say
+from eva_mim.loop import Loop, Parts
+from eva_mim.recipe import Recipe
+from eva_mim.rng import derive, seed_all
+from eva_mim.students.trunk import use_fused_attention
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Built:
+    """What a program makes of its recipe."""
+
+    parts: Parts
+    export: Callable[[Path, Weights], None]
+    """Writes model.safetensors and whatever else the next stage or a user opens."""
+    classes: tuple[str, ...] | None = None
+    grid: list[int] | None = None
+    seeded: KeyReport | None = None
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage's identity: its settings and the content of its parents."""
+
+    program: str
+    settings: dict[str, Any]
+    parents: dict[str, dict[str, str]]
+
+    @property
+    def identity(self) -> str:
+        """Changes when a result would."""
+        return digest([self.program, self.settings, {name: parent["sha256"] for name, parent in self.parents.items()}])
+
+    def changes(self, record: dict[str, Any]) -> list[str]:
+        """Why an earlier record is not this plan; empty when it is."""
+        if record.get("identity") == self.identity:
+            return []
+        lines = differences(record.get("settings", {}), self.settings)
+        old = record.get("parents", {})
+        lines += [f"{name}: other weights" for name, parent in self.parents.items()
+                  if parent["sha256"] != old.get(name, {}).get("sha256")]
+        return lines or ["settings of another version"]
+
+
+def make_plan(program: str, recipe: Recipe) -> Plan:
+    """Raises UserError when a parent does not exist."""
+    parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
+    return Plan(program, recipe.identity_tree(), parents)
+
+
+def is_finished(out: Path, plan: Plan) -> bool:
+    """The folder holds this very stage, whole."""
+    record = read_record(out)
+    return bool(record.get("finished")) and record.get("identity") == plan.identity and (out / WEIGHTS).is_file()
+
+
+def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, torch.device], Built]) -> dict[str, Any]:
+    """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
+    plan = make_plan(program, recipe)
+    record = read_record(out)
+    if is_finished(out, plan):
+        say(f"{out}: finished before, nothing to do ({_figures(record)})")
+        return record
+    if record and (changes := plan.changes(record)):
+        raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
+    device = pick_device(recipe.run.device)
+    setup(device)
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "resolved.yaml", yaml.safe_dump(as_tree(recipe), sort_keys=False))
+        write_json(out / LINEAGE, _record(plan))
+    barrier()
+    seed_all(derive(recipe.run.seed, "initialisation"))
+    built = build(recipe, device)
+    student = built.parts.task.student
+    use_fused_attention(student, device.type == "cuda")
+    trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
+        f"{recipe.run.engine}, {recipe.run.precision}")
+    if built.seeded is not None:
+        say(f"  seeded from {recipe.init_from}: {built.seeded}")
+    before = built.teacher.fingerprint() if built.teacher else None
+    engine = build_engine(student, recipe.run, recipe.optim, device)
+    trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()
+    if built.teacher and built.teacher.fingerprint() != before:
+        raise AssertionError("the teacher changed during training")
+    weights = dict(trained.engine.weights())
+    if is_main():
+        built.export(out, weights)
+        if trained.ema is not None:
+            built.export(_subfolder(out, "ema"), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
+        record = _record(plan) | {
+            "finished": True,
+            "headline": built.parts.evaluator.headline,
+            "metrics": trained.metrics,
+            "seconds": round(_seconds(out), 1),
+            "steps": recipe.run.epochs * built.parts.train.steps_per_epoch,
+            "samples_seen": recipe.run.epochs * built.parts.train.steps_per_epoch * recipe.run.global_batch,
+            "weights_sha256": sha256(out / WEIGHTS),
+            "classes": list(built.classes) if built.classes else None,
+            "grid": built.grid,
+            "teacher_sha256": before,
+            "seeded": built.seeded.as_dict() if built.seeded else None,
+        }
+        write_json(out / LINEAGE, record)
+    barrier()
+    record = read_record(out)
+    say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
+    return record
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    return {
+        "program": plan.program,
+        "identity": plan.identity,
+        "finished": False,
+        "settings": plan.settings,
+        "parents": plan.parents,
+        "versions": {"eva_mim": eva_mim.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "processes": world_size(),
+    }
+
+
+def _subfolder(out: Path, name: str) -> Path:
+    (out / name).mkdir(exist_ok=True)
+    return out / name
+
+
+def _figures(record: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
+
+
+def _seconds(out: Path) -> float:
+    """Wall time of the run from its first to its last record, pauses between resumes left out."""
+    times = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return sum(gap for gap in gaps if gap < 3600)
+
+
+def has_checkpoint(out: Path) -> bool:
+    """A run that can go on is in the folder."""
+    return checkpoint.latest(out) is not None

@@ -1,0 +1,74 @@
+"""Architectures for small images (32 px), registered with timm when this file is imported.
+
+open_clip builds image towers by timm name alone, so sizes that timm does not name need a name here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.vision_transformer import VisionTransformer
+
+_PIXELS = {
+    "input_size": (3, 32, 32),
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+}
+"""CLIP's mean and std, as EVA uses for student, teacher and every later stage (facts of EVA-01/eva/datasets.py)."""
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_nano_patch4_32.untrained": {**_PIXELS, "first_conv": "patch_embed.proj", "classifier": "head"},
+        "vit_mini_patch4_32.untrained": {**_PIXELS, "first_conv": "patch_embed.proj", "classifier": "head"},
+        "convnet_nano_32.untrained": {
+            **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
+        "convnet_mini_32.untrained": {
+            **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
+    }
+)
+
+
+def _vit(name: str, pretrained: bool, **options: Any) -> VisionTransformer:
+    arguments = {"img_size": 32, "patch_size": 4} | options
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **arguments)
+
+
+@register_model
+def vit_nano_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Plain ViT, width 96, depth 4: 0.5 M parameters."""
+    return _vit("vit_nano_patch4_32", pretrained, **{"embed_dim": 96, "depth": 4, "num_heads": 3} | options)
+
+
+@register_model
+def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Plain ViT, width 128, depth 6: 1.2 M parameters."""
+    return _vit("vit_mini_patch4_32", pretrained, **{"embed_dim": 128, "depth": 6, "num_heads": 4} | options)
+
+
+def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **options: Any) -> ByobNet:
+    """3x3 stem (stride 2) and residual blocks; 32 px in, an 8 x 8 map out."""
+    stem, middle, last = widths
+    blocks = (
+        ByoBlockCfg(type="basic", d=1, c=stem, s=1, gs=0, br=1.0),
+        ByoBlockCfg(type="basic", d=1, c=middle, s=1, gs=0, br=1.0),
+        ByoBlockCfg(type="basic", d=2, c=last, s=2, gs=0, br=1.0),
+    )
+    return build_model_with_cfg(
+        ByobNet, name, pretrained, model_cfg=ByoModelCfg(blocks=blocks, stem_chs=stem, stem_type="3x3", stem_pool=""), **options
+    )
+
+
+@register_model
+def convnet_nano_32(pretrained: bool = False, **options: Any) -> ByobNet:
+    """Residual network, widths 32/64/128."""
+    return _convnet("convnet_nano_32", (32, 64, 128), pretrained, **options)
+
+
+@register_model
+def convnet_mini_32(pretrained: bool = False, **options: Any) -> ByobNet:
+    """Residual network, widths 64/128/256."""
+    return _convnet("convnet_mini_32", (64, 128, 256), pretrained, **options)

@@ -1,0 +1,52 @@
+"""Building the timm model inside a student."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+from torch import nn
+
+import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.config import UserError
+from eva_mim.students import TrunkSettings
+
+
+def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
+    """A timm model. Raises UserError for an unknown name or arguments that this architecture does not take."""
+    if settings.name not in timm.list_models():
+        near = difflib.get_close_matches(settings.name, timm.list_models(), n=3)
+        raise UserError(f"student.name: timm has no {settings.name!r}; near: {', '.join(near) or 'nothing'}")
+    arguments = settings.timm_options() | options
+    if settings.drop_path:
+        arguments["drop_path_rate"] = settings.drop_path
+    try:
+        trunk: nn.Module = timm.create_model(settings.name, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
+    if settings.grad_checkpointing:
+        trunk.set_grad_checkpointing()
+    return trunk
+
+
+def input_size(trunk: nn.Module, settings: TrunkSettings) -> int:
+    """Side of the trunk's input in pixels."""
+    size: int = settings.image_size or trunk.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+    return size
+
+
+def mean_std(trunk: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The architecture's own mean and std."""
+    config: Any = trunk.pretrained_cfg
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def use_fused_attention(module: nn.Module, fused: bool) -> None:
+    """Choose the attention kernel of every timm attention layer below `module`.
+
+    On CPUs the explicit product is 1.3 to 7 times faster in training than the fused kernel; on CUDA the fused one is.
+    """
+    for layer in module.modules():
+        if isinstance(getattr(layer, "fused_attn", None), bool):
+            layer.fused_attn = fused  # type: ignore[assignment]

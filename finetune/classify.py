@@ -1,0 +1,82 @@
+"""Fine-tuning a classifier: the broad stage (ImageNet-21k in EVA's pipeline) and the target stage (ImageNet-1k).
+
+Expect a seeded trunk to be far ahead of scratch after the first epoch; when it is not, look at the key report.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eva_mim.data import ViewSettings
+from eva_mim.objectives import MixSettings
+from eva_mim.program import leave, run_program
+from eva_mim.recipe import Recipe
+from eva_mim.students import ClassifierSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from eva_mim.stage import Built
+    from eva_mim.students.classifier import Classifier
+
+
+class StageRecipe(Recipe):
+    """Settings of a classification stage."""
+
+    student: ClassifierSettings
+    mix: MixSettings = MixSettings()
+    view: ViewSettings = ViewSettings()
+
+
+def build(recipe: StageRecipe, device: torch.device) -> Built:
+    """Classifier, data and evaluator of a recipe."""
+    from eva_mim.students.classifier import Classifier
+
+    return build_classifier(recipe, device, Classifier)
+
+
+def build_classifier(
+    recipe: StageRecipe, device: torch.device, kind: Callable[[ClassifierSettings, int], Classifier]
+) -> Built:
+    """The same around another kind of classifier (a linear probe)."""
+    from eva_mim.assemble import eval_loader, seed_from, train_loader
+    from eva_mim.config import UserError
+    from eva_mim.data.splits import open_splits
+    from eva_mim.evaluate import ClassifierEvaluator
+    from eva_mim.export import grid_of, write_timm
+    from eva_mim.loop import Parts
+    from eva_mim.stage import Built
+    from eva_mim.task import Labels
+
+    splits = open_splits(recipe.data)
+    classes = splits.train.classes
+    if classes is None:
+        raise UserError(f"data.root: {recipe.data.root} has no labels (class folders, or data.classes for shards)")
+    student = kind(recipe.student, len(classes))
+    sizes = [student.image_size]
+
+    def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
+        pool = recipe.student.global_pool
+        write_timm(out, student.trunk, recipe.student, student.timm_weights(weights), classes=classes, global_pool=pool)
+
+    train = train_loader(recipe, splits.train, sizes, recipe.view)
+    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes), device)
+    return Built(
+        Parts(Labels(student, len(classes), recipe.mix), train, evaluator, recipe.data.max_broken),
+        export,
+        classes=classes,
+        grid=grid_of(student.trunk),
+        seeded=seed_from(recipe.init_from, student.trunk, classes),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return run_program("finetune.classify", "classify", argv, "Fine-tuning of a classifier.")
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

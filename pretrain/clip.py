@@ -1,0 +1,99 @@
+"""Contrastive image-text training: from scratch, or with an image tower seeded by an earlier stage.
+
+Expect the loss to start near ln(global batch) and zero-shot accuracy to leave chance within the first epoch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import model_validator
+
+from eva_mim.data import ViewSettings
+from eva_mim.program import leave, run_program
+from eva_mim.recipe import Recipe
+from eva_mim.students import ClipSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from eva_mim.stage import Built
+
+
+class StageRecipe(Recipe):
+    """Settings of the CLIP stage."""
+
+    student: ClipSettings
+    view: ViewSettings = ViewSettings(crop_scale=(0.9, 1.0), flip=0.0)
+
+    @model_validator(mode="after")
+    def _one_micro_batch(self) -> StageRecipe:
+        from eva_mim.distributed import world_size
+
+        micro = self.run.micro_batch
+        if micro is not None and micro * world_size() != self.run.global_batch:
+            raise ValueError(
+                f"run.micro_batch={micro} x {world_size()} processes is not run.global_batch={self.run.global_batch}: "
+                "accumulating would change the contrastive loss, whose negatives are the whole batch; leave micro_batch out"
+            )
+        return self
+
+    def parents(self) -> dict[str, Path]:
+        """Also the stage that gives the text tower."""
+        found = super().parents()
+        if self.student.text.init_from is not None and Path(self.student.text.init_from).is_dir():
+            found["student.text.init_from"] = Path(self.student.text.init_from)
+        return found
+
+
+def build(recipe: StageRecipe, device: torch.device) -> Built:
+    """Towers, data and evaluator of a recipe."""
+    from eva_mim.assemble import eval_loader, seed_from, train_loader
+    from eva_mim.data.splits import open_splits
+    from eva_mim.evaluate import ClipEvaluator
+    from eva_mim.export import grid_of, part, write_timm
+    from eva_mim.files import write_json, write_weights
+    from eva_mim.loop import Parts
+    from eva_mim.objectives.contrastive import Contrastive
+    from eva_mim.stage import Built
+    from eva_mim.students.clip import ClipStudent
+    from eva_mim.task import ImageText
+
+    splits = open_splits(recipe.data)
+    student = ClipStudent(recipe.student)
+    tokenize = student.tokenizer()
+    sizes = [student.image_size]
+    evaluator = ClipEvaluator(
+        eval_loader(recipe, splits.val, sizes, tokenize=tokenize),
+        tokenize=tokenize,
+        classes=splits.val.classes,
+        templates=recipe.data.templates,
+        device=device,
+    )
+
+    def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
+        trunk = part(weights, "model.visual.trunk.")
+        write_timm(out, student.trunk, recipe.student, trunk, global_pool="token")
+        write_weights(out / "open_clip_model.safetensors", part(weights, "model."))
+        write_json(out / "open_clip_config.json", student.open_clip_config())
+
+    train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
+    return Built(
+        Parts(ImageText(student, Contrastive()), train, evaluator, recipe.data.max_broken),
+        export,
+        classes=splits.train.classes,
+        grid=grid_of(student.trunk),
+        seeded=seed_from(recipe.init_from, student.trunk),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    return run_program("pretrain.clip", "clip", argv, "Contrastive image-text training with open_clip's model and loss.")
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
