@@ -17,7 +17,7 @@ import eva_mim
 from eva_mim import checkpoint
 from eva_mim.config import UserError, as_tree, differences, digest
 from eva_mim.contracts import Teacher
-from eva_mim.distributed import barrier, is_main, pick_device, setup, world_size
+from eva_mim.distributed import barrier, is_main, keep_freed_memory, pick_device, setup, world_size
 from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
 from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
@@ -86,17 +86,19 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     if is_finished(out, plan):
         say(f"{out}: finished before, nothing to do ({_figures(record)})")
         return record
-    if record and (changes := plan.changes(record)):
+    if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
     device = pick_device(recipe.run.device)
     setup(device)
-    if is_main():
+    if device.type == "cpu":
+        keep_freed_memory()
+    seed_all(derive(recipe.run.seed, "initialisation"))
+    built = build(recipe, device)
+    if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "resolved.yaml", yaml.safe_dump(as_tree(recipe), sort_keys=False))
         write_json(out / LINEAGE, _record(plan))
     barrier()
-    seed_all(derive(recipe.run.seed, "initialisation"))
-    built = build(recipe, device)
     student = built.parts.task.student
     use_fused_attention(student, device.type == "cuda")
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)

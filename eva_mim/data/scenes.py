@@ -38,8 +38,6 @@ class Thing(NamedTuple):
     texture: str
     colour: str
 
-    def __str__(self) -> str:
-        return f"{self.colour} {self.texture} {self.shape}"
 
 
 class SceneSource:
@@ -69,7 +67,10 @@ class SceneSource:
         image = draw(first, second, relation, ground, self.settings.size, rng)
         name = f"{first.texture} {first.shape}" if self.settings.labels == "fine" else first.shape
         assert self.classes is not None
-        return Sample(self.key(index), image, self.classes.index(name), f"a {first} {relation} a {second}")
+        # With both colours always named, two words would tell most pairs of a batch apart, and nobody would learn shapes.
+        colour = f"{first.colour} " if rng.random() < 0.5 else ""
+        caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
+        return Sample(self.key(index), image, self.classes.index(name), caption)
 
 
 def open_scenes(settings: DataSettings, split: str) -> SceneSource:
@@ -89,7 +90,7 @@ def draw(
         x, y, length = rng.randrange(side), rng.randrange(side), rng.randrange(side // 8, side // 2)
         tint = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in shade)
         pen.rectangle((x, y, x + length, y + length // 3), fill=tint)
-    big, small = side * rng.randint(44, 56) // 100, side * rng.randint(24, 32) // 100
+    big, small = side * rng.randint(50, 62) // 100, side * rng.randint(22, 28) // 100
     near, far = _places(relation, side, big, small, rng)
     _paste(image, second, far, small)
     _paste(image, first, near, big)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +31,10 @@ class DeepSpeedEngine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
+        # On CPUs DeepSpeed would compile a shared-memory all-reduce for a minute at the first start; gloo has its own.
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        # Every collective of DeepSpeed's would otherwise print the same notice about torch's next names.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if world_size() == 1:  # a single process without a launcher: DeepSpeed wants a group all the same
             for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():

@@ -26,7 +26,7 @@ class LocalEngine:
     def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
         if world_size() > 1:
             raise UserError(f"run.engine=local runs one process, but {world_size()} were started; set run.engine=deepspeed")
-        self.module = student.to(device)
+        self.module = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device, self._clip = device, optim.clip_grad
         self._dtype = torch.bfloat16 if run.precision == "bf16" else None
         groups = parameter_groups(student, optim)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eva_mim.pixels import normalise
 from eva_mim.students import ClassifierSettings
-from eva_mim.students.trunk import build_trunk, input_size, mean_std
+from eva_mim.students.trunk import build_trunk, has_tokens, input_size, mean_std
 
 HEAD_SCALE = 0.001
 """Factor on the fresh head's weights (EVA-01/eva/modeling_finetune.py, init_scale): training starts at uniform odds."""
@@ -18,7 +18,7 @@ class Classifier(nn.Module):
 
     def __init__(self, settings: ClassifierSettings, classes: int):
         super().__init__()
-        options = {"global_pool": settings.global_pool} if _has_tokens(settings) else {}
+        options = {"global_pool": settings.global_pool} if has_tokens(settings) else {}
         self.trunk = build_trunk(settings, num_classes=classes, **options)
         self.image_size = input_size(self.trunk, settings)
         self.mean, self.std = mean_std(self.trunk)
@@ -72,12 +72,3 @@ class LinearProbe(Classifier):
         state[f"{head}.weight"] = weight
         state[f"{head}.bias"] = weights["linear.bias"] - weight @ weights["norm.running_mean"]
         return state
-
-
-def _has_tokens(settings: ClassifierSettings) -> bool:
-    import timm
-
-    import eva_mim.students.small  # noqa: F401
-
-    with torch.device("meta"):
-        return hasattr(timm.create_model(settings.name), "num_prefix_tokens")

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
@@ -15,9 +16,7 @@ from eva_mim.students import TrunkSettings
 
 def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
     """A timm model. Raises UserError for an unknown name or arguments that this architecture does not take."""
-    if settings.name not in timm.list_models():
-        near = difflib.get_close_matches(settings.name, timm.list_models(), n=3)
-        raise UserError(f"student.name: timm has no {settings.name!r}; near: {', '.join(near) or 'nothing'}")
+    check_name(settings.name)
     arguments = settings.timm_options() | options
     if settings.drop_path:
         arguments["drop_path_rate"] = settings.drop_path
@@ -28,6 +27,20 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
     if settings.grad_checkpointing:
         trunk.set_grad_checkpointing()
     return trunk
+
+
+def check_name(name: str) -> None:
+    """Raises UserError, with the nearest names, for an architecture that timm does not know."""
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"student.name: timm has no {name!r}; near: {', '.join(near) or 'nothing'}")
+
+
+def has_tokens(settings: TrunkSettings) -> bool:
+    """The architecture works on patch tokens (and so has a choice of pooling). Builds nothing: meta device."""
+    check_name(settings.name)
+    with torch.device("meta"):
+        return hasattr(timm.create_model(settings.name), "num_prefix_tokens")
 
 
 def input_size(trunk: nn.Module, settings: TrunkSettings) -> int:

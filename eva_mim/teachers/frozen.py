@@ -29,7 +29,7 @@ class FrozenTeacher:
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ):
-        self._network = network.eval().requires_grad_(False)
+        self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._features = features
         self.image_size, self.mean, self.std = image_size, mean, std
         probe = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))

@@ -1,0 +1,83 @@
+"""Fixtures of all tests, and helpers that write tiny real images. Helpers are imported: `from tests.conftest import ...`."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the golden fixtures: $EVA_MIM_SHARED, else `shared` beside the repository."""
+    folder = Path(os.environ.get("EVA_MIM_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no golden fixtures: {folder / 'golden'} does not exist (set EVA_MIM_SHARED)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test touches the user's cache, and none sees another one's."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("EVA_MIM_CACHE", str(folder))
+    return folder
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A colourful (width, height) picture that no other seed gives."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR)
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as a PNG file: nothing is lost."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def make_folder(root: Path, classes: Mapping[str, int], size: tuple[int, int] = (40, 32)) -> Path:
+    """`root/CLASS/00000.png` ...: so many pictures of each class; the class "" is `root` itself. Seeds count upwards."""
+    seed = 0
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (root / name / f"{number:05d}.png").write_bytes(png(picture(seed, size)))
+            seed += 1
+    return root
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A tar (gzip when the name says so) of exactly these members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    path.write_bytes(gzip.compress(buffer.getvalue()) if path.suffix == ".gz" else buffer.getvalue())
+    return path
+
+
+def make_shards(
+    root: Path, name: str = "train-000000.tar", *, count: int = 6, first: int = 0, classes: int = 3, captions: bool = True
+) -> Path:
+    """A shard of pictures `first`, `first + 1`, ...; picture i has label i % classes and caption "picture i"."""
+    members: list[tuple[str, bytes]] = []
+    for seed in range(first, first + count):
+        members.append((f"{seed:05d}.png", png(picture(seed))))
+        members.append((f"{seed:05d}.cls", str(seed % classes).encode()))
+        if captions:
+            members.append((f"{seed:05d}.txt", f"picture {seed}\n".encode()))
+    return write_tar(root / name, members)

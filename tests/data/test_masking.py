@@ -1,0 +1,100 @@
+"""Block masks against a set-based reference, and against masks that the original code drew."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from eva_mim.config import UserError
+from eva_mim.data import MaskSettings
+from eva_mim.data.masking import BlockMask
+
+Cell = tuple[int, int]
+
+
+def reference_mask(rows: int, columns: int, ceiling: int, min_block: int, rng: random.Random) -> set[Cell]:
+    """The definition with sets of cells: ten tries a block, a block's new cells must fit under the ceiling."""
+    masked: set[Cell] = set()
+    while len(masked) < ceiling:
+        room = ceiling - len(masked)
+        for _ in range(10):
+            area = rng.uniform(min_block, room)
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= rows or width >= columns or height < 1 or width < 1:
+                continue
+            top, left = rng.randint(0, rows - height), rng.randint(0, columns - width)
+            block = {(row, column) for row in range(top, top + height) for column in range(left, left + width)}
+            if 0 < len(block - masked) <= room:
+                masked |= block
+                break
+        else:
+            break
+    return masked
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "min_block", "ceiling"),
+    [((16, 16), 105 / 256, 16, 105), ((8, 8), 0.41, 4, 26), ((7, 11), 0.5, 5, 38), ((12, 5), 0.3, 3, 18)],
+)
+def test_every_cell_is_that_of_the_definition(grid: Cell, ratio: float, min_block: int, ceiling: int) -> None:
+    mask = BlockMask(grid, MaskSettings(ratio=ratio, min_block=min_block))
+    for seed in range(150):
+        drawn = mask(random.Random(seed)).reshape(grid)
+        expected = reference_mask(*grid, ceiling, min_block, random.Random(seed))
+        assert {(int(row), int(column)) for row, column in np.argwhere(drawn)} == expected, seed
+
+
+def test_defaults_are_evas_share_and_smallest_block() -> None:
+    given, default = MaskSettings(ratio=105 / 256, min_block=16), MaskSettings()
+    for seed in range(50):
+        drawn = [BlockMask((16, 16), settings)(random.Random(seed)) for settings in (given, default)]
+        assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize(("size", "ceiling"), [(16, 105), (14, 75)])
+def test_masks_are_the_original_codes_masks(shared: Path, size: int, ceiling: int) -> None:
+    """One generator with the fixture's seed gives the fixture's masks, all of them, cell by cell."""
+    name = f"{size}x{size}"
+    golden = load_file(shared / "golden" / "masks.safetensors")[f"out/masks_{name}"]
+    facts = json.loads((shared / "golden" / "masks.json").read_text())[f"stats_{name}"]
+    expected = np.unpackbits(golden, axis=1)[:, : size * size].astype(bool)
+    rng = random.Random(facts["seed"])
+    mask = BlockMask((size, size), MaskSettings(ratio=ceiling / size**2, min_block=16))
+    drawn = np.stack([mask(rng) for _ in range(facts["n"])])
+    assert np.array_equal(drawn, expected)
+
+
+def test_statistics_of_other_seeds_are_the_original_ones(shared: Path) -> None:
+    """2000 masks from per-sample seeds, as training draws them: within 4 standard errors of the fixture's figures."""
+    facts = json.loads((shared / "golden" / "masks.json").read_text())["stats_16x16"]
+    mask = BlockMask((16, 16), MaskSettings())
+    drawn = np.stack([mask(random.Random(seed)) for seed in range(2000)])
+    counts = drawn.sum(axis=1)
+    assert counts.mean() == pytest.approx(facts["mean"], abs=4 * 1.1 * math.sqrt(2 / 2000))
+    assert counts.std() == pytest.approx(facts["sd"], abs=0.2)
+    assert (counts == 105).mean() == pytest.approx(facts["fraction_at_ceiling"], abs=4 * math.sqrt(2 * 0.23 / 2000))
+    assert np.abs(drawn.mean(axis=0).reshape(16, 16) - np.array(facts["per_cell_frequency"])).max() < 0.08
+    pairs = drawn.reshape(-1, 16, 16)
+    assert (pairs[:, :, 1:] == pairs[:, :, :-1]).mean() == pytest.approx(facts["same_as_right_neighbour"], abs=0.003)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 9), (4, 4), (8, 8), (16, 16)])
+def test_counts_are_between_one_and_the_ceiling(grid: Cell) -> None:
+    for ratio in (0.01, 0.41, 0.9):
+        mask = BlockMask(grid, MaskSettings(ratio=ratio))
+        counts = [int(mask(random.Random(seed)).sum()) for seed in range(100)]
+        assert min(counts) >= 1
+        assert max(counts) <= max(1, round(ratio * grid[0] * grid[1]))
+
+
+def test_a_smallest_block_above_the_ceiling_is_refused() -> None:
+    """No block could be placed: every mask would be the single emergency patch, and nobody would be told."""
+    with pytest.raises(UserError, match="min_block"):
+        BlockMask((8, 8), MaskSettings(ratio=0.1, min_block=60))

@@ -1,0 +1,213 @@
+"""Views against Pillow by hand, the original transform's pixels and torchvision's crop law."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.transforms import v2
+
+from eva_mim.config import UserError
+from eva_mim.data import ViewSettings
+from eva_mim.data.views import EvalView, TrainView, crop_box
+from eva_mim.pixels import normalise
+from eva_mim.rng import isolated
+from tests.conftest import picture
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def fixed_crop(image: Image.Image, width: int, height: int, **more: object) -> ViewSettings:
+    """Settings whose every crop is `width` x `height`, at a random place."""
+    share, ratio = width * height / (image.width * image.height), width / height
+    return ViewSettings(crop_scale=(share, share), crop_ratio=(ratio, ratio), **more)  # type: ignore[arg-type]
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """[3, H, W] int32, by numpy alone."""
+    return torch.from_numpy(np.moveaxis(np.asarray(image), -1, 0).astype(np.int32))
+
+
+def all_crops(image: Image.Image, width: int, height: int, size: int, mirror: bool) -> dict[tuple[int, int], Tensor]:
+    """Every crop of that size, cut out and then resized by Pillow."""
+    crops = {}
+    for left in range(image.width - width + 1):
+        for top in range(image.height - height + 1):
+            view = image.crop((left, top, left + width, top + height)).resize((size, size), BICUBIC)
+            crops[left, top] = pixels(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else view)
+    return crops
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_teacher_and_student_see_the_same_crop(mirror: bool) -> None:
+    """Of all crops by hand, the one nearest to the student's view is the one nearest to the teacher's."""
+    image = picture(3, (24, 20))
+    view = TrainView(fixed_crop(image, 15, 12, flip=float(mirror)), [16, 28])
+    by_hand = {size: all_crops(image, 15, 12, size, mirror) for size in (16, 28)}
+    places = set()
+    for seed in range(12):
+        student, teacher = view(image, random.Random(seed))
+        assert (student.shape, teacher.shape) == ((3, 16, 16), (3, 28, 28))
+        nearest = []
+        for mine in (student, teacher):
+            crops = by_hand[mine.shape[-1]]
+            distance = {place: (crop - mine).abs().float().mean().item() for place, crop in crops.items()}
+            nearest.append(min(distance, key=distance.__getitem__))
+            assert distance[nearest[-1]] < 3  # grey levels of 255; a crop one pixel off is more than twice as far
+        assert nearest[0] == nearest[1], seed
+        places.add(nearest[0])
+    assert len(places) > 8
+
+
+def test_equal_sizes_are_resized_once() -> None:
+    assert len(TrainView(ViewSettings(), [16, 16])(picture(0), random.Random(0))) == 1
+    assert len(EvalView([16, 16])(picture(0), random.Random(0))) == 1
+
+
+def test_pixels_outside_the_crop_do_not_matter() -> None:
+    """A crop is cut out and then resized (torchvision, EVA): what lies beside it cannot bleed into its border."""
+    image = picture(5, (24, 20))
+    view = TrainView(fixed_crop(image, 12, 10, flip=0.0), [16])
+    by_hand = all_crops(image, 12, 10, 16, mirror=False)
+    for seed in range(6):
+        (mine,) = view(image, random.Random(seed))
+        worst = {place: (crop - mine).abs().max().item() for place, crop in by_hand.items()}
+        assert min(worst.values()) == 0, f"nearest crop differs by {min(worst.values())} grey levels"
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_views_are_the_original_transforms(shared: Path, flip: int) -> None:
+    """Student 56 px and teacher 64 px of one box; the original mirrors first, so its box counts from the other side."""
+    golden = load_file(shared / "golden" / "transform.safetensors")
+    facts = json.loads((shared / "golden" / "transform.json").read_text())
+    image = Image.fromarray(golden["in/decoded_rgb"].numpy())
+    top, left, height, width = facts["crop_box_top_left_height_width"]
+    if flip:
+        left = image.width - left - width
+    settings = fixed_crop(image, width, height, flip=float(flip))
+    box = (left, top, left + width, top + height)
+    law = (image.size, settings.crop_scale, settings.crop_ratio)
+    seed = next(seed for seed in range(100_000) if crop_box(*law, random.Random(seed)) == box)
+    views = TrainView(settings, [56, 64])(image, random.Random(seed))
+    for view, name in zip(views, ("student_56", "teacher_64"), strict=True):
+        mine = normalise(view[None], tuple(facts["mean"]), tuple(facts["std"]))[0]
+        levels = (mine - golden[f"out/{name}_flip{flip}"]) * torch.tensor(facts["std"])[:, None, None] * 255
+        assert levels.abs().max() < 1.01, f"{name}: {levels.abs().max():.1f} grey levels"
+
+
+def test_boxes_are_the_original_codes_boxes(shared: Path) -> None:
+    """The same generator gives the fixture's 200 boxes when numbers are drawn in the original's order."""
+    golden = load_file(shared / "golden" / "transform.safetensors")["out/random_boxes"].tolist()
+    rng = random.Random(8300)
+    for number, (top, left, height, width) in enumerate(golden):
+        box = crop_box((150, 110), (0.2, 1.0), (3 / 4, 4 / 3), rng)
+        assert box == (left, top, left + width, top + height), number
+
+
+def test_flip_mirrors_the_same_crop_at_its_rate() -> None:
+    image = picture(1)
+    straight, mirrored = (TrainView(ViewSettings(flip=flip), [12, 20]) for flip in (0.0, 1.0))
+    for seed in range(10):
+        for one, other in zip(straight(image, random.Random(seed)), mirrored(image, random.Random(seed)), strict=True):
+            assert torch.equal(one.flip(-1), other)
+    often = TrainView(ViewSettings(flip=0.3), [12])
+    same = sum(torch.equal(often(image, random.Random(s))[0], straight(image, random.Random(s))[0]) for s in range(400))
+    assert same / 400 == pytest.approx(0.7, abs=0.08)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (32, 96)])
+def test_eval_view_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
+    """torchvision's Resize and CenterCrop, where its whole-pixel rounding does not move the crop."""
+    image = picture(7, size)
+    resized = v2.CenterCrop(16)(v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC)(image))
+    (mine,) = EvalView([16])(image, random.Random(0))
+    assert (pixels(resized) - mine).abs().max() <= 1
+
+
+def test_eval_view_draws_nothing() -> None:
+    rng = random.Random(0)
+    state = rng.getstate()
+    EvalView([8, 16])(picture(0), rng)
+    assert rng.getstate() == state
+
+
+def largest_gap(first: list[float], second: list[float]) -> float:
+    """Kolmogorov-Smirnov distance of two samples of the same length."""
+    points = np.sort(np.concatenate([first, second]))
+    ranks = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (first, second)]
+    return float(np.abs(ranks[0] - ranks[1]).max())
+
+
+@pytest.mark.parametrize("size", [(150, 110), (40, 160)])
+def test_crop_law_is_torchvisions(size: tuple[int, int]) -> None:
+    """Area, aspect and place have torchvision's distribution (the second size often falls back to the centre)."""
+    count, scale, ratio = 1200, (0.2, 1.0), (3 / 4, 4 / 3)
+    torch.manual_seed(0)
+    crop, image = v2.RandomResizedCrop(8, scale=scale, ratio=ratio), Image.new("RGB", size)
+    theirs = [crop.make_params([image]) for _ in range(count)]
+    rng = random.Random(0)
+    mine = [crop_box(size, scale, ratio, rng) for _ in range(count)]
+    measured = {
+        "area": ([p["width"] * p["height"] for p in theirs], [(r - x) * (b - y) for x, y, r, b in mine]),
+        "aspect": ([p["width"] / p["height"] for p in theirs], [(r - x) / (b - y) for x, y, r, b in mine]),
+        "left": ([p["left"] for p in theirs], [x for x, _, _, _ in mine]),
+        "top": ([p["top"] for p in theirs], [y for _, y, _, _ in mine]),
+    }
+    for name, (first, second) in measured.items():
+        assert largest_gap(first, second) < 1.63 * math.sqrt(2 / count), name  # the 1 % level
+    assert all(0 <= x < r <= size[0] and 0 <= y < b <= size[1] for x, y, r, b in mine)
+
+
+def outer_draws() -> tuple[float, float, float]:
+    """The next number of each global generator."""
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_isolated_leaves_the_outer_state_alone() -> None:
+    def seeded() -> None:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    seeded()
+    expected = outer_draws()
+    seeded()
+    with isolated(99):
+        inner = outer_draws()
+    assert outer_draws() == expected
+    seeded()
+    with pytest.raises(KeyError), isolated(99):
+        assert outer_draws() == inner
+        raise KeyError
+    assert outer_draws() == expected
+
+
+def test_randaugment_is_a_function_of_the_sample_seed() -> None:
+    image = picture(2)
+    view = TrainView(ViewSettings(randaugment="rand-m9-n2-mstd0.5", crop_scale=(1.0, 1.0), flip=0.0), [16])
+    plain = TrainView(ViewSettings(crop_scale=(1.0, 1.0), flip=0.0), [16])
+    random.seed(5)
+    np.random.seed(5)
+    first = [view(image, random.Random(seed))[0] for seed in range(8)]
+    random.seed(6)
+    np.random.seed(6)
+    before = random.getstate()
+    again = [view(image, random.Random(seed))[0] for seed in range(8)]
+    assert random.getstate() == before
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len({one.numpy().tobytes() for one in first}) > 5
+    changed = [not torch.equal(one, plain(image, random.Random(seed))[0]) for seed, one in enumerate(first)]
+    assert sum(changed) > 4
+
+
+def test_unknown_randaugment_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="randaugment"):
+        TrainView(ViewSettings(randaugment="augmix-m9"), [16])

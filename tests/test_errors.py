@@ -1,0 +1,109 @@
+"""A user's mistake ends in one clear text, exit code 2 and no traceback; broken data in a count and a name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.tiny import CLASSIFY, MIM, OPTIM, RUN, VIT, records, run, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+def folder_of_images(root: Path, broken: int = 0, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """Class folders with 40 pictures each; the first `broken` of the first class are not images."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for index in range(40):
+            path = root / name / f"{index:03d}.png"
+            if number == 0 and index < broken:
+                path.write_bytes(b"this is no picture")
+            else:
+                Image.new("RGB", (40, 36), (index * 6, 80 * number, 200)).save(path)
+    return root
+
+
+def on_folder(root: Path, **data: Any) -> dict[str, Any]:
+    """A classification recipe on a folder."""
+    return {"data": {"source": "folder", "root": str(root), "workers": 0, "val_share": 0.2, **data},
+            "run": RUN | {"global_batch": 8, "epochs": 2}, "optim": OPTIM, "student": VIT}
+
+
+def refused(tmp_path: Path, program: str, tree: dict[str, Any], *overrides: str) -> str:
+    """The text of a run that must end with the user's exit code."""
+    text = run(program, write_recipe(tmp_path, tree), tmp_path / "run", *overrides, code=2).stderr
+    assert "Traceback" not in text, text
+    return text
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    """Both name the folder."""
+    assert f"{tmp_path / 'none'} is not a folder" in refused(tmp_path, "classify", on_folder(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'}: no images here" in refused(tmp_path, "classify", on_folder(tmp_path / "empty"))
+
+
+def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    """Keys and shapes are named."""
+    run("classify", write_recipe(tmp_path / "small", CLASSIFY), tmp_path / "small" / "run")
+    tree = CLASSIFY | {"student": {"name": "vit_mini_patch4_32"}, "init_from": str(tmp_path / "small" / "run")}
+    text = refused(tmp_path, "classify", tree)
+    assert "is of another architecture" in text
+    assert "blocks.0.attn.proj.bias: [96] in the checkpoint, [128] here" in text
+
+
+def test_grids_that_do_not_fit_name_both_ways_out(tmp_path: Path) -> None:
+    """The sizes in the text really fit."""
+    tree = MIM | {"student": {"name": "vit_nano_patch4_32", "image_size": 48}}
+    text = refused(tmp_path, "mim", tree)
+    assert "student grid 12x12 (48 px) does not match teacher grid 8x8 (32 px)" in text
+    assert "set student.image_size=32, or set teacher.image_size=48" in text
+    run("mim", tmp_path / "recipe.yaml", tmp_path / "run", "teacher.image_size=48", "run.epochs=1")
+
+
+def test_broken_images_are_counted_named_and_replaced(tmp_path: Path) -> None:
+    """Three of 80 are allowed to be broken here; each is named."""
+    root = folder_of_images(tmp_path / "images", broken=3)
+    done = run("classify", write_recipe(tmp_path, on_folder(root, max_broken=0.2)), tmp_path / "run")
+    assert records(tmp_path / "run")[-1]["broken"] > 0
+    assert "broken image replaced: cat/00" in done.stderr
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
+    """Half of the images cannot be read."""
+    root = folder_of_images(tmp_path / "images", broken=40)
+    text = refused(tmp_path, "classify", on_folder(root))
+    assert "images are broken, more than data.max_broken=1.00%" in text
+
+
+def test_flat_folder_without_labels(tmp_path: Path) -> None:
+    """Good for masked pretraining, refused by a classifier."""
+    root = tmp_path / "flat"
+    root.mkdir()
+    for index in range(40):
+        Image.new("RGB", (40, 40), (index * 6, 9, 200)).save(root / f"{index}.png")
+    run("mim", write_recipe(tmp_path, on_folder(root) | {"teacher": MIM["teacher"]}), tmp_path / "mim")
+    assert "knn_top1" not in json.loads((tmp_path / "mim" / "lineage.json").read_text())["metrics"]
+    assert "has no labels" in refused(tmp_path, "classify", on_folder(root))
+
+
+def test_batches_that_do_not_divide(tmp_path: Path) -> None:
+    """Both numbers are in the text."""
+    assert "run.global_batch=24 is not a multiple of run.micro_batch=7 x 1" in refused(
+        tmp_path, "classify", CLASSIFY, "run.micro_batch=7"
+    )
+    assert "run.global_batch=500 is more than the 96 training images" in refused(
+        tmp_path, "classify", CLASSIFY, "run.global_batch=500"
+    )
+
+
+def test_unknown_names_list_known_ones(tmp_path: Path) -> None:
+    """Of the project's own registry and of timm's."""
+    assert "data.source: 'shard' is not known; did you mean shards?" in refused(
+        tmp_path, "classify", CLASSIFY, "data.source=shard", "data.root=."
+    )
+    assert "near: vit_nano_patch4_32" in refused(tmp_path, "classify", CLASSIFY, "student.name=vit_nano_patch4_33")

@@ -1,0 +1,71 @@
+"""Tiny recipes that train in seconds, and the real programs started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SCENES = {"source": "scenes", "scenes": {"size": 32, "train": 96, "val": 24, "labels": "coarse"}, "workers": 0}
+OPTIM = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, "layer_decay": 0.8}
+RUN = {"epochs": 2, "global_batch": 24, "precision": "fp32", "log_every": 1, "device": "cpu"}
+VIT = {"name": "vit_nano_patch4_32"}
+
+MIM: dict[str, Any] = {
+    "data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT, "teacher": {"kind": "timm", "name": "vit_nano_patch4_32"},
+}
+CLIP: dict[str, Any] = {
+    "data": SCENES | {"templates": ["a {}"]}, "run": RUN, "optim": OPTIM,
+    "student": VIT | {"embed_dim": 32, "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 12}},
+}
+CLASSIFY: dict[str, Any] = {"data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT}
+MODULES = {"mim": "pretrain.mim", "clip": "pretrain.clip", "classify": "finetune.classify", "probe": "finetune.probe"}
+
+
+def write_recipe(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") -> Path:
+    """A recipe file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """This process's environment without a launcher's traces."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return kept | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+
+
+def command(program: str, recipe: Path, out: Path, *overrides: str, processes: int = 1) -> list[str]:
+    """`python -m MODULE RECIPE ...`, under torchrun for several processes."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*launcher, MODULES[program], str(recipe), *overrides, "--out", str(out)]
+
+
+def run(
+    program: str, recipe: Path, out: Path, *overrides: str, processes: int = 1, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage program to its end and check its exit code."""
+    line = command(program, recipe, out, *overrides, processes=processes)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def records(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Records of a kind from a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(out: Path) -> list[float]:
+    """Training loss of each step."""
+    return [record["loss"] for record in records(out)]
