@@ -73,7 +73,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if hasattr(value, "dtype")}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if hasattr(value, "dtype")}
         return replace(self, **changed)
 
 

@@ -79,7 +79,7 @@ def knn_accuracy(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Ten
     """Percent of unit queries [Q, D] whose k nearest of the unit bank [R, D] vote for their label."""
     classes = int(torch.cat([labels, bank_labels]).max()) + 1
     right = 0
-    for rows, truth in zip(queries.split(CHUNK), labels.split(CHUNK), strict=True):
+    for rows, truth in zip(torch.split(queries, CHUNK), torch.split(labels, CHUNK), strict=True):
         similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(rows), classes, device=rows.device)
         votes.scatter_add_(1, bank_labels[nearest], (similarity / KNN_TEMPERATURE).exp())
@@ -104,17 +104,18 @@ class ClipEvaluator:
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
         """Percentages. Captions that are equal count as one text; any image with that caption is right for it."""
-        images, texts, labels = [], [], []
+        images, texts, labels = [], list[Tensor](), []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 images.append(student.encode_image(batch.images).float())
+            assert batch.texts is not None
             texts.append(batch.texts)
             if batch.labels is not None:
                 labels.append(batch.labels)
         image = all_gather_rows(torch.cat(images))
-        unique, owner = all_gather_rows(torch.cat(texts)).unique(dim=0, return_inverse=True)  # type: ignore[arg-type]
+        unique, owner = torch.unique(all_gather_rows(torch.cat(texts)), dim=0, return_inverse=True)
         with autocast():
-            text = torch.cat([student.encode_text(rows).float() for rows in unique.split(CHUNK)])
+            text = torch.cat([student.encode_text(rows).float() for rows in torch.split(unique, CHUNK)])
         result = retrieval(image, text, owner)
         if self.classes:
             weights = self._class_features(student, autocast)
@@ -137,11 +138,11 @@ def retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1
     """Recall at k in percent, both ways: image [I, C], text [T, C], owner [I] = row of each image's text."""
     result = {}
     to_text = torch.zeros(len(ks))
-    for rows, own in zip(image.split(CHUNK), owner.split(CHUNK), strict=True):
+    for rows, own in zip(torch.split(image, CHUNK), torch.split(owner, CHUNK), strict=True):
         ranked = (rows @ text.T).topk(min(max(ks), len(text)), dim=1).indices == own[:, None]
         to_text += torch.tensor([float(ranked[:, :k].any(1).sum()) for k in ks])
     to_image = torch.zeros(len(ks))
-    for start, rows in zip(range(0, len(text), CHUNK), text.split(CHUNK), strict=True):
+    for start, rows in zip(range(0, len(text), CHUNK), torch.split(text, CHUNK), strict=True):
         found = owner[(rows @ image.T).topk(min(max(ks), len(image)), dim=1).indices]
         hits = found == torch.arange(start, start + len(rows), device=owner.device)[:, None]
         to_image += torch.tensor([float(hits[:, :k].any(1).sum()) for k in ks])
@@ -169,5 +170,5 @@ class ClassifierEvaluator:
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
             loss = F.cross_entropy(logits, batch.labels, reduction="sum")
             total += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss, loss.new_tensor(len(logits))]).double()
-        right, five, loss, count = (float(value) for value in all_reduce_sum(total))
-        return {"top1": 100 * right / count, "top5": 100 * five / count, "loss": loss / count}
+        right, five, summed, count = (float(value) for value in all_reduce_sum(total))
+        return {"top1": 100 * right / count, "top5": 100 * five / count, "loss": summed / count}

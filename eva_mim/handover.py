@@ -150,14 +150,15 @@ def _head_prefix(trunk: nn.Module) -> str | None:
 def _resize(name: str, value: Tensor, wanted: Tensor, trunk: Any, grid: Grid | None) -> Tensor | None:
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
+    resized: Tensor | None = None
     if name == "pos_embed" and value.shape[-1] == wanted.shape[-1]:
         prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
-        return resample_abs_pos_embed(
+        resized = resample_abs_pos_embed(
             value,
             new_size=list(trunk.patch_embed.grid_size),
             old_size=list(grid) if grid else None,
             num_prefix_tokens=prefix,
         )
-    if name == "patch_embed.proj.weight" and value.shape[:2] == wanted.shape[:2]:
-        return resample_patch_embed(value, list(wanted.shape[-2:]))
-    return None
+    elif name == "patch_embed.proj.weight" and value.shape[:2] == wanted.shape[:2]:
+        resized = resample_patch_embed(value, list(wanted.shape[-2:]))
+    return resized

@@ -7,7 +7,7 @@ A pipeline file lists stages; each has its recipe and the names of the earlier s
       - {name: teacher, program: clip, recipe: configs/clip/x.yaml}
       - {name: mim, program: mim, recipe: configs/mim/x.yaml, teacher: teacher}
       - {name: target, program: classify, recipe: configs/classify/x.yaml, init_from: mim, settings: {optim.lr: 1e-3}}
-    compare: [target, target_scratch]         # figures side by side in the summary
+    compare: [[target, target_scratch]]       # figures side by side in the summary
 """
 
 from __future__ import annotations
@@ -149,12 +149,13 @@ def _plain(value: Any) -> str:
 def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     """Run what is not done, in order, and write `summary.md`. Raises UserError, Interrupted."""
     file, planned = plan(path, overrides, out)
-    from eva_mim.distributed import barrier, is_main
+    from eva_mim.distributed import barrier, is_main, pick_device, setup
     from eva_mim.handover import read_record
     from eva_mim.log import say
     from eva_mim.stage import make_plan, run_stage
     from eva_mim.summary import write_summary
 
+    setup(pick_device(planned[0].recipe.run.device))  # ranks look at folders together, so they need their barrier now
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
         record = read_record(stage.out)

@@ -28,7 +28,7 @@ PROGRAMS = {
     "classify": "finetune.classify",
     "probe": "finetune.probe",
 }
-"""Stage programs: modules with `Recipe` and `main(argv)`; each is also `python -m MODULE`."""
+"""Stage programs: modules with `StageRecipe`, `build` and `main(argv)`; each is also `python -m MODULE`."""
 
 
 def lookup(table: dict[str, str], name: str, setting: str) -> Any:

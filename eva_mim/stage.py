@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ def _figures(record: dict[str, Any]) -> str:
 def _seconds(out: Path) -> float:
     """Wall time of the run from its first to its last record, pauses between resumes left out."""
     times = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    return sum(gap for gap in gaps if gap < 3600)
+    gaps = [after - before for before, after in pairwise(times)]
+    return float(sum(gap for gap in gaps if gap < 3600))
 
 
 def has_checkpoint(out: Path) -> bool:

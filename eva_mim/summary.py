@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from eva_mim.pipeline import PlannedStage
 
 
+SMALL = ("vit_nano_patch4_32", "vit_mini_patch4_32", "convnet_nano_32", "convnet_mini_32")
+"""Architectures of our own (eva_mim/students/small.py)."""
+
+
 def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str]]) -> None:
     """Write OUT/summary.md and show its figures, files and the lines of Python that open each result."""
     records = {stage.entry.name: read_record(stage.out) for stage in planned}
@@ -26,7 +30,7 @@ def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str
     for row in rows:
         table.add_row(*row)
     verdicts = [line for group in compare for line in _compare(group, records)]
-    code = [line for stage in planned for line in _python(stage)]
+    code = list(dict.fromkeys(line for stage in planned for line in _python(stage)))
     console = Console(width=None if Console().is_terminal else 150)
     console.print(table)
     for line in verdicts:
@@ -73,8 +77,8 @@ def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
 
 def _python(stage: PlannedStage) -> list[str]:
     config = json.loads((stage.out / "config.json").read_text())
-    own = ["import eva_mim.students.small  # registers " + config["architecture"]] if config["architecture"].endswith("_32") else []
-    name = stage.entry.name
+    name, architecture = stage.entry.name, config["architecture"]
+    own = [f"import eva_mim.students.small  # registers {architecture} with timm"] if architecture in SMALL else []
     if stage.entry.program == "clip":
         return [*own, f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")']
     return [*own, f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)']

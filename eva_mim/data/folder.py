@@ -56,6 +56,8 @@ def open_folder(settings: DataSettings, split: str) -> FolderSource | None:
     folder = settings.root / (chosen or "")
     if not folder.is_dir():
         raise UserError(f"data.{split}: {folder} is not a folder")
+    if settings.train is None and (settings.root / "train").is_dir():
+        raise UserError(f"data.train: {settings.root} has a sub-folder 'train'; set data.train=train (and data.val)")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
     return FolderSource(folder, class_folders(settings.root / (settings.train or "")))
 

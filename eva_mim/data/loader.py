@@ -31,7 +31,7 @@ Tokenize = Callable[[list[str]], Tensor]
 class Item(NamedTuple):
     """One sample, ready to be stacked."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index
     views: list[Tensor]
     masked: Tensor | None
     label: int | None
@@ -69,7 +69,7 @@ class Reader(Dataset["Item | str"]):
         return Item(index, views, masked, sample.label, text, broken)
 
     def _read(self, place: Place) -> tuple[Sample | None, int, tuple[str, ...]]:
-        index, broken = place.index, []
+        index, broken = place.index, list[str]()
         rng = random.Random(derive(self.preparation.seed, "replacement", place.epoch, place.index))
         for _ in range(REPLACEMENTS):
             try:

@@ -16,7 +16,7 @@ class Place(NamedTuple):
     """Which sample to read, and in which epoch: together with the run seed it decides everything about the view."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody wants here
 
 
 class GlobalOrder:

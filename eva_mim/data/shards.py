@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import os
-import shutil
 import tarfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -153,25 +152,17 @@ def plain_tar(path: Path) -> Path:
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         with gzip.open(path) as packed, temporary.open("wb") as plain:
-            shutil.copyfileobj(_Limited(packed, limit, path), plain, 2**20)
+            while block := packed.read(2**20):
+                limit -= len(block)
+                if limit < 0:
+                    raise UserError(f"{path}: unpacks to an absurd size; refused")
+                plain.write(block)
         temporary.replace(target)
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: not a readable .tar.gz: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return target
-
-
-class _Limited:
-    def __init__(self, stream: gzip.GzipFile, limit: int, path: Path):
-        self._stream, self._left, self._path = stream, limit, path
-
-    def read(self, size: int) -> bytes:
-        block = self._stream.read(size)
-        self._left -= len(block)
-        if self._left < 0:
-            raise UserError(f"{self._path}: unpacks to an absurd size; refused")
-        return block
 
 
 def shard_index(tar: Path) -> list[tuple[str, dict[str, Member]]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample, Source
@@ -20,7 +20,7 @@ HOLD_OUT_SEED = 0
 class Selected:
     """Some records of a source, with labels regrouped when a map is given."""
 
-    def __init__(self, source: Source, indices: Sequence[int], label_map: dict[str, list[str]] | None):
+    def __init__(self, source: Source, indices: npt.ArrayLike, label_map: dict[str, list[str]] | None):
         self._source, self._indices = source, np.asarray(indices, dtype=np.int64)
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)

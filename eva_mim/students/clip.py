@@ -66,7 +66,8 @@ class ClipStudent(nn.Module):
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """Texts -> [B, L] int64, cut at the context length."""
         length: int = self.config["text_cfg"].get("context_length", 77)
-        return open_clip.SimpleTokenizer(context_length=length)
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
+        return tokenizer
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image features [B, C], unit text features [B, C], logit scale (not its logarithm)."""

@@ -11,7 +11,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Grid
 from eva_mim.pixels import normalise
 from eva_mim.students import TrunkSettings
-from eva_mim.students.trunk import build_trunk, input_size, mean_std
+from eva_mim.students.trunk import build_trunk, has_tokens, input_size, mean_std
 
 
 class MaskedStudent(nn.Module):
@@ -22,10 +22,13 @@ class MaskedStudent(nn.Module):
 
     def __init__(self, settings: TrunkSettings, target_width: int):
         super().__init__()
+        refusal = f"student.name: {settings.name} is not a plain ViT with patch tokens; it cannot be masked"
+        if not has_tokens(settings):
+            raise UserError(refusal)
         self.trunk = build_trunk(settings, num_classes=0, global_pool="token")
-        embed = getattr(self.trunk, "patch_embed", None)
-        if embed is None or getattr(embed, "grid_size", None) is None or not hasattr(self.trunk, "num_prefix_tokens"):
-            raise UserError(f"student.name: {settings.name} is not a plain ViT with patch tokens; it cannot be masked")
+        embed: Any = getattr(self.trunk, "patch_embed", None)
+        if getattr(embed, "grid_size", None) is None:
+            raise UserError(refusal)
         self.image_size = input_size(self.trunk, settings)
         self.grid: Grid = (embed.grid_size[0], embed.grid_size[1])
         self.mean, self.std = mean_std(self.trunk)

@@ -25,7 +25,7 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
     if settings.grad_checkpointing:
-        trunk.set_grad_checkpointing()
+        trunk.set_grad_checkpointing()  # type: ignore[operator]
     return trunk
 
 
@@ -45,8 +45,8 @@ def has_tokens(settings: TrunkSettings) -> bool:
 
 def input_size(trunk: nn.Module, settings: TrunkSettings) -> int:
     """Side of the trunk's input in pixels."""
-    size: int = settings.image_size or trunk.pretrained_cfg["input_size"][-1]  # type: ignore[index]
-    return size
+    config: Any = trunk.pretrained_cfg
+    return int(settings.image_size or config["input_size"][-1])
 
 
 def mean_std(trunk: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

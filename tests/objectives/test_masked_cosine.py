@@ -1,0 +1,109 @@
+"""Objectives against a float64 loop and against torch's plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_mim.objectives.contrastive import Contrastive
+from eva_mim.objectives.masked_cosine import masked_cosine
+
+
+def loop_cosine(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:
+    """Minus the mean cosine and its gradient, number by number in float64: d cos / dp = (t/|t| - cos p/|p|) / |p|."""
+    total, gradient = 0.0, torch.zeros(prediction.shape, dtype=torch.float64)
+    for row, (p, t) in enumerate(zip(prediction.double().tolist(), target.double().tolist(), strict=True)):
+        dot = math.fsum(a * b for a, b in zip(p, t, strict=True))
+        length, other = math.sqrt(math.fsum(a * a for a in p)), math.sqrt(math.fsum(b * b for b in t))
+        cosine = dot / (length * other) if length and other else 0.0
+        total += cosine
+        if length and other:
+            for column, (a, b) in enumerate(zip(p, t, strict=True)):
+                gradient[row, column] = -(b / other - cosine * a / length) / length / len(prediction)
+    return -total / len(prediction), gradient
+
+
+def rows(count: int, width: int, seed: int, norm: float = 1.0) -> Tensor:
+    """Random rows of one norm."""
+    drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm(dim=1, keepdim=True) * norm
+
+
+def test_value_and_gradient_are_the_loops() -> None:
+    target = torch.randn(9, 7, generator=torch.Generator().manual_seed(1)) * 3
+    prediction = (target + torch.randn(9, 7, generator=torch.Generator().manual_seed(2)) * 4).requires_grad_()
+    output = masked_cosine(prediction, target)
+    output.loss.backward()
+    loss, gradient = loop_cosine(prediction.detach(), target)
+    assert output.loss.item() == pytest.approx(loss, abs=1e-7)
+    assert output.metrics["cosine"].item() == pytest.approx(-loss, abs=1e-7)
+    assert not output.metrics["cosine"].requires_grad
+    assert prediction.grad is not None
+    assert (prediction.grad.double() - gradient).abs().max() < 1e-6 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [1e-8, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("other", [1e-8, 1e4])
+def test_it_is_right_at_extreme_norms(dtype: torch.dtype, norm: float, other: float) -> None:
+    """The loop is given the rounded numbers, so only the computation is judged. fp16 rounds 1e-8 to zeros: cosine 0."""
+    target = (rows(6, 64, 1, other)).to(dtype)
+    prediction = (rows(6, 64, 1, norm) + rows(6, 64, 2, norm)).to(dtype).requires_grad_()
+    output = masked_cosine(prediction, target)
+    output.loss.backward()
+    loss, gradient = loop_cosine(prediction.detach(), target)
+    assert output.loss.dtype is torch.float32
+    assert output.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert abs(loss) > 0.5 or dtype is torch.float16
+    if dtype is not torch.float16:  # 1 / norm does not fit into fp16
+        assert prediction.grad is not None
+        tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+        assert (prediction.grad.double() - gradient).abs().max() < tolerance * gradient.abs().max()
+
+
+def test_a_zero_row_gives_no_nan() -> None:
+    target, prediction = rows(3, 5, 1), torch.zeros(3, 5, requires_grad=True)
+    output = masked_cosine(prediction, target)
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert prediction.grad is not None
+    assert prediction.grad.isfinite().all()
+
+
+def test_it_is_fp32_inside_autocast() -> None:
+    target = rows(8, 16, 3)
+    prediction = rows(8, 16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = masked_cosine(prediction, target).loss
+    assert inside.item() == pytest.approx(loop_cosine(prediction, target)[0], abs=1e-7)
+
+
+def test_contrastive_is_the_plain_formula() -> None:
+    """Mean of both cross entropies of scale * image @ text.T against the diagonal; values and all gradients."""
+    image, text, scale = rows(6, 10, 1), rows(6, 10, 2), torch.tensor(14.0)
+    mine = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
+    output = Contrastive()(*mine)
+    output.loss.backward()
+    plain = [tensor.double().requires_grad_() for tensor in (image, text, scale)]
+    logits = plain[2] * plain[0] @ plain[1].T
+    there = -torch.stack([logits[i, i] - torch.logsumexp(logits[i], 0) for i in range(6)]).mean()
+    back = -torch.stack([logits[i, i] - torch.logsumexp(logits[:, i], 0) for i in range(6)]).mean()
+    ((there + back) / 2).backward()
+    assert output.loss.item() == pytest.approx(((there + back) / 2).item(), abs=1e-6)
+    assert output.metrics["logit_scale"].item() == 14.0
+    for one, other in zip(mine, plain, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert (one.grad - other.grad).abs().max() < 1e-5 * other.grad.abs().max()
+
+
+def test_contrastive_is_fp32_for_bf16_features() -> None:
+    image, text = rows(6, 10, 1).bfloat16(), rows(6, 10, 2).bfloat16()
+    scale = torch.tensor(100.0)
+    logits = 100 * image.double() @ text.double().T
+    labels = torch.arange(6)
+    expected = sum(torch.nn.functional.cross_entropy(side, labels) for side in (logits, logits.T)) / 2
+    assert Contrastive()(image, text, scale).loss.item() == pytest.approx(float(expected), abs=1e-4)
