@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,7 +49,7 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
-        """Append one record; `kind` is "train" or "eval". NaN and infinity are written as null."""
+        """Append one record; `kind` is "start" (of a process), "train" or "eval". NaN and infinity are written as null."""
         if self._file is None:
             return
         record: dict[str, Any] = {"kind": kind, "step": step, "samples": samples, "time": round(time.time(), 3)}
@@ -79,10 +80,7 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def last_record(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The newest record of a kind in a run folder, or None."""
-    for line in reversed(_lines(folder / "metrics.jsonl")):
-        record: dict[str, Any] = json.loads(line)
-        if record["kind"] == kind:
-            return record
-    return None
+def seconds_at_work(folder: Path) -> float:
+    """Time between the records of a run; what passed before a "start" (the run was stopped) is left out."""
+    records = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+    return float(sum(after["time"] - before["time"] for before, after in pairwise(records) if after["kind"] != "start"))

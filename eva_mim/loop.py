@@ -85,6 +85,7 @@ class Loop:
         self.ema = self._make_ema()
         self.step = self._resume()
         self.log = RunLog(out, self.step)
+        self.log.write("start", self.step, self.step * run.global_batch, {})
         self.broken = 0
         self.metrics: dict[str, float] = {}
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from eva_mim.distributed import barrier, is_main, keep_freed_memory, pick_device
 from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
 from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
-from eva_mim.log import duration, say
+from eva_mim.log import duration, say, seconds_at_work
 from eva_mim.loop import Loop, Parts
 from eva_mim.recipe import Recipe
 from eva_mim.rng import derive, seed_all
@@ -121,7 +119,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             "finished": True,
             "headline": built.parts.evaluator.headline,
             "metrics": trained.metrics,
-            "seconds": round(_seconds(out), 1),
+            "seconds": round(seconds_at_work(out), 1),
             "steps": recipe.run.epochs * built.parts.train.steps_per_epoch,
             "samples_seen": recipe.run.epochs * built.parts.train.steps_per_epoch * recipe.run.global_batch,
             "weights_sha256": sha256(out / WEIGHTS),
@@ -156,13 +154,6 @@ def _subfolder(out: Path, name: str) -> Path:
 
 def _figures(record: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
-
-
-def _seconds(out: Path) -> float:
-    """Wall time of the run from its first to its last record, pauses between resumes left out."""
-    times = [json.loads(line)["time"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    gaps = [after - before for before, after in pairwise(times)]
-    return float(sum(gap for gap in gaps if gap < 3600))
 
 
 def has_checkpoint(out: Path) -> bool:

@@ -32,7 +32,10 @@ class FrozenTeacher:
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._features = features
         self.image_size, self.mean, self.std = image_size, mean, std
-        probe = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        try:
+            probe = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(f"teacher.image_size: this {type(network).__name__} cannot take {image_size} px: {error}") from None
         self.grid: Grid = probe.grid
         self.width: int = probe.spatial.shape[-1]
 

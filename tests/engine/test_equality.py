@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import CLIP, MIM, losses, run, write_recipe
+from tests.tiny import CLIP, MIM, losses, records, run, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +32,9 @@ def test_two_deepspeed_processes_follow_the_local_engine(reference: Path, zero_s
     settings = ["run.engine=deepspeed", f"run.zero_stage={zero_stage}", "run.micro_batch=6"]
     run("mim", reference / "recipe.yaml", out, *settings, processes=2)
     assert losses(out) == pytest.approx(losses(reference / "local"), abs=ROUNDING)
+    measured, wanted = records(out, "eval")[-1], records(reference / "local", "eval")[-1]
+    for name in ("cosine", "cosine_of_mean", "feature_std"):
+        assert measured[name] == pytest.approx(wanted[name], abs=2e-4), name
     expected, found = load_file(reference / "local" / "model.safetensors"), load_file(out / "model.safetensors")
     assert expected.keys() == found.keys()
     for name, value in expected.items():

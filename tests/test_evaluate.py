@@ -1,0 +1,253 @@
+"""Held-out figures against loops and brute force."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eva_mim.contracts import Batch
+from eva_mim.evaluate import (
+    CHUNK,
+    ClassifierEvaluator,
+    ClipEvaluator,
+    MaskedFeatureEvaluator,
+    knn_accuracy,
+    retrieval,
+)
+from eva_mim.students import ClipSettings, TextSettings, TrunkSettings
+from eva_mim.students.clip import ClipStudent
+from eva_mim.students.masked import MaskedStudent
+from eva_mim.task import MaskedFeatures
+from eva_mim.teachers import TeacherSettings, build_teacher
+
+CPU = torch.device("cpu")
+
+
+def unit(count: int, width: int, seed: int) -> Tensor:
+    """Random unit rows."""
+    return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def batches(*, masked: bool = False, texts: Tensor | None = None, sizes: tuple[int, ...] = (5, 4)) -> list[Batch]:
+    """Random 32 px pictures with labels 0..2; with masks of different sizes on an 8 x 8 grid, or with texts."""
+    generator, made, first = torch.Generator().manual_seed(3), [], 0
+    for size in sizes:
+        images = torch.randint(0, 256, (size, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        mask = torch.rand(size, 64, generator=generator) < 0.2 + 0.1 * first if masked else None
+        made.append(
+            Batch(
+                index=torch.arange(first, first + size),
+                images=images,
+                masked=mask,
+                masked_index=mask.flatten().nonzero()[:, 0] if mask is not None else None,
+                labels=torch.randint(0, 3, (size,), generator=generator),
+                texts=texts[first : first + size] if texts is not None else None,
+            )
+        )
+        first += size
+    return made
+
+
+# ---- k nearest neighbours
+
+
+def brute_knn(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, k: int) -> float:
+    """Percent right, one query and one neighbour at a time."""
+    right = 0
+    for query, label in zip(queries.double().tolist(), labels.tolist(), strict=True):
+        scores = [math.fsum(a * b for a, b in zip(query, row, strict=True)) for row in bank.double().tolist()]
+        votes: dict[int, float] = {}
+        for place in sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:k]:
+            vote = int(bank_labels[place])
+            votes[vote] = votes.get(vote, 0.0) + math.exp(scores[place] / 0.07)
+        right += max(votes, key=votes.__getitem__) == label
+    return 100 * right / len(labels)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 500])
+def test_knn_is_brute_force(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank_labels, labels = torch.randint(0, 4, (60,), generator=generator), torch.randint(0, 4, (40,), generator=generator)
+    centres = unit(4, 6, 9)
+    bank = F.normalize(centres[bank_labels] + 0.8 * unit(60, 6, 1), dim=-1)
+    queries = F.normalize(centres[labels] + 0.8 * unit(40, 6, 2), dim=-1)
+    found = knn_accuracy(queries, labels, bank, bank_labels, k)
+    assert found == pytest.approx(brute_knn(queries, labels, bank, bank_labels, k))
+    assert 30 < found < 100
+
+
+def test_knn_weighs_near_neighbours_more() -> None:
+    """One near neighbour of class 1 outvotes two far ones of class 0."""
+    bank = F.normalize(torch.tensor([[1.0, 0.1], [1.0, 1.0], [1.0, 1.1]]), dim=-1)
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn_accuracy(query, torch.tensor([1]), bank, torch.tensor([1, 0, 0]), k=3) == 100.0
+
+
+# ---- retrieval and zero-shot
+
+
+def brute_retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+    """Rank everything by numpy, then look."""
+    scores = image.numpy().astype(np.float64) @ text.numpy().astype(np.float64).T
+    result = {}
+    for k in ks:
+        there = [int(owner[i]) in np.argsort(-scores[i])[:k] for i in range(len(image))]
+        back = [any(int(owner[i]) == t for i in np.argsort(-scores[:, t])[:k]) for t in range(len(text))]
+        result[f"image_to_text_r{k}"] = 100 * float(np.mean(there))
+        result[f"text_to_image_r{k}"] = 100 * float(np.mean(back))
+    return result
+
+
+@pytest.mark.parametrize(("images", "texts"), [(30, 30), (30, 12), (4, 3), (CHUNK + 50, CHUNK + 20)])
+def test_retrieval_is_brute_force(images: int, texts: int) -> None:
+    """Several images may share a text; the largest case crosses a chunk in both directions."""
+    owner = torch.randperm(images, generator=torch.Generator().manual_seed(1)) % texts
+    text = unit(texts, 8, 2)
+    image = F.normalize(text[owner] + 0.9 * unit(images, 8, 3), dim=-1)
+    found = retrieval(image, text, owner)
+    assert found == pytest.approx(brute_retrieval(image, text, owner, (1, 5)))
+    assert min(images, texts) < 5 or found["image_to_text_r1"] < found["image_to_text_r5"]
+
+
+def tiny_clip() -> ClipStudent:
+    """Random weights; 32 px."""
+    torch.manual_seed(0)
+    text = TextSettings(width=16, layers=1, heads=2, context_length=8)
+    return ClipStudent(ClipSettings(name="convnet_nano_32", embed_dim=12, text=text)).eval()
+
+
+@torch.no_grad()
+def test_clip_figures_are_those_of_a_loop() -> None:
+    """Zero-shot by class, with several templates; equal captions count as one text."""
+    student, classes, templates = tiny_clip(), ("red ant", "bee", "cat"), ("a {}.", "the {} here", "{}")
+    tokenize = student.tokenizer()
+    captions = ["one", "two", "one", "three", "four", "two", "five", "six", "seven"]
+    val = batches(texts=tokenize(captions))
+    found = ClipEvaluator(val, tokenize=tokenize, classes=classes, templates=templates, device=CPU)(student, nullcontext)
+
+    image = torch.cat([student.encode_image(batch.images) for batch in val])
+    weights = []
+    for name in classes:
+        prompts = [F.normalize(student.model.encode_text(tokenize([t.replace("{}", name)])), dim=-1)[0] for t in templates]
+        mean = sum(prompts[1:], prompts[0]) / len(prompts)
+        weights.append(mean / mean.norm())
+    labels = torch.cat([batch.labels for batch in val if batch.labels is not None])
+    right = sum(
+        max(range(3), key=lambda k: float(row @ weights[k])) == int(label) for row, label in zip(image, labels, strict=True)
+    )
+    assert found["zeroshot_top1"] == pytest.approx(100 * right / 9)
+
+    distinct = list(dict.fromkeys(captions))
+    text = torch.cat([student.encode_text(tokenize([caption])) for caption in distinct])
+    owner = torch.tensor([distinct.index(caption) for caption in captions])
+    expected = brute_retrieval(image, text, owner, (1, 5))
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert image.norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+def test_without_classes_there_is_no_zero_shot() -> None:
+    student = tiny_clip()
+    val = batches(texts=student.tokenizer()([str(number) for number in range(9)]))
+    evaluator = ClipEvaluator(val, tokenize=student.tokenizer(), classes=None, templates=("{}",), device=CPU)
+    with torch.no_grad():
+        assert "zeroshot_top1" not in evaluator(student, nullcontext)
+    assert evaluator.headline == "image_to_text_r1"
+
+
+# ---- masked features
+
+
+@torch.no_grad()
+def test_masked_feature_figures_are_those_of_loops() -> None:
+    torch.manual_seed(0)
+    student = MaskedStudent(TrunkSettings(name="vit_nano_patch4_32"), 128).eval()
+    teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
+    val, bank = batches(masked=True), batches(sizes=(6, 3))
+    evaluator = MaskedFeatureEvaluator(MaskedFeatures(student, teacher), val, bank, labelled=True, device=CPU)
+    found = evaluator(student, nullcontext)
+
+    cosines, targets = [], []
+    for batch in val:
+        assert batch.masked is not None
+        assert batch.masked_index is not None
+        prediction = iter(student(batch.images, batch.masked, batch.masked_index).double())
+        spatial = teacher(batch.images).spatial.double()
+        for row in range(len(batch.images)):
+            for patch in range(64):
+                if batch.masked[row, patch]:
+                    p, t = next(prediction), spatial[row, patch]
+                    cosines.append(float(p @ t / (p.norm() * t.norm())))
+                    targets.append(t / t.norm())
+    assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
+
+    stacked = torch.stack(targets)
+    best = F.normalize(stacked.mean(0), dim=0)
+    assert found["cosine_of_mean"] == pytest.approx(float((stacked @ best).mean()), abs=1e-6)
+    rivals = F.normalize(best + 0.1 * torch.randn(200, 128, dtype=torch.float64), dim=-1)
+    assert (stacked @ rivals.T).mean(0).max() < found["cosine_of_mean"]
+
+    features = [F.normalize(torch.cat([student.summary(b.images) for b in side]), dim=-1) for side in (val, bank)]
+    labels = [torch.cat([b.labels for b in side if b.labels is not None]) for side in (val, bank)]
+    assert found["knn_top1"] == pytest.approx(brute_knn(features[0], labels[0], features[1], labels[1], 20))
+    spread = np.mean([np.std(features[0][:, d].double().numpy(), ddof=1) for d in range(96)]) * math.sqrt(96)
+    assert found["feature_std"] == pytest.approx(spread, abs=1e-6)
+    assert evaluator(student, nullcontext) == pytest.approx(found)  # the second time the constant is remembered
+
+
+def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
+    """The claim of the docstring, on features that a student could have."""
+
+    class Constant(nn.Module):
+        """Says the same whatever it sees, or something unrelated to everything."""
+
+        def __init__(self, spread: bool):
+            super().__init__()
+            self.spread = spread
+
+        def forward(self, images: Tensor, masked: Tensor, masked_index: Tensor) -> Tensor:
+            return torch.ones(len(masked_index), 128)
+
+        def summary(self, images: Tensor) -> Tensor:
+            return torch.randn(len(images), 64) if self.spread else torch.ones(len(images), 64)
+
+    torch.manual_seed(0)
+    teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
+    task = MaskedFeatures(MaskedStudent(TrunkSettings(name="vit_nano_patch4_32"), 128), teacher)
+    val = batches(masked=True, sizes=(60, 60))
+    evaluator = MaskedFeatureEvaluator(task, val, [], labelled=False, device=CPU)
+    assert evaluator(Constant(True), nullcontext)["feature_std"] == pytest.approx(1.0, abs=0.02)
+    assert evaluator(Constant(False), nullcontext)["feature_std"] == pytest.approx(0.0, abs=1e-6)
+
+
+# ---- classifiers
+
+
+def test_accuracies_and_loss_are_those_of_a_loop() -> None:
+    """Batches of different sizes weigh by their samples."""
+    torch.manual_seed(0)
+    val = batches(sizes=(7, 2))
+    model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 9))
+
+    class Floats(nn.Module):
+        """Pixels as floats."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return model(images.float() / 40)
+
+    with torch.no_grad():
+        found = ClassifierEvaluator(val, CPU)(Floats(), nullcontext)
+        top1 = top5 = loss = 0.0
+        for batch in val:
+            assert batch.labels is not None
+            for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+                scores = model(image[None].float() / 40)[0].double().tolist()
+                better = sum(score > scores[label] for score in scores)
+                top1, top5 = top1 + (better == 0), top5 + (better < 5)
+                loss += math.log(math.fsum(math.exp(score) for score in scores)) - scores[label]
+    assert found == pytest.approx({"top1": 100 * top1 / 9, "top5": 100 * top5 / 9, "loss": loss / 9}, abs=1e-5)

@@ -1,0 +1,214 @@
+"""The map of the project, guarded: who may import whom, how long files and functions are, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+WORDS, PARTS, STEP, RUN, PROGRAMS = range(5)
+LAYERS = {
+    **dict.fromkeys(["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels"], WORDS),
+    **dict.fromkeys(["data", "students", "teachers", "objectives"], PARTS),
+    **dict.fromkeys(["task", "optim"], STEP),
+    **dict.fromkeys(
+        ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
+         "program", "recipe"],
+        RUN,
+    ),
+    **dict.fromkeys(["cli", "pretrain", "finetune"], PROGRAMS),
+}
+"""First part of the module name below eva_mim -> layer: a file imports from its own layer and from lower ones."""
+ARCHITECTURES = "eva_mim.students.small"
+"""Names of timm models, registered by its import. The teachers need them as much as the students do."""
+LIBRARIES = {
+    "deepspeed": {"eva_mim.engine.deepspeed"},
+    "open_clip": {"eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive"},
+}
+FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path in (REPOSITORY / package).rglob("*.py"))
+LIGHT = [
+    "eva_mim.cli", "eva_mim.pipeline", "eva_mim.program", "eva_mim.recipe", "eva_mim.registry", "eva_mim.config",
+    "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
+    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe",
+]
+"""What is imported before a recipe is checked: a mistyped setting is answered at once."""
+MAX_FILE, MAX_FUNCTION = 330, 70
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file: `from a import b` is a.b where that is a module."""
+    found: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in inner}
+    return found
+
+
+def layer(module: str) -> int:
+    top, _, rest = module.partition(".")
+    name = rest.partition(".")[0] if top == "eva_mim" else top
+    assert name in LAYERS, f"{module} stands in no layer; add it to LAYERS"
+    return LAYERS[name]
+
+
+def ours(module: str) -> bool:
+    return module.partition(".")[0] in ("eva_mim", "pretrain", "finetune")
+
+
+def test_imports_are_seen() -> None:
+    """The parser of this file finds what is there."""
+    assert "eva_mim.checkpoint" in imports(MODULES["eva_mim.loop"])  # from eva_mim import checkpoint
+    assert "deepspeed" in imports(MODULES["eva_mim.engine.deepspeed"])  # inside a function
+    assert "eva_mim.stage" in imports(MODULES["pretrain.mim"])  # for type checking
+    assert len(FILES) > 40
+
+
+def test_a_file_imports_only_from_its_own_or_lower_layers() -> None:
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in MODULES.items()
+        for other in imports(path)
+        if ours(other) and other != ARCHITECTURES and layer(other) > layer(name)
+    ]
+    assert not wrong
+
+
+def test_parts_do_not_know_each_other() -> None:
+    """data, students, teachers and objectives meet in a task, not before."""
+    def part(module: str) -> str:
+        return module.split(".")[1] if module.count(".") else ""
+
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in MODULES.items()
+        for other in imports(path)
+        if ours(other) and layer(name) == layer(other) == PARTS and part(name) != part(other) and other != ARCHITECTURES
+    ]
+    assert not wrong
+    assert {name.partition(".")[0] for name in imports(MODULES[ARCHITECTURES])} == {"__future__", "typing", "timm"}
+
+
+def test_the_library_imports_no_program() -> None:
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in MODULES.items()
+        if name.startswith("eva_mim")
+        for other in imports(path)
+        if other.partition(".")[0] in ("pretrain", "finetune", "tests", "tools")
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_heavy_library_has_its_own_files(library: str) -> None:
+    found = {name for name, path in MODULES.items() if any(i.partition(".")[0] == library for i in imports(path))}
+    assert found == LIBRARIES[library]
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Imports at the top of files only; those inside functions may look back."""
+    def top(path: Path) -> set[str]:
+        body = ast.Module([node for node in tree(path).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        found: set[str] = set()
+        for node in body.body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        return found & MODULES.keys()
+
+    graph = {name: top(path) - {name} for name, path in MODULES.items()}
+    graph = {name: {o for o in others if not name.startswith(f"{o}.")} for name, others in graph.items()}
+    while graph:
+        free = {name for name, others in graph.items() if not others & graph.keys()}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in free}
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = [f"{path}: {lines} lines" for path in FILES if (lines := len(path.read_text().splitlines())) > MAX_FILE]
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno + 1 > MAX_FUNCTION:
+                    long.append(f"{path}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not long
+
+
+def test_the_library_does_not_print() -> None:
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong
+
+
+def test_every_public_thing_says_what_it_is() -> None:
+    """Modules, classes and functions without a leading underscore have a docstring (protocol methods and dunders aside)."""
+    silent = []
+    for name, path in MODULES.items():
+        if name == "eva_mim.contracts":
+            continue
+        if not ast.get_docstring(tree(path)):
+            silent.append(name)
+        for node in tree(path).body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node) and not any(
+                isinstance(base, ast.Name) and base.id == "NamedTuple" for base in getattr(node, "bases", [])
+            ):
+                silent.append(f"{name}.{node.name}")
+    assert not silent
+
+
+def test_settings_are_checked_before_torch_is_loaded() -> None:
+    code = (
+        "import sys\n"
+        f"for name in {LIGHT!r}:\n"
+        "    __import__(name)\n"
+        "    heavy = {'torch', 'timm', 'open_clip', 'deepspeed', 'torchvision', 'PIL', 'numpy'} & sys.modules.keys()\n"
+        "    assert not heavy, (name, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_mistyped_setting_is_answered_without_torch() -> None:
+    """The whole command, from its arguments to its exit code."""
+    code = (
+        "import sys\n"
+        "from eva_mim.cli import main\n"
+        "code = main(['mim', 'configs/mim/scenes.yaml', 'run.epoch=3', '--out', '/nonexistent/run'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 2, done.stderr[-500:]
+    assert "run.epoch: no such setting; did you mean run.epochs?" in done.stderr
+    assert "Traceback" not in done.stderr
