@@ -78,7 +78,7 @@ def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
 def _python(stage: PlannedStage) -> list[str]:
     config = json.loads((stage.out / "config.json").read_text())
     name, architecture = stage.entry.name, config["architecture"]
-    own = [f"import eva_mim.students.small  # registers {architecture} with timm"] if architecture in SMALL else []
+    own = ["import eva_mim.students.small  # makes the small architectures known to timm"] if architecture in SMALL else []
     if stage.entry.program == "clip":
         return [*own, f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")']
     return [*own, f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)']

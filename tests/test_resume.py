@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -20,22 +21,25 @@ pytestmark = pytest.mark.slow
 
 
 def stop_at(step: int, number: signal.Signals, program: str, recipe: Path, out: Path, *overrides: str) -> int:
-    """Start a stage, send it a signal once it has logged `step`, return its exit code."""
+    """Start a stage with loader processes, signal all of them once it has logged `step`, return its exit code."""
+    line = command(program, recipe, out, "data.workers=2", *overrides)
     process = subprocess.Popen(
-        command(program, recipe, out, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         log = out / "metrics.jsonl"
         if log.exists() and log.read_text().count('"train"') >= step:
-            process.send_signal(number)
+            os.killpg(process.pid, number)
             break
         time.sleep(0.005)
     return process.wait(120)
 
 
-@pytest.mark.parametrize(("program", "tree"), [("mim", MIM), ("clip", CLIP), ("classify", CLASSIFY)])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("program", "tree", "number"),
+    [("mim", MIM, signal.SIGKILL), ("mim", MIM, signal.SIGTERM), ("clip", CLIP, signal.SIGKILL), ("classify", CLASSIFY, signal.SIGUSR1)],
+)
 def test_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path, program: str, tree: dict[str, Any], number: signal.Signals
 ) -> None:
@@ -45,7 +49,7 @@ def test_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
     run(program, recipe, tmp_path / "straight")
     code = stop_at(8, number, program, recipe, tmp_path / "stopped")
     assert code in ({-9} if number == signal.SIGKILL else {75})
-    run(program, recipe, tmp_path / "stopped", "data.workers=2")
+    run(program, recipe, tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert [record["step"] for record in records(tmp_path / "stopped")] == list(range(1, 25))
     expected = load_file(tmp_path / "straight" / "model.safetensors")

@@ -110,8 +110,10 @@ def collate(read: list[Item | str]) -> Batch | None:
 
 
 def _quiet_worker(worker: int) -> None:
-    # Ctrl-C goes to the whole process group; the main process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Terminals and schedulers signal the whole process group; the main process alone decides when to stop. A worker whose
+    # parent is gone ends by itself (torch watches for that).
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _batches(reader: Reader, places: Sequence[list[Place]] | Iterator[list[Place]], workers: int) -> Iterator[Batch]:
