@@ -8,6 +8,7 @@ Pixels travel as uint8 and each network normalises them with its own mean and st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -150,8 +151,8 @@ class Engine(Protocol):
     def weights(self) -> Mapping[str, Tensor]:
         """Whole fp32 weights on the CPU (empty on ranks other than 0). Every rank must call."""
 
-    def gathered(self) -> Any:
-        """Context in which the module's parameters are whole on every rank, for evaluation."""
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """Context that gives a module with the whole weights on every rank, for evaluation. Every rank must enter."""
 
     def autocast(self) -> Any:
         """Context with the precision of the forward pass."""

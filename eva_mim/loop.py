@@ -179,7 +179,8 @@ class Loop:
     def _evaluate(self) -> None:
         began = time.perf_counter()
         self._average_norm_statistics()
-        self.metrics = self._measure(self.engine.module, "")
+        with self.engine.whole() as module:
+            self.metrics = self._measure(module, "")
         if self.ema is not None:
             self.metrics |= self._measure(self.ema.module, "ema_")
         self.log.write("eval", self.step, self.step * self.run.global_batch, self.metrics)
@@ -189,8 +190,7 @@ class Loop:
 
     def _measure(self, module: Any, prefix: str) -> dict[str, float]:
         module.eval()
-        with self.engine.gathered():
-            values = self.parts.evaluator(module, self.engine.autocast)
+        values = self.parts.evaluator(module, self.engine.autocast)
         module.train()
         return {prefix + name: value for name, value in values.items()}
 

@@ -87,6 +87,15 @@ def test_positions_are_resized_as_timm_does(tmp_path: Path, size: int, grid: int
     assert len(report.loaded) == len(state) - 1
 
 
+def test_a_position_table_without_class_row_is_resized_whole(tmp_path: Path) -> None:
+    parent = trunk(1, no_embed_class=True)
+    report, state = seed(trunk(2, image_size=40, no_embed_class=True), write_stage(tmp_path / "parent", parent))
+    table = parent.state_dict()["pos_embed"]
+    assert table.shape[1] == 64
+    assert torch.equal(state["pos_embed"], resample_abs_pos_embed(table, new_size=[10, 10], num_prefix_tokens=0))
+    assert report.resized == ["pos_embed"]
+
+
 def test_a_resized_patch_kernel_answers_the_same_to_enlarged_pictures(tmp_path: Path) -> None:
     parent = trunk(1)
     child = trunk(2, image_size=64, patch_size=8)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class DeepSpeedEngine:
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, rank=rank(), world_size=world_size())
         micro = run.micro_batch or run.global_batch // world_size()
+        # ZeRO 3 fetches parameters when a module is called; evaluation also calls parts of modules, so it gets a plain copy.
+        self._plain = copy.deepcopy(student).to(device) if run.zero_stage == 3 else None
         groups = parameter_groups(student, optim)
         self._lr_scales = [group["lr_scale"] for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
@@ -67,13 +70,9 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=student.to(device), optimizer=optimizer, config=config
         )
-        self._zero = run.zero_stage
-        self._device = device
+        self._zero, self._device = run.zero_stage, device
         self._dtype = torch.bfloat16 if run.precision == "bf16" else None
         self.module: nn.Module = self._engine.module
-        groups_now = self._optimizer.param_groups
-        if len(groups_now) != len(self._lr_scales):
-            raise RuntimeError(f"DeepSpeed made {len(groups_now)} groups of {len(self._lr_scales)}")
 
     def step(self, task: Task, batches: list[Batch], lr: float) -> StepOutput:
         """See `contracts.Engine`."""
@@ -85,27 +84,35 @@ class DeepSpeedEngine:
             with self.autocast():
                 output = task.loss(self._engine, batch)
             self._engine.backward(output.loss * weight)  # divides by the number of micro-batches itself
-            self._engine.step()
             outputs.append(output)
-        norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0, device=self._device).detach()
+            norm = self._unsharded_norm() if batch is batches[-1] and not self._zero else None
+            self._engine.step()
+        if norm is None:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0, device=self._device).detach()
         total = combine(outputs, weights)
         return StepOutput(total.loss, {**total.metrics, "grad_norm": norm})
 
+    def _unsharded_norm(self) -> Tensor:
+        """Gradient norm before clipping; with ZeRO 0 DeepSpeed does not tell it."""
+        return torch.nn.utils.clip_grad_norm_(self.module.parameters(), float("inf")).detach()
+
     def weights(self) -> Mapping[str, Tensor]:
         """See `contracts.Engine`."""
-        with self.gathered():
-            if not is_main():
-                return {}
-            return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
-                    for name, value in self.module.state_dict().items()}
+        with self.whole() as module:
+            state = module.state_dict() if is_main() else {}
+            return {name: value.detach().cpu().clone() for name, value in state.items()}
 
-    def gathered(self) -> Any:
-        """With ZeRO 3 every rank holds the whole parameters inside this context."""
-        if self._zero < 3:
-            return nullcontext()
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The module itself, or with ZeRO 3 an unsharded copy of it, brought up to date."""
+        if self._plain is None:
+            yield self.module
+            return
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            self._plain.load_state_dict(self.module.state_dict())
+        yield self._plain
 
     def autocast(self) -> Any:
         """bf16 autocast, or nothing for fp32."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class LocalEngine:
         """See `contracts.Engine`."""
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
 
-    def gathered(self) -> Any:
+    def whole(self) -> AbstractContextManager[nn.Module]:
         """Nothing is sharded."""
-        return nullcontext()
+        return nullcontext(self.module)
 
     def autocast(self) -> Any:
         """bf16 autocast, or nothing for fp32."""

@@ -32,6 +32,8 @@ def test_two_deepspeed_processes_follow_the_local_engine(reference: Path, zero_s
     settings = ["run.engine=deepspeed", f"run.zero_stage={zero_stage}", "run.micro_batch=6"]
     run("mim", reference / "recipe.yaml", out, *settings, processes=2)
     assert losses(out) == pytest.approx(losses(reference / "local"), abs=ROUNDING)
+    norms = [[record["grad_norm"] for record in records(folder)] for folder in (out, reference / "local")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     measured, wanted = records(out, "eval")[-1], records(reference / "local", "eval")[-1]
     for name in ("cosine", "cosine_of_mean", "feature_std"):
         assert measured[name] == pytest.approx(wanted[name], abs=2e-4), name
