@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+MAX_RECIPE_VALUES = 10_000
 MAX_RECIPE_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake (or an attack on the YAML reader)."""
 
@@ -26,7 +27,7 @@ class UserError(ValueError):
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)
@@ -59,11 +60,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {path.stat().st_size} bytes is too large for a recipe")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
+    _refuse_bombs(tree, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected settings (name: value), found {type(tree).__name__}")
     return tree
+
+
+def _refuse_bombs(tree: Any, path: Path) -> None:
+    """YAML aliases can make a few lines stand for billions of values, or for a loop."""
+    count, waiting = 0, [tree]
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > MAX_RECIPE_VALUES:
+            raise UserError(f"{path}: more than {MAX_RECIPE_VALUES} values")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -75,7 +87,7 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             raise UserError(f"{assignment!r} is not an override; write section.setting=value")
         try:
             value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{assignment!r}: the value is not readable as YAML: {error}") from None
         put(tree, name, value)
     return tree

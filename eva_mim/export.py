@@ -50,6 +50,11 @@ def write_timm(
     write_json(out / "config.json", config)
 
 
+def unpooled(trunk: nn.Module) -> str:
+    """`global_pool` under which timm keeps a ViT's final norm as `norm`, as a pretraining stage leaves it."""
+    return "token" if getattr(trunk, "cls_token", None) is not None else ""
+
+
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -75,7 +75,10 @@ def content_hash(path: Path) -> str:
 def read_record(folder: Path) -> dict[str, Any]:
     """A stage's lineage record; empty when there is none."""
     file = folder / LINEAGE
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
     return record
 
 
@@ -93,7 +96,7 @@ def seed_trunk(trunk: nn.Module, parent: Parent, classes: tuple[str, ...] | None
     """Copy a parent's weights into a timm model, in place.
 
     Positions are resized to the trunk's grid (timm's antialiased bicubic), a patch kernel by timm's function-preserving
-    rule. A mean-pooled trunk's `fc_norm` starts as the parent's `norm` (timm's rule; EVA starts it fresh). The head is
+    rule. A mean-pooled trunk's `fc_norm` starts as the parent's `norm` (timm's rule; EVA starts it fresh), and back. The head is
     kept when `classes` equals the parent's class list and is new otherwise. Raises UserError when any other tensor is
     missing, left over or of another shape: that is another architecture.
     """
@@ -101,8 +104,11 @@ def seed_trunk(trunk: nn.Module, parent: Parent, classes: tuple[str, ...] | None
     state = trunk.state_dict()
     head = _head_prefix(trunk)
     given = dict(parent.weights)
-    if "fc_norm.weight" in state and "fc_norm.weight" not in given:
-        given |= {name.replace("norm.", "fc_norm.", 1): given.pop(name) for name in ("norm.weight", "norm.bias") if name in given}
+    for here, there in (("fc_norm", "norm"), ("norm", "fc_norm")):
+        if f"{here}.weight" in state and f"{here}.weight" not in given:
+            for leaf in ("weight", "bias"):
+                if f"{there}.{leaf}" in given:
+                    given[f"{here}.{leaf}"] = given.pop(f"{there}.{leaf}")
     same_classes = classes is not None and list(classes) == parent.record.get("classes")
     wrong = []
     for name, value in state.items():

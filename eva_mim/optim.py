@@ -23,7 +23,7 @@ class OptimSettings(Settings):
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
     """Linear rise from 0 to `lr`."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0.0)] = 1e-6
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Factor on the learning rate per layer below the head: layer id of D + 1 gets layer_decay^(D + 1 - id)."""

@@ -107,7 +107,7 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
                 assignments.append(rest)
             elif head not in names:
                 assignments.append(text)
-        assignments += [f"{setting}={value}" for setting, value in _parents(stage, out).items()]
+        assignments += [f"{setting}={json.dumps(value)}" for setting, value in _parents(stage, out).items()]
         model = lookup(PROGRAMS, stage.program, "program").StageRecipe
         try:
             tree = read_yaml(stage.recipe)

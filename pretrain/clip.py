@@ -54,7 +54,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.assemble import eval_loader, seed_from, train_loader
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate import ClipEvaluator
-    from eva_mim.export import grid_of, part, write_timm
+    from eva_mim.export import grid_of, part, unpooled, write_timm
     from eva_mim.files import write_json, write_weights
     from eva_mim.loop import Parts
     from eva_mim.objectives.contrastive import Contrastive
@@ -76,7 +76,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         trunk = part(weights, "model.visual.trunk.")
-        write_timm(out, student.trunk, recipe.student, trunk, global_pool="token")
+        write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk))
         write_weights(out / "open_clip_model.safetensors", part(weights, "model."))
         write_json(out / "open_clip_config.json", student.open_clip_config())
 

@@ -47,7 +47,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.data.masking import BlockMask
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate import MaskedFeatureEvaluator
-    from eva_mim.export import grid_of, part, write_timm
+    from eva_mim.export import grid_of, part, unpooled, write_timm
     from eva_mim.files import write_weights
     from eva_mim.loop import Parts
     from eva_mim.stage import Built
@@ -71,7 +71,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
-        write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool="token")
+        write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk))
         write_weights(out / "head.safetensors", {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, mask=mask)

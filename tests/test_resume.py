@@ -38,7 +38,12 @@ def stop_at(step: int, number: signal.Signals, program: str, recipe: Path, out: 
 
 @pytest.mark.parametrize(
     ("program", "tree", "number"),
-    [("mim", MIM, signal.SIGKILL), ("mim", MIM, signal.SIGTERM), ("clip", CLIP, signal.SIGKILL), ("classify", CLASSIFY, signal.SIGUSR1)],
+    [
+        ("mim", MIM, signal.SIGKILL),
+        ("mim", MIM, signal.SIGTERM),
+        ("clip", CLIP, signal.SIGKILL),
+        ("classify", CLASSIFY, signal.SIGUSR1),
+    ],
 )
 def test_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path, program: str, tree: dict[str, Any], number: signal.Signals

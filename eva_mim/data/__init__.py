@@ -71,12 +71,19 @@ class ViewSettings(Settings):
 
     crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random crop, as a share of the image."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the random crop."""
     flip: Share = 0.5
     """Probability of a mirror image."""
     randaugment: str | None = None
     """timm's RandAugment by its config string, such as "rand-m9-mstd0.5-inc1"."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> ViewSettings:
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if low > high:
+                raise ValueError(f"view.{name}: [{low}, {high}] must rise")
+        return self
 
 
 class MaskSettings(Settings):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ from eva_mim.contracts import Batch, Sample, Source
 from eva_mim.data.masking import BlockMask
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.distributed import rank, world_size
+from eva_mim.log import say
 from eva_mim.rng import derive
 
 REPLACEMENTS = 20
@@ -39,6 +43,12 @@ class Item(NamedTuple):
     broken: tuple[str, ...]
 
 
+class Failure(NamedTuple):
+    """A reason to stop, on its way to the main process."""
+
+    text: str
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What is made of a sample. `templates` serve where a sample has no caption of its own."""
@@ -51,13 +61,19 @@ class Preparation:
     training: bool = True
 
 
-class Reader(Dataset["Item | str"]):
+class Reader(Dataset["Item | str | Failure"]):
     """Place -> Item; every random choice comes from (seed, epoch, index). A broken held-out record -> its fault."""
 
     def __init__(self, source: Source, preparation: Preparation):
         self.source, self.preparation = source, preparation
 
-    def __getitem__(self, place: Place) -> Item | str:
+    def __getitem__(self, place: Place) -> Item | str | Failure:
+        try:
+            return self._item(place)
+        except UserError as error:  # raised in the main process: an exception in a worker leaves the worker behind
+            return Failure(str(error))
+
+    def _item(self, place: Place) -> Item | str:
         sample, index, broken = self._read(place)
         if sample is None:
             return broken[0]
@@ -90,11 +106,14 @@ class Reader(Dataset["Item | str"]):
         return template.replace("{}", self.source.classes[sample.label])
 
 
-def collate(read: list[Item | str]) -> Batch | None:
-    """Stack items; views after the first are the teacher's. None when nothing was readable."""
+def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
+    """Stack items; views after the first are the teacher's. The faults alone when nothing was readable."""
+    if failures := [item for item in read if isinstance(item, Failure)]:
+        return failures[0]
     items = [item for item in read if isinstance(item, Item)]
+    faults = [item for item in read if isinstance(item, str)]
     if not items:
-        return None
+        return faults
     first = items[0]
     masked = torch.stack([item.masked for item in items if item.masked is not None]) if first.masked is not None else None
     return Batch(
@@ -105,7 +124,7 @@ def collate(read: list[Item | str]) -> Batch | None:
         masked_index=masked.flatten().nonzero()[:, 0] if masked is not None else None,
         labels=torch.tensor([item.label for item in items]) if first.label is not None else None,
         texts=torch.stack([item.text for item in items if item.text is not None]) if first.text is not None else None,
-        broken=sum((item.broken for item in items), tuple(fault for fault in read if isinstance(fault, str))),
+        broken=sum((item.broken for item in items), tuple(faults)),
     )
 
 
@@ -116,8 +135,22 @@ def _quiet_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _batches(reader: Reader, places: Sequence[list[Place]] | Iterator[list[Place]], workers: int) -> Iterator[Batch]:
-    loader: DataLoader[Item | str] = DataLoader(
+@cache
+def _reap_at_exit() -> None:
+    # multiprocessing would wait at exit for workers that a failure left behind, and these ignore its SIGTERM.
+    atexit.register(_reap)
+
+
+def _reap() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _batches(
+    reader: Reader, places: Sequence[list[Place]] | Iterator[list[Place]], workers: int
+) -> Iterator[Batch | list[str]]:
+    _reap_at_exit()
+    loader: DataLoader[Item | str | Failure] = DataLoader(
         reader,
         batch_sampler=places,  # type: ignore[arg-type]  # torch's stub wants int indices; it passes on anything
         num_workers=workers,
@@ -126,10 +159,10 @@ def _batches(reader: Reader, places: Sequence[list[Place]] | Iterator[list[Place
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    try:
-        yield from (batch for batch in loader if batch is not None)
-    except UserError as error:  # torch wraps a worker's exception in its traceback
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    for batch in loader:
+        if isinstance(batch, Failure):
+            raise UserError(batch.text)
+        yield batch
 
 
 class TrainLoader:
@@ -143,6 +176,7 @@ class TrainLoader:
         """Micro-batches of each step first .. last - 1. Steps run on through epochs: loading never pauses."""
         step: list[Batch] = []
         for batch in _batches(self._reader, self._order.micro_steps(first, last), self._workers):
+            assert isinstance(batch, Batch)  # a broken training image is replaced
             step.append(batch)
             if len(step) == self._order.micro_batches:
                 yield step
@@ -156,6 +190,9 @@ class EvalLoader:
         assert not preparation.training
         self._reader, self._batch, self._workers = Reader(source, preparation), batch, workers
         count = min(len(source), limit or len(source))
+        if count < world_size():
+            raise UserError(f"{count} held-out images are too few for {world_size()} processes")
+        self._named: set[str] = set()
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # spread: a folder is sorted by class
         self._indices = [int(index) for index in chosen[rank() :: world_size()]]
         self.classes = source.classes
@@ -163,4 +200,10 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
-        yield from _batches(self._reader, places, self._workers)
+        for batch in _batches(self._reader, places, self._workers):
+            faults = batch.broken if isinstance(batch, Batch) else batch
+            for fault in sorted(set(faults) - self._named):
+                say(f"  broken held-out image left out: {fault}")
+            self._named.update(faults)
+            if isinstance(batch, Batch):
+                yield batch

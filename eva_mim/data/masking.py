@@ -8,6 +8,7 @@ import random
 import numpy as np
 import numpy.typing as npt
 
+from eva_mim.config import UserError
 from eva_mim.contracts import Grid
 from eva_mim.data import MaskSettings
 
@@ -27,7 +28,9 @@ class BlockMask:
         self.grid = grid
         self.cells = grid[0] * grid[1]
         self.ceiling = max(1, round(settings.ratio * self.cells))
-        self.min_block = settings.min_block or max(1, self.cells // 16)
+        self.min_block = settings.min_block or min(self.ceiling, max(1, self.cells // 16))
+        if self.min_block > self.ceiling:
+            raise UserError(f"mask.min_block={self.min_block} is above the ceiling of {self.ceiling} patches")
         self.log_aspect = math.log(settings.min_aspect)
 
     def __call__(self, rng: random.Random) -> npt.NDArray[np.bool_]:

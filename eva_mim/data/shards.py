@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,8 +23,8 @@ from eva_mim.contracts import Sample
 from eva_mim.data import DataSettings
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-MAX_UNPACKED_RATIO = 1100
-"""gzip cannot compress better than about 1032 : 1; more than this is not a gzip file we wrote (or a bomb)."""
+MAX_UNPACKED_RATIO = 100
+"""A tar of small images packs about 8 : 1, most of it padding; gzip itself stops at 1032 : 1, and a bomb is near that."""
 MAX_UNPACKED_BYTES = 64 * 2**30
 
 
@@ -96,6 +97,8 @@ def open_shards(settings: DataSettings, split: str) -> ShardSource | None:
         return None
     if not settings.root.is_dir():
         raise UserError(f"data.root: {settings.root} is not a folder")
+    if Path(pattern or "").is_absolute():
+        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={settings.root}")
     paths = sorted(settings.root.glob(pattern or "*.tar*"))
     if not paths:
         raise UserError(f"data.{split}: no shard matches {settings.root / (pattern or '*.tar*')}")
@@ -158,7 +161,7 @@ def plain_tar(path: Path) -> Path:
                     raise UserError(f"{path}: unpacks to an absurd size; refused")
                 plain.write(block)
         temporary.replace(target)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a readable .tar.gz: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -167,18 +170,25 @@ def plain_tar(path: Path) -> Path:
 
 def shard_index(tar: Path) -> list[tuple[str, dict[str, Member]]]:
     """(key, members by extension) of each record of a plain tar; cached. Raises UserError for a broken tar."""
-    target = _cached(tar, ".json")
+    target = _cached(tar, ".index2.json")
     if target.exists():
         stored = json.loads(target.read_text())
         return [(key, {ext: Member(*place) for ext, place in members.items()}) for key, members in stored]
     records: dict[str, dict[str, Member]] = {}
+    end = 0
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                key, dot, extension = member.name.rpartition("/")[2].partition(".")
+                end = member.offset_data + member.size
+                folder, slash, name = member.name.rpartition("/")
+                key, dot, extension = name.partition(".")
                 if member.isfile() and dot:
                     place = Member(member.offset_data, member.size)
-                    records.setdefault(key, {})[extension.lower()] = place
+                    records.setdefault(folder + slash + key, {})[extension.lower()] = place
+        with tar.open("rb") as raw:
+            raw.seek(-(-end // 512) * 512)
+            if raw.read(512).strip(b"\0"):
+                raise tarfile.ReadError("damaged or cut header")
     except tarfile.TarError as error:
         raise UserError(f"{tar}: not a readable tar: {error}") from None
     index = list(records.items())

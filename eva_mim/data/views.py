@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eva_mim.config import UserError
 from eva_mim.data import ViewSettings
 from eva_mim.rng import isolated
 
@@ -36,7 +37,8 @@ class TrainView:
         seed = rng.getrandbits(62)
         views = []
         for size in self.sizes:
-            view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            # Cropped first: with resize(box=...) the filter would reach over the edge of the crop.
+            view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
             if mirror:
                 view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if self._augment is not None:
@@ -71,7 +73,7 @@ def crop_box(
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
             return left, top, left + w, top + h
     w = min(width, round(height * ratio[1]))
     h = min(height, round(width / ratio[0]))
@@ -88,5 +90,8 @@ def _randaugment(config: str) -> Callable[[Image.Image], Image.Image]:
     from timm.data.auto_augment import rand_augment_transform
 
     parameters: dict[str, Any] = {"translate_const": 8, "img_mean": (124, 116, 104)}
-    augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(config, parameters)
+    try:
+        augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(config, parameters)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"view.randaugment: {config!r} is not a timm RandAugment string: {error}") from None
     return augment

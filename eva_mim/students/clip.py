@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import CustomTextCLIP
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
@@ -123,7 +124,7 @@ def text_tower(settings: TextSettings) -> tuple[dict[str, Any], dict[str, Tensor
         name, weights = settings.init_from, settings.weights
     try:
         model = open_clip.create_model(name, pretrained=weights, weights_only=True)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"student.text: {settings.init_from} with weights {settings.weights}: {error}") from None
     if not hasattr(model, "text"):
         model = open_clip.model.convert_to_custom_text_state_dict(model.state_dict())

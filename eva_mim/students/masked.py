@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
@@ -25,9 +26,9 @@ class MaskedStudent(nn.Module):
         refusal = f"student.name: {settings.name} is not a plain ViT with patch tokens; it cannot be masked"
         if not has_tokens(settings):
             raise UserError(refusal)
-        self.trunk = build_trunk(settings, num_classes=0, global_pool="token")
+        self.trunk = build_trunk(settings, num_classes=0, global_pool="")
         embed: Any = getattr(self.trunk, "patch_embed", None)
-        if getattr(embed, "grid_size", None) is None:
+        if getattr(embed, "grid_size", None) is None or not isinstance(embed, PatchEmbed):
             raise UserError(refusal)
         self.image_size = input_size(self.trunk, settings)
         self.grid: Grid = (embed.grid_size[0], embed.grid_size[1])

@@ -71,3 +71,19 @@ def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
     if grid_size is None or grid_size[0] * grid_size[1] != patches.shape[1]:
         raise UserError(f"{type(trunk).__name__}: {patches.shape[1]} patch tokens, but the trunk does not say its grid")
     return patches, (grid_size[0], grid_size[1])
+
+
+def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B, N, C]: what `head` (the trunk's pooling, last norm and projection) makes of each patch alone.
+
+    Each of the [B, N, D] `tokens` goes through as a map of one cell, or a sequence of one patch behind copies of itself in
+    the places of class and register tokens. `features` is what the tokens came from: it tells the layout.
+    """
+    batch, count, width = tokens.shape
+    single = tokens.reshape(batch * count, 1, width)
+    if features.ndim == 4:
+        nhwc = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        single = single.reshape(-1, 1, 1, width) if nhwc else single.reshape(-1, width, 1, 1)
+    else:
+        single = single.expand(-1, getattr(trunk, "num_prefix_tokens", 0) + 1, -1)
+    return head(single).reshape(batch, count, -1)

@@ -9,12 +9,13 @@ import open_clip
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.config import UserError
 from eva_mim.contracts import Features
-from eva_mim.teachers.frozen import FrozenTeacher, tokens_and_grid
+from eva_mim.teachers.frozen import FrozenTeacher, per_patch, tokens_and_grid
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -34,6 +35,8 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
     """The tower of a finished clip stage of ours. Raises UserError when the folder does not hold one."""
     if not (Path(settings.name) / CONFIG).is_file():
         raise UserError(f"teacher.name: {settings.name} has no {CONFIG}; it must be the folder of a finished clip stage")
+    if not (Path(settings.name) / "open_clip_model.safetensors").is_file():
+        raise UserError(f"teacher.name: {settings.name} has no open_clip_model.safetensors")
     return _teacher(settings, f"local-dir:{settings.name}", None)
 
 
@@ -41,7 +44,7 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
     options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
     try:
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True, **options)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"teacher {settings.name} with weights {settings.weights}: {error}") from None
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
@@ -78,16 +81,12 @@ def _timm_tower(visual: TimmModel) -> Any:
     if "pool" in dict(visual.head.named_children()) or getattr(trunk, "attn_pool", None) is not None:
         raise UserError("teacher: an attention-pooled tower has no projected patch features")
 
-    def per_patch(tokens: Tensor) -> Tensor:
-        # What timm's forward_head does after pooling, applied to every patch: pooling and these commute.
-        tokens = getattr(trunk, "fc_norm", nn.Identity())(tokens)
-        if isinstance(getattr(trunk, "head", None), nn.Linear):
-            tokens = trunk.head(tokens)
-        return torch.as_tensor(visual.head(tokens))
+    def head(features: Tensor) -> Tensor:
+        return torch.as_tensor(visual.head(trunk.forward_head(features)))
 
     def tower(images: Tensor) -> Features:
         features = trunk.forward_features(images)
         tokens, grid = tokens_and_grid(features, trunk)
-        return Features(visual.head(trunk.forward_head(features)), per_patch(tokens), grid)
+        return Features(head(features), per_patch(features, tokens, trunk, head), grid)
 
     return tower

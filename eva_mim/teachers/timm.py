@@ -11,7 +11,7 @@ from torch import Tensor
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.config import UserError
 from eva_mim.contracts import Features
-from eva_mim.teachers.frozen import FrozenTeacher, tokens_and_grid
+from eva_mim.teachers.frozen import FrozenTeacher, per_patch, tokens_and_grid
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -34,10 +34,14 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
         raise UserError(f"teacher {settings.name} with weights {settings.weights}: {error}") from None
     config = trunk.pretrained_cfg
 
+    def head(output: Tensor) -> Tensor:
+        pooled: Tensor = trunk.forward_head(output, pre_logits=True)
+        return pooled
+
     def features(images: Tensor) -> Features:
         output = trunk.forward_features(images)
         tokens, grid = tokens_and_grid(output, trunk)
-        return Features(trunk.forward_head(output, pre_logits=True), tokens, grid)
+        return Features(head(output), per_patch(output, tokens, trunk, head), grid)
 
     return FrozenTeacher(
         trunk,
