@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from eva_mim.config import Settings, UserError, override, parse, read_yaml
@@ -107,7 +108,7 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
                 assignments.append(rest)
             elif head not in names:
                 assignments.append(text)
-        assignments += [f"{setting}={json.dumps(value)}" for setting, value in _parents(stage, out).items()]
+        assignments += [f"{setting}={_plain(value)}" for setting, value in _parents(stage, out).items()]
         model = lookup(PROGRAMS, stage.program, "program").StageRecipe
         try:
             tree = read_yaml(stage.recipe)
@@ -143,7 +144,15 @@ def _parents(stage: StageEntry, out: Path) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
+    """Text that YAML reads back as `value`; quoted only where it must be."""
+    return value if isinstance(value, str) and _reads_back(value) else json.dumps(value)
+
+
+def _reads_back(text: str) -> bool:
+    try:
+        return bool(yaml.safe_load(text) == text)
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def run_pipeline(path: str, overrides: list[str], out: Path) -> None:

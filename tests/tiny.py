@@ -31,7 +31,7 @@ def write_recipe(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") 
     """A recipe file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 

@@ -49,7 +49,8 @@ class ClipStudent(nn.Module):
             },
             "text_cfg": text,
         }
-        self.model = CustomTextCLIP(**self.config)
+        # A vector of one: DeepSpeed cannot broadcast a scalar parameter.
+        self.model = CustomTextCLIP(**self.config, nonscalar_logit_scale=True)
         if text_weights:
             # text_projection belongs to the space that is being learned; EVA-CLIP's skip list leaves it out as well
             reused = {name: value for name, value in text_weights.items() if name != "text_projection"}
@@ -73,7 +74,7 @@ class ClipStudent(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image features [B, C], unit text features [B, C], logit scale (not its logarithm)."""
         image, text, _ = self.model(normalise(images, self.mean, self.std), texts)
-        raw = self.model.logit_scale
+        raw = self.model.logit_scale.reshape(())
         # The gradient passes the clamp: with ZeRO the stored value cannot be clamped between steps.
         scale = (raw + (raw.clamp(0, MAX_LOGIT_SCALE) - raw).detach()).exp()
         return image, text, scale
@@ -87,6 +88,11 @@ class ClipStudent(nn.Module):
         """[B, C] unit features of [B, L] token ids."""
         features: Tensor = self.model.encode_text(texts, normalize=True)
         return features
+
+    def open_clip_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's part of `weights` as open_clip expects it: the logit scale is a scalar there."""
+        state = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        return state | {"logit_scale": state["logit_scale"].reshape(()).clamp(0, MAX_LOGIT_SCALE)}
 
     def open_clip_config(self) -> dict[str, Any]:
         """Content of `open_clip_config.json`: with it `open_clip.create_model("local-dir:...")` opens the stage."""
