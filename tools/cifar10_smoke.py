@@ -19,14 +19,14 @@ from eva_mim.cli import main as eva_mim
 Metrics = dict[str, dict[str, float]]
 
 CHECKS: list[tuple[str, Callable[[Metrics], float], float]] = [
-    ("teacher zero-shot top-1", lambda m: m["clip_teacher"]["zeroshot_top1"], 30.0),
-    ("held-out cosine above that of the mean target", lambda m: m["mim"]["cosine"] - m["mim"]["cosine_of_mean"], 0.05),
-    ("k-NN top-1 after masked pretraining", lambda m: m["mim"]["knn_top1"], 20.0),
+    ("teacher zero-shot top-1", lambda m: m["clip_teacher"]["zeroshot_top1"], 40.0),
+    ("held-out cosine above that of the mean target", lambda m: m["mim"]["cosine"] - m["mim"]["cosine_of_mean"], 0.1),
+    ("k-NN top-1 after masked pretraining", lambda m: m["mim"]["knn_top1"], 30.0),
     ("spread of features (0 = collapsed)", lambda m: m["mim"]["feature_std"], 0.3),
-    ("zero-shot points, seeded over scratch", lambda m: m["clip"]["zeroshot_top1"] - m["clip_scratch"]["zeroshot_top1"], 0.0),
-    ("target points, seeded over scratch", lambda m: m["target"]["top1"] - m["target_scratch"]["top1"], 0.0),
+    ("zero-shot points, seeded over scratch", lambda m: m["clip"]["zeroshot_top1"] - m["clip_scratch"]["zeroshot_top1"], 5.0),
+    ("target points, seeded over scratch", lambda m: m["target"]["top1"] - m["target_scratch"]["top1"], 5.0),
 ]
-"""(what, figure, lower bound). README lists the measured figures of three seeds; bounds lie below their least."""
+"""(what, figure, lower bound). Measured with seed 0: 52.1, 0.166, 41.7, 0.67, +16.7 and +14.5."""
 
 
 def measure(data: Path, out: Path, seed: int) -> Metrics:
