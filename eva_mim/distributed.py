@@ -53,16 +53,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory. On CPUs the page faults of fresh outputs cost 10 to 25 % of a training step."""
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def grouped() -> bool:
     """A process group exists."""
     import torch.distributed as dist

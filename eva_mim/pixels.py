@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,13 @@ from torch import Tensor
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[B, 3, H, W] uint8 or float in 0..255 -> float32 (x / 255 - mean) / std, channels last in memory (the faster
     layout for convolutions, on CPUs by a quarter)."""
-    shape = (1, -1, 1, 1)
-    scale = torch.tensor([255.0 * s for s in std]).reshape(shape).to(images.device, non_blocking=True)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).reshape(shape)
+    scale, shift = _scale_and_shift(mean, std, images.device)
     pixels = images.to(memory_format=torch.channels_last).float()
-    return pixels / scale - shift.to(images.device, non_blocking=True)
+    return pixels / scale - shift
+
+
+@cache  # made once for each network and device: a copy to a GPU in every step would make the host wait
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    scale = torch.tensor([255.0 * s for s in std], device=device)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import eva_mim
 from eva_mim import checkpoint
 from eva_mim.config import UserError, as_tree, differences, digest
 from eva_mim.contracts import Teacher
-from eva_mim.distributed import barrier, is_main, keep_freed_memory, pick_device, setup, world_size
+from eva_mim.distributed import barrier, is_main, pick_device, setup, world_size
 from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
 from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
@@ -90,7 +92,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     device = pick_device(recipe.run.device)
     setup(device)
     if device.type == "cpu":
-        keep_freed_memory()
+        _keep_freed_memory()
     seed_all(derive(recipe.run.seed, "initialisation"))
     built = build(recipe, device)
     if is_main():  # from here on the folder belongs to this run
@@ -133,6 +135,14 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     record = read_record(out)
     say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
     return record
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory. On CPUs the page faults of fresh outputs cost 10 to 25 % of a training step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _record(plan: Plan) -> dict[str, Any]:

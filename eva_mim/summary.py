@@ -12,13 +12,10 @@ from rich.table import Table
 from eva_mim.files import write_text
 from eva_mim.handover import read_record
 from eva_mim.log import duration
+from eva_mim.students import small
 
 if TYPE_CHECKING:
     from eva_mim.pipeline import PlannedStage
-
-
-SMALL = ("vit_nano_patch4_32", "vit_mini_patch4_32", "convnet_nano_32", "convnet_mini_32")
-"""Architectures of our own (eva_mim/students/small.py)."""
 
 
 def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str]]) -> None:
@@ -78,7 +75,9 @@ def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
 def _python(stage: PlannedStage) -> list[str]:
     config = json.loads((stage.out / "config.json").read_text())
     name, architecture = stage.entry.name, config["architecture"]
-    own = ["import eva_mim.students.small  # makes the small architectures known to timm"] if architecture in SMALL else []
+    own = ["import eva_mim.students.small  # makes the small architectures known to timm"]
+    if architecture not in small.default_cfgs:
+        own = []
     if stage.entry.program == "clip":
         return [*own, f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")']
     return [*own, f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)']

@@ -59,7 +59,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.loop import Parts
     from eva_mim.objectives.contrastive import Contrastive
     from eva_mim.stage import Built
-    from eva_mim.students.clip import ClipStudent
+    from eva_mim.students.clip import ClipStudent, as_open_clip
     from eva_mim.task import ImageText
 
     splits = open_splits(recipe.data)
@@ -77,7 +77,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         trunk = part(weights, "model.visual.trunk.")
         write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk))
-        write_weights(out / "open_clip_model.safetensors", student.open_clip_weights(weights))
+        write_weights(out / "open_clip_model.safetensors", as_open_clip(part(weights, "model.")))
         write_json(out / "open_clip_config.json", student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)

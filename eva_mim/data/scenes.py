@@ -39,7 +39,6 @@ class Thing(NamedTuple):
     colour: str
 
 
-
 class SceneSource:
     """`size` pictures of two things each; the first one gives the label."""
 

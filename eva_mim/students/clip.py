@@ -89,11 +89,6 @@ class ClipStudent(nn.Module):
         features: Tensor = self.model.encode_text(texts, normalize=True)
         return features
 
-    def open_clip_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's part of `weights` as open_clip expects it: the logit scale is a scalar there."""
-        state = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-        return state | {"logit_scale": state["logit_scale"].reshape(()).clamp(0, MAX_LOGIT_SCALE)}
-
     def open_clip_config(self) -> dict[str, Any]:
         """Content of `open_clip_config.json`: with it `open_clip.create_model("local-dir:...")` opens the stage."""
         vision = {**self.config["vision_cfg"], "timm_drop_path": None}
@@ -102,6 +97,11 @@ class ClipStudent(nn.Module):
             "preprocess_cfg": {"size": self.image_size, "mean": self.mean, "std": self.std,
                                "interpolation": "bicubic", "resize_mode": "shortest"},
         }
+
+
+def as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights as open_clip's own models hold them: the logit scale is a scalar, and within its bounds."""
+    return state | {"logit_scale": state["logit_scale"].reshape(()).clamp(0, MAX_LOGIT_SCALE)}
 
 
 def text_tower(settings: TextSettings) -> tuple[dict[str, Any], dict[str, Tensor]]:
