@@ -9,7 +9,7 @@ from torch import nn
 from eva_mim.contracts import Source
 from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
-from eva_mim.data.masking import BlockMask
+from eva_mim.data.masking import Mask
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.views import EvalView, TrainView
 from eva_mim.distributed import rank, world_size
@@ -22,7 +22,7 @@ def train_loader(
     source: Source,
     sizes: Sequence[int],
     view: ViewSettings,
-    mask: BlockMask | None = None,
+    mask: Mask | None = None,
     tokenize: Tokenize | None = None,
 ) -> TrainLoader:
     """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
@@ -43,7 +43,7 @@ def eval_loader(
     recipe: Recipe,
     source: Source,
     sizes: Sequence[int],
-    mask: BlockMask | None = None,
+    mask: Mask | None = None,
     tokenize: Tokenize | None = None,
     limit: int | None = None,
 ) -> EvalLoader:

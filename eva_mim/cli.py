@@ -1,4 +1,7 @@
-"""`eva-mim`: one command for the stages and for the pipeline. Nothing heavy is imported before it is needed."""
+"""`eva-mim`: one command for stages, pipelines, and for looking at teachers and runs.
+
+Nothing heavy is imported before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,12 @@ SUMMARIES = {
     "classify": "fine-tuning of a classifier (the broad and the target stage)",
     "probe": "linear probe on frozen features",
     "pipeline": "all stages of a pipeline file, in order",
+    "teacher": "look at a teacher before training with it",
+    "evaluate": "measure a run's newest checkpoint again",
+    "replay": "run the last step of a diverged run again",
 }
+OTHERS = {"teacher": "eva_mim.teacher_check", "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay"}
+"""Commands that are no stages: modules with `main(argv)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _pipeline(rest)
     from eva_mim.registry import PROGRAMS, lookup
 
-    code: int = lookup(PROGRAMS, command, "command").main(rest)
+    code: int = lookup(PROGRAMS | OTHERS, command, "command").main(rest)
     return code
 
 

@@ -1,6 +1,6 @@
 """The words of the project: what crosses a function boundary. The file to read first.
 
-Shape legend, used in every docstring: B images, H x W pixels, N patches (N = grid rows x grid columns), M masked
+Shape legend, used in every docstring: B images, H x W pixels, N patches (N = grid rows x grid columns), M predicted
 patches of the whole batch, D student width, C target width, K classes, L text tokens.
 Pixels travel as uint8 and each network normalises them with its own mean and std, so that one crop serves them all.
 """
@@ -55,8 +55,9 @@ class Batch:
     """[B, 3, H', W'] uint8, the same crop at the teacher's size; None when that is the student's size."""
     masked: Tensor | None = None
     """[B, N] bool, True where the student does not see the patch."""
-    masked_index: Tensor | None = None
-    """[M] int64, positions of the masked patches in the flattened [B * N]: gathering needs no host sync."""
+    target_index: Tensor | None = None
+    """[M] int64, positions in the flattened [B * N] of the patches that are predicted: the masked ones. An index needs no
+    host sync, unlike a boolean. None with `masked`: nothing is hidden and every patch is predicted."""
     labels: Tensor | None = None
     """[B] int64."""
     texts: Tensor | None = None
@@ -94,6 +95,10 @@ class StepOutput(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
 
+    def with_metrics(self, **more: Tensor | None) -> StepOutput:
+        """The same loss with more metrics; None is left out."""
+        return StepOutput(self.loss, self.metrics | {name: value for name, value in more.items() if value is not None})
+
 
 class Teacher(Protocol):
     """A frozen network that knows its own input. Never a submodule of what an engine wraps."""
@@ -107,6 +112,8 @@ class Teacher(Protocol):
     def __call__(self, images: Tensor) -> Features: ...
     def to(self, device: Any) -> Teacher: ...
     def fingerprint(self) -> str: ...
+    def facts(self) -> dict[str, Any]:
+        """What it is and what it reads off itself (sizes, layer, norm, projection), for the record."""
 
 
 class Student(Protocol):
@@ -140,13 +147,26 @@ class Evaluator(Protocol):
     def __call__(self, student: nn.Module, autocast: Callable[[], Any]) -> dict[str, float]: ...
 
 
+class Rates(NamedTuple):
+    """What an engine puts into its parameter groups before a step."""
+
+    lr: float
+    """For groups with `lr_scale` 1."""
+    weight_decay: float
+    """For groups with `decays`."""
+
+
 class Engine(Protocol):
     """Makes a task run: forward, backward, optimizer, on one process or many."""
 
     module: nn.Module
 
-    def step(self, task: Task, batches: list[Batch], lr: float) -> StepOutput:
-        """One optimizer update from this process's micro-batches; metrics include `grad_norm`."""
+    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
+        """One optimizer update from this process's micro-batches.
+
+        A loss or gradient that is not finite on any rank leaves the weights alone on all. Metrics: `grad_norm`, `skipped`
+        (1 for such a step), `loss_scale` (fp16), and with `watch` `update_ratio`, the norm of the update over the weights'.
+        """
 
     def weights(self) -> Mapping[str, Tensor]:
         """Whole fp32 weights on the CPU (empty on ranks other than 0). Every rank must call."""
@@ -156,6 +176,9 @@ class Engine(Protocol):
 
     def autocast(self) -> Any:
         """Context with the precision of the forward pass."""
+
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass (1 but for fp16)."""
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
@@ -167,3 +190,6 @@ class TrainData(Protocol):
     steps_per_epoch: int
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]: ...
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        """Epoch, index and key of each sample of a step, over all ranks."""
+    def key(self, index: int) -> str: ...

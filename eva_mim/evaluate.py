@@ -9,19 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eva_mim import features
 from eva_mim.contracts import Batch
 from eva_mim.distributed import all_gather_rows, all_reduce_sum
+from eva_mim.features import CHUNK
+from eva_mim.log import say
 from eva_mim.task import MaskedFeatures
 
 Autocast = Callable[[], Any]
-KNN_TEMPERATURE = 0.07
-"""Weight of a neighbour is exp(cosine / 0.07) (Wu et al. 2018, section 3.4; used by DINO and RADIO alike)."""
-CHUNK = 1024
-"""Rows of a similarity matrix held at once."""
 
 
 class MaskedFeatureEvaluator:
-    """Held-out cosine with fixed masks, k-NN accuracy where labels exist, and the spread of features."""
+    """Whether masked pretraining works: held-out cosine, and what can be read off the features of whole images."""
 
     headline = "cosine"
 
@@ -31,60 +30,113 @@ class MaskedFeatureEvaluator:
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
         self._mean_target: float | None = None
 
-    def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]:
-        """`cosine`; `cosine_of_mean`: that of always predicting the best constant; `feature_std`: 1 when unit features
-        fill the sphere evenly, 0 when they have collapsed; `knn_top1` in percent."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        direction: Tensor | None = None
-        summaries, labels = [], []
+    def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
+        """`cosine`: with the held-out masks, which are of the training's kind; `cosine_stripes`: with every other patch hidden,
+        as the original validates (EVA-01/eva/engine_for_pretraining.py), for students that take any mask; `cosine_of_mean`:
+        that of always predicting the best constant; `feature_std`, `effective_rank`: see `features.py`; `knn_top1`,
+        `knn_class_top1`, `ridge_top1`: percent, by the mean of the patches and by the class token, where labels exist."""
+        found = _Sums(self.device)
+        rows, labels = [], []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
-                prediction = student(batch.images, batch.masked, batch.masked_index)
-                target = self.task.targets(batch) if self._mean_target is None else None
-                known = target if target is not None else self.task.targets(batch)
-                summaries.append(student.summary(batch.images).float())  # type: ignore[operator]
-            cosine = F.cosine_similarity(prediction.float(), known.float(), dim=-1)
-            total += torch.tensor([cosine.double().sum(), len(cosine)], dtype=torch.float64, device=self.device)
-            if target is not None:
-                part = F.normalize(target.float(), dim=-1).double().sum(0)
-                direction = part if direction is None else direction + part
+                target = self.task.spatial(batch)
+                index = self.task.index(batch)
+                found.cosine("cosine", student(batch.images, batch.masked, index), target[index])
+                if batch.masked is not None and student.any_mask:
+                    stripes, striped = _stripes(batch)
+                    found.cosine("cosine_stripes", student(batch.images, stripes, striped), target[striped])
+                rows.append(_both(student.features(batch.images)))
+            if self._mean_target is None:
+                found.direction(target[index])
             if batch.labels is not None:
                 labels.append(batch.labels)
-        count = all_reduce_sum(total)
-        if direction is not None:
-            # The constant with the best mean cosine is the mean unit target; its mean cosine is that vector's length.
-            self._mean_target = float(all_reduce_sum(direction).norm() / count[1])
-        features = F.normalize(all_gather_rows(torch.cat(summaries)), dim=-1)
-        result = {
-            "cosine": float(count[0] / count[1]),
-            "cosine_of_mean": self._mean_target or 0.0,
-            "feature_std": float(features.std(0).mean() * features.shape[1] ** 0.5),
+        result = found.means()
+        if self._mean_target is None:
+            self._mean_target = found.length_of_mean()
+        mean, token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
+        assert mean is not None
+        result |= {
+            "cosine_of_mean": self._mean_target,
+            "feature_std": features.spread(mean),
+            "effective_rank": features.effective_rank(mean),
         }
+        if features.collapsed(result["feature_std"], result["effective_rank"]):
+            say(f"  alarm: the features have collapsed (feature_std {result['feature_std']:.3f}, "
+                f"effective_rank {result['effective_rank']:.1f})")
         if self.labelled:
-            bank, bank_labels = self._bank(student, autocast)
-            result["knn_top1"] = knn_accuracy(features, all_gather_rows(torch.cat(labels)), bank, bank_labels)
+            result |= self._labelled(student, autocast, mean, token, all_gather_rows(torch.cat(labels)))
         return result
 
-    def _bank(self, student: nn.Module, autocast: Autocast) -> tuple[Tensor, Tensor]:
-        features, labels = [], []
+    def _labelled(
+        self, student: Any, autocast: Autocast, mean: Tensor, token: Tensor | None, labels: Tensor
+    ) -> dict[str, float]:
+        rows, owned = [], []
         for batch in (batch.to(self.device) for batch in self.bank):
             with autocast():
-                features.append(student.summary(batch.images).float())  # type: ignore[operator]
+                rows.append(_both(student.features(batch.images)))
             assert batch.labels is not None
-            labels.append(batch.labels)
-        return F.normalize(all_gather_rows(torch.cat(features)), dim=-1), all_gather_rows(torch.cat(labels))
+            owned.append(batch.labels)
+        bank, bank_token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
+        assert bank is not None
+        bank_labels = all_gather_rows(torch.cat(owned))
+        result = {
+            "knn_top1": features.knn_accuracy(mean, labels, bank, bank_labels),
+            "ridge_top1": features.ridge_accuracy(mean, labels, bank, bank_labels),
+        }
+        if token is not None and bank_token is not None:
+            result["knn_class_top1"] = features.knn_accuracy(token, labels, bank_token, bank_labels)
+        return result
 
 
-def knn_accuracy(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 20) -> float:
-    """Percent of unit queries [Q, D] whose k nearest of the unit bank [R, D] vote for their label."""
-    classes = int(torch.cat([labels, bank_labels]).max()) + 1
-    right = 0
-    for rows, truth in zip(torch.split(queries, CHUNK), torch.split(labels, CHUNK), strict=True):
-        similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(rows), classes, device=rows.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / KNN_TEMPERATURE).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return 100.0 * right / len(queries)
+class _Sums:
+    """Cosines over patches and ranks."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self._direction: Tensor | None = None
+
+    def cosine(self, name: str, prediction: Tensor, target: Tensor) -> None:
+        """Add the cosines of [M, C] rows to the mean called `name`."""
+        cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1).double()
+        part = torch.stack([cosine.sum(), cosine.new_tensor(len(cosine))])
+        self.sums[name] = self.sums.get(name, 0) + part
+
+    def direction(self, target: Tensor) -> None:
+        """Add [M, C] targets to the mean unit target."""
+        part = F.normalize(target.float(), dim=-1).double().sum(0)
+        self._direction = part if self._direction is None else self._direction + part
+
+    def means(self) -> dict[str, float]:
+        """Mean cosine by name."""
+        names = sorted(self.sums)
+        total = all_reduce_sum(torch.stack([self.sums[name] for name in names]))
+        self._count = float(total[names.index("cosine"), 1])
+        return {name: float(row[0] / row[1]) for name, row in zip(names, total, strict=True)}
+
+    def length_of_mean(self) -> float:
+        """The constant with the best mean cosine is the mean unit target; its mean cosine is that vector's length."""
+        assert self._direction is not None
+        return float(all_reduce_sum(self._direction).norm() / self._count)
+
+
+def _stripes(batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B, N] masks that hide every patch of even number, and their positions in [B * N]."""
+    assert batch.masked is not None
+    hidden = torch.zeros_like(batch.masked)
+    hidden[:, ::2] = True
+    return hidden, torch.arange(hidden.numel(), device=hidden.device)[hidden.flatten()]
+
+
+def _both(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Unit rows in fp32."""
+    mean, token = pair
+    return F.normalize(mean.float(), dim=-1), None if token is None else F.normalize(token.float(), dim=-1)
+
+
+def _gathered(parts: list[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return all_gather_rows(torch.cat(known)) if known else None
 
 
 class ClipEvaluator:

@@ -1,9 +1,10 @@
-"""The one training loop: steps, log lines, evaluations, checkpoints, and a clean stop on a signal."""
+"""The one training loop: steps, log lines, evaluations, checkpoints, rewinds, and a clean stop on a signal."""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ import torch
 
 from eva_mim import checkpoint
 from eva_mim.config import UserError
-from eva_mim.contracts import Engine, Evaluator, StepOutput, Task, TrainData
-from eva_mim.distributed import all_reduce_sum, is_main, rank, world_size
+from eva_mim.contracts import Batch, Engine, Evaluator, Task, TrainData
+from eva_mim.distributed import all_reduce_sum, barrier, is_main, rank, world_size
+from eva_mim.dump import write_dump
 from eva_mim.engine import RunSettings
 from eva_mim.log import RunLog, duration, say
-from eva_mim.optim import OptimSettings, lr_at
+from eva_mim.meter import Meter, Window
+from eva_mim.optim import OptimSettings, rates_at
+from eva_mim.phases import Stopwatch, measuring, phase
 from eva_mim.rng import derive, seed_all
+from eva_mim.stability import Detours, SkipStreak, SpikeAlarm
 
 EMA = "ema.pt"
 MIN_BROKEN = 10
@@ -32,6 +37,10 @@ class Interrupted(Exception):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
+
+
+class Diverged(Exception):
+    """The gradient stays non-finite after every rewind that the settings allow. The text names the dump."""
 
 
 @dataclass
@@ -54,27 +63,6 @@ class Trained:
     seconds: float
 
 
-class Meter:
-    """Sums between two log lines. Tensors stay on the device until the line is due."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.images = 0
-        self.outputs: list[StepOutput] = []
-        self.broken: list[str] = []
-
-    def means(self, device: torch.device) -> tuple[dict[str, float], int]:
-        """(means over steps and ranks, number of broken images over ranks)."""
-        names = sorted(self.outputs[0].metrics)
-        columns = [torch.stack([output.loss for output in self.outputs]).mean()]
-        columns += [torch.stack([output.metrics[name].float() for output in self.outputs]).mean() for name in names]
-        row = torch.stack([*columns, columns[0].new_tensor(float(len(self.broken)))]).to(device, torch.float64)
-        values = all_reduce_sum(row).tolist()
-        means = {name: value / world_size() for name, value in zip(["loss", *names], values, strict=False)}
-        return means, round(values[-1])
-
-
 class Loop:
     """One run of a stage from its last checkpoint (or the start) to its end."""
 
@@ -83,112 +71,164 @@ class Loop:
         self.steps_per_epoch = parts.train.steps_per_epoch
         self.total = run.epochs * self.steps_per_epoch
         self.ema = self._make_ema()
+        self.detours = Detours(out, is_main())
         self.step = self._resume()
-        self.log = RunLog(out, self.step)
-        self.log.write("start", self.step, self.step * run.global_batch, {})
-        self.broken = 0
+        self.alarm, self.stopwatch = SpikeAlarm(), Stopwatch(device.type == "cuda")
+        self.broken = self.skipped = 0
         self.metrics: dict[str, float] = {}
+        self.owes_checkpoint = False
 
     def __call__(self) -> Trained:
-        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images."""
-        started, first = time.perf_counter(), self.step
-        every = self.run.checkpoint_every or self.steps_per_epoch
+        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged."""
+        self.started, self.first = time.perf_counter(), self.step
         say(f"  {self.total} steps of {self.run.global_batch} images, {self.steps_per_epoch} an epoch"
-            + (f"; going on from step {first}" if first else ""))
+            + (f"; going on from step {self.first}" if self.first else ""))
+        self.log = RunLog(self.out, self.step)
+        self.log.write("start", self.step, self.step * self.run.global_batch, {})
+        self.meter = Meter(self.stopwatch)
         self.engine.module.train()
-        with caught_signals() as caught:
-            meter = Meter()
-            for batches in self._loaded(meter, first):
-                self._one_step(batches, meter)
-                due = self.step % self.run.log_every == 0 or self.step == self.total
-                stop = caught[0] if caught and world_size() == 1 else 0
-                if due or stop:
-                    self._write(meter, started, first)
-                    stop = self._agree(caught) if world_size() > 1 else stop
-                    meter = self._fresh(meter)
-                if stop:
-                    self._save()
-                    self.log.close()
-                    raise Interrupted(stop)
-                if self.step % (self.steps_per_epoch * self.run.evaluate_every) == 0 or self.step == self.total:
-                    self._evaluate()
-                if self.step % every == 0 or self.step == self.total:
-                    self._save()
+        with caught_signals() as caught, measuring(self.stopwatch):
+            while self.step < self.total:
+                self._train(caught)
         if not self.metrics:  # resumed after the last step: the figures were not kept in memory
             self._evaluate()
         self.log.close()
-        return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - started)
+        return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
 
-    def _loaded(self, meter: Meter, first: int) -> Iterator[Any]:
-        self._meter = meter
-        waiting = time.perf_counter()
-        for batches in self.parts.train.steps(first, self.total):
-            self._meter.waited += time.perf_counter() - waiting
-            yield [batch.to(self.device) for batch in batches]
-            waiting = time.perf_counter()
+    def _train(self, caught: list[int]) -> None:
+        """Steps until the end, or until the run has been put back to an earlier checkpoint."""
+        streak, recent = SkipStreak(), deque[tuple[int, int]](maxlen=self.run.max_skips)
+        self.meter = Meter(self.stopwatch)
+        last: list[Batch] = []
+        for data_step, batches in self._loaded():
+            streak.note(self._one_step(batches))
+            if streak.length >= self.run.max_skips:  # the flag of the step before this one has come in
+                return self._rewind(list(recent), last)
+            recent.append((self.step - 1, data_step))
+            last = batches
+            due = self.step % self.run.log_every == 0 or self.step == self.total
+            stop = caught[0] if caught and world_size() == 1 else 0
+            if due or stop:
+                self._write()
+                stop = self._agree(caught) if world_size() > 1 else stop
+            if stop:
+                self._save(streak)
+                self.log.close()
+                raise Interrupted(stop)
+            if self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch):
+                self._evaluate()
+            if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
+                self._save(streak)
+        if streak.settle() >= self.run.max_skips:
+            self._rewind(list(recent), last)
 
-    def _fresh(self, old: Meter) -> Meter:
-        self._meter = Meter()
-        return self._meter
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total
 
-    def _one_step(self, batches: list[Any], meter: Meter) -> None:
+    def _loaded(self) -> Iterator[tuple[int, list[Batch]]]:
+        stream = self.detours.stream(self.parts.train, self.step, self.total)
+        while True:
+            with phase("data"):
+                item = next(stream, None)
+            if item is None:
+                return
+            yield item[0], [batch.to(self.device) for batch in item[1]]
+
+    def _one_step(self, batches: list[Batch]) -> torch.Tensor:
         # Whatever a network or an augmentation draws in this step is a function of (seed, step, rank).
         seed_all(derive(self.run.seed, "step", self.step, rank()))
-        lr = lr_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch, epochs=self.run.epochs)
-        meter.outputs.append(self.engine.step(self.parts.task, batches, lr))
-        meter.images += sum(len(batch.index) for batch in batches) * world_size()
-        meter.broken += [fault for batch in batches for fault in batch.broken]
-        self.lr = lr
+        self.rates = rates_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch, epochs=self.run.epochs)
         self.step += 1
+        output = self.engine.step(self.parts.task, batches, self.rates, watch=self._is_due(self.run.log_every))
+        self.meter.outputs.append(output)
+        self.meter.images += sum(len(batch.index) for batch in batches) * world_size()
+        self.meter.broken += [fault for batch in batches for fault in batch.broken]
         if self.ema is not None:
             self.ema.update(self.engine.module, self.step)
+        return output.metrics["skipped"]
 
-    def _write(self, meter: Meter, started: float, first: int) -> None:
-        means, broken = meter.means(self.device)
-        for fault in meter.broken[:20]:
+    def _write(self) -> None:
+        window, faults = self.meter.read(self.device), self.meter.broken
+        self.meter = Meter(self.stopwatch)
+        for fault in faults[:20]:
             say(f"  broken image replaced: {fault}")
-        self.broken += broken
-        elapsed = time.perf_counter() - meter.started
-        left = (time.perf_counter() - started) / (self.step - first) * (self.total - self.step)
+        for spike in self.alarm.feed(window.losses):
+            say(f"  loss spike: {spike:.4f} against a running mean of {self.alarm.mean:.4f}, before step {self.step}")
+        self.broken += round(window.means["broken"])
+        self.skipped += round(window.means["skipped"])
         samples = self.step * self.run.global_batch
-        values = means | {
-            "lr": self.lr,
+        values = window.means | {
+            "lr": self.rates.lr,
+            "weight_decay": self.rates.weight_decay,
             "epoch": self.step / self.steps_per_epoch,
-            "images_per_s": meter.images / elapsed,
-            "data_wait": meter.waited / elapsed,
+            "images_per_s": window.images_per_s,
             "broken": float(self.broken),
+            "skipped": float(self.skipped),
+            "spikes": float(self.alarm.spikes),
         }
-        self.log.write("train", self.step, samples, values)
-        say(f"  step {self.step:>6}/{self.total}  epoch {values['epoch']:6.2f}  loss {means['loss']:8.4f}  "
-            f"lr {self.lr:.2e}  |g| {means['grad_norm']:7.3f}  {values['images_per_s']:7.1f} images/s  "
-            f"data wait {values['data_wait']:4.0%}  left {duration(left)}")
-        seen = samples - first * self.run.global_batch
+        self.log.write("train", self.step, samples, values | {f"time_{name}": share for name, share in window.shares.items()})
+        self._say(values, window)
+        seen = samples - self.first * self.run.global_batch
         if self.broken > max(MIN_BROKEN, self.parts.max_broken * seen):
             raise UserError(
                 f"{self.broken} of {seen} images are broken, more than data.max_broken={self.parts.max_broken:.2%}; "
-                f"the last: {(meter.broken or ['on another rank'])[-1]}"
+                f"the last: {(faults or ['on another rank'])[-1]}"
             )
+
+    def _say(self, values: dict[str, float], window: Window) -> None:
+        left = (time.perf_counter() - self.started) / max(1, self.step - self.first) * (self.total - self.step)
+        shares = " ".join(f"{name} {share:.0%}" for name, share in window.shares.items())
+        skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        scale = f"  scale {values['loss_scale']:g}" if "loss_scale" in values else ""
+        say(f"  step {self.step:>6}/{self.total}  epoch {values['epoch']:6.2f}  loss {values['loss']:8.4f}  "
+            f"lr {self.rates.lr:.2e}  |g| {values['grad_norm']:7.3f}{scale}{skipped}  {values['images_per_s']:7.1f} images/s  "
+            f"({shares})  left {duration(left)}")
 
     def _agree(self, caught: list[int]) -> int:
         flag = torch.tensor(caught[0] if caught else 0, device=self.device)
-        if world_size() > 1:
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return int(flag)
 
-    @torch.no_grad()
+    def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
+        """Back to the last checkpoint, without the data of the `bad` (step, data step)s; or stop with a dump of the last one."""
+        first, last = bad[0][1], bad[-1][1]
+        found = checkpoint.latest(self.out)
+        if found is None or self.detours.rewinds >= self.run.max_rewinds:
+            why = "there is no checkpoint to rewind to" if found is None else f"after {self.detours.rewinds} rewinds"
+            folder = write_dump(self.out, self.engine, self.parts, self.run, bad, batches)
+            self.log.close()
+            raise Diverged(f"{len(bad)} steps in a row have no finite gradient, {why}; look at it with: eva-mim replay {folder}")
+        self.detours.add(first, last)
+        say(f"  {len(bad)} steps in a row have no finite gradient: back to step {found[0]}, and data steps {first} to {last} "
+            f"are left out (rewind {self.detours.rewinds} of at most {self.run.max_rewinds})")
+        barrier()
+        self.log.close()
+        self._restore(*found)
+        self.log = RunLog(self.out, self.step)
+        figures = {"rewinds": float(self.detours.rewinds), "first_left_out": float(first), "last_left_out": float(last)}
+        self.log.write("rewind", self.step, self.step * self.run.global_batch, figures)
+
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        self._average_norm_statistics()
-        with self.engine.whole() as module:
-            self.metrics = self._measure(module, "")
-        if self.ema is not None:
-            self.metrics |= self._measure(self.ema.module, "ema_")
+        self.metrics = self.measure()
         self.log.write("eval", self.step, self.step * self.run.global_batch, self.metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
-        say(f"  held out, epoch {self.step / self.steps_per_epoch:g}: {text}  ({duration(time.perf_counter() - began)})")
-        self._meter.started += time.perf_counter() - began
+        took = time.perf_counter() - began
+        say(f"  held out, epoch {self.step / self.steps_per_epoch:g}: {text}  ({duration(took)})")
+        self.meter.started += took
 
-    def _measure(self, module: Any, prefix: str) -> dict[str, float]:
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Held-out figures of the student, and of its average where one is kept. Every rank must call."""
+        self._average_norm_statistics()
+        with measuring(Stopwatch()):  # its teacher and student passes are none of a step's
+            with self.engine.whole() as module:
+                metrics = self._figures(module, "")
+            if self.ema is not None:
+                metrics |= self._figures(self.ema.module, "ema_")
+        return metrics
+
+    def _figures(self, module: Any, prefix: str) -> dict[str, float]:
         module.eval()
         values = self.parts.evaluator(module, self.engine.autocast)
         module.train()
@@ -207,7 +247,11 @@ class Loop:
 
         return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=True)
 
-    def _save(self) -> None:
+    def _save(self, streak: SkipStreak) -> None:
+        # A checkpoint is a place to rewind to: none is written while gradients are not finite.
+        self.owes_checkpoint = not streak.clean()
+        if self.owes_checkpoint:
+            return
         self._average_norm_statistics()
 
         def extra(folder: Path) -> None:
@@ -219,11 +263,16 @@ class Loop:
     def _resume(self) -> int:
         found = checkpoint.latest(self.out)
         if found is None:
+            self.detours.forget()
             return 0
-        step, folder = found
+        self.detours.load()
+        return self._restore(*found)
+
+    def _restore(self, step: int, folder: Path) -> int:
         self.engine.load(folder)
         if self.ema is not None:
             self.ema.module.load_state_dict(torch.load(folder / EMA, map_location=self.device, weights_only=True))
+        self.step = step
         return step
 
 

@@ -16,12 +16,15 @@ from eva_mim.recipe import Recipe
 
 USER_ERROR = 2
 INTERRUPTED = 130
+DIVERGED = 3
+"""The gradient stayed non-finite after every rewind; the text names the dump."""
 REQUEUE = 75
 """EX_TEMPFAIL: SIGTERM, SIGUSR1 or SIGUSR2 ended the run after a checkpoint; start the same command again."""
 
 
 def guard(work: Callable[[], Any]) -> int:
-    """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 75 (requeue), 130 (Ctrl-C)."""
+    """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 3 (diverged), 75 (requeue) or
+    130 (Ctrl-C)."""
     try:
         work()
     except UserError as error:
@@ -32,6 +35,9 @@ def guard(work: Callable[[], Any]) -> int:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
     except Exception as error:
+        if type(error).__name__ == "Diverged":
+            sys.stderr.write(f"diverged: {error}\n")
+            return DIVERGED
         number = getattr(error, "number", None)
         if type(error).__name__ != "Interrupted" or number is None:
             raise

@@ -17,7 +17,13 @@ TEACHERS = {
     "open_clip": "eva_mim.teachers.open_clip:open_clip_teacher",
     "stage": "eva_mim.teachers.open_clip:stage_teacher",
     "timm": "eva_mim.teachers.timm:timm_teacher",
+    "pixels": "eva_mim.teachers.pixels:pixel_teacher",
 }
+TARGETS = {
+    "cosine": "eva_mim.objectives.masked:masked_cosine",
+    "mse": "eva_mim.objectives.masked:masked_mse",
+}
+"""(prediction [M, C], target [M, C]) -> StepOutput."""
 ENGINES = {
     "local": "eva_mim.engine.local:LocalEngine",
     "deepspeed": "eva_mim.engine.deepspeed:DeepSpeedEngine",

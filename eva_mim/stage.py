@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from torch import Tensor
 
 import eva_mim
 from eva_mim import checkpoint
-from eva_mim.config import UserError, as_tree, differences, digest
+from eva_mim.config import UserError, as_tree, differences, digest, override, parse, read_yaml
 from eva_mim.contracts import Teacher
 from eva_mim.distributed import barrier, is_main, pick_device, setup, world_size
+from eva_mim.dump import SETTINGS
 from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
 from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
 from eva_mim.log import duration, say, seconds_at_work
 from eva_mim.loop import Loop, Parts
 from eva_mim.recipe import Recipe
+from eva_mim.registry import PROGRAMS, lookup
 from eva_mim.rng import derive, seed_all
 from eva_mim.students.trunk import use_fused_attention
 
@@ -89,19 +91,13 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
         return record
     if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
-    device = pick_device(recipe.run.device)
-    setup(device)
-    if device.type == "cpu":
-        _keep_freed_memory()
-    seed_all(derive(recipe.run.seed, "initialisation"))
-    built = build(recipe, device)
+    device, built = _prepare(recipe, build)
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "resolved.yaml", yaml.safe_dump(as_tree(recipe), sort_keys=False))
+        write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
         write_json(out / LINEAGE, _record(plan))
     barrier()
     student = built.parts.task.student
-    use_fused_attention(student, device.type == "cuda")
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
     say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
         f"{recipe.run.engine}, {recipe.run.precision}")
@@ -127,7 +123,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             "weights_sha256": sha256(out / WEIGHTS),
             "classes": list(built.classes) if built.classes else None,
             "grid": built.grid,
-            "teacher_sha256": before,
+            "teacher": built.teacher.facts() | {"sha256": before} if built.teacher else None,
             "seeded": built.seeded.as_dict() if built.seeded else None,
         }
         write_json(out / LINEAGE, record)
@@ -135,6 +131,33 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     record = read_record(out)
     say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
     return record
+
+
+def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
+    """Load the newest checkpoint of a run and measure it again: (figures now, figures on record).
+
+    `overrides` may change what no result depends on, and where data and parents lie. Every rank must call. Raises UserError.
+    """
+    record = read_record(out)
+    if not record or not has_checkpoint(out):
+        raise UserError(f"{out} holds no run with a checkpoint")
+    program = lookup(PROGRAMS, record["program"], "lineage.program")
+    recipe = parse(program.StageRecipe, override(read_yaml(out / SETTINGS), overrides), str(out / SETTINGS))
+    device, built = _prepare(recipe, program.build)
+    engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
+    return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
+
+
+def _prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
+    """Device, process group, seeds, parts."""
+    device = pick_device(recipe.run.device)
+    setup(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
+    seed_all(derive(recipe.run.seed, "initialisation"))
+    built = build(recipe, device)
+    use_fused_attention(built.parts.task.student, device.type == "cuda")
+    return device, built
 
 
 def _keep_freed_memory() -> None:

@@ -9,52 +9,70 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, StepOutput, Teacher
+from eva_mim.contracts import Batch, Grid, StepOutput, Teacher
 from eva_mim.objectives import MixSettings
-from eva_mim.objectives.masked_cosine import masked_cosine
+from eva_mim.phases import phase
+
+Objective = Callable[..., StepOutput]
 
 
 class MaskedFeatures:
     """The student predicts the teacher's features of the patches that it does not see."""
 
-    def __init__(self, student: nn.Module, teacher: Teacher):
+    def __init__(self, student: nn.Module, teacher: Teacher, objective: Objective):
         grid: tuple[int, int] = student.grid  # type: ignore[assignment]
-        if grid != teacher.grid:
-            size: int = student.image_size  # type: ignore[assignment]
-            patch = size // grid[0]
-            raise UserError(
-                f"student grid {grid[0]}x{grid[1]} ({size} px) does not match teacher grid "
-                f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); set student.image_size="
-                f"{patch * teacher.grid[0]}, or set teacher.image_size="
-                f"{round(teacher.image_size / teacher.grid[0] * grid[0])} where the teacher allows it"
-            )
-        self.student, self.teacher = student, teacher
+        check_grids(grid, student.image_size, teacher)  # type: ignore[arg-type]
+        self.student, self.teacher, self.objective = student, teacher, objective
 
     def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
-        """Minus the mean cosine over the M masked patches."""
-        target = self.targets(batch)
-        return masked_cosine(student(batch.images, batch.masked, batch.masked_index), target)
+        """The objective, a mean over the M predicted patches."""
+        with phase("teacher"):
+            target = self.targets(batch)
+        with phase("student"):
+            return self.objective(student(batch.images, batch.masked, self.index(batch)), target)
 
     def targets(self, batch: Batch) -> Tensor:
-        """[M, C] teacher features of the masked patches."""
+        """[M, C] teacher features of the predicted patches."""
+        return self.spatial(batch)[self.index(batch)]
+
+    def spatial(self, batch: Batch) -> Tensor:
+        """[B * N, C] teacher features of every patch."""
         view = batch.images if batch.teacher_images is None else batch.teacher_images
-        return self.teacher(view).spatial.flatten(0, 1)[batch.masked_index]
+        return self.teacher(view).spatial.flatten(0, 1)
+
+    def index(self, batch: Batch) -> Tensor:
+        """[M] positions of the predicted patches in the flattened [B * N]."""
+        if batch.target_index is not None:
+            return batch.target_index
+        rows, columns = self.teacher.grid
+        return torch.arange(len(batch.images) * rows * columns, device=batch.images.device)
 
     def terms(self, batch: Batch) -> Tensor:
-        """M, which differs from batch to batch."""
-        assert batch.masked_index is not None
-        return torch.tensor(float(len(batch.masked_index)), device=batch.images.device)
+        """M, which may differ from batch to batch."""
+        return torch.tensor(float(len(self.index(batch))), device=batch.images.device)
+
+
+def check_grids(grid: Grid, image_size: int, teacher: Teacher) -> None:
+    """Raises UserError, with the sizes that would fit, when student and teacher do not share one patch grid."""
+    if grid != teacher.grid:
+        raise UserError(
+            f"student grid {grid[0]}x{grid[1]} ({image_size} px) does not match teacher grid "
+            f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); set student.image_size="
+            f"{image_size // grid[0] * teacher.grid[0]}, or set teacher.image_size="
+            f"{round(teacher.image_size / teacher.grid[0] * grid[0])} where the teacher allows it"
+        )
 
 
 class ImageText:
     """Both towers learn to find each other's half of a pair."""
 
-    def __init__(self, student: nn.Module, objective: Callable[[Tensor, Tensor, Tensor], StepOutput]):
+    def __init__(self, student: nn.Module, objective: Objective):
         self.student, self.objective = student, objective
 
     def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
         """Mean of both cross entropies."""
-        return self.objective(*student(batch.images, batch.texts))
+        with phase("student"):
+            return self.objective(*student(batch.images, batch.texts))
 
     def terms(self, batch: Batch) -> None:
         """Every batch has the same size."""
@@ -78,8 +96,9 @@ class Labels:
         assert target is not None
         if self._mix is not None:
             images, target = self._mix(images.float(), target)
-        logits: Tensor = student(images)
         smoothing = 0.0 if self._mix is not None else self.settings.smoothing
+        with phase("student"):
+            logits: Tensor = student(images)
         return StepOutput(nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing), {})
 
     def terms(self, batch: Batch) -> None:

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field, model_validator
+
+from eva_mim.config import Settings
 from eva_mim.data import MaskSettings, ViewSettings
+from eva_mim.objectives import TargetSettings
 from eva_mim.program import leave, run_program
 from eva_mim.recipe import Recipe
-from eva_mim.students import TrunkSettings
+from eva_mim.students import MaskedSettings
 from eva_mim.teachers import TeacherSettings
 
 if TYPE_CHECKING:
@@ -23,13 +27,30 @@ if TYPE_CHECKING:
     from eva_mim.stage import Built
 
 
+class EvaluateSettings(Settings):
+    """What bounds the time of an evaluation."""
+
+    images: int = Field(5000, ge=1)
+    """Held-out images, spread evenly over the set."""
+    bank: int = Field(5000, ge=1)
+    """Training images that k-NN and the ridge probe read labels from."""
+
+
 class StageRecipe(Recipe):
     """Settings of the masked-feature stage."""
 
     teacher: TeacherSettings
-    student: TrunkSettings
+    student: MaskedSettings
+    target: TargetSettings = TargetSettings()
     mask: MaskSettings = MaskSettings()
     view: ViewSettings = ViewSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _positions_have_one_source(self) -> StageRecipe:
+        if self.student.positions == "sincos" and self.init_from is not None:
+            raise ValueError("student.positions=sincos fixes the positions that init_from would bring; set it to learned")
+        return self
 
     def parents(self) -> dict[str, Path]:
         """Also the teacher, when it is a stage or a file of ours."""
@@ -44,28 +65,32 @@ class StageRecipe(Recipe):
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Teacher, student, data and evaluator of a recipe."""
     from eva_mim.assemble import eval_loader, seed_from, train_loader
-    from eva_mim.data.masking import BlockMask
+    from eva_mim.data.masking import make_mask
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate import MaskedFeatureEvaluator
     from eva_mim.export import grid_of, part, unpooled, write_timm
     from eva_mim.files import write_weights
     from eva_mim.loop import Parts
+    from eva_mim.registry import TARGETS, lookup
     from eva_mim.stage import Built
-    from eva_mim.students.masked import MaskedStudent
+    from eva_mim.students.initialise import initialise
+    from eva_mim.students.visible import build_masked_student
     from eva_mim.task import MaskedFeatures
     from eva_mim.teachers import build_teacher
 
+    objective = lookup(TARGETS, recipe.target.kind, "target.kind")
     splits = open_splits(recipe.data)
     teacher = build_teacher(recipe.teacher)
-    student = MaskedStudent(recipe.student, teacher.width)
-    task = MaskedFeatures(student, teacher)
+    student = build_masked_student(recipe.student, teacher.width, recipe.mask)
+    initialise(student, recipe.student.init)
+    task = MaskedFeatures(student, teacher, objective)
     teacher.to(device)
     sizes = [student.image_size, teacher.image_size]
-    mask = BlockMask(student.grid, recipe.mask)
+    mask = make_mask(student.grid, recipe.mask)
     evaluator = MaskedFeatureEvaluator(
         task,
-        eval_loader(recipe, splits.val, sizes, mask=mask),
-        eval_loader(recipe, splits.train, sizes[:1], limit=5000),
+        eval_loader(recipe, splits.val, sizes, mask=mask, limit=recipe.evaluate.images),
+        eval_loader(recipe, splits.train, sizes[:1], limit=recipe.evaluate.bank),
         labelled=splits.val.classes is not None,
         device=device,
     )

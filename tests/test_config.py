@@ -75,7 +75,7 @@ def test_all_mistakes_come_at_once_with_their_paths_and_nearest_names() -> None:
         "run.epochs": "greater than or equal to 1 (got 0)",
         "run.global_batch": "must be given",
         "run.global_bach": "no such setting; did you mean run.global_batch?",
-        "run.precision": "'fp32' or 'bf16' (got 'fp8')",
+        "run.precision": "'fp32', 'bf16' or 'fp16' (got 'fp8')",
         "data.scenes.sise": "no such setting; did you mean data.scenes.size?",
         "data.scenes.labels": "(got 'medium')",
         "student.drop_path": "less than 1 (got 1.5)",

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from eva_mim.contracts import Batch
 from eva_mim.evaluate import (
-    CHUNK,
     ClassifierEvaluator,
     ClipEvaluator,
     MaskedFeatureEvaluator,
-    knn_accuracy,
     retrieval,
 )
-from eva_mim.students import ClipSettings, TextSettings, TrunkSettings
+from eva_mim.features import CHUNK, knn_accuracy, ridge_accuracy
+from eva_mim.objectives.masked import masked_cosine
+from eva_mim.students import ClipSettings, MaskedSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.task import MaskedFeatures
@@ -45,7 +45,7 @@ def batches(*, masked: bool = False, texts: Tensor | None = None, sizes: tuple[i
                 index=torch.arange(first, first + size),
                 images=images,
                 masked=mask,
-                masked_index=mask.flatten().nonzero()[:, 0] if mask is not None else None,
+                target_index=mask.flatten().nonzero()[:, 0] if mask is not None else None,
                 labels=torch.randint(0, 3, (size,), generator=generator),
                 texts=texts[first : first + size] if texts is not None else None,
             )
@@ -166,25 +166,31 @@ def test_without_classes_there_is_no_zero_shot() -> None:
 @torch.no_grad()
 def test_masked_feature_figures_are_those_of_loops() -> None:
     torch.manual_seed(0)
-    student = MaskedStudent(TrunkSettings(name="vit_nano_patch4_32"), 128).eval()
+    student = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128).eval()
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
     val, bank = batches(masked=True), batches(sizes=(6, 3))
-    evaluator = MaskedFeatureEvaluator(MaskedFeatures(student, teacher), val, bank, labelled=True, device=CPU)
+    evaluator = MaskedFeatureEvaluator(MaskedFeatures(student, teacher, masked_cosine), val, bank, labelled=True, device=CPU)
     found = evaluator(student, nullcontext)
 
-    cosines, targets = [], []
-    for batch in val:
-        assert batch.masked is not None
-        assert batch.masked_index is not None
-        prediction = iter(student(batch.images, batch.masked, batch.masked_index).double())
-        spatial = teacher(batch.images).spatial.double()
-        for row in range(len(batch.images)):
-            for patch in range(64):
-                if batch.masked[row, patch]:
-                    p, t = next(prediction), spatial[row, patch]
-                    cosines.append(float(p @ t / (p.norm() * t.norm())))
-                    targets.append(t / t.norm())
+    def loop(stripes: bool) -> tuple[list[float], list[Tensor]]:
+        cosines, targets = [], []
+        for batch in val:
+            masked = batch.masked if not stripes else torch.tensor([[n % 2 == 0 for n in range(64)]] * len(batch.images))
+            assert masked is not None
+            prediction = iter(student(batch.images, masked, masked.flatten().nonzero()[:, 0]).double())
+            spatial = teacher(batch.images).spatial.double()
+            for row in range(len(batch.images)):
+                for patch in range(64):
+                    if masked[row, patch]:
+                        p, t = next(prediction), spatial[row, patch]
+                        cosines.append(float(p @ t / (p.norm() * t.norm())))
+                        targets.append(t / t.norm())
+        return cosines, targets
+
+    cosines, targets = loop(stripes=False)
     assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert found["cosine_stripes"] == pytest.approx(np.mean(loop(stripes=True)[0]), abs=1e-6)
+    assert abs(found["cosine"] - found["cosine_stripes"]) > 1e-5
 
     stacked = torch.stack(targets)
     best = F.normalize(stacked.mean(0), dim=0)
@@ -195,12 +201,31 @@ def test_masked_feature_figures_are_those_of_loops() -> None:
     features = [F.normalize(torch.cat([student.summary(b.images) for b in side]), dim=-1) for side in (val, bank)]
     labels = [torch.cat([b.labels for b in side if b.labels is not None]) for side in (val, bank)]
     assert found["knn_top1"] == pytest.approx(brute_knn(features[0], labels[0], features[1], labels[1], 20))
+    assert found["ridge_top1"] == pytest.approx(ridge_accuracy(features[0], labels[0], features[1], labels[1]))
+    tokens = [F.normalize(torch.cat([student.tokens(b.images)[:, 0] for b in side]), dim=-1) for side in (val, bank)]
+    assert found["knn_class_top1"] == pytest.approx(brute_knn(tokens[0], labels[0], tokens[1], labels[1], 20))
     spread = np.mean([np.std(features[0][:, d].double().numpy(), ddof=1) for d in range(96)]) * math.sqrt(96)
     assert found["feature_std"] == pytest.approx(spread, abs=1e-6)
     assert evaluator(student, nullcontext) == pytest.approx(found)  # the second time the constant is remembered
 
 
-def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
+@torch.no_grad()
+def test_without_masks_every_patch_counts() -> None:
+    torch.manual_seed(0)
+    student = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128).eval()
+    teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
+    val = batches()
+    found = MaskedFeatureEvaluator(
+        MaskedFeatures(student, teacher, masked_cosine), val, [], labelled=False, device=CPU
+    )(student, nullcontext)
+    said = torch.cat([student(b.images, None, torch.arange(len(b.images) * 64)) for b in val])
+    wanted = torch.cat([teacher(b.images).spatial.flatten(0, 1) for b in val])
+    expected = F.cosine_similarity(said.double(), wanted.double(), dim=-1).mean()
+    assert found["cosine"] == pytest.approx(float(expected), abs=1e-6)
+    assert "cosine_stripes" not in found
+
+
+def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed(capsys: pytest.CaptureFixture[str]) -> None:
     """The claim of the docstring, on features that a student could have."""
 
     class Constant(nn.Module):
@@ -208,21 +233,23 @@ def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
 
         def __init__(self, spread: bool):
             super().__init__()
-            self.spread = spread
+            self.spread, self.any_mask = spread, True
 
-        def forward(self, images: Tensor, masked: Tensor, masked_index: Tensor) -> Tensor:
-            return torch.ones(len(masked_index), 128)
+        def forward(self, images: Tensor, masked: Tensor, target_index: Tensor) -> Tensor:
+            return torch.ones(len(target_index), 128)
 
-        def summary(self, images: Tensor) -> Tensor:
-            return torch.randn(len(images), 64) if self.spread else torch.ones(len(images), 64)
+        def features(self, images: Tensor) -> tuple[Tensor, None]:
+            return torch.randn(len(images), 64) if self.spread else torch.ones(len(images), 64), None
 
     torch.manual_seed(0)
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
-    task = MaskedFeatures(MaskedStudent(TrunkSettings(name="vit_nano_patch4_32"), 128), teacher)
+    task = MaskedFeatures(MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128), teacher, masked_cosine)
     val = batches(masked=True, sizes=(60, 60))
     evaluator = MaskedFeatureEvaluator(task, val, [], labelled=False, device=CPU)
     assert evaluator(Constant(True), nullcontext)["feature_std"] == pytest.approx(1.0, abs=0.02)
+    assert "collapsed" not in capsys.readouterr().err
     assert evaluator(Constant(False), nullcontext)["feature_std"] == pytest.approx(0.0, abs=1e-6)
+    assert "alarm: the features have collapsed" in capsys.readouterr().err
 
 
 # ---- classifiers

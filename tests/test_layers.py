@@ -14,15 +14,17 @@ from tests.conftest import REPOSITORY
 
 WORDS, PARTS, STEP, RUN, PROGRAMS = range(5)
 LAYERS = {
-    **dict.fromkeys(["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels"], WORDS),
+    **dict.fromkeys(
+        ["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels", "phases", "features"], WORDS
+    ),
     **dict.fromkeys(["data", "students", "teachers", "objectives"], PARTS),
     **dict.fromkeys(["task", "optim"], STEP),
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
-         "program", "recipe"],
+         "program", "recipe", "meter", "stability", "diagnose", "dump"],
         RUN,
     ),
-    **dict.fromkeys(["cli", "pretrain", "finetune"], PROGRAMS),
+    **dict.fromkeys(["cli", "teacher_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),
 }
 """First part of the module name below eva_mim -> layer: a file imports from its own layer and from lower ones."""
 ARCHITECTURES = "eva_mim.students.small"
@@ -35,7 +37,8 @@ FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path 
 LIGHT = [
     "eva_mim.cli", "eva_mim.pipeline", "eva_mim.program", "eva_mim.recipe", "eva_mim.registry", "eva_mim.config",
     "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
-    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe",
+    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.teacher_check", "eva_mim.reevaluate",
+    "eva_mim.replay",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -46,6 +46,8 @@ class DataSettings(Settings):
     """New class -> old classes: trains on groups of the dataset's own classes."""
     templates: list[str] = Field(default=["a photo of a {}."], min_length=1)
     """Captions for labelled images without one ("{}" is the class name); also the zero-shot prompts."""
+    expected: int | None = Field(None, ge=1)
+    """Number of training images that the recipe was written for; a source with another number is refused."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training images."""
     val_limit: int | None = Field(None, ge=1)
@@ -87,11 +89,27 @@ class ViewSettings(Settings):
 
 
 class MaskSettings(Settings):
-    """Block-wise masks by BEiT's law, as EVA uses it (EVA-01/eva/masking_generator.py)."""
+    """Which patches the student does not see."""
 
-    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41
-    """Ceiling of the masked share: round(ratio * N) patches; EVA's 105 of 256 is 0.41."""
+    kind: Literal["block", "random"] = "block"
+    """"block": rectangles by BEiT's law, as EVA uses it (EVA-01/eva/masking_generator.py). "random": single patches (MAE)."""
+    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.41
+    """Masked share. block: the ceiling is round(ratio * N) patches (EVA's 105 of 256 is 0.41); random: N - int(N * (1 - ratio)).
+    0 masks nothing: every patch is seen and predicted (plain distillation)."""
+    exact: bool = False
+    """block: always mask as many patches as the ceiling allows (fixed shapes); EVA's law may give up a little earlier."""
     min_block: int | None = Field(None, ge=1)
-    """Smallest block in patches; default N / 16 (EVA's 16 of 256)."""
+    """block: smallest block in patches; default N / 16 (EVA's 16 of 256)."""
     min_aspect: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
-    """Block aspect ratios lie between this and its inverse."""
+    """block: aspect ratios lie between this and its inverse."""
+
+    @property
+    def varies(self) -> bool:
+        """Images differ in their number of masked patches."""
+        return self.ratio > 0 and self.kind == "block" and not self.exact
+
+    def masked_patches(self, patches: int) -> int:
+        """Masked patches of an image with so many: always, or at most where the number varies."""
+        if self.ratio == 0:
+            return 0
+        return max(1, round(self.ratio * patches) if self.kind == "block" else patches - int(patches * (1 - self.ratio)))

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Sample, Source
-from eva_mim.data.masking import BlockMask
+from eva_mim.data.masking import Mask
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.distributed import rank, world_size
 from eva_mim.log import say
@@ -55,7 +55,7 @@ class Preparation:
 
     view: View
     seed: int
-    mask: BlockMask | None = None
+    mask: Mask | None = None
     tokenize: Tokenize | None = None
     templates: Sequence[str] = ()
     training: bool = True
@@ -121,7 +121,7 @@ def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
         images=torch.stack([item.views[0] for item in items]),
         teacher_images=torch.stack([item.views[1] for item in items]) if len(first.views) > 1 else None,
         masked=masked,
-        masked_index=masked.flatten().nonzero()[:, 0] if masked is not None else None,
+        target_index=masked.flatten().nonzero()[:, 0] if masked is not None else None,
         labels=torch.tensor([item.label for item in items]) if first.label is not None else None,
         texts=torch.stack([item.text for item in items if item.text is not None]) if first.text is not None else None,
         broken=sum((item.broken for item in items), tuple(faults)),
@@ -181,6 +181,14 @@ class TrainLoader:
             if len(step) == self._order.micro_batches:
                 yield step
                 step = []
+
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        """Epoch, index and key of each sample of a step, over all ranks."""
+        return [place._asdict() | {"key": self.key(place.index)} for place in self._order.global_step(step)]
+
+    def key(self, index: int) -> str:
+        """The source's name of a sample."""
+        return self._reader.source.key(index)
 
 
 class EvalLoader:

@@ -1,9 +1,10 @@
-"""Block-wise masks: rectangles are placed until a ceiling of masked patches is reached or placing fails."""
+"""Masks: blocks by BEiT's law, which may stop below the ceiling, and single random patches."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,23 +16,37 @@ from eva_mim.data import MaskSettings
 ATTEMPTS = 10
 """Tries to place one block before the mask is taken as it is (BEiT, masking_generator.py)."""
 
+Mask = Callable[[random.Random], npt.NDArray[np.bool_]]
+"""Draws [N] bool, True = masked, from the generator's next numbers."""
+
+
+def make_mask(grid: Grid, settings: MaskSettings) -> Mask | None:
+    """The mask of a grid; None where nothing is masked. Raises UserError."""
+    if settings.ratio == 0:
+        return None
+    return BlockMask(grid, settings) if settings.kind == "block" else RandomMask(grid, settings)
+
 
 class BlockMask:
-    """Draws [N] bool masks, True = masked.
+    """Rectangles until a ceiling of masked patches is reached or placing fails.
 
     A block has area ~ U(min_block, budget) and log aspect ~ U(ln a, -ln a), its sides are shorter than the grid's, and it
     is accepted when it newly masks between 1 and `budget` patches, budget = ceiling - masked so far. So a mask never
-    exceeds the ceiling, and may stay below it. The grid is one Python integer, a bit a patch: counting is one operation.
+    exceeds the ceiling, and may stay below it unless `exact`: then it grows at its edges, one random patch at a time.
+    The grid is one Python integer, a bit a patch: counting is one operation.
     """
 
     def __init__(self, grid: Grid, settings: MaskSettings):
-        self.grid = grid
-        self.cells = grid[0] * grid[1]
-        self.ceiling = max(1, round(settings.ratio * self.cells))
+        rows, columns = self.grid = grid
+        self.cells = rows * columns
+        self.ceiling = settings.masked_patches(self.cells)
         self.min_block = settings.min_block or min(self.ceiling, max(1, self.cells // 16))
         if self.min_block > self.ceiling:
-            raise UserError(f"mask.min_block={self.min_block} is above the ceiling of {self.ceiling} patches")
+            raise UserError(f"mask.min_block={self.min_block} is above the ceiling of {self.ceiling} patches; lower it")
         self.log_aspect = math.log(settings.min_aspect)
+        self.exact = settings.exact
+        self.everything = (1 << self.cells) - 1
+        self.first_column = self.everything // ((1 << columns) - 1)  # a bit at the start of each row
 
     def __call__(self, rng: random.Random) -> npt.NDArray[np.bool_]:
         """[N] bool from the generator's next numbers."""
@@ -42,6 +57,8 @@ class BlockMask:
                 break
             mask |= block
         mask = mask or 1 << rng.randrange(self.cells)  # the loss needs one patch, however small the grid
+        while self.exact and mask.bit_count() < self.ceiling:
+            mask |= self._bordering(rng, mask)
         octets = mask.to_bytes((self.cells + 7) // 8, "little")
         bits = np.unpackbits(np.frombuffer(octets, dtype=np.uint8), bitorder="little", count=self.cells)
         return bits.astype(bool)
@@ -60,3 +77,27 @@ class BlockMask:
             if 0 < (block & ~mask).bit_count() <= budget:
                 return block
         return None
+
+    def _bordering(self, rng: random.Random, mask: int) -> int:
+        """One of the visible patches beside, above or below a masked one, all equally likely."""
+        columns = self.grid[1]
+        right = (mask << 1) & ~self.first_column
+        left = (mask & ~self.first_column) >> 1
+        border = (right | left | mask << columns | mask >> columns) & self.everything & ~mask
+        for _ in range(rng.randrange(border.bit_count())):
+            border &= border - 1  # drops the lowest bit
+        return border & -border
+
+
+class RandomMask:
+    """Every image has the same number of masked patches, all choices equally likely (MAE, section 3)."""
+
+    def __init__(self, grid: Grid, settings: MaskSettings):
+        self.cells = grid[0] * grid[1]
+        self.visible = self.cells - settings.masked_patches(self.cells)
+
+    def __call__(self, rng: random.Random) -> npt.NDArray[np.bool_]:
+        """[N] bool from the generator's next numbers."""
+        mask = np.ones(self.cells, dtype=bool)
+        mask[rng.sample(range(self.cells), self.visible)] = False
+        return mask

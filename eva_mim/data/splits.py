@@ -45,7 +45,7 @@ class Splits(NamedTuple):
 
 
 def open_splits(settings: DataSettings) -> Splits:
-    """Both sources. Raises UserError for a missing folder, an empty one, or class lists that differ."""
+    """Both sources. Raises UserError for a missing folder, an empty one, class lists that differ, or an unexpected number."""
     opener = lookup(SOURCES, settings.source, "data.source")
     train: Source = opener(settings, "train")
     val: Source | None = opener(settings, "val")
@@ -56,6 +56,11 @@ def open_splits(settings: DataSettings) -> Splits:
         val, val_indices, train_indices = train, np.sort(shuffled[:held]), np.sort(shuffled[held:])
     else:
         val_indices = np.arange(len(val))
+    if settings.expected not in (None, len(train_indices)):
+        raise UserError(
+            f"data.expected: the recipe was written for {settings.expected} training images, but {settings.root} has "
+            f"{len(train_indices)} after the held-out ones; its schedule counts epochs of them. To go on, set data.expected=null"
+        )
     if train.classes != val.classes:
         raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
     return Splits(

@@ -24,15 +24,22 @@ class RunSettings(Settings):
     """"local" (one process) or "deepspeed" (any number)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed's sharding: 1 optimizer state, 2 and gradients, 3 and parameters."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the forward pass (autocast). Weights, optimizer and losses are fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the forward pass (autocast); fp16 with a dynamic loss scale. Weights, optimizer and losses are fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Keep an exponential moving average of the weights and evaluate it as well."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between evaluations; the end is always evaluated."""
+    evaluate_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations, in place of `evaluate_every`."""
     log_every: int = Field(20, ge=1)
     """Steps between log lines. The only point where the host waits for the device."""
+    max_skips: int = Field(20, ge=1)
+    """Steps in a row without a finite gradient before the run rewinds to its last checkpoint and leaves their samples out.
+    fp16 needs up to 17 to bring its loss scale from 2^16 down to 1."""
+    max_rewinds: int = Field(3, ge=0)
+    """Rewinds before the run stops with a dump for `eva-mim replay`."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; default one epoch."""
     keep_last: int = Field(2, ge=1)

@@ -15,11 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, StepOutput, Task
+from eva_mim.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.distributed import is_main, local_rank, rank, world_size
 from eva_mim.engine import RunSettings
-from eva_mim.engine.step import combine, loss_weights
+from eva_mim.engine.step import (
+    LossScale,
+    WatchedAdamW,
+    clip_and_step,
+    combine,
+    loss_weights,
+    low_precision,
+    set_rates,
+    telling,
+)
 from eva_mim.optim import OptimSettings, parameter_groups
+from eva_mim.phases import phase
 
 TAG = "engine"
 
@@ -49,52 +59,72 @@ class DeepSpeedEngine:
         # ZeRO 3 fetches parameters when a module is called; evaluation also calls parts of modules, so it gets a plain copy.
         self._plain = copy.deepcopy(student).to(device) if run.zero_stage == 3 else None
         groups = parameter_groups(student, optim)
-        self._lr_scales = [group["lr_scale"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self._adamw = WatchedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
+        self._dtype = low_precision(run.precision)
         config = {
             "train_batch_size": run.global_batch,
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": run.global_batch // (micro * world_size()),
-            "gradient_clipping": optim.clip_grad or 0.0,
+            # With ZeRO 0 the step is ours: DeepSpeed would neither tell the norm nor leave out a step that is not finite.
+            "gradient_clipping": (optim.clip_grad or 0.0) if run.zero_stage else 0.0,
             "zero_optimization": {"stage": run.zero_stage},
             "zero_allow_untested_optimizer": True,
             # Autocast as in the local engine; gradients travel in fp32.
             "torch_autocast": {
-                "enabled": run.precision == "bf16",
-                "dtype": "bfloat16",
+                "enabled": self._dtype is not None,
+                "dtype": str(self._dtype or torch.bfloat16).removeprefix("torch."),
                 "lower_precision_safe_modules": [],
             },
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=student.to(device), optimizer=optimizer, config=config
+            model=student.to(device), optimizer=self._adamw, config=config
         )
+        # DeepSpeed gives each group of a rank its own loss scale, and these drift apart; ours is one for all.
+        self._engine.torch_autocast_z0_gradscaler = None
+        self._optimizer.torch_autocast_gradscaler = None
         self._zero, self._device = run.zero_stage, device
-        self._dtype = torch.bfloat16 if run.precision == "bf16" else None
         self.module: nn.Module = self._engine.module
 
-    def step(self, task: Task, batches: list[Batch], lr: float) -> StepOutput:
+    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
-        for group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
-            group["lr"] = lr * scale
+        set_rates(self._adamw.param_groups, rates)
+        self._adamw.watch = watch
         weights = loss_weights(task, batches)
+        scale = self._scale.value
+        if self._zero:
+            self._optimizer.override_loss_scale(float(scale))  # it multiplies and divides by it
         outputs = []
         for batch, weight in zip(batches, weights, strict=True):
             with self.autocast():
                 output = task.loss(self._engine, batch)
-            self._engine.backward(output.loss * weight)  # divides by the number of micro-batches itself
+            with phase("backward"):  # divides by the number of micro-batches itself; reduces over ranks after the last
+                self._engine.backward(telling(output.loss) * (weight if self._zero else weight * scale))
             outputs.append(output)
-            norm = self._unsharded_norm() if batch is batches[-1] and not self._zero else None
-            self._engine.step()
-        if norm is None:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0, device=self._device).detach()
-        total = combine(outputs, weights)
-        return StepOutput(total.loss, {**total.metrics, "grad_norm": norm})
+            with phase("optimizer"):
+                norm = self._update(last=batch is batches[-1])
+        assert norm is not None
+        self._scale.update(~norm.isfinite())
+        ratio = self._adamw.update_ratio(self._device, sharded=self._zero > 0)
+        return combine(outputs, weights).with_metrics(
+            grad_norm=norm, skipped=(~norm.isfinite()).float(), update_ratio=ratio,
+            loss_scale=scale if self._scale.dynamic else None,
+        )
 
-    def _unsharded_norm(self) -> Tensor:
-        """Gradient norm before clipping; with ZeRO 0 DeepSpeed does not tell it."""
-        return torch.nn.utils.clip_grad_norm_(self.module.parameters(), float("inf")).detach()
+    def _update(self, last: bool) -> Tensor | None:
+        """After each micro-batch; the norm of the unscaled, unclipped gradient after the last."""
+        if not last:
+            self._engine.step()
+            return None
+        if self._zero:
+            self._engine.step()  # leaves the weights alone, on all ranks, where the gradient is not finite
+            return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device).detach()
+        norm = clip_and_step(self._adamw, self.module.parameters(), self._clip, self._scale)
+        self._adamw.zero_grad(set_to_none=True)  # DeepSpeed's own step then finds nothing to do but count
+        self._engine.step()
+        return norm
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `contracts.Engine`."""
@@ -115,17 +145,23 @@ class DeepSpeedEngine:
         yield self._plain
 
     def autocast(self) -> Any:
-        """bf16 autocast, or nothing for fp32."""
+        """bf16 or fp16 autocast, or nothing for fp32."""
         return torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext()
+
+    def loss_scale(self) -> float:
+        """See `contracts.Engine`."""
+        return float(self._scale.value)
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own files below `folder`; every rank must call."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        state = {"loss_scale": self._scale.state()}
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote. Raises UserError when nothing was restored."""
         if not (folder / TAG).is_dir():
             raise UserError(f"{folder} was not written by run.engine=deepspeed; resume it with the engine that wrote it")
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise UserError(f"{folder}: DeepSpeed could not load its checkpoint (written with another number of processes?)")
+        self._scale.restore(state["loss_scale"])

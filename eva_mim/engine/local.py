@@ -11,11 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, StepOutput, Task
+from eva_mim.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.distributed import world_size
 from eva_mim.engine import RunSettings
-from eva_mim.engine.step import combine, loss_weights
+from eva_mim.engine.step import (
+    LossScale,
+    WatchedAdamW,
+    clip_and_step,
+    combine,
+    loss_weights,
+    low_precision,
+    set_rates,
+    telling,
+)
 from eva_mim.optim import OptimSettings, parameter_groups
+from eva_mim.phases import phase
 
 STATE = "engine.pt"
 
@@ -28,27 +38,34 @@ class LocalEngine:
             raise UserError(f"run.engine=local runs one process, but {world_size()} were started; set run.engine=deepspeed")
         self.module = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device, self._clip = device, optim.clip_grad
-        self._dtype = torch.bfloat16 if run.precision == "bf16" else None
+        self._dtype = low_precision(run.precision)
+        self._scale = LossScale(run.precision, device)
         groups = parameter_groups(student, optim)
-        self._optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self._optimizer = WatchedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
 
-    def step(self, task: Task, batches: list[Batch], lr: float) -> StepOutput:
+    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_rates(self._optimizer.param_groups, rates)
+        self._optimizer.watch = watch
         weights = loss_weights(task, batches)
+        scale = self._scale.value
         outputs = []
         for batch, weight in zip(batches, weights, strict=True):
             with self.autocast():
                 output = task.loss(self.module, batch)
-            torch.autograd.backward(output.loss * weight / len(batches))
+            with phase("backward"):
+                torch.autograd.backward(telling(output.loss) * (weight * scale / len(batches)))
             outputs.append(output)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"))
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        total = combine(outputs, weights)
-        return StepOutput(total.loss, {**total.metrics, "grad_norm": norm.detach()})
+        with phase("optimizer"):
+            norm = clip_and_step(self._optimizer, self._parameters, self._clip, self._scale)
+            self._optimizer.zero_grad(set_to_none=True)
+        self._scale.update(~norm.isfinite())
+        ratio = self._optimizer.update_ratio(self._device, sharded=False)
+        return combine(outputs, weights).with_metrics(
+            grad_norm=norm, skipped=(~norm.isfinite()).float(), update_ratio=ratio,
+            loss_scale=scale if self._scale.dynamic else None,
+        )
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `contracts.Engine`."""
@@ -59,12 +76,19 @@ class LocalEngine:
         return nullcontext(self.module)
 
     def autocast(self) -> Any:
-        """bf16 autocast, or nothing for fp32."""
+        """bf16 or fp16 autocast, or nothing for fp32."""
         return torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext()
 
+    def loss_scale(self) -> float:
+        """See `contracts.Engine`."""
+        return float(self._scale.value)
+
     def save(self, folder: Path) -> None:
-        """Weights and optimizer state into `folder`."""
-        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / STATE)
+        """Weights, optimizer state and loss scale into `folder`."""
+        state = {
+            "module": self.module.state_dict(), "optimizer": self._optimizer.state_dict(), "loss_scale": self._scale.state(),
+        }
+        torch.save(state, folder / STATE)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote. Raises UserError for another engine's checkpoint."""
@@ -73,3 +97,4 @@ class LocalEngine:
         state = torch.load(folder / STATE, map_location=self._device, weights_only=True)
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._scale.restore(state["loss_scale"])

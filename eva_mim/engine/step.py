@@ -1,12 +1,18 @@
-"""What both engines do alike in a step: weigh micro-batches so that the loss is one mean over the global batch."""
+"""What both engines do alike in a step: weigh micro-batches, scale the loss, and leave out a step that is not finite."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
+from typing import Any
 
-from eva_mim.contracts import Batch, StepOutput, Task
+import torch
+from torch import Tensor, nn
+
+from eva_mim.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.distributed import all_reduce_sum, world_size
+
+SCALE_START, SCALE_LEAST, SCALE_WINDOW, SCALE_HYSTERESIS = 2.0**16, 1.0, 500, 2
+"""fp16 loss scale of EVA's DeepSpeed configuration (facts of EVA-01/eva/utils.py create_ds_config)."""
 
 
 def loss_weights(task: Task, batches: list[Batch]) -> list[Tensor | float]:
@@ -31,3 +37,112 @@ def combine(outputs: list[StepOutput], weights: list[Tensor | float]) -> StepOut
         for name in outputs[0].metrics
     }
     return StepOutput(loss / count, metrics)
+
+
+def low_precision(precision: str) -> torch.dtype | None:
+    """What autocast computes in; None for fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def telling(loss: Tensor) -> Tensor:
+    """The loss, with a gradient that is NaN where it is not finite itself: so the reduced gradient tells every rank."""
+    return loss * torch.where(loss.isfinite(), 1.0, float("nan"))
+
+
+def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
+    """Learning rate and weight decay of the next step."""
+    for group in groups:
+        group["lr"] = rates.lr * group["lr_scale"]
+        group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
+
+
+class LossScale:
+    """The dynamic loss scale of fp16, on the device: nothing waits for it.
+
+    DeepSpeed's rule: the first overflow is forgiven, each further one halves the scale, and a window of steps without one
+    doubles it and forgives again. Other precisions have a scale of 1 that never moves.
+    """
+
+    def __init__(self, precision: str, device: torch.device):
+        self.dynamic = precision == "fp16"
+        self.value = torch.tensor(SCALE_START if self.dynamic else 1.0, device=device)
+        self._good = torch.tensor(0, device=device)
+        self._left = torch.tensor(SCALE_HYSTERESIS, device=device)
+
+    def update(self, bad: Tensor) -> None:
+        """After a step; `bad` is a scalar bool."""
+        if not self.dynamic:
+            return
+        halve = bad & (self._left <= 1)
+        double = ~bad & (self._good > 0) & (self._good % SCALE_WINDOW == 0)
+        self._left = torch.where(double, SCALE_HYSTERESIS, torch.where(bad & ~halve, self._left - 1, self._left))
+        self._good = torch.where(bad, 0, self._good + 1)
+        lower = torch.clamp(self.value / 2, min=SCALE_LEAST)
+        self.value = torch.where(halve, lower, torch.where(double, self.value * 2, self.value))
+
+    def state(self) -> list[float]:
+        """For a checkpoint."""
+        return [float(self.value), float(self._good), float(self._left)]
+
+    def restore(self, state: list[float]) -> None:
+        """What `state` gave."""
+        value, good, left = state
+        self.value, self._good, self._left = (
+            torch.full_like(own, number)
+            for own, number in zip((self.value, self._good, self._left), (value, good, left), strict=True)
+        )
+
+
+class WatchedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW that can tell how far a step moved the weights. Skips the update where `found_inf` is 1."""
+
+    watch = False
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any):
+        super().__init__(groups, fused=True, **options)
+        self._squares: list[Tensor] = []
+
+    def step(self, closure: Any = None) -> Any:
+        """One update; DeepSpeed calls it once for each group of its own."""
+        result = super().step(closure)
+        if self.watch:
+            self._squares += [self._squared(group, p) for group in self.param_groups for p in group["params"]
+                              if p.grad is not None and "step" in self.state[p]]
+        return result
+
+    @torch.no_grad()
+    def _squared(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        """[2] squared norms of this tensor's update and of the tensor before it, from AdamW's own formula."""
+        state, (first, second) = self.state[p], group["betas"]
+        # A skipped first step leaves the count at 0.
+        count = state["step"].clamp(min=1).to(p.device)
+        spread = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
+        moved = state["exp_avg"].div(1 - first**count).div_(spread).mul_(group["lr"])
+        before = (p + moved).div_(1 - group["lr"] * group["weight_decay"])
+        done = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        return torch.stack([(before - p).square_().sum() * done, before.square_().sum()])
+
+    def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
+        """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
+        if not self.watch:
+            return None
+        # Where DeepSpeed left the step out, nothing was measured.
+        squares = torch.stack(self._squares).sum(0) if self._squares else torch.zeros(2, device=device)
+        self._squares = []
+        norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
+        return norms[0] / norms[1].clamp(min=1e-30)
+
+
+def clip_and_step(optimizer: WatchedAdamW, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale) -> Tensor:
+    """Clip to the global norm `clip` and step, or leave the weights alone where the gradient is not finite.
+
+    Returns the norm before clipping, of the unscaled gradient; nothing waits for the device.
+    """
+    limit: Any = float("inf") if clip is None else clip * scale.value
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit) / scale.value
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.grad_scale = scale.value if scale.dynamic else None
+    optimizer.step()
+    return norm.detach()

@@ -9,6 +9,13 @@ from pydantic import Field
 from eva_mim.config import Settings
 
 
+class TargetSettings(Settings):
+    """How prediction and target are compared."""
+
+    kind: str = "cosine"
+    """"cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE's, for pixel targets)."""
+
+
 class MixSettings(Settings):
     """Mixed images and soft labels (timm's Mixup)."""
 

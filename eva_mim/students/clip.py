@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eva_mim.config import UserError
 from eva_mim.pixels import normalise
 from eva_mim.students import ClipSettings, TextSettings
-from eva_mim.students.trunk import build_trunk, mean_std
+from eva_mim.students.trunk import build_trunk, mean_std, scale_patch_gradient
 
 MAX_LOGIT_SCALE = math.log(100)
 """CLIP (Radford et al. 2021, section 2.5) and EVA-CLIP clip the learned temperature here."""
@@ -58,6 +58,7 @@ class ClipStudent(nn.Module):
             assert set(missing) <= {"text_projection"}, missing
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
+        scale_patch_gradient(self.trunk, settings)
 
     @property
     def trunk(self) -> nn.Module:

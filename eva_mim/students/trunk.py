@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.config import UserError
@@ -26,7 +26,31 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
         raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
     if settings.grad_checkpointing:
         trunk.set_grad_checkpointing()  # type: ignore[operator]
+    scale_patch_gradient(trunk, settings)
     return trunk
+
+
+def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
+    """Multiply the gradient of the patch embedding by `patch_grad_scale`; 0 freezes it. What it computes stays as it is.
+
+    Raises UserError for a trunk without patch embedding.
+    """
+    scale = settings.patch_grad_scale
+    if scale == 1:
+        return
+    embed: Any = getattr(trunk, "patch_embed", None)
+    if embed is None:
+        raise UserError(f"student.patch_grad_scale={scale}: {settings.name} has no patch embedding; set it to 1")
+    if scale == 0:
+        embed.requires_grad_(False)
+        return
+
+    def scale_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        patches: Tensor = output[0] if isinstance(output, tuple) else output  # some return their grid as well
+        if patches.requires_grad:
+            patches.register_hook(lambda gradient: scale * gradient)  # type: ignore[no-untyped-call]
+
+    embed.register_forward_hook(scale_output)
 
 
 def check_name(name: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +14,54 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Features, Grid
 from eva_mim.pixels import normalise
 
+if TYPE_CHECKING:
+    from eva_mim.teachers import TeacherSettings
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How features are read off a network: the settings as resolved for it."""
+
+    features: Callable[[Tensor], Features]
+    """From normalised pixels [B, 3, S, S]. Layer and norm choose the patches; the summary is always the network's own."""
+    layer: int | None = None
+    """Block whose output is read, counted from 0; None for a network that is read at its end alone."""
+    blocks: int | None = None
+    """Number of blocks."""
+    final_norm: bool = True
+    """The patches went through the network's last norm (False also where it has none)."""
+    project: bool = False
+    """Patches and summary went through the projection."""
+
 
 class FrozenTeacher:
-    """A network with a way to read its features. Not an nn.Module: no engine casts, shards, saves or counts it.
-
-    `features` maps normalised pixels [B, 3, S, S] to (summary [B, C], spatial [B, N, C], grid).
-    """
+    """A network with a way to read its features. Not an nn.Module: no engine casts, shards, saves or counts it."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        features: Callable[[Tensor], Features],
-        *,
-        image_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
     ):
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._features = features
+        self._reading = reading
         self.image_size, self.mean, self.std = image_size, mean, std
         try:
             probe = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
         except (AssertionError, RuntimeError) as error:
-            raise UserError(f"teacher.image_size: this {type(network).__name__} cannot take {image_size} px: {error}") from None
+            raise UserError(f"teacher.image_size: this {self._kind} cannot take {image_size} px: {error}") from None
         self.grid: Grid = probe.grid
         self.width: int = probe.spatial.shape[-1]
+        if image_size % self.grid[0]:
+            raise UserError(
+                f"teacher.image_size: {image_size} px are not a whole number for each of the {self.grid[0]} patches in a row"
+            )
+
+    @property
+    def _kind(self) -> str:
+        return type(getattr(self._network, "trunk", self._network)).__name__
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Features of [B, 3, S, S] uint8 pixels."""
-        return self._features(normalise(images, self.mean, self.std))
+        return self._reading.features(normalise(images, self.mean, self.std))
 
     def to(self, device: Any) -> FrozenTeacher:
         """Move the weights."""
@@ -56,34 +75,35 @@ class FrozenTeacher:
             total.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """What it is and what is read off it, in JSON's types."""
+        return {
+            "network": self._kind,
+            "parameters": sum(parameter.numel() for parameter in self._network.parameters()),
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "width": self.width,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "layer": self._reading.layer,
+            "blocks": self._reading.blocks,
+            "final_norm": self._reading.final_norm,
+            "project": self._reading.project,
+        }
 
-def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
-    """Patch tokens [B, N, D] and grid from what a timm trunk's `forward_features` returns: [B, D, h, w] maps (or
-    [B, h, w, D] for the trunks that say so) or [B, prefix + N, D] tokens."""
-    if features.ndim == 4:
-        if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
-            features = features.permute(0, 3, 1, 2)
-        grid = features.shape[2], features.shape[3]
-        return features.flatten(2).transpose(1, 2), grid
-    patches = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
-    embed = getattr(trunk, "patch_embed", None)
-    grid_size = getattr(embed, "grid_size", None)
-    if grid_size is None or grid_size[0] * grid_size[1] != patches.shape[1]:
-        raise UserError(f"{type(trunk).__name__}: {patches.shape[1]} patch tokens, but the trunk does not say its grid")
-    return patches, (grid_size[0], grid_size[1])
+
+def block_index(settings: TeacherSettings, blocks: int) -> int:
+    """`settings.layer` counted from 0. Raises UserError for a block that does not exist."""
+    if not -blocks <= settings.layer < blocks:
+        raise UserError(
+            f"teacher.layer: {settings.layer} does not exist; {settings.name} has {blocks} blocks, 0 to {blocks - 1} "
+            f"(or -{blocks} to -1)"
+        )
+    return settings.layer % blocks
 
 
-def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B, N, C]: what `head` (the trunk's pooling, last norm and projection) makes of each patch alone.
-
-    Each of the [B, N, D] `tokens` goes through as a map of one cell, or a sequence of one patch behind copies of itself in
-    the places of class and register tokens. `features` is what the tokens came from: it tells the layout.
-    """
-    batch, count, width = tokens.shape
-    single = tokens.reshape(batch * count, 1, width)
-    if features.ndim == 4:
-        nhwc = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-        single = single.reshape(-1, 1, 1, width) if nhwc else single.reshape(-1, width, 1, 1)
-    else:
-        single = single.expand(-1, getattr(trunk, "num_prefix_tokens", 0) + 1, -1)
-    return head(single).reshape(batch, count, -1)
+def with_projection(settings: TeacherSettings, available: bool) -> bool:
+    """Whether to project. Raises UserError where that is asked of a network that cannot."""
+    if settings.project and not available:
+        raise UserError(f"teacher.project: {settings.name} has no projection for patches; leave it out or set it to false")
+    return available if settings.project is None else settings.project

@@ -1,4 +1,5 @@
-"""CLIP image towers as teachers: patch features after the final norm and CLIP's projection (EVA-01/eva/clip/model.py)."""
+"""CLIP image towers as teachers: patch features, by default after the final norm and CLIP's projection
+(EVA-01/eva/clip/model.py; EVA-02/asuka/eva_clip/vit_model.py for EVA-CLIP, whose projection has a bias)."""
 
 from __future__ import annotations
 
@@ -6,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import open_clip
-import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.config import UserError
 from eva_mim.contracts import Features
-from eva_mim.teachers.frozen import FrozenTeacher, per_patch, tokens_and_grid
+from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
+from eva_mim.teachers.trunk import read_trunk
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -51,42 +52,33 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
     preprocess = getattr(visual, "preprocess_cfg", {})
     return FrozenTeacher(
         visual,
-        dense_features(visual),
+        read_tower(visual, settings),
         image_size=size,
         mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
     )
 
 
-def dense_features(visual: nn.Module) -> Any:
-    """Function pixels -> Features for open_clip's two kinds of tower. Raises UserError for towers without a dense map."""
-    if isinstance(visual, VisionTransformer):
-        if visual.attn_pool is not None or visual.final_ln_after_pool:
-            raise UserError("teacher: an attention-pooled tower has no projected patch features")
-        visual.output_tokens = True
-
-        def transformer(images: Tensor) -> Features:
-            summary, tokens = visual(images)
-            spatial = tokens @ visual.proj if visual.proj is not None else tokens
-            return Features(summary, spatial, (visual.grid_size[0], visual.grid_size[1]))
-
-        return transformer
+def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
+    """How to read open_clip's two kinds of tower. Raises UserError for towers without patch features."""
     if isinstance(visual, TimmModel):
-        return _timm_tower(visual)
-    raise UserError(f"teacher: open_clip towers of type {type(visual).__name__} are not supported")
+        if hasattr(visual.head, "pool"):
+            raise UserError(f"teacher.name: {settings.name} ends in attention pooling and has no patch features")
+        return read_trunk(visual.trunk, settings, visual.head)
+    if not isinstance(visual, VisionTransformer):
+        raise UserError(f"teacher.name: {settings.name} is a {type(visual).__name__}, which has no patch features")
+    if visual.attn_pool is not None or visual.final_ln_after_pool:
+        raise UserError(f"teacher.name: {settings.name} has its last norm behind the pooling and no patch features")
+    blocks = len(visual.transformer.resblocks)
+    layer, project = block_index(settings, blocks), with_projection(settings, visual.proj is not None)
+    if not project:
+        visual.proj = None  # or its summary would be projected
 
+    def features(images: Tensor) -> Features:
+        found = visual.forward_intermediates(
+            images, indices=[layer], normalize_intermediates=settings.final_norm, output_fmt="NLC"
+        )
+        (tokens,) = found["image_intermediates"]
+        return Features(found["image_features"], tokens @ visual.proj if project else tokens, visual.grid_size)
 
-def _timm_tower(visual: TimmModel) -> Any:
-    trunk = visual.trunk
-    if "pool" in dict(visual.head.named_children()) or getattr(trunk, "attn_pool", None) is not None:
-        raise UserError("teacher: an attention-pooled tower has no projected patch features")
-
-    def head(features: Tensor) -> Tensor:
-        return torch.as_tensor(visual.head(trunk.forward_head(features)))
-
-    def tower(images: Tensor) -> Features:
-        features = trunk.forward_features(images)
-        tokens, grid = tokens_and_grid(features, trunk)
-        return Features(head(features), per_patch(features, tokens, trunk, head), grid)
-
-    return tower
+    return Reading(features, layer, blocks, settings.final_norm, project)

@@ -162,9 +162,9 @@ def test_a_batch_holds_what_its_indices_say() -> None:
             assert batch.labels.tolist() == [sample.label for sample in samples]
             assert torch.equal(batch.texts, tokenize([sample.caption or "" for sample in samples]))
             assert batch.masked is not None
-            assert batch.masked_index is not None
+            assert batch.target_index is not None
             flat = [i * 16 + j for i in range(4) for j in range(16) if batch.masked[i, j]]
-            assert batch.masked_index.tolist() == flat
+            assert batch.target_index.tolist() == flat
 
 
 def test_views_and_masks_change_from_epoch_to_epoch_and_with_the_seed() -> None:

@@ -1,19 +1,21 @@
-"""Block masks against a set-based reference, and against masks that the original code drew."""
+"""Masks against set-based references and closed forms, and against masks that the original code drew."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
 from eva_mim.config import UserError
 from eva_mim.data import MaskSettings
-from eva_mim.data.masking import BlockMask
+from eva_mim.data.masking import BlockMask, RandomMask, make_mask
 
 Cell = tuple[int, int]
 
@@ -98,3 +100,102 @@ def test_a_smallest_block_above_the_ceiling_is_refused() -> None:
     """No block could be placed: every mask would be the single emergency patch, and nobody would be told."""
     with pytest.raises(UserError, match="min_block"):
         BlockMask((8, 8), MaskSettings(ratio=0.1, min_block=60))
+
+
+# ---- exact block masks
+
+
+def cells(mask: npt.NDArray[np.bool_], grid: Cell) -> set[Cell]:
+    return {(int(row), int(column)) for row, column in np.argwhere(mask.reshape(grid))}
+
+
+def beside(cell: Cell) -> set[Cell]:
+    row, column = cell
+    return {(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)}
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio"), [((16, 16), 105 / 256), ((14, 14), 0.75), ((7, 11), 0.5), ((2, 9), 0.9), ((1, 1), 0.4)]
+)
+def test_exact_masks_are_the_laws_masks_grown_to_the_ceiling(grid: Cell, ratio: float) -> None:
+    """Where the law reaches the ceiling nothing changes; else each added patch hangs on the mask through its neighbours."""
+    count, grown = max(1, round(ratio * grid[0] * grid[1])), 0
+    for seed in range(200):
+        loose, exact = (
+            cells(BlockMask(grid, MaskSettings(ratio=ratio, exact=exact))(random.Random(seed)), grid) for exact in (False, True)
+        )
+        assert len(exact) == count
+        assert loose <= exact
+        added, reached = exact - loose, set(loose)
+        grown += bool(added)
+        while near := {cell for cell in added - reached if beside(cell) & reached}:
+            reached |= near
+        assert reached == exact
+    assert grown > 5 or grid == (1, 1)
+
+
+def test_growing_chooses_among_all_neighbours_alike() -> None:
+    """On 2x3 every block of 3 patches and aspect 1 is too high: one random patch grows to 3. Odds from the tree of choices."""
+    grid, settings = (2, 3), MaskSettings(ratio=0.5, min_block=3, min_aspect=1, exact=True)
+    every = {(row, column) for row in range(2) for column in range(3)}
+    odds: defaultdict[frozenset[Cell], float] = defaultdict(float)
+    for first in every:
+        near = beside(first) & every
+        for second in near:
+            border = (beside(first) | beside(second)) & every - {first, second}
+            for third in border:
+                odds[frozenset((first, second, third))] += 1 / 6 / len(near) / len(border)
+    draws = 6000
+    drawn = Counter(frozenset(cells(BlockMask(grid, settings)(random.Random(seed)), grid)) for seed in range(draws))
+    assert drawn.keys() == odds.keys()
+    for mask, share in odds.items():
+        assert abs(drawn[mask] / draws - share) < 4 * math.sqrt(share * (1 - share) / draws)
+
+
+# ---- random masks
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "count"),
+    [((16, 16), 0.75, 192), ((14, 14), 0.75, 147), ((16, 16), 0.4, 103), ((8, 8), 0.9, 58), ((3, 3), 0.01, 1), ((2, 2), 0.99, 4)],
+)
+def test_random_masks_have_maes_count(grid: Cell, ratio: float, count: int) -> None:
+    """int(N * (1 - ratio)) patches stay visible."""
+    mask = RandomMask(grid, MaskSettings(kind="random", ratio=ratio))
+    assert {int(mask(random.Random(seed)).sum()) for seed in range(100)} == {count}
+
+
+def test_random_masks_are_uniform() -> None:
+    """Each patch alone and each pair as often as by the closed form of drawing without replacement."""
+    mask, draws = RandomMask((3, 4), MaskSettings(kind="random", ratio=0.75)), 4000
+    drawn = np.stack([mask(random.Random(seed)) for seed in range(draws)]).astype(float)
+    together = drawn.T @ drawn / draws
+    single, pair = 9 / 12, 9 / 12 * 8 / 11
+    off = ~np.eye(12, dtype=bool)
+    assert np.abs(together[~off] - single).max() < 4 * math.sqrt(single * (1 - single) / draws)
+    assert np.abs(together[off] - pair).max() < 4.5 * math.sqrt(pair * (1 - pair) / draws)
+
+
+# ---- which mask
+
+
+def test_the_settings_choose_the_mask() -> None:
+    assert make_mask((8, 8), MaskSettings(ratio=0)) is None
+    assert make_mask((8, 8), MaskSettings(ratio=0, kind="random")) is None
+    for settings, kind in ((MaskSettings(), BlockMask), (MaskSettings(kind="random"), RandomMask)):
+        made = make_mask((8, 8), settings)
+        assert isinstance(made, kind)
+        assert np.array_equal(made(random.Random(5)), kind((8, 8), settings)(random.Random(5)))
+
+
+def test_settings_know_how_many_patches_a_mask_hides() -> None:
+    for settings in (
+        MaskSettings(exact=True), MaskSettings(kind="random", ratio=0.75), MaskSettings(kind="random", ratio=0.3), MaskSettings(),
+    ):
+        made = make_mask((8, 8), settings)
+        assert made is not None
+        counts = {int(made(random.Random(seed)).sum()) for seed in range(100)}
+        assert max(counts) == settings.masked_patches(64)
+        assert (len(counts) > 1) is settings.varies
+    assert MaskSettings(ratio=0).masked_patches(64) == 0
+    assert not MaskSettings(ratio=0).varies

@@ -1,78 +1,57 @@
-"""The masked student sees nothing of what is masked, is timm's model with one seam, and is EVA's model in the fixtures."""
+"""The student with mask tokens sees nothing of what is masked, and is timm's model with one seam."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.eva import Eva, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eva_mim.config import UserError
-from eva_mim.objectives.masked_cosine import masked_cosine
-from eva_mim.students import ClassifierSettings, TrunkSettings
-from eva_mim.students.classifier import HEAD_SCALE, Classifier, LinearProbe
-from eva_mim.students.masked import MaskedStudent
+from eva_mim.data import MaskSettings
+from eva_mim.students import MaskedSettings
+from eva_mim.students.masked import MaskedStudent, PatchStudent, sincos_table
+from eva_mim.students.visible import build_masked_student
+from tests.students.golden import PIXELS
 
-CLIP_PIXELS = {
-    "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711),
-    "input_size": (3, 112, 112), "first_conv": "patch_embed.proj", "classifier": "head",
-}
-GOLDEN = {
-    "eva01_mim": {"embed_dim": 88, "depth": 3, "num_heads": 4, "mlp_ratio": 384 / 88},
-    "eva02_s_mim": {
-        "embed_dim": 96, "depth": 2, "num_heads": 3, "mlp_ratio": 8 / 3, "swiglu_mlp": True, "use_rot_pos_emb": True,
-    },
-    "eva02_b_mim": {
-        "embed_dim": 96, "depth": 2, "num_heads": 4, "mlp_ratio": 8 / 3, "swiglu_mlp": True, "use_rot_pos_emb": True,
-        "qkv_fused": False, "scale_mlp": True,
-    },
-}
-"""The fixtures' architectures as timm builds them."""
+FAMILIES = [
+    ("vit_nano_patch4_32", None), ("deit3_small_patch16_224", 64), ("eva02_tiny_patch14_224", 56),
+    ("golden_eva01_relpos", None), ("vit_small_patch16_dinov3", 64), ("vit_small_patch14_reg4_dinov2", 56),
+    ("dynamic_vit", None), ("test_vit2", None),
+]
+"""timm's VisionTransformer, Eva and Beit; LayerScale, rotary and relative positions; registers; no class token; dynamic size."""
 
-default_cfgs = generate_default_cfgs({f"golden_{name}": CLIP_PIXELS for name in GOLDEN})
-
-
-def _golden(name: str, pretrained: bool, **options: Any) -> Eva:
-    arguments = {"img_size": 112, "patch_size": 14, **GOLDEN[name]} | options
-    return build_model_with_cfg(Eva, f"golden_{name}", pretrained, **arguments)
+default_cfgs = generate_default_cfgs({"dynamic_vit": PIXELS | {"input_size": (3, 32, 32)}})
 
 
 @register_model
-def golden_eva01_mim(pretrained: bool = False, **options: Any) -> Eva:
-    """EVA-01 of the fixture."""
-    return _golden("eva01_mim", pretrained, **options)
+def dynamic_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A ViT that takes images of any size: its patch embedding leaves [B, h, w, D]."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "dynamic_img_size": True}
+    return build_model_with_cfg(VisionTransformer, "dynamic_vit", pretrained, **sizes | options)
 
 
-@register_model
-def golden_eva02_s_mim(pretrained: bool = False, **options: Any) -> Eva:
-    """EVA-02 S-type of the fixture."""
-    return _golden("eva02_s_mim", pretrained, **options)
-
-
-@register_model
-def golden_eva02_b_mim(pretrained: bool = False, **options: Any) -> Eva:
-    """EVA-02 B-type of the fixture."""
-    return _golden("eva02_b_mim", pretrained, **options)
-
-
-def student(name: str = "vit_nano_patch4_32", image_size: int | None = None) -> MaskedStudent:
-    """Every parameter random (timm starts biases at 0), so that nothing is hidden by a zero."""
-    torch.manual_seed(0)
-    made = MaskedStudent(TrunkSettings(name=name, image_size=image_size), 10).eval()
+def randomise(made: PatchStudent) -> PatchStudent:
+    """Every parameter but fixed tables random (timm starts biases at 0), so that nothing is hidden by a zero."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
+        for name, parameter in made.named_parameters():
+            if parameter.requires_grad or "patch_embed" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return made
 
 
-def images_and_mask(made: MaskedStudent, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def student(name: str = "vit_nano_patch4_32", image_size: int | None = None, **options: Any) -> Any:
+    """A random student with 10 targets."""
+    torch.manual_seed(0)
+    return randomise(MaskedStudent(MaskedSettings(name=name, image_size=image_size, **options), 10).eval())
+
+
+def images_and_mask(made: PatchStudent, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 pictures, [B, N] masks of about 40 %, and their flat indices."""
     generator = torch.Generator().manual_seed(1)
     size = made.image_size
@@ -81,16 +60,19 @@ def images_and_mask(made: MaskedStudent, count: int = 3) -> tuple[Tensor, Tensor
     return images, masked, masked.flatten().nonzero()[:, 0]
 
 
-def pixel_mask(made: MaskedStudent, masked: Tensor) -> Tensor:
+def normalised(made: PatchStudent, images: Tensor) -> Tensor:
+    """Channel by channel, as each network's description says."""
+    return torch.stack([(images[:, c].float() / 255 - made.mean[c]) / made.std[c] for c in range(3)], dim=1)
+
+
+def pixel_mask(made: PatchStudent, masked: Tensor) -> Tensor:
     """[B, 1, H, W] True where a pixel lies in a masked patch."""
     rows, columns = made.grid
     side = made.image_size // rows
     return masked.reshape(-1, 1, rows, columns).repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("vit_nano_patch4_32", None), ("eva02_tiny_patch14_224", 56), ("deit3_small_patch16_224", 64)]
-)
+@pytest.mark.parametrize(("name", "size"), FAMILIES)
 @torch.no_grad()
 def test_no_masked_pixel_reaches_the_output(name: str, size: int | None) -> None:
     """Other pixels behind the mask: every token is the same, bit for bit. One visible pixel: the predictions move."""
@@ -111,33 +93,46 @@ def test_no_masked_pixel_reaches_the_output(name: str, size: int | None) -> None
     assert not torch.equal(made.tokens(images), made.tokens(other))  # without a mask everything is seen
 
 
+@pytest.mark.parametrize(("name", "size"), FAMILIES)
 @torch.no_grad()
-def test_a_hybrid_that_looks_across_patches_is_refused_or_sees_nothing() -> None:
-    """A convolutional stem mixes masked pixels into visible embeddings: mask tokens come too late for it."""
-    try:
-        made = student("vit_tiny_r_s16_p8_224", 64)
-    except UserError as error:
-        assert "vit_tiny_r_s16_p8_224" in str(error)  # noqa: PT017
-        return
-    images, _, _ = images_and_mask(made)
-    masked = torch.tensor([[True, False, False, True]] * 3)
-    other = torch.where(pixel_mask(made, masked), 255 - images, images)
-    assert torch.equal(made.tokens(images, masked), made.tokens(other, masked))
+def test_without_a_mask_the_student_is_timms_model(name: str, size: int | None) -> None:
+    """The same keys and tokens; where nothing is hidden, every patch has its prediction; mean and class token for k-NN."""
+    made = student(name, size)
+    options = {"img_size": size} if size else {}
+    plain: Any = timm.create_model(name, num_classes=0, global_pool="", **options).eval()
+    assert list(made.trunk.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(made.trunk.state_dict())
+    images, masked, _ = images_and_mask(made)
+    tokens = plain.forward_features(normalised(made, images))
+    made.tokens(images, masked)
+    assert torch.equal(made.trunk.forward_features(normalised(made, images)), tokens)  # a masked pass leaves nothing behind
+    assert torch.allclose(made.tokens(images), tokens, atol=1e-5)
+    rows, columns = made.grid
+    patches = tokens[:, tokens.shape[1] - rows * columns :]
+    mean, class_token = made.features(images)
+    assert torch.allclose(mean, patches.mean(1), atol=1e-5)
+    assert torch.equal(made.summary(images), mean)
+    if plain.cls_token is not None:
+        assert torch.allclose(class_token, tokens[:, 0], atol=1e-5)
+    else:
+        assert class_token is None
+    everything = made(images, None, torch.arange(3 * rows * columns))
+    assert torch.allclose(everything, patches.reshape(-1, patches.shape[-1]) @ made.head.weight.T + made.head.bias, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["convnet_nano_32", "swin_tiny_patch4_window7_224", "no_such_model"])
+def test_what_is_not_the_trunk_is_named() -> None:
+    made = student()
+    assert {name for name in made.state_dict() if not name.startswith("trunk.")} == {"mask_token", "head.weight", "head.bias"}
+    assert made.stem_parameters == ("mask_token",)
+
+
+@pytest.mark.parametrize(
+    "name", ["convnet_nano_32", "swin_tiny_patch4_window7_224", "no_such_model", "vit_tiny_r_s16_p8_224", "samvit_base_patch16"]
+)
 def test_what_cannot_be_masked_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=name):
-        MaskedStudent(TrunkSettings(name=name), 10)
-
-
-def test_a_vit_without_class_token_can_be_masked() -> None:
-    """Masking needs patch tokens only."""
-    made = student("test_vit2")
-    images, masked, index = images_and_mask(made)
-    other = torch.where(pixel_mask(made, masked), 255 - images, images)
-    with torch.no_grad():
-        assert torch.equal(made(images, masked, index), made(other, masked, index))
+    """Without patch tokens, unknown, with a stem that looks across patches, with a neck after the tokens."""
+    with torch.device("meta"), pytest.raises(UserError, match=f"student.name: .*{name}"):
+        MaskedStudent(MaskedSettings(name=name), 10)
 
 
 @torch.no_grad()
@@ -145,9 +140,8 @@ def test_the_forward_pass_is_timms_pieces_by_hand() -> None:
     made = student()
     trunk: Any = made.trunk
     images, masked, index = images_and_mask(made)
-    x = torch.stack([(images[:, c].float() / 255 - made.mean[c]) / made.std[c] for c in range(3)], dim=1)
     rows = []
-    for picture, mask in zip(x, masked, strict=True):
+    for picture, mask in zip(normalised(made, images), masked, strict=True):
         patches = [
             trunk.patch_embed.proj(picture[None, :, r : r + 4, c : c + 4]).flatten()
             for r in range(0, 32, 4) for c in range(0, 32, 4)
@@ -162,105 +156,52 @@ def test_the_forward_pass_is_timms_pieces_by_hand() -> None:
     assert torch.allclose(made(images, masked, index), torch.stack(rows), atol=2e-5)
 
 
-@torch.no_grad()
-def test_the_hook_leaves_timms_model_as_it_is() -> None:
-    """The same keys, and without a mask the same features."""
-    made = student()
-    plain = timm.create_model("vit_nano_patch4_32", num_classes=0, global_pool="token").eval()
-    assert list(made.trunk.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(made.trunk.state_dict())
-    images, masked, _ = images_and_mask(made)
-    x = torch.stack([(images[:, c].float() / 255 - made.mean[c]) / made.std[c] for c in range(3)], dim=1)
-    expected = plain.forward_features(x)[:, 1:]
-    made.tokens(images, masked)  # a masked pass leaves nothing behind
-    assert torch.allclose(made.tokens(images), expected, atol=1e-5)
-    assert torch.allclose(made.summary(images), expected.mean(1), atol=1e-5)
-    assert {name for name in made.state_dict() if not name.startswith("trunk.")} == {"mask_token", "head.weight", "head.bias"}
-
-
 def test_a_failed_pass_leaves_no_mask_behind() -> None:
     made = student()
     images, masked, _ = images_and_mask(made)
+    x = normalised(made, images)
     with torch.no_grad():
-        before = made.tokens(images)
+        before = made.trunk.forward_features(x)
         with pytest.raises(RuntimeError):
             made.tokens(images, masked[:, :7])
-        assert torch.equal(made.tokens(images), before)
+        assert torch.equal(made.trunk.forward_features(x), before)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_eva_models_predict_and_learn_as_the_original_code(shared: Path, name: str) -> None:
-    """Predictions, loss and gradients of the fixture's model, through the student and the objective."""
-    golden = load_file(shared / "golden" / f"{name}.safetensors")
-    facts = json.loads((shared / "golden" / f"{name}.json").read_text())
-    state = {key.removeprefix("state_dict/"): value for key, value in golden.items() if key.startswith("state_dict/")}
-    made = MaskedStudent(TrunkSettings(name=f"golden_{name}"), 64).eval()
-    renamed = checkpoint_filter_fn({"module": state}, made.trunk)  # it also moves norm to fc_norm: moved back here
-    made.trunk.load_state_dict({key.replace("fc_norm.", "norm."): value for key, value in renamed.items()})
-    made.mask_token.data.copy_(state["mask_token"])
-    made.head.load_state_dict({key: state[f"lm_head.{key}"] for key in ("weight", "bias")})
-    shift, scale = (torch.tensor(CLIP_PIXELS[key]).reshape(3, 1, 1) for key in ("mean", "std"))
-    images = (golden["in/image"].double() * scale + shift).float() * 255
-    masked = golden["in/mask"].flatten(1)
-    prediction = made(images, masked, masked.flatten().nonzero()[:, 0])
-    assert (prediction - golden["out/predictions"]).abs().max() < 3e-5
-    target = golden["in/teacher_features"][masked]
-    loss = masked_cosine(prediction, target).loss
-    assert loss.item() == pytest.approx(facts["loss"], abs=1e-6)
-    loss.backward()
-    patch: Tensor = made.get_parameter("trunk.patch_embed.proj.weight").grad  # type: ignore[assignment]
-    slowed = 0.1 if facts["constructor"].get("stop_grad_conv1") else 1.0
-    for mine, key in ((made.head.weight.grad, "lm_head.weight"), (slowed * patch, "patch_embed.proj.weight")):
-        assert mine is not None
-        expected = golden[f"grad/{key}"]
-        assert (mine - expected).abs().max() < 5e-5 * expected.abs().max(), key
+@pytest.mark.parametrize("form", ["mask_tokens", "visible"])
+def test_plain_distillation_has_no_parameter_without_gradient(form: Any) -> None:
+    """With ratio 0 the mask token has no use: it is not trained."""
+    made = build_masked_student(MaskedSettings(name="vit_nano_patch4_32", form=form), 10, MaskSettings(ratio=0))
+    images, _, _ = images_and_mask(made)
+    made(images, None, torch.arange(3 * 64)).square().sum().backward()
+    assert {name for name, p in made.named_parameters() if p.grad is None} == {"mask_token"}
+    assert [name for name, p in made.named_parameters() if not p.requires_grad] == ["mask_token"]
+    masking = build_masked_student(MaskedSettings(name="vit_nano_patch4_32", form=form), 10, MaskSettings(exact=True))
+    assert all(parameter.requires_grad for parameter in masking.parameters())
 
 
-# ---- classifiers
+@pytest.mark.parametrize(("name", "size"), [("golden_eva01_relpos", None), ("vit_small_patch16_dinov3", 64)])
+def test_fixed_positions_need_a_table(name: str, size: int | None) -> None:
+    with pytest.raises(UserError, match=r"student\.positions=sincos: .*learned"):
+        student(name, size, positions="sincos")
 
 
-@pytest.mark.parametrize(
-    ("name", "pool"), [("vit_nano_patch4_32", "avg"), ("vit_nano_patch4_32", "token"), ("convnet_nano_32", "avg")]
-)
-@torch.no_grad()
-def test_a_probe_folds_into_timms_own_head(name: str, pool: Any) -> None:
-    """timm's model with `timm_weights` gives the probe's logits."""
-    torch.manual_seed(0)
-    probe = LinearProbe(ClassifierSettings(name=name, global_pool=pool), 7)
-    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
-    for _ in range(5):
-        probe.train()(images)  # moves the norm's statistics away from 0 and 1
-    probe.eval().linear.weight.normal_()
-    probe.linear.bias.normal_()
-    plain = timm.create_model(name, num_classes=7, **({"global_pool": pool} if "vit" in name else {})).eval()
-    weights = {key: value.clone() for key, value in probe.state_dict().items()}
-    plain.load_state_dict(probe.timm_weights(weights))
-    x = torch.stack([(images[:, c].float() / 255 - probe.mean[c]) / probe.std[c] for c in range(3)], dim=1)
-    expected = probe(images)
-    assert torch.allclose(plain(x), expected, atol=1e-4 * expected.abs().max().item())
-    assert expected.std(0).mean() > 0.1
+def test_fixed_positions_leave_registers_out() -> None:
+    """A table without rows for class and register tokens (DINOv2) holds the patches alone."""
+    made = student("vit_small_patch14_reg4_dinov2", 56, positions="sincos")
+    assert torch.equal(made.trunk.pos_embed, sincos_table((4, 4), 384, 0))
+    made = student("vit_nano_patch4_32", positions="sincos")
+    assert torch.equal(made.trunk.pos_embed, sincos_table((8, 8), 96, 1))
 
 
-def test_a_probe_trains_only_its_layer() -> None:
-    torch.manual_seed(0)
-    probe = LinearProbe(ClassifierSettings(name="convnet_nano_32"), 7).train()
-    before = {key: value.clone() for key, value in probe.trunk.state_dict().items()}
-    probe(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)).sum().backward()
-    learning = {name for name, parameter in probe.named_parameters() if parameter.grad is not None}
-    assert learning == {"linear.weight", "linear.bias"}
-    assert all(torch.equal(value, before[key]) for key, value in probe.trunk.state_dict().items())  # batch norms as well
-
-
-@torch.no_grad()
-def test_a_classifier_is_timms_model_with_a_small_head() -> None:
-    torch.manual_seed(0)
-    made = Classifier(ClassifierSettings(name="vit_nano_patch4_32"), 7).eval()
-    plain = timm.create_model("vit_nano_patch4_32", num_classes=7, global_pool="avg").eval()
-    plain.load_state_dict(made.timm_weights(dict(made.state_dict())))
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    x = torch.stack([(images[:, c].float() / 255 - made.mean[c]) / made.std[c] for c in range(3)], dim=1)
-    assert torch.allclose(made(images), plain(x), atol=1e-6)
-    torch.manual_seed(0)
-    fresh = timm.create_model("vit_nano_patch4_32", num_classes=7, global_pool="avg")
-    assert torch.allclose(plain.head.weight, fresh.head.weight * HEAD_SCALE, atol=1e-9)
-    assert made(images).softmax(-1).sub(1 / 7).abs().max() < 1e-3
+def test_the_table_is_that_of_the_definition() -> None:
+    """On a grid that is not square, entry by entry."""
+    table = sincos_table((3, 5), 8, 2)
+    assert table.shape == (1, 17, 8)
+    assert (table[0, :2] == 0).all()
+    for row in range(3):
+        for column in range(5):
+            expected = [
+                wave(torch.tensor(place / 10000 ** (k / 2), dtype=torch.float64)).item()
+                for place in (column, row) for wave in (torch.sin, torch.cos) for k in (0, 1)
+            ]
+            assert table[0, 2 + row * 5 + column].tolist() == pytest.approx(expected, abs=1e-7)

@@ -1,22 +1,41 @@
-"""Dense features: the original code's for an OpenAI tower, and per patch what a timm tower does to its pooled vector."""
+"""Patch features of CLIP towers: the original code's, any block by hand, and what a timm tower does to its pooled vector."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eva_mim.students.small  # noqa: F401  (registers the small architectures)
 from eva_mim.config import UserError
-from eva_mim.teachers import TeacherSettings, build_teacher
-from eva_mim.teachers.open_clip import dense_features
+from eva_mim.contracts import Features
+from eva_mim.teachers import TeacherSettings
+from eva_mim.teachers.frozen import FrozenTeacher
+from eva_mim.teachers.open_clip import read_tower
+
+default_cfgs = generate_default_cfgs({"golden_clip_eva01_g": {"input_size": (3, 84, 84), "first_conv": "", "classifier": "head"}})
+
+
+@register_model
+def golden_clip_eva01_g(pretrained: bool = False, **options: Any) -> Eva:
+    """EVA01-CLIP-g of the fixture."""
+    shape = {"img_size": 84, "patch_size": 14, "embed_dim": 88, "depth": 2, "num_heads": 4, "mlp_ratio": 384 / 88}
+    return build_model_with_cfg(Eva, "golden_clip_eva01_g", pretrained, **(shape | options))
+
+
+def read(tower: nn.Module, images: Tensor, **settings: Any) -> Features:
+    """Features of normalised pixels."""
+    return read_tower(tower, TeacherSettings(name="tower", **settings)).features(images)
 
 
 def openai_tower(golden: dict[str, Tensor], grid: tuple[int, int], positions: Tensor) -> VisionTransformer:
@@ -46,10 +65,89 @@ def test_an_openai_tower_gives_the_original_codes_features(shared: Path, name: s
     tower = openai_tower(golden, grid, positions)
     images = golden[f"in/{name}image"]
     summary = tower(images)
-    features = dense_features(tower)(images)
+    features = read(tower, images)
     assert features.grid == grid
     assert (features.spatial - golden[f"out/{name}dense_features"]).abs().max() < 2e-5
     assert torch.allclose(features.summary, summary, atol=1e-6)  # the tower's own answer
+
+
+@pytest.mark.parametrize("project", [None, True, False])
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, -1, -2])
+@torch.no_grad()
+def test_an_openai_towers_blocks_by_hand(shared: Path, layer: int, final_norm: bool, project: bool | None) -> None:
+    """Patch by patch and block by block, with the fixture's weights."""
+    golden = load_file(shared / "golden" / "openai_visual.safetensors")
+    state = {key.removeprefix("state_dict/visual."): value for key, value in golden.items()}
+    tower = openai_tower(golden, (8, 8), state["positional_embedding"])
+    summary = tower(golden["in/image"])
+    cells = F.unfold(golden["in/image"], 14, stride=14).transpose(1, 2) @ state["conv1.weight"].flatten(1).T
+    tokens = torch.cat([state["class_embedding"].expand(2, 1, 80), cells], 1) + state["positional_embedding"]
+    tokens = F.layer_norm(tokens, (80,), state["ln_pre.weight"], state["ln_pre.bias"])
+    for number in range(layer % 2 + 1):
+        tokens = block_by_hand(tokens, {key.removeprefix(f"transformer.resblocks.{number}."): v for key, v in state.items()})
+    expected = tokens[:, 1:]
+    if final_norm:
+        expected = F.layer_norm(expected, (80,), state["ln_post.weight"], state["ln_post.bias"])
+    if project is not False:
+        expected = expected @ state["proj"]
+    features = read(tower, golden["in/image"], layer=layer, final_norm=final_norm, project=project)
+    assert (features.spatial - expected).abs().max() < 2e-5
+    if layer == -1 and final_norm and project is not False:
+        assert (expected - golden["out/dense_features"]).abs().max() < 2e-5
+    bare = features.summary @ state["proj"] if project is False else features.summary
+    assert torch.allclose(bare, summary, atol=1e-5)  # whatever the patches are, the summary is the tower's
+
+
+def block_by_hand(x: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """OpenAI's residual block: 5 heads, QuickGELU."""
+    def normed(name: str) -> Tensor:
+        return F.layer_norm(x, (80,), state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(value: Tensor, name: str) -> Tensor:
+        return F.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    inputs = F.linear(normed("ln_1"), state["attn.in_proj_weight"], state["attn.in_proj_bias"])
+    query, key, value = (part.reshape(*x.shape[:2], 5, 16).transpose(1, 2) for part in inputs.chunk(3, dim=-1))
+    mixed = (query @ key.transpose(-1, -2) / 4).softmax(-1) @ value
+    x = x + linear(mixed.transpose(1, 2).flatten(2), "attn.out_proj")
+    hidden = linear(normed("ln_2"), "mlp.c_fc")
+    return x + linear(hidden * torch.sigmoid(1.702 * hidden), "mlp.c_proj")
+
+
+@torch.no_grad()
+def test_an_eva_clip_tower_gives_the_original_codes_features(shared: Path) -> None:
+    """EVA-02's teacher: final norm, then the head with its bias on every patch."""
+    golden = load_file(shared / "golden" / "clip_eva01_g.safetensors")
+    state = {key.removeprefix("state_dict/"): value for key, value in golden.items() if key.startswith("state_dict/visual.")}
+    tower = TimmModel("golden_clip_eva01_g", 56, image_size=84, pool="token", proj="").eval()
+    tower.trunk.load_state_dict(checkpoint_filter_fn(state, tower.trunk))
+    images, last = golden["in/image"], golden["out/vision_last_block_tokens"][:, 1:]
+    features = read(tower, images)
+    assert features.grid == (6, 6)
+    assert (features.spatial - golden["out/dense_teacher_features"]).abs().max() < 2e-5
+    assert (features.summary - golden["out/image_embed_unnormalised"]).abs().max() < 1e-5
+    raw = read(tower, images, final_norm=False, project=False)
+    assert (raw.spatial - last).abs().max() < 2e-5
+    normed = F.layer_norm(last, (88,), state["visual.norm.weight"], state["visual.norm.bias"], 1e-6)
+    bare = read(tower, images, project=False)
+    assert (bare.spatial - normed).abs().max() < 2e-5
+    assert (F.linear(bare.summary, state["visual.head.weight"], state["visual.head.bias"])
+            - golden["out/image_embed_unnormalised"]).abs().max() < 1e-5
+    straight = read(tower, images, final_norm=False)
+    assert (straight.spatial - F.linear(last, state["visual.head.weight"], state["visual.head.bias"])).abs().max() < 2e-5
+    earlier = read(tower, images, layer=0, final_norm=False, project=False).spatial
+    after = tower.trunk.blocks[1](torch.cat([class_token_after(tower, images), earlier], dim=1))  # block 1 on block 0's output
+    assert (after[:, 1:] - last).abs().max() < 2e-5
+
+
+def class_token_after(tower: TimmModel, images: Tensor) -> Tensor:
+    """[B, 1, 88] class token after block 0, as timm's own forward pass sees it."""
+    seen: list[Tensor] = []
+    handle = tower.trunk.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output[:, :1]))
+    tower(images)
+    handle.remove()
+    return seen[0]
 
 
 def timm_tower(name: str, size: int, pool: str = "avg", proj: str = "linear") -> TimmModel:
@@ -82,7 +180,7 @@ TOWERS = [("convnet_nano_32", 32), ("test_resnet", 64), ("vit_nano_patch4_32", 3
 def test_a_timm_towers_patches_go_through_its_own_head(name: str, size: int, proj: str) -> None:
     tower = timm_tower(name, size, proj=proj)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
-    features = dense_features(tower)(images)
+    features = read(tower, images)
     inner = tower.trunk.forward_features(images)
     expected = one_patch_at_a_time(
         inner, getattr(tower.trunk, "num_prefix_tokens", 0), lambda part: tower.head(tower.trunk.forward_head(part))
@@ -97,39 +195,72 @@ def test_a_timm_towers_patches_go_through_its_own_head(name: str, size: int, pro
 def test_the_mean_of_the_patches_is_the_summary(name: str, size: int) -> None:
     """Where nothing but a linear layer follows the pooling."""
     tower = timm_tower(name, size)
-    features = dense_features(tower)(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2)))
+    features = read(tower, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2)))
     assert torch.allclose(features.spatial.mean(1), features.summary, atol=1e-5)
     assert features.summary.abs().max() > 1e-2
 
 
-def test_attention_pooled_towers_are_refused() -> None:
+@pytest.mark.parametrize("name", ["convnet_nano_32", "vit_nano_patch4_32"])
+@pytest.mark.parametrize("proj", ["linear", ""])
+@torch.no_grad()
+def test_a_timm_tower_without_its_projection(name: str, proj: str) -> None:
+    """Patches are as wide as the trunk; the tower's projection of the summary gives the tower's answer."""
+    tower = timm_tower(name, 32, proj=proj)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    features = read(tower, images, project=False)
+    assert features.spatial.shape[-1] == tower.trunk.num_features
+    if name == "convnet_nano_32" or proj:  # no norm between the pooling and the projection
+        assert torch.allclose(features.spatial.mean(1), features.summary, atol=1e-5)
+    projection = tower.head.proj if proj else tower.trunk.get_classifier()
+    assert torch.allclose(projection(features.summary), tower(images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_attention_pooled_timm_tower_gives_the_patches_before_the_pooling() -> None:
+    """SigLIP: its pooling is its projection, and makes one vector of an image."""
+    tower = timm_tower("test_vit3", 160, pool="map", proj="none")
+    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    reading = read_tower(tower, TeacherSettings(name="tower"))
+    features = reading.features(images)
+    assert (features.spatial - tower.trunk.forward_features(images)[:, 1:]).abs().max() < 1e-5
+    assert torch.allclose(features.summary, tower(images), atol=1e-6)
+    assert not reading.project
+    with pytest.raises(UserError, match=r"teacher\.project: tower has no projection for patches"):
+        read(tower, images, project=True)
+
+
+def test_towers_without_patch_features_are_refused() -> None:
     common = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 16}
     for options in ({"attentional_pool": True}, {"final_ln_after_pool": True}):
-        with pytest.raises(UserError, match="no projected patch features"):
-            dense_features(VisionTransformer(**common, **options))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no projected patch features"):
-        dense_features(TimmModel("convnet_nano_32", 24, image_size=32, pool="rot_attn", proj=""))
-    with pytest.raises(UserError, match="Linear"):
-        dense_features(nn.Linear(2, 2))
+        with pytest.raises(UserError, match="tower has its last norm behind the pooling"):
+            read(VisionTransformer(**common, **options), torch.zeros(1))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="tower ends in attention pooling"):
+        read(TimmModel("convnet_nano_32", 24, image_size=32, pool="rot_attn", proj=""), torch.zeros(1))
+    with pytest.raises(UserError, match="tower is a Linear"):
+        read(nn.Linear(2, 2), torch.zeros(1))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("vit_nano_patch4_32", None), ("convnet_nano_32", None), ("test_vit2", None), ("eva02_tiny_patch14_224", 28),
-     ("test_convnext", None)],
-)
-def test_a_timm_teachers_patches_are_after_its_final_norm(name: str, size: int | None) -> None:
-    """`Features.spatial` by the contract: the norm that timm applies after pooling belongs to every patch as well."""
-    torch.manual_seed(0)
-    teacher = build_teacher(TeacherSettings(kind="timm", name=name, image_size=size))
-    images = torch.randint(0, 256, (2, 3, teacher.image_size, teacher.image_size), dtype=torch.uint8)
-    (trunk,) = (value for value in vars(teacher).values() if isinstance(value, nn.Module))
-    with torch.no_grad():
-        pixels = torch.stack([(images[:, c].float() / 255 - teacher.mean[c]) / teacher.std[c] for c in range(3)], dim=1)
-        inner = trunk.forward_features(pixels)  # type: ignore[operator]
-        if getattr(trunk, "global_pool", "") == "token":
-            expected = inner[:, trunk.num_prefix_tokens :]
-        else:
-            prefix = getattr(trunk, "num_prefix_tokens", 0)
-            expected = one_patch_at_a_time(inner, prefix, lambda part: trunk.forward_head(part, pre_logits=True))  # type: ignore[operator]
-    assert (teacher(images).spatial - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
+def test_a_block_or_a_projection_that_does_not_exist_is_refused() -> None:
+    common = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "heads": 2, "mlp_ratio": 2.0, "output_dim": 16}
+    for layer in (3, -4):
+        with pytest.raises(UserError, match=rf"teacher\.layer: {layer} does not exist; tower has 3 blocks, 0 to 2"):
+            read(VisionTransformer(**common), torch.zeros(1), layer=layer)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=rf"teacher\.layer: {layer * 2} does not exist; tower has 4 blocks"):
+            read(timm_tower("vit_nano_patch4_32", 32), torch.zeros(1), layer=layer * 2)
+    bare = VisionTransformer(**common)  # type: ignore[arg-type]
+    bare.proj = None
+    with pytest.raises(UserError, match=r"teacher\.project: tower has no projection"):
+        read(bare, torch.zeros(1), project=True)
+    assert not read_tower(bare, TeacherSettings(name="tower")).project
+
+
+def test_a_teacher_records_what_it_reads() -> None:
+    """`facts`: the settings as resolved for this network."""
+    tower = VisionTransformer(32, 8, 32, 3, 2, 2.0, output_dim=16)
+    parameters = sum(value.numel() for value in tower.state_dict().values())
+    reading = read_tower(tower, TeacherSettings(name="tower", layer=-2, final_norm=False))
+    teacher = FrozenTeacher(tower, reading, image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    assert teacher.facts() == {
+        "network": "VisionTransformer", "parameters": parameters, "image_size": 32, "grid": [4, 4], "width": 16,
+        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "layer": 1, "blocks": 3, "final_norm": False, "project": True,
+    }

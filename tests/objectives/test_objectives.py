@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eva_mim.objectives.contrastive import Contrastive
-from eva_mim.objectives.masked_cosine import masked_cosine
+from eva_mim.objectives.masked import masked_cosine
 
 
 def loop_cosine(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:

@@ -1,0 +1,68 @@
+"""Where the time of a step goes: data, teacher, student, backward, optimizer. Nothing waits for a device to measure it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopwatch:
+    """Sums seconds by phase. On CUDA a pair of events marks a phase; they are read when the sums are asked for."""
+
+    def __init__(self, cuda: bool = False):
+        self.cuda = cuda
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        if not self.cuda:
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+            return
+        import torch
+
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        try:
+            yield
+        finally:
+            last.record()
+            self._events.append((name, first, last))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call (on CUDA this waits for the device)."""
+        for name, first, last in self._events:
+            last.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + first.elapsed_time(last) / 1000
+        taken, self._seconds, self._events = self._seconds, {}, []
+        return taken
+
+
+_running: list[Stopwatch] = []
+
+
+@contextmanager
+def measuring(stopwatch: Stopwatch) -> Iterator[None]:
+    """Blocks marked with `phase` below this one are timed by `stopwatch`."""
+    _running.append(stopwatch)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Mark a block; costs nothing where nobody measures."""
+    if not _running:
+        yield
+        return
+    with _running[-1](name):
+        yield

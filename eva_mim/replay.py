@@ -1,0 +1,95 @@
+"""`eva-mim replay DUMP`: run the last step of a diverged run again, in one process, and show where it breaks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+NOT_REPRODUCED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the step is not finite here either, 1 when it is finite, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="eva-mim replay", description="Run the last step of a diverged run again.")
+    parser.add_argument("dump", type=Path, help="folder OUT/dumps/step-... that the run named when it stopped")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change, such as run.precision=fp32")
+    parser.add_argument("--top", type=int, default=12, help="layers to list")
+    arguments = parser.parse_intermixed_args(argv)
+    from eva_mim.program import guard
+
+    finite = [False]
+
+    def work() -> None:
+        finite[0] = replay(arguments.dump, arguments.overrides, arguments.top)
+
+    code = guard(work)
+    return NOT_REPRODUCED if not code and finite[0] else code
+
+
+def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
+    """Print losses and layers; True when everything is finite. Raises UserError for a folder that is no dump."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file
+
+    from eva_mim.config import UserError, override, parse, read_yaml
+    from eva_mim.diagnose import diagnose, first_bad, largest_of
+    from eva_mim.distributed import pick_device
+    from eva_mim.dump import RECORD, SETTINGS, WEIGHTS
+    from eva_mim.engine.step import low_precision
+    from eva_mim.registry import PROGRAMS, lookup
+    from eva_mim.rng import derive, seed_all
+    from eva_mim.students.trunk import use_fused_attention
+
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} has no {RECORD}; it must be the dump folder that the run named when it stopped")
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    processes, micro_batches = record["processes"], record["micro_batches"]
+    samples = record["samples"][str(record["data_step"])]
+    program = lookup(PROGRAMS, record["program"], "dump.program")
+    tree = read_yaml(folder / SETTINGS)
+    tree["init_from"] = None  # the weights are in the dump
+    tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
+    recipe = parse(program.StageRecipe, override(tree, overrides), str(folder / SETTINGS))
+    device = pick_device(recipe.run.device)
+    seed_all(derive(recipe.run.seed, "initialisation"))
+    built = program.build(recipe, device)
+    module = built.parts.task.student.to(device).train()
+    module.load_state_dict(load_file(folder / WEIGHTS))
+    use_fused_attention(module, device.type == "cuda")
+    dtype = low_precision(recipe.run.precision)
+    batches = next(iter(built.parts.train.steps(record["data_step"], record["data_step"] + 1)))
+    write = sys.stdout.write
+    write(f"step {record['step']} of {processes} processes x {micro_batches} micro-batches, {recipe.run.precision}, "
+          f"loss scale {record['loss_scale']:g}\n")
+    findings = []
+    for rank in range(processes):
+        seed_all(derive(record["seed"], "step", record["step"], rank))
+        for micro in range(micro_batches):
+            batch = batches[micro * processes + rank].to(device)
+            with torch.enable_grad():
+                found = diagnose(built.parts.task, module, batch,
+                                 lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), record["loss_scale"])
+            findings.append(found.layers)
+            keys = [built.parts.train.key(int(index)) for index in batch.index]
+            write(f"  rank {rank}, micro-batch {micro}: loss {found.loss:.6g}, samples {keys[0]} ... {keys[-1]}\n")
+    layers = largest_of(findings)
+    for what in ("weight", "output", "gradient"):
+        bad = first_bad(layers, what)
+        write(f"first layer whose {what} is not finite: {bad or 'none'}\n")
+    write(f"\n{'layer':<40} {'weight':>12} {'output':>12} {'gradient':>12}\n")
+    ranked = sorted(layers.items(), key=lambda item: -_rank(item[1].get("output", 0.0)))[:top]
+    for name, row in ranked:
+        write(f"{name:<40} " + " ".join(f"{row[what]:>12.4g}" if what in row else f"{'':>12}"
+                                        for what in ("weight", "output", "gradient")).rstrip() + "\n")
+    finite = all(first_bad(layers, what) is None for what in ("weight", "output", "gradient"))
+    write("\nnot reproduced: everything is finite here\n" if finite else "\nreproduced: the step is not finite\n")
+    return finite
+
+
+def _rank(value: float) -> float:
+    return value if value == value else float("inf")

@@ -1,0 +1,85 @@
+"""A teacher without a network: the target of a patch are its own pixels (MAE, He et al. 2021)."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from eva_mim.config import UserError, digest
+from eva_mim.contracts import Features, Grid
+from eva_mim.pixels import normalise
+from eva_mim.teachers.frozen import block_index, with_projection
+
+if TYPE_CHECKING:
+    from eva_mim.teachers import TeacherSettings
+
+EPS = 1e-6
+"""Added to a patch's variance (MAE's norm_pix_loss)."""
+
+
+class PixelTeacher:
+    """Patches of p x p pixels as vectors of 3 p p numbers: row by row, the three colours of a pixel side by side.
+
+    Pixels are first normalised with ImageNet's mean and std, then each patch to mean 0 and (unbiased) variance 1 over all
+    its numbers, as MAE does; with `final_norm` false they stay as they are after the first. The summary is the mean patch.
+    """
+
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    def __init__(self, patch: int, image_size: int, normed: bool = True):
+        self.image_size, self.width, self._patch, self._normed = image_size, 3 * patch * patch, patch, normed
+        self.grid: Grid = (image_size // patch, image_size // patch)
+
+    def __call__(self, images: Tensor) -> Features:
+        """Features of [B, 3, S, S] uint8 pixels."""
+        rows, columns = self.grid
+        cells = normalise(images, self.mean, self.std).reshape(len(images), 3, rows, self._patch, columns, self._patch)
+        patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, self.width)
+        if self._normed:
+            patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + EPS).sqrt()
+        return Features(patches.mean(1), patches, self.grid)
+
+    def to(self, device: Any) -> PixelTeacher:
+        """There are no weights to move."""
+        return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what it does: there are no weights that could change."""
+        return digest(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What it is, in JSON's types; keys as in `FrozenTeacher.facts`."""
+        return {
+            "network": "pixels",
+            "parameters": 0,
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "width": self.width,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "layer": None,
+            "blocks": None,
+            "final_norm": self._normed,
+            "project": False,
+        }
+
+
+def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
+    """From a name such as "patch16" and an image size. Raises UserError."""
+    match = re.fullmatch(r"patch([1-9]\d{0,3})", settings.name)
+    if match is None:
+        raise UserError(f"teacher.name: {settings.name!r} does not say the patch side in pixels; write one such as patch16")
+    if settings.image_size is None:
+        raise UserError("teacher.image_size: must be given for a teacher of pixels; set it to student.image_size")
+    patch = int(match[1])
+    if settings.image_size % patch:
+        raise UserError(f"teacher.image_size: {settings.image_size} px are no whole number of patches of {patch} px")
+    if settings.weights is not None:
+        raise UserError(f"teacher.weights: a teacher of pixels has none; leave out {settings.weights!r}")
+    block_index(settings, 1)
+    with_projection(settings, available=False)
+    return PixelTeacher(patch, settings.image_size, settings.final_norm)

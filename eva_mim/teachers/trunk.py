@@ -1,0 +1,99 @@
+"""Reading timm trunks.
+
+Plain vision transformers give the patches after any block. Others (convolutional, hierarchical, ...) are read at their end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Features, Grid
+from eva_mim.teachers.frozen import Reading, block_index, with_projection
+
+if TYPE_CHECKING:
+    from eva_mim.teachers import TeacherSettings
+
+PLAIN = ("blocks", "norm", "fc_norm", "num_prefix_tokens", "forward_intermediates")
+"""What timm's plain vision transformers, and in timm 1.0.31 no others, have in common (VisionTransformer, Eva, Beit,
+NaFlexVit and their subclasses)."""
+
+
+def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | None = None) -> Reading:
+    """How to read a timm trunk; `behind` is what an open_clip tower has behind it (its classifier then is a projection,
+    too). Raises UserError for settings that the trunk cannot follow."""
+    # Attention pooling projects one vector an image; the patches before it have no place in that space.
+    pools = getattr(trunk, "attn_pool", None) is not None
+    available = behind is not None and not pools and (trunk.num_classes > 0 or len(behind) > 0)
+    project = with_projection(settings, available)
+
+    def head(output: Tensor) -> Tensor:
+        pooled: Tensor = trunk.forward_head(output, pre_logits=not project)
+        return behind(pooled) if behind is not None and project else pooled
+
+    if not all(hasattr(trunk, name) for name in PLAIN):
+        return _read_end(trunk, settings, head, project)
+    layer = block_index(settings, len(trunk.blocks))
+    norm = trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm  # fc_norm: the norm stands behind the pooling
+
+    def features(images: Tensor) -> Features:
+        output, (cells,) = trunk.forward_intermediates(images, indices=[layer], norm=False)
+        tokens = cells.flatten(2).transpose(1, 2)
+        if settings.final_norm:
+            tokens = norm(tokens)
+        if behind is not None and project:
+            tokens = behind(trunk.head(tokens))
+        return Features(head(output), tokens, (cells.shape[2], cells.shape[3]))
+
+    normed = settings.final_norm and not isinstance(norm, nn.Identity)
+    return Reading(features, layer, len(trunk.blocks), normed, project)
+
+
+def _read_end(trunk: Any, settings: TeacherSettings, head: Callable[[Tensor], Tensor], project: bool) -> Reading:
+    if settings.layer != -1 or not settings.final_norm:
+        raise UserError(
+            f"teacher.layer={settings.layer}, teacher.final_norm={str(settings.final_norm).lower()}: {settings.name} has no "
+            "row of equal blocks and is read at its end alone; leave out both"
+        )
+
+    def features(images: Tensor) -> Features:
+        output = trunk.forward_features(images)
+        tokens, grid = tokens_and_grid(output, trunk)
+        return Features(head(output), per_patch(output, tokens, trunk, head), grid)
+
+    return Reading(features, project=project)
+
+
+def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
+    """Patch tokens [B, N, D] and grid from what a timm trunk's `forward_features` returns: [B, D, h, w] maps (or
+    [B, h, w, D] for the trunks that say so) or [B, prefix + N, D] tokens."""
+    if features.ndim == 4:
+        if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
+            features = features.permute(0, 3, 1, 2)
+        grid = features.shape[2], features.shape[3]
+        return features.flatten(2).transpose(1, 2), grid
+    patches = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    embed = getattr(trunk, "patch_embed", None)
+    grid_size = getattr(embed, "grid_size", None)
+    if grid_size is None or grid_size[0] * grid_size[1] != patches.shape[1]:
+        raise UserError(f"{type(trunk).__name__}: {patches.shape[1]} patch tokens, but the trunk does not say its grid")
+    return patches, (grid_size[0], grid_size[1])
+
+
+def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B, N, C]: what `head` (the trunk's pooling, last norm and projection) makes of each patch alone.
+
+    Each of the [B, N, D] `tokens` goes through as a map of one cell, or a sequence of one patch behind copies of itself in
+    the places of class and register tokens. `features` is what the tokens came from: it tells the layout.
+    """
+    batch, count, width = tokens.shape
+    single = tokens.reshape(batch * count, 1, width)
+    if features.ndim == 4:
+        nhwc = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        single = single.reshape(-1, 1, 1, width) if nhwc else single.reshape(-1, width, 1, 1)
+    else:
+        single = single.expand(-1, getattr(trunk, "num_prefix_tokens", 0) + 1, -1)
+    return head(single).reshape(batch, count, -1)

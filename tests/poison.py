@@ -1,0 +1,36 @@
+"""Starts `eva-mim` with poisoned samples: python -m tests.poison 3,17 mim recipe.yaml ... (under torchrun as well).
+
+A micro-batch with one of these samples (or any, for "all") has a NaN loss, on whichever rank it lies. POISON_SCALE sets the first
+loss scale of fp16.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from eva_mim.cli import main as eva_mim
+from eva_mim.contracts import Batch, StepOutput
+from eva_mim.engine import step
+from eva_mim.program import leave
+from eva_mim.task import MaskedFeatures
+
+
+def main() -> int:
+    """Poison the task, then run the command."""
+    bad = sys.argv[1]
+    samples = {int(text) for text in bad.split(",")} if bad not in ("all", "none") else set()
+    healthy = MaskedFeatures.loss
+
+    def loss(self: MaskedFeatures, student: object, batch: Batch) -> StepOutput:
+        output = healthy(self, student, batch)  # type: ignore[arg-type]
+        ill = bad == "all" or not samples.isdisjoint(batch.index.tolist())
+        return StepOutput(output.loss * float("nan"), output.metrics) if ill else output
+
+    MaskedFeatures.loss = loss  # type: ignore[method-assign]
+    step.SCALE_START = float(os.environ.get("POISON_SCALE", step.SCALE_START))
+    return eva_mim(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    leave(main())
