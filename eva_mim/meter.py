@@ -18,7 +18,7 @@ class Window:
     """What happened since the last log line, over all ranks."""
 
     means: dict[str, float]
-    """Means over the steps that were taken; `skipped` and `broken` are sums, `loss_scale` the last, `grad_norm_max` the largest."""
+    """Means over the steps that were taken; `skipped`, `broken`: sums; `loss_scale`: the last; `grad_norm_max`: the largest."""
     losses: list[float]
     """Loss of each step; NaN where it was not finite."""
     shares: dict[str, float]

@@ -12,7 +12,7 @@ from eva_mim.optim import OptimSettings
 
 RUNTIME = {
     "run": ["log_every", "checkpoint_every", "keep_last", "device"],
-    "data": ["workers"],
+    "data": ["workers", "expected"],
 }
 """Settings that no result depends on: a run may be resumed with other values."""
 

@@ -19,7 +19,7 @@ TEACHERS = {
     "timm": "eva_mim.teachers.timm:timm_teacher",
     "pixels": "eva_mim.teachers.pixels:pixel_teacher",
 }
-TARGETS = {
+OBJECTIVES = {
     "cosine": "eva_mim.objectives.masked:masked_cosine",
     "mse": "eva_mim.objectives.masked:masked_mse",
 }

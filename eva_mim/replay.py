@@ -41,9 +41,9 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     from eva_mim.distributed import pick_device
     from eva_mim.dump import RECORD, SETTINGS, WEIGHTS
     from eva_mim.engine.step import low_precision
+    from eva_mim.kernels import choose_kernels
     from eva_mim.registry import PROGRAMS, lookup
     from eva_mim.rng import derive, seed_all
-    from eva_mim.students.trunk import use_fused_attention
 
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} has no {RECORD}; it must be the dump folder that the run named when it stopped")
@@ -60,7 +60,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     built = program.build(recipe, device)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / WEIGHTS))
-    use_fused_attention(module, device.type == "cuda")
+    choose_kernels(module, device)
     dtype = low_precision(recipe.run.precision)
     batches = next(iter(built.parts.train.steps(record["data_step"], record["data_step"] + 1)))
     write = sys.stdout.write

@@ -23,12 +23,12 @@ from eva_mim.dump import SETTINGS
 from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
 from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
+from eva_mim.kernels import choose_kernels
 from eva_mim.log import duration, say, seconds_at_work
 from eva_mim.loop import Loop, Parts
 from eva_mim.recipe import Recipe
 from eva_mim.registry import PROGRAMS, lookup
 from eva_mim.rng import derive, seed_all
-from eva_mim.students.trunk import use_fused_attention
 
 Weights = dict[str, Tensor]
 
@@ -156,7 +156,7 @@ def _prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tup
         _keep_freed_memory()
     seed_all(derive(recipe.run.seed, "initialisation"))
     built = build(recipe, device)
-    use_fused_attention(built.parts.task.student, device.type == "cuda")
+    choose_kernels(built.parts.task.student, device)
     return device, built
 
 

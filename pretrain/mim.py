@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from eva_mim.config import Settings
 from eva_mim.data import MaskSettings, ViewSettings
-from eva_mim.objectives import TargetSettings
+from eva_mim.objectives import ObjectiveSettings
 from eva_mim.program import leave, run_program
 from eva_mim.recipe import Recipe
 from eva_mim.students import MaskedSettings
@@ -41,7 +41,7 @@ class StageRecipe(Recipe):
 
     teacher: TeacherSettings
     student: MaskedSettings
-    target: TargetSettings = TargetSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     mask: MaskSettings = MaskSettings()
     view: ViewSettings = ViewSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -71,14 +71,14 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.export import grid_of, part, unpooled, write_timm
     from eva_mim.files import write_weights
     from eva_mim.loop import Parts
-    from eva_mim.registry import TARGETS, lookup
+    from eva_mim.registry import OBJECTIVES, lookup
     from eva_mim.stage import Built
     from eva_mim.students.initialise import initialise
     from eva_mim.students.visible import build_masked_student
     from eva_mim.task import MaskedFeatures
     from eva_mim.teachers import build_teacher
 
-    objective = lookup(TARGETS, recipe.target.kind, "target.kind")
+    objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
     teacher = build_teacher(recipe.teacher)
     student = build_masked_student(recipe.student, teacher.width, recipe.mask)

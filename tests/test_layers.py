@@ -15,7 +15,8 @@ from tests.conftest import REPOSITORY
 WORDS, PARTS, STEP, RUN, PROGRAMS = range(5)
 LAYERS = {
     **dict.fromkeys(
-        ["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels", "phases", "features"], WORDS
+        ["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels", "phases", "features",
+         "kernels"], WORDS
     ),
     **dict.fromkeys(["data", "students", "teachers", "objectives"], PARTS),
     **dict.fromkeys(["task", "optim"], STEP),

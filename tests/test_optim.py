@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 from timm.models.beit import Beit
 from timm.models.eva import Eva
-from torch import Tensor, nn
+from torch import nn
 
 from eva_mim.config import UserError
 from eva_mim.optim import OptimSettings, Rates, lr_at, parameter_groups, rates_at
@@ -223,17 +223,25 @@ def test_what_does_not_train_is_in_no_group() -> None:
     assert everything - found.keys() == {"trunk.patch_embed.proj.weight", "trunk.patch_embed.proj.bias", "mask_token"}
 
 
-def test_layer_decay_needs_known_layers() -> None:
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2, 2))
+class Flat(nn.Module):
+    """Matrices only, of a model that does not say its layers."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias, self.pos_embed_x = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
 
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed_*"}  # timm's XCiT has such a pattern
+
+
+def test_biases_and_listed_parameters_of_any_shape_do_not_decay() -> None:
     student = Student(Flat(), pretraining=False)
-    (group,) = parameter_groups(student, OptimSettings(lr=1.0))
-    assert (group["lr_scale"], group["decays"], group["weight_decay"]) == (1.0, True, 0.05)
+    found = by_name(student, parameter_groups(student, OptimSettings(lr=1.0)))
+    assert {name: group["weight_decay"] for name, group in found.items()} == {
+        "trunk.weight": 0.05, "trunk.bias": 0.0, "trunk.pos_embed_x": 0.0,
+    }  # fmt: skip
+
+
+def test_layer_decay_needs_known_layers() -> None:
     with pytest.raises(UserError, match=r"optim\.layer_decay=0\.5: Flat does not say its layers"):
-        parameter_groups(student, OptimSettings(lr=1.0, layer_decay=0.5))
+        parameter_groups(Student(Flat(), pretraining=False), OptimSettings(lr=1.0, layer_decay=0.5))

@@ -143,7 +143,7 @@ def test_settings_of_a_published_run(name: str) -> None:
     assert recipe.mask.kind == ("random" if name == "eva_l" else "block")
     assert (recipe.view.crop_scale, recipe.view.crop_ratio, recipe.view.flip) == ((0.2, 1.0), (3 / 4, 4 / 3), 0.5)
     assert (recipe.teacher.name, recipe.teacher.weights) == run.teacher
-    assert recipe.target.kind == "cosine"
+    assert recipe.objective.kind == "cosine"
     law, std = {"eva01_g": ("eva01", 0.015), "eva_l": ("mae", 0.02)}.get(name, ("eva02", 0.02))
     assert (recipe.student.init.law, recipe.student.init.std) == (law, std)
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-PHOTOGRAPHS, EPOCHS = 25_000, 4
-"""Of pretraining: 100,000 samples seen by every style."""
+PHOTOGRAPHS, EPOCHS = 50_000, 4
+"""Of pretraining: 200,000 samples seen by every style."""
 LABELLED, FINE_TUNING_EPOCHS = 10_000, 5
 SEEDS = (0, 1, 2)
 STUDENT = {"student.name": "vit_nano_patch4_32"}
@@ -38,7 +38,8 @@ STYLES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "plain": ("plain distillation: nothing hidden, teacher's features of all patches", {"mask.ratio": 0.0}, SEEDS),
     "pixels": (
         "26 of 64 patches hidden in blocks, their pixels (normalised, squared error)",
-        {"mask.ratio": 0.41, "teacher.kind": "pixels", "teacher.name": "patch4", "teacher.image_size": 32, "target.kind": "mse"},
+        {"mask.ratio": 0.41, "teacher.kind": "pixels", "teacher.name": "patch4", "teacher.image_size": 32,
+         "objective.kind": "mse"},
         SEEDS[:1],
     ),
 }

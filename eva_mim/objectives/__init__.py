@@ -9,7 +9,7 @@ from pydantic import Field
 from eva_mim.config import Settings
 
 
-class TargetSettings(Settings):
+class ObjectiveSettings(Settings):
     """How prediction and target are compared."""
 
     kind: str = "cosine"

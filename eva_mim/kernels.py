@@ -1,0 +1,25 @@
+"""Choices among equal computations: what is fast on CUDA is not what is fast on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def choose_kernels(module: nn.Module, device: Any) -> None:
+    """Choose how the attention layers of timm and open_clip below `module` compute. Results change by rounding at most.
+
+    On CPUs timm's explicit product is 1.3 to 7 times faster in training than the fused kernel. open_clip's towers go with the
+    sequence first there: torch's attention layer otherwise copies its weights for every token under autocast (ViT-L/14 at
+    224 px in bf16, 8 images: 40 s against 2.4 s).
+    """
+    cuda = getattr(device, "type", device) == "cuda"
+    for layer in module.modules():
+        if isinstance(getattr(layer, "fused_attn", None), bool):
+            layer.fused_attn = cuda  # type: ignore[assignment]
+        stack = getattr(layer, "resblocks", None)
+        if isinstance(getattr(layer, "batch_first", None), bool) and stack is not None:
+            layer.batch_first = cuda  # type: ignore[assignment]
+            for block in stack:
+                block.attn.batch_first = cuda
