@@ -53,6 +53,8 @@ def eval_loader(
     return EvalLoader(source, made, batch, recipe.data.workers, limit)
 
 
-def seed_from(init_from: str | None, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:
+def seed_from(
+    init_from: str | None, trunk: nn.Module, classes: tuple[str, ...] | None = None, *, fresh_norm: bool = False
+) -> KeyReport | None:
     """Seed a trunk in place and say what went where; None without `init_from`. Raises UserError."""
-    return None if init_from is None else seed_trunk(trunk, read_parent(init_from), classes)
+    return None if init_from is None else seed_trunk(trunk, read_parent(init_from), classes, fresh_norm=fresh_norm)

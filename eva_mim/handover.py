@@ -92,19 +92,23 @@ def read_parent(path: str | Path) -> Parent:
     return Parent(file, weights, read_record(file.parent) if file.name == WEIGHTS else {})
 
 
-def seed_trunk(trunk: nn.Module, parent: Parent, classes: tuple[str, ...] | None = None) -> KeyReport:
+def seed_trunk(
+    trunk: nn.Module, parent: Parent, classes: tuple[str, ...] | None = None, *, fresh_norm: bool = False
+) -> KeyReport:
     """Copy a parent's weights into a timm model, in place.
 
     Positions are resized to the trunk's grid (timm's antialiased bicubic), a patch kernel by timm's function-preserving
-    rule. A mean-pooled trunk's `fc_norm` starts as the parent's `norm` (timm's rule; EVA starts it fresh), and back. The head is
-    kept when `classes` equals the parent's class list and is new otherwise. Raises UserError when any other tensor is
-    missing, left over or of another shape: that is another architecture.
+    rule. A mean-pooled trunk's `fc_norm` starts as the parent's `norm` (timm's rule; with `fresh_norm` it is left as it was
+    made, EVA's rule), and back. The head is kept when `classes` equals the parent's class list and is new otherwise. Raises
+    UserError when any other tensor is missing, left over or of another shape: that is another architecture.
     """
     report = KeyReport()
     state = trunk.state_dict()
     head = _head_prefix(trunk)
     given = dict(parent.weights)
     for here, there in (("fc_norm", "norm"), ("norm", "fc_norm")):
+        if here == "fc_norm" and fresh_norm:
+            continue
         if f"{here}.weight" in state and f"{here}.weight" not in given:
             for leaf in ("weight", "bias"):
                 if f"{there}.{leaf}" in given:
@@ -113,7 +117,8 @@ def seed_trunk(trunk: nn.Module, parent: Parent, classes: tuple[str, ...] | None
     wrong = []
     for name, value in state.items():
         is_head = head is not None and name.startswith(head)
-        if is_head and not (same_classes and name in given):
+        is_fresh = fresh_norm and name.startswith("fc_norm.") and name not in given
+        if is_fresh or (is_head and not (same_classes and name in given)):
             report.new.append(name)
         elif name not in given:
             wrong.append(f"{name}: not in the checkpoint")

@@ -107,6 +107,19 @@ def test_a_resized_patch_kernel_answers_the_same_to_enlarged_pictures(tmp_path: 
     assert torch.allclose(old, new, atol=2e-4)
 
 
+def test_fc_norm_can_start_fresh_as_in_eva(tmp_path: Path) -> None:
+    """The parent's norm is named as left out, and everything else is loaded."""
+    parent = trunk(1, global_pool="token")
+    child = trunk(2, global_pool="avg", num_classes=3)
+    report = seed_trunk(child, read_parent(write_stage(tmp_path / "parent", parent)), CLASSES, fresh_norm=True)
+    state = child.state_dict()
+    assert not torch.equal(state["fc_norm.weight"], parent.state_dict()["norm.weight"])
+    assert torch.equal(state["fc_norm.weight"], trunk(2, global_pool="avg", num_classes=3).state_dict()["fc_norm.weight"])
+    assert sorted(report.new) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    assert sorted(report.ignored) == ["norm.bias", "norm.weight"]
+    assert torch.equal(state["blocks.0.mlp.fc1.weight"], parent.state_dict()["blocks.0.mlp.fc1.weight"])
+
+
 def test_fc_norm_starts_as_the_parents_norm(tmp_path: Path) -> None:
     parent = trunk(1, global_pool="token")
     report, state = seed(trunk(2, global_pool="avg", num_classes=3), write_stage(tmp_path / "parent", parent), CLASSES)

@@ -1,0 +1,161 @@
+"""What is measured while a run goes on, and looking at a run afterwards."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eva_mim.contracts import Batch, StepOutput
+from eva_mim.diagnose import diagnose, first_bad, largest_of
+from eva_mim.meter import Meter
+from eva_mim.phases import Stopwatch, measuring, phase
+from eva_mim.reevaluate import table
+from tests.tiny import CLASSIFY, MIM, environment, run, write_recipe
+
+
+def evaluate(out: Path, processes: int = 1) -> str:
+    """Standard output of `eva-mim evaluate OUT`."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run(
+        [*launcher, "eva_mim.cli", "evaluate", str(out)], env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "settings", "processes"),
+    [
+        ("mim", ["run.ema_decay=0.9"], 1),
+        ("mim", ["student.form=visible", "mask.kind=random", "mask.ratio=0.75", "run.precision=bf16"], 1),
+        ("mim", ["run.engine=deepspeed", "run.zero_stage=3"], 2),
+        ("classify", ["run.ema_decay=0.9"], 1),
+    ],
+)
+def test_saved_reloaded_and_evaluated_again_gives_the_same_numbers(
+    tmp_path: Path, program: str, settings: list[str], processes: int
+) -> None:
+    recipe = write_recipe(tmp_path, {"mim": MIM, "classify": CLASSIFY}[program])
+    run(program, recipe, tmp_path / "run", *settings, processes=processes)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = evaluate(tmp_path / "run", processes).partition("figure ")[2].splitlines()[1:]
+    assert len(lines) >= (3 if program == "classify" else 7)
+    assert all(line.endswith("equal") for line in lines), "\n".join(lines)
+    assert any(line.startswith("ema_") for line in lines) == ("run.ema_decay=0.9" in settings)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_the_table_says_what_differs() -> None:
+    text = table({"cosine": 0.5, "knn_top1": 40.0, "new": 1.0}, {"cosine": 0.5, "knn_top1": 40.1}).splitlines()
+    assert text[1].endswith("equal")
+    assert text[2].endswith("differs")
+    assert text[3].split() == ["new", "1", "-"]
+
+
+def output(loss: float, skipped: float, **metrics: float) -> StepOutput:
+    """A step's loss and metrics as tensors."""
+    return StepOutput(torch.tensor(loss), {name: torch.tensor(value) for name, value in (metrics | {"skipped": skipped}).items()})
+
+
+def test_means_are_over_the_steps_that_were_taken() -> None:
+    """A skipped step's NaN hides nothing; a metric that only some steps have is the mean of these."""
+    meter = Meter(Stopwatch())
+    meter.outputs = [
+        output(-0.5, 0, grad_norm=1.0, loss_scale=8.0),
+        output(float("nan"), 1, grad_norm=float("inf"), loss_scale=8.0),
+        output(-0.7, 0, grad_norm=3.0, loss_scale=4.0, update_ratio=0.25),
+    ]
+    meter.broken = ["a", "b"]
+    window = meter.read(torch.device("cpu"))
+    assert window.means == pytest.approx({
+        "loss": -0.6, "grad_norm": 2.0, "grad_norm_max": 3.0, "loss_scale": 4.0, "update_ratio": 0.25, "skipped": 1.0,
+        "broken": 2.0,
+    })
+    assert window.losses[0] == pytest.approx(-0.5)
+    assert math.isnan(window.losses[1])
+    meter.outputs = [output(float("nan"), 1, grad_norm=float("nan"))]
+    alone = meter.read(torch.device("cpu")).means
+    assert math.isnan(alone["loss"])
+    assert alone["grad_norm_max"] == 0.0
+
+
+def test_phases_add_up_and_belong_to_the_innermost_stopwatch() -> None:
+    outer, inner = Stopwatch(), Stopwatch()
+    with phase("nobody"):
+        pass
+    with measuring(outer):
+        for _ in range(2):
+            with phase("teacher"):
+                time.sleep(0.01)
+        with measuring(inner), phase("student"):
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match="lost"), phase("data"):
+            raise ValueError("lost")
+    seconds = outer.take()
+    assert set(seconds) == {"teacher", "data"}
+    assert 0.02 <= seconds["teacher"] < 0.5
+    assert set(inner.take()) == {"student"}
+    assert outer.take() == {}
+
+
+class Chain(nn.Module):
+    """Three layers; the task below squares its way to infinity at the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        nn.init.eye_(self.one.weight)
+        nn.init.constant_(self.two.weight, 1e30)
+        nn.init.constant_(self.three.weight, 1e30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 4] -> [B, 4]."""
+        return self.three(self.two(self.one(x)))  # type: ignore[no-any-return]
+
+
+class Mean:
+    """A task: the mean of what the network says."""
+
+    student = nn.Identity()
+
+    def loss(self, student: nn.Module, batch: Batch) -> StepOutput:
+        """Mean output."""
+        return StepOutput(student(batch.images.float()).mean(), {})
+
+    def terms(self, batch: Batch) -> None:
+        """Not weighed."""
+
+
+def test_the_first_bad_layer_is_where_infinity_begins() -> None:
+    module = Chain()
+    batch = Batch(index=torch.arange(2), images=torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.uint8))
+    found = diagnose(Mean(), module, batch, torch.enable_grad, loss_scale=2.0)  # type: ignore[arg-type]
+    assert found.layers["one"] == pytest.approx({"output": 8.0, "weight": 1.0, "gradient": found.layers["one"]["gradient"]})
+    assert found.layers["two"]["output"] == pytest.approx(26e30, rel=1e-6)
+    assert first_bad(found.layers) == "three"
+    assert math.isinf(found.loss)
+    # d mean / d three.weight = two's output / 4, times the loss scale.
+    assert found.layers["three"]["gradient"] == pytest.approx(2.0 * (10e30 + 26e30) / 8, rel=1e-6)
+    assert first_bad(found.layers, "gradient") == "one"  # 1e30 * 1e30 comes back through two and three
+    merged = largest_of([found.layers, {"one": {"output": 9.0}, "two": {"output": float("nan")}}])
+    assert merged["one"]["output"] == 9.0
+    assert first_bad(merged) == "two"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "replay"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, command: str) -> None:
+    line = [sys.executable, "-m", "eva_mim.cli", command, str(tmp_path)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
