@@ -194,10 +194,12 @@ class Loop:
         first, last = bad[0][1], bad[-1][1]
         found = checkpoint.latest(self.out)
         if found is None or self.detours.rewinds >= self.run.max_rewinds:
-            why = "there is no checkpoint to rewind to" if found is None else f"after {self.detours.rewinds} rewinds"
+            why = "and there is no checkpoint to rewind to" if found is None else (
+                f"after {self.detours.rewinds} rewinds (a larger run.max_rewinds goes on around them)")
             folder = write_dump(self.out, self.engine, self.parts, self.run, bad, batches)
             self.log.close()
-            raise Diverged(f"{len(bad)} steps in a row have no finite gradient, {why}; look at it with: eva-mim replay {folder}")
+            raise Diverged(f"{len(bad)} steps in a row have no finite gradient, {why}; "
+                           f"look at the last of them with: eva-mim replay {folder}")
         self.detours.add(first, last)
         say(f"  {len(bad)} steps in a row have no finite gradient: back to step {found[0]}, and data steps {first} to {last} "
             f"are left out (rewind {self.detours.rewinds} of at most {self.run.max_rewinds})")

@@ -11,7 +11,7 @@ from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings
 
 RUNTIME = {
-    "run": ["log_every", "checkpoint_every", "keep_last", "device"],
+    "run": ["log_every", "checkpoint_every", "keep_last", "max_rewinds", "device"],
     "data": ["workers", "expected"],
 }
 """Settings that no result depends on: a run may be resumed with other values."""

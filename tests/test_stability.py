@@ -300,7 +300,7 @@ def test_after_the_last_rewind_a_dump_is_written_and_replayed(tmp_path: Path) ->
 @pytest.mark.slow
 def test_without_a_checkpoint_the_run_stops_at_once_with_a_dump(tmp_path: Path) -> None:
     stopped = poisoned("all", "mim", recipe(tmp_path, max_skips=3), "--out", tmp_path / "run", code=3)
-    assert "3 steps in a row have no finite gradient, there is no checkpoint to rewind to" in stopped.stderr
+    assert "3 steps in a row have no finite gradient, and there is no checkpoint to rewind to" in stopped.stderr
     assert "Traceback" not in stopped.stderr
 
 

@@ -94,8 +94,8 @@ class DeepSpeedEngine:
         self._adamw.watch = watch
         weights = loss_weights(task, batches)
         scale = self._scale.value
-        if self._zero:
-            self._optimizer.override_loss_scale(float(scale))  # it multiplies and divides by it
+        if self._zero and self._scale.dynamic:
+            self._optimizer.override_loss_scale(float(scale))  # DeepSpeed multiplies and divides by it
         outputs = []
         for batch, weight in zip(batches, weights, strict=True):
             with self.autocast():
