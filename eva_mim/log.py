@@ -49,7 +49,10 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
-        """Append one record; `kind` is "start" (of a process), "train" or "eval". NaN and infinity are written as null."""
+        """Append one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
+
+        NaN and infinity are written as null.
+        """
         if self._file is None:
             return
         record: dict[str, Any] = {"kind": kind, "step": step, "samples": samples, "time": round(time.time(), 3)}

@@ -73,6 +73,8 @@ class Loop:
         self.ema = self._make_ema()
         self.detours = Detours(out, is_main())
         self.step = self._resume()
+        self.norm_statistics = [buffer for name, buffer in engine.module.named_buffers()
+                                if name.endswith(("running_mean", "running_var"))]
         self.alarm, self.stopwatch = SpikeAlarm(), Stopwatch(device.type == "cuda")
         self.broken = self.skipped = 0
         self.metrics: dict[str, float] = {}
@@ -99,13 +101,13 @@ class Loop:
         """Steps until the end, or until the run has been put back to an earlier checkpoint."""
         streak, recent = SkipStreak(), deque[tuple[int, int]](maxlen=self.run.max_skips)
         self.meter = Meter(self.stopwatch)
-        last: list[Batch] = []
         for data_step, batches in self._loaded():
             streak.note(self._one_step(batches))
-            if streak.length >= self.run.max_skips:  # the flag of the step before this one has come in
-                return self._rewind(list(recent), last)
             recent.append((self.step - 1, data_step))
-            last = batches
+            if streak.length or self.run.max_skips == 1:
+                streak.settle()  # within a streak each step is waited for: the last bad one shall be the newest
+            if streak.length >= self.run.max_skips:
+                return self._rewind(list(recent), batches)
             due = self.step % self.run.log_every == 0 or self.step == self.total
             stop = caught[0] if caught and world_size() == 1 else 0
             if due or stop:
@@ -119,9 +121,6 @@ class Loop:
                 self._evaluate()
             if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
                 self._save(streak)
-        if streak.settle() >= self.run.max_skips:
-            self._rewind(list(recent), last)
-
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total
 
@@ -139,7 +138,10 @@ class Loop:
         seed_all(derive(self.run.seed, "step", self.step, rank()))
         self.rates = rates_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch, epochs=self.run.epochs)
         self.step += 1
+        before = [buffer.clone() for buffer in self.norm_statistics]
         output = self.engine.step(self.parts.task, batches, self.rates, watch=self._is_due(self.run.log_every))
+        for buffer, old in zip(self.norm_statistics, before, strict=True):  # a forward pass has moved them already
+            buffer.copy_(torch.where(output.metrics["skipped"] > 0, old, buffer))
         self.meter.outputs.append(output)
         self.meter.images += sum(len(batch.index) for batch in batches) * world_size()
         self.meter.broken += [fault for batch in batches for fault in batch.broken]
@@ -238,9 +240,8 @@ class Loop:
 
     def _average_norm_statistics(self) -> None:
         # Each rank's batch norms have seen other images; evaluation and checkpoints need one answer.
-        for name, buffer in self.engine.module.named_buffers():
-            if name.endswith(("running_mean", "running_var")) and world_size() > 1:
-                buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
+        for buffer in self.norm_statistics if world_size() > 1 else ():
+            buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
 
     def _make_ema(self) -> Any:
         if self.run.ema_decay is None:
@@ -250,8 +251,8 @@ class Loop:
         return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=True)
 
     def _save(self, streak: SkipStreak) -> None:
-        # A checkpoint is a place to rewind to: none is written while gradients are not finite.
-        self.owes_checkpoint = not streak.clean()
+        # A checkpoint is a place to rewind to: none is written in a streak (its steps leave the weights alone), but at the end.
+        self.owes_checkpoint = self.step < self.total and not streak.clean()
         if self.owes_checkpoint:
             return
         self._average_norm_statistics()

@@ -41,7 +41,7 @@ def guard(work: Callable[[], Any]) -> int:
         number = getattr(error, "number", None)
         if type(error).__name__ != "Interrupted" or number is None:
             raise
-        sys.stderr.write("stopped after a checkpoint; the same command goes on from here\n")
+        sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
         return INTERRUPTED if number == signal.SIGINT else REQUEUE
     return 0
 

@@ -136,7 +136,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
 def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
     """Load the newest checkpoint of a run and measure it again: (figures now, figures on record).
 
-    `overrides` may change what no result depends on, and where data and parents lie. Every rank must call. Raises UserError.
+    `overrides` change settings of the run, such as data.root. Every rank must call. Raises UserError.
     """
     record = read_record(out)
     if not record or not has_checkpoint(out):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from eva_mim.contracts import Rates
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.stability import SPIKE_PATIENCE, Detours, SkipStreak, SpikeAlarm
-from tests.tiny import MIM, environment, losses, records, write_recipe
+from tests.tiny import CLASSIFY, MIM, environment, losses, records, write_recipe
 
 BATCH, SAMPLES = 24, 96
 
@@ -206,6 +206,21 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path) -> N
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1]
     assert rows[2]["loss"] is None
     assert all(math.isfinite(row["loss"]) for row in rows[:2] + rows[3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("run.engine=deepspeed", "run.zero_stage=2")])
+def test_a_skipped_step_leaves_batch_norms_alone(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """NaN pixels go through the forward pass before anybody knows; the running statistics stay finite, and move otherwise."""
+    tree = CLASSIFY | {"student": {"name": "convnet_nano_32"}, "optim": CLASSIFY["optim"] | {"layer_decay": 1.0}}
+    path = write_recipe(tmp_path, tree)
+    poisoned(samples_of(2), "classify", path, *settings, "--out", tmp_path / "run", processes=2 if settings else 1)
+    assert records(tmp_path / "run")[-1]["skipped"] >= 1
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    means = {name: value for name, value in weights.items() if name.endswith("running_mean")}
+    assert len(means) > 3
+    assert all(value.isfinite().all() for value in weights.values())
+    assert all(value.abs().max() > 1e-4 for value in means.values())
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ class RunSettings(Settings):
     evaluate_steps: int | None = Field(None, ge=1)
     """Steps between evaluations, in place of `evaluate_every`."""
     log_every: int = Field(20, ge=1)
-    """Steps between log lines. The only point where the host waits for the device."""
+    """Steps between log lines. There the host waits for the device; DeepSpeed's ZeRO 1 to 3 also waits in each step, for the
+    norm of the gradient."""
     max_skips: int = Field(20, ge=1)
     """Steps in a row without a finite gradient before the run rewinds to its last checkpoint and leaves their samples out.
     fp16 needs up to 17 to bring its loss scale from 2^16 down to 1."""

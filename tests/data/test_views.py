@@ -103,7 +103,7 @@ def test_views_are_the_original_transforms(shared: Path, flip: int) -> None:
     for view, name in zip(views, ("student_56", "teacher_64"), strict=True):
         mine = normalise(view[None], tuple(facts["mean"]), tuple(facts["std"]))[0]
         levels = (mine - golden[f"out/{name}_flip{flip}"]) * torch.tensor(facts["std"])[:, None, None] * 255
-        assert levels.abs().max() < 1.01, f"{name}: {levels.abs().max():.1f} grey levels"
+        assert levels.abs().max() < 0.01, f"{name}: {levels.abs().max():.1f} grey levels"
 
 
 def test_boxes_are_the_original_codes_boxes(shared: Path) -> None:
