@@ -1,7 +1,7 @@
 """Starts `eva-mim` with poisoned samples: python -m tests.poison 3,17 mim recipe.yaml ... (under torchrun as well).
 
-A micro-batch with one of these samples (or any, for "all") has a NaN loss in mim, and NaN pixels in classify, on whichever rank it
-lies. POISON_SCALE sets the first loss scale of fp16.
+A micro-batch with one of these samples (or any, for "all") has a NaN loss in mim, and NaN pixels in classify, on whichever rank
+it lies. POISON_SCALE sets the first loss scale of fp16.
 """
 
 from __future__ import annotations
