@@ -19,8 +19,12 @@ SUMMARIES = {
     "teacher": "look at a teacher before training with it",
     "evaluate": "measure a run's newest checkpoint again",
     "replay": "run the last step of a diverged run again",
+    "inspect": "look at a checkpoint without running anything in it",
 }
-OTHERS = {"teacher": "eva_mim.teacher_check", "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay"}
+OTHERS = {
+    "teacher": "eva_mim.teacher_check", "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay",
+    "inspect": "eva_mim.convert.inspect",
+}
 """Commands that are no stages: modules with `main(argv)`."""
 
 

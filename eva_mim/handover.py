@@ -21,12 +21,14 @@ WEIGHTS, LINEAGE = "model.safetensors", "lineage.json"
 
 @dataclass
 class KeyReport:
-    """Every key of a hand-over, in one of four lists."""
+    """Every key of a hand-over or a conversion, in one of four lists."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Key -> why it is resized, new or ignored, where a conversion says so."""
 
     def __str__(self) -> str:
         return (
@@ -34,9 +36,9 @@ class KeyReport:
             f"{len(self.new)} new {_few(self.new)}, {len(self.ignored)} ignored {_few(self.ignored)}"
         )
 
-    def as_dict(self) -> dict[str, list[str]]:
-        """For the lineage record."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        """For the lineage record; reasons only where there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "reasons" or value}
 
 
 def _few(names: list[str]) -> str:

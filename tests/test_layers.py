@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(["task", "optim"], STEP),
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
-         "program", "recipe", "meter", "stability", "diagnose", "dump"],
+         "program", "recipe", "meter", "stability", "diagnose", "dump", "convert"],
         RUN,
     ),
     **dict.fromkeys(["cli", "teacher_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),
@@ -39,7 +39,7 @@ LIGHT = [
     "eva_mim.cli", "eva_mim.pipeline", "eva_mim.program", "eva_mim.recipe", "eva_mim.registry", "eva_mim.config",
     "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
     "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.teacher_check", "eva_mim.reevaluate",
-    "eva_mim.replay",
+    "eva_mim.replay", "eva_mim.convert.inspect", "eva_mim.convert.reading",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70
