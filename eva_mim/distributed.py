@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,15 @@ def barrier() -> None:
 
     if grouped():
         dist.barrier()
+
+
+def leave_group() -> None:
+    """Wait for every rank and end the process group. Without it gloo's threads may still run when Python ends, which aborts."""
+    if "torch" in sys.modules and grouped():
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eva_mim.config import UserError, override, parse, read_yaml
+from eva_mim.distributed import leave_group
 from eva_mim.recipe import Recipe
 
 USER_ERROR = 2
@@ -47,7 +48,9 @@ def guard(work: Callable[[], Any]) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process with `code`, without waiting for other ranks that may be stuck in a collective."""
+    """End the process with `code`; after a failure without waiting for other ranks that may be stuck in a collective."""
+    if not code:
+        leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) if "RANK" in os.environ and code else sys.exit(code)

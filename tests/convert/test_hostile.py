@@ -247,17 +247,16 @@ def test_too_many_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_200_000_tensors_in_10_seconds_and_2_gigabytes(tmp_path: Path) -> None:
-    """In a process of its own, whose memory is limited."""
+def test_200_000_tensors_in_2_gigabytes(tmp_path: Path) -> None:
+    """In a process of its own, whose memory is limited; a minute would be a hang (measured: 5.5 s)."""
     base = torch.arange(200_000.0)
     tensors = {f"blocks.{number}.weight": base[number : number + 1].clone() for number in range(len(base))}
     torch.save(tensors, tmp_path / "a.pt")
     save_file(tensors, tmp_path / "a.safetensors")
     code = (
-        "import sys, time\nfrom eva_mim.convert.reading import open_checkpoint\nstarted = time.perf_counter()\n"
+        "import sys\nfrom eva_mim.convert.reading import open_checkpoint\n"
         "opened = open_checkpoint(sys.argv[1])\nassert len(opened) == 200_000 and 'torch' not in sys.modules\n"
         "entry = opened.entries['blocks.1234.weight']\nassert entry.shape == (1,)\n"
-        "assert time.perf_counter() - started < 10, time.perf_counter() - started"
     )
     for name in ("a.pt", "a.safetensors"):
         done = subprocess.run(
