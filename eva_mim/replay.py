@@ -32,18 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     """Print losses and layers; True when everything is finite. Raises UserError for a folder that is no dump."""
     import json
+    from functools import partial
 
-    import torch
     from safetensors.torch import load_file
 
     from eva_mim.config import UserError, override, parse, read_yaml
     from eva_mim.diagnose import diagnose, first_bad, largest_of
-    from eva_mim.distributed import pick_device
     from eva_mim.dump import RECORD, SETTINGS, WEIGHTS
-    from eva_mim.engine.step import low_precision
-    from eva_mim.kernels import choose_kernels
+    from eva_mim.engine.step import autocast
     from eva_mim.registry import PROGRAMS, lookup
     from eva_mim.rng import derive, seed_all
+    from eva_mim.stage import prepare
 
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} has no {RECORD}; it must be the dump folder that the run named when it stopped")
@@ -55,13 +54,9 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     tree["init_from"] = None  # the weights are in the dump
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
     recipe = parse(program.StageRecipe, override(tree, overrides), str(folder / SETTINGS))
-    device = pick_device(recipe.run.device)
-    seed_all(derive(recipe.run.seed, "initialisation"))
-    built = program.build(recipe, device)
+    device, built = prepare(recipe, program.build)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / WEIGHTS))
-    choose_kernels(module, device)
-    dtype = low_precision(recipe.run.precision)
     batches = next(iter(built.parts.train.steps(record["data_step"], record["data_step"] + 1)))
     write = sys.stdout.write
     write(f"step {record['step']} of {processes} processes x {micro_batches} micro-batches, {recipe.run.precision}, "
@@ -71,9 +66,8 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
         seed_all(derive(record["seed"], "step", record["step"], rank))
         for micro in range(micro_batches):
             batch = batches[micro * processes + rank].to(device)
-            with torch.enable_grad():
-                found = diagnose(built.parts.task, module, batch,
-                                 lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), record["loss_scale"])
+            found = diagnose(built.parts.task, module, batch,
+                                 partial(autocast, device, recipe.run.precision), record["loss_scale"])
             findings.append(found.layers)
             keys = [built.parts.train.key(int(index)) for index in batch.index]
             write(f"  rank {rank}, micro-batch {micro}: loss {found.loss:.6g}, samples {keys[0]} ... {keys[-1]}\n")

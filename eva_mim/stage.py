@@ -91,7 +91,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
         return record
     if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
-    device, built = _prepare(recipe, build)
+    device, built = prepare(recipe, build)
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
@@ -143,12 +143,12 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
         raise UserError(f"{out} holds no run with a checkpoint")
     program = lookup(PROGRAMS, record["program"], "lineage.program")
     recipe = parse(program.StageRecipe, override(read_yaml(out / SETTINGS), overrides), str(out / SETTINGS))
-    device, built = _prepare(recipe, program.build)
+    device, built = prepare(recipe, program.build)
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
     return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
 
 
-def _prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
+def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
     """Device, process group, seeds, parts."""
     device = pick_device(recipe.run.device)
     setup(device)

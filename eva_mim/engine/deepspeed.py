@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from eva_mim.engine import RunSettings
 from eva_mim.engine.step import (
     LossScale,
     WatchedAdamW,
+    autocast,
     clip_and_step,
-    combine,
+    conclude,
     loss_weights,
     low_precision,
     set_rates,
@@ -61,7 +62,7 @@ class DeepSpeedEngine:
         groups = parameter_groups(student, optim)
         self._adamw = WatchedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
-        self._dtype = low_precision(run.precision)
+        self._precision, dtype = run.precision, low_precision(run.precision)
         config = {
             "train_batch_size": run.global_batch,
             "train_micro_batch_size_per_gpu": micro,
@@ -72,8 +73,8 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             # Autocast as in the local engine; gradients travel in fp32.
             "torch_autocast": {
-                "enabled": self._dtype is not None,
-                "dtype": str(self._dtype or torch.bfloat16).removeprefix("torch."),
+                "enabled": dtype is not None,
+                "dtype": str(dtype or torch.bfloat16).removeprefix("torch."),
                 "lower_precision_safe_modules": [],
             },
             "steps_per_print": 2**31,
@@ -106,12 +107,8 @@ class DeepSpeedEngine:
             with phase("optimizer"):
                 norm = self._update(last=batch is batches[-1])
         assert norm is not None
-        self._scale.update(~norm.isfinite())
         ratio = self._adamw.update_ratio(self._device, sharded=self._zero > 0)
-        return combine(outputs, weights).with_metrics(
-            grad_norm=norm, skipped=(~norm.isfinite()).float(), update_ratio=ratio,
-            loss_scale=scale if self._scale.dynamic else None,
-        )
+        return conclude(outputs, weights, norm, self._scale, ratio)
 
     def _update(self, last: bool) -> Tensor | None:
         """After each micro-batch; the norm of the unscaled, unclipped gradient after the last."""
@@ -146,7 +143,7 @@ class DeepSpeedEngine:
 
     def autocast(self) -> Any:
         """bf16 or fp16 autocast, or nothing for fp32."""
-        return torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext()
+        return autocast(self._device, self._precision)
 
     def loss_scale(self) -> float:
         """See `contracts.Engine`."""

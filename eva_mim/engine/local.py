@@ -17,10 +17,10 @@ from eva_mim.engine import RunSettings
 from eva_mim.engine.step import (
     LossScale,
     WatchedAdamW,
+    autocast,
     clip_and_step,
-    combine,
+    conclude,
     loss_weights,
-    low_precision,
     set_rates,
     telling,
 )
@@ -38,7 +38,7 @@ class LocalEngine:
             raise UserError(f"run.engine=local runs one process, but {world_size()} were started; set run.engine=deepspeed")
         self.module = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device, self._clip = device, optim.clip_grad
-        self._dtype = low_precision(run.precision)
+        self._precision = run.precision
         self._scale = LossScale(run.precision, device)
         groups = parameter_groups(student, optim)
         self._optimizer = WatchedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
@@ -60,12 +60,8 @@ class LocalEngine:
         with phase("optimizer"):
             norm = clip_and_step(self._optimizer, self._parameters, self._clip, self._scale)
             self._optimizer.zero_grad(set_to_none=True)
-        self._scale.update(~norm.isfinite())
         ratio = self._optimizer.update_ratio(self._device, sharded=False)
-        return combine(outputs, weights).with_metrics(
-            grad_norm=norm, skipped=(~norm.isfinite()).float(), update_ratio=ratio,
-            loss_scale=scale if self._scale.dynamic else None,
-        )
+        return conclude(outputs, weights, norm, self._scale, ratio)
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `contracts.Engine`."""
@@ -77,7 +73,7 @@ class LocalEngine:
 
     def autocast(self) -> Any:
         """bf16 or fp16 autocast, or nothing for fp32."""
-        return torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext()
+        return autocast(self._device, self._precision)
 
     def loss_scale(self) -> float:
         """See `contracts.Engine`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,15 +29,10 @@ def loss_weights(task: Task, batches: list[Batch]) -> list[Tensor | float]:
     return list(local / mean)
 
 
-def combine(outputs: list[StepOutput], weights: list[Tensor | float]) -> StepOutput:
-    """This rank's share of the step's loss and metrics (detached)."""
-    count = len(outputs)
-    loss = torch.stack([output.loss.detach().float() * w for output, w in zip(outputs, weights, strict=True)]).sum()
-    metrics = {
-        name: torch.stack([o.metrics[name] * w for o, w in zip(outputs, weights, strict=True)]).sum() / count
-        for name in outputs[0].metrics
-    }
-    return StepOutput(loss / count, metrics)
+def autocast(device: torch.device, precision: str) -> Any:
+    """Context with the precision of a forward pass; nothing for fp32."""
+    dtype = low_precision(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def low_precision(precision: str) -> torch.dtype | None:
@@ -133,6 +129,22 @@ class WatchedAdamW(torch.optim.AdamW):
         self._squares = []
         norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
         return norms[0] / norms[1].clamp(min=1e-30)
+
+
+def conclude(
+    outputs: list[StepOutput], weights: list[Tensor | float], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
+) -> StepOutput:
+    """This rank's share of the step's loss and metrics (detached); moves the loss scale. See `contracts.Engine.step`."""
+    count, used, bad = len(outputs), scale.value, ~norm.isfinite()
+    scale.update(bad)
+    loss = torch.stack([output.loss.detach().float() * w for output, w in zip(outputs, weights, strict=True)]).sum()
+    metrics = {
+        name: torch.stack([o.metrics[name] * w for o, w in zip(outputs, weights, strict=True)]).sum() / count
+        for name in outputs[0].metrics
+    }
+    return StepOutput(loss / count, metrics).with_metrics(
+        grad_norm=norm, skipped=bad.float(), update_ratio=update_ratio, loss_scale=used if scale.dynamic else None
+    )
 
 
 def clip_and_step(optimizer: WatchedAdamW, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale) -> Tensor:
