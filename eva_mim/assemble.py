@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from torch import nn
 
 from eva_mim.contracts import Source
+from eva_mim.convert.report import KeyReport
 from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
 from eva_mim.data.masking import Mask
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.views import EvalView, TrainView
 from eva_mim.distributed import rank, world_size
-from eva_mim.handover import KeyReport, read_parent, seed_trunk
+from eva_mim.handover import read_parent, seed_trunk
 from eva_mim.recipe import Recipe
 
 

@@ -18,11 +18,12 @@ import eva_mim
 from eva_mim import checkpoint
 from eva_mim.config import UserError, as_tree, differences, digest, override, parse, read_yaml
 from eva_mim.contracts import Teacher
+from eva_mim.convert.report import KeyReport
 from eva_mim.distributed import barrier, is_main, pick_device, setup, world_size
 from eva_mim.dump import SETTINGS
 from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
-from eva_mim.handover import LINEAGE, WEIGHTS, KeyReport, content_hash, read_record
+from eva_mim.handover import LINEAGE, WEIGHTS, content_hash, read_record
 from eva_mim.kernels import choose_kernels
 from eva_mim.log import duration, say, seconds_at_work
 from eva_mim.loop import Loop, Parts

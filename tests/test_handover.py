@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_mim.config import UserError
+from eva_mim.convert.report import KeyReport
 from eva_mim.files import sha256
-from eva_mim.handover import KeyReport, content_hash, read_parent, seed_trunk
+from eva_mim.handover import content_hash, read_parent, seed_trunk
 from eva_mim.students import TrunkSettings
 from eva_mim.students.trunk import build_trunk
 

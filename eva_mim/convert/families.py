@@ -16,7 +16,6 @@ from eva_mim.convert.keys import (
     OUTSIDE,
     RESBLOCK,
     TEXT,
-    TIMM_ONLY,
     Mlp,
     Qkv,
 )
@@ -28,8 +27,6 @@ Name = Literal["EVA-01", "EVA-02", "EVA-L", "ViT", "OpenAI CLIP"]
 Bias = Literal["q, v", "q, k, v", "none"]
 Relative = Literal["none", "shared", "per block", "decoupled"]
 
-CONTAINERS = ("module", "model", "state_dict")
-EMA = "model_ema"
 PREFIXES = ("model.visual.trunk.", "visual.trunk.", "trunk.", "visual.", "")
 """Where a ViT's blocks can be."""
 OPENAI_BLOCKS = "visual.transformer.resblocks."
@@ -54,8 +51,8 @@ class Family:
     """
 
     name: Name
-    """EVA-01: q and v biases (also BEiT). EVA-02: SwiGLU, q, k and v apart, or rotary tables. EVA-L: a plain ViT with one bias
-    for q, k and v. ViT: one with parts that no model of EVA's has."""
+    """EVA-01: q and v biases (also BEiT). EVA-02: SwiGLU, q, k and v apart, or rotary tables. ViT: one bias for q, k and v;
+    with a decoder beside it EVA-L, whose classifiers are plain ViTs."""
     schemes: tuple[Scheme, ...]
     form: Form
     """A head on the class token without `visual.` counts as a classifier's."""
@@ -103,37 +100,11 @@ class Family:
             "relative positions with a packed SwiGLU": relative and self.mlp == "packed",
             "relative positions with a k bias": relative and self.bias == "q, k, v",
             "a k bias together with a SwiGLU of EVA-02": self.bias == "q, k, v" and self.mlp in ("packed", "naive"),
-            "a k bias together with gamma_1": self.name == "EVA-L" and self.layer_scale,
+            "a k bias together with gamma_1": self.name in ("EVA-L", "ViT") and self.layer_scale and "eva" in self.schemes,
         }
         if missing := [what for what, here in lacks.items() if here]:
             raise UserError(f"timm cannot represent this checkpoint: no model of it has {' or '.join(missing)}")
         return "Beit" if relative else "VisionTransformer" if self.name in ("EVA-L", "ViT") else "Eva"
-
-
-def container(tree: Mapping[str, Any], *, ema: bool = False) -> tuple[dict[str, Any], str | None]:
-    """(weights without the `module.` of a data-parallel wrapper, key that they stood under or None for a bare state dict).
-
-    Of DeepSpeed's `module`, torch's `model`, open_clip's `state_dict` (facts, section 6). `model_ema` is taken with `ema`, or
-    where there is nothing else. Raises UserError when there is nothing of the kind, or more than one.
-    """
-    found = [key for key in CONTAINERS if isinstance(tree.get(key), Mapping)]
-    averaged = isinstance(tree.get(EMA), Mapping)
-    if ema and not averaged:
-        raise UserError(f"checkpoint: no {EMA} in it; it has {few(tree)}")
-    if averaged and (ema or not found):
-        found = [EMA]
-    if len(found) > 1:
-        raise UserError(f"checkpoint: weights under each of {', '.join(found)}; keep one of them")
-    key = found[0] if found else None
-    weights: Mapping[str, Any] = tree[key] if key else tree
-    wrong = [name for name, value in weights.items() if not hasattr(value, "shape")]
-    if wrong or not weights:
-        where = f"under {key}" if key else f"(no {', '.join(CONTAINERS)} or {EMA} with weights)"
-        raise UserError(f"checkpoint: not a state dict {where}: {few(wrong) or 'nothing'} where tensors are expected")
-    wrapped = [name.startswith("module.") for name in weights]
-    if any(wrapped) and not all(wrapped):
-        raise UserError(f"checkpoint: {sum(wrapped)} of {len(wrapped)} names start with 'module.'; all or none must")
-    return {name.removeprefix("module.") if all(wrapped) else name: value for name, value in weights.items()}, key
 
 
 def detect(weights: Mapping[str, Any]) -> Family:
@@ -198,7 +169,8 @@ def _family(
     positions = trunk["pos_embed"][1] if "pos_embed" in trunk else None
     kernel = trunk.get("patch_embed.proj.weight")
     return Family(
-        name=_name(trunk, layout, bias), schemes=layout.schemes, form="mim" if masked else form, prefix=prefix,
+        name=_name(trunk, layout, bias, decoder is not None),
+        schemes=layout.schemes, form="mim" if masked else form, prefix=prefix,
         width=block["norm1.weight"][0], depth=layout.depth, hidden=layout.hidden,
         patch=(kernel[2], kernel[3]) if kernel else None,
         positions=positions,
@@ -216,13 +188,10 @@ def _family(
     )
 
 
-def _name(trunk: dict[str, Shape], layout: Layout, bias: Bias) -> Name:
+def _name(trunk: dict[str, Shape], layout: Layout, bias: Bias, decoder: bool) -> Name:
     if layout.mlp in ("packed", "naive") or layout.qkv == "split" or "rope.freqs_cos" in trunk:
         return "EVA-02"
-    if bias != "q, k, v":
-        return "EVA-01"
-    foreign = any(TIMM_ONLY.fullmatch(name) for name in trunk)
-    return "ViT" if foreign or "cls_token" not in trunk else "EVA-L"
+    return "EVA-01" if bias != "q, k, v" else "EVA-L" if decoder else "ViT"
 
 
 def _heads(trunk: dict[str, Shape], block: dict[str, Shape]) -> int | None:

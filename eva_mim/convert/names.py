@@ -19,8 +19,8 @@ from eva_mim.convert.families import Family, detect
 from eva_mim.convert.keys import BUFFER, OUTSIDE, TEXT, block_names, split_block
 from eva_mim.convert.keys import outside as is_outside
 from eva_mim.convert.layout import Scheme, few
+from eva_mim.convert.report import KeyReport
 from eva_mim.convert.tables import Rope, read_rope, relative_position_index, rope_tables
-from eva_mim.handover import KeyReport
 from eva_mim.students.masked import sincos_table
 
 NormRule = Literal["drop", "copy", "keep"]
@@ -62,7 +62,7 @@ def from_eva(weights: Mapping[str, Tensor]) -> Converted:
             into, new = made, text_name(name)
         elif BUFFER.fullmatch(bare):
             tables[bare] = value
-            note(report.ignored, report, name, "a table that is computed from the grid")
+            report.note(report.ignored, name, "a table that is computed from the grid")
             continue
         elif family.prefix == "" and is_outside(name, ours=False):
             into, new = masked, next((names[name] for names in OUTSIDE.values() if name in names), name)
@@ -71,7 +71,7 @@ def from_eva(weights: Mapping[str, Tensor]) -> Converted:
         if new in into:
             if not _equal(into[new], value):
                 raise UserError(f"checkpoint: {name} and another tensor are both {new} and differ; remove one of them")
-            note(report.ignored, report, name, f"the same as another {new}")
+            report.note(report.ignored, name, f"the same as another {new}")
             continue
         into[new] = value
         report.loaded.append(new)
@@ -118,7 +118,7 @@ def to_eva(
         like = weights[f"{family.prefix}cls_token"]
         dtype = like.dtype if value.is_floating_point() else value.dtype
         made[prefix + name] = value.to(like.device, dtype)
-        note(report.new, report, prefix + name, "computed from the grid")
+        report.note(report.new, prefix + name, "computed from the grid")
     return Converted(made, report)
 
 
@@ -142,7 +142,7 @@ def visual_trunk(weights: Mapping[str, Tensor]) -> Converted:
         if family.prefix == TRUNK and name.startswith(TRUNK):
             made[name.removeprefix(TRUNK)] = value
         else:
-            note(report.ignored, report, name, "outside the image tower's timm model")
+            report.note(report.ignored, name, "outside the image tower's timm model")
     if not made:
         raise UserError("checkpoint: this open_clip model has no timm model as image tower (no visual.trunk.*)")
     report.loaded += list(made)
@@ -161,9 +161,9 @@ def with_norm(weights: Mapping[str, Tensor], rule: NormRule) -> Converted:
         raise UserError("norm=copy: the trunk has fc_norm already; set it to keep or drop")
     for name, value in weights.items():
         if name in here and rule == "drop":
-            note(report.ignored, report, name, "norm=drop: the classifier has fc_norm in its place")
+            report.note(report.ignored, name, "norm=drop: the classifier has fc_norm in its place")
             if f"fc_{name}" not in weights:
-                note(report.new, report, f"fc_{name}", "norm=drop: starts fresh, not in the result")
+                report.note(report.new, f"fc_{name}", "norm=drop: starts fresh, not in the result")
             continue
         made[f"fc_{name}" if name in here and rule == "copy" else name] = value
     report.loaded += list(made)
@@ -176,11 +176,11 @@ def unshare_relative(weights: Mapping[str, Tensor]) -> Converted:
     made = {name: value for name, value in weights.items() if name != shared}
     report = KeyReport(loaded=list(made))
     if shared in weights:
-        note(report.ignored, report, shared, "copied to every block")
+        report.note(report.ignored, shared, "copied to every block")
         for number in range(detect(weights).depth):
             name = f"blocks.{number}.attn.relative_position_bias_table"
             made[name] = weights[shared].clone()
-            note(report.new, report, name, f"a copy of {shared}")
+            report.note(report.new, name, f"a copy of {shared}")
     return Converted(made, report)
 
 
@@ -227,12 +227,6 @@ def text_name(name: str) -> str:
     """open_clip's; the logit scale stands outside the text tower (golden README, point 19)."""
     bare = name.removeprefix("text.")
     return bare if bare == "logit_scale" else f"text.{bare}"
-
-
-def note(into: list[str], report: KeyReport, name: str, reason: str) -> None:
-    """Put a name on one of the report's lists, with its reason."""
-    into.append(name)
-    report.reasons[name] = reason
 
 
 def _known(value: Tensor) -> bool:

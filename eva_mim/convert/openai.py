@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eva_mim.convert.keys import OPENAI_NUMBERS, TEXT
-from eva_mim.convert.names import Converted, expect_scheme, note, text_name
-from eva_mim.handover import KeyReport
+from eva_mim.convert.names import Converted, expect_scheme, text_name
+from eva_mim.convert.report import KeyReport
 
 _ROOT = {"conv1.weight": "patch_embed.proj.weight", "class_embedding": "cls_token", "positional_embedding": "pos_embed",
          "proj": "head.weight"}
@@ -24,7 +24,7 @@ def from_openai(weights: Mapping[str, Tensor], *, custom_text: bool = False) -> 
     report, made = KeyReport(), {}
     for name, value in weights.items():
         if name in OPENAI_NUMBERS:
-            note(report.ignored, report, name, "a size of the scripted model, read off the shapes")
+            report.note(report.ignored, name, "a size of the scripted model, read off the shapes")
             continue
         made[text_name(name) if custom_text and TEXT.fullmatch(name) else name] = value
     report.loaded += list(made)
@@ -47,7 +47,7 @@ def openai_to_timm(weights: Mapping[str, Tensor]) -> Converted:
     report, made = KeyReport(), {}
     for name, value in weights.items():
         if not name.startswith("visual."):
-            note(report.ignored, report, name, "outside the image tower")
+            report.note(report.ignored, name, "outside the image tower")
             continue
         new = _timm_name(name.removeprefix("visual."))
         if new == "cls_token":
@@ -57,7 +57,7 @@ def openai_to_timm(weights: Mapping[str, Tensor]) -> Converted:
         elif new == "head.weight":
             value = value.T
             made["head.bias"] = torch.zeros(len(value), dtype=value.dtype, device=value.device)
-            note(report.new, report, "head.bias", "OpenAI's projection has no bias: zeros")
+            report.note(report.new, "head.bias", "OpenAI's projection has no bias: zeros")
         made[new] = value
         report.loaded.append(new)
     return Converted(made, report)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Grid
-from eva_mim.handover import KeyReport
+from eva_mim.convert.report import KeyReport
 
 PositionRule = Literal["original", "timm"]
 KernelRule = Literal["bicubic", "pseudo-inverse"]

@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from eva_mim.config import UserError
-from eva_mim.convert.families import Family, Text, container, detect
+from eva_mim.convert.families import Family, Text, detect
 from eva_mim.convert.keys import RESBLOCK
 from eva_mim.convert.names import from_eva
 from eva_mim.students import MaskedSettings
@@ -36,7 +36,7 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "eva02_s_cls": ("EVA-02", "classifier", PACKED | {"norms": ("fc_norm",)}),
     "eva02_b_mim": ("EVA-02", "mim", SPLIT),
     "eva02_b_cls": ("EVA-02", "classifier", SPLIT),
-    "evaL_cls": ("EVA-L", "classifier", PLAIN | {"schemes": BOTH, "rope": None, "head": 29}),
+    "evaL_cls": ("ViT", "classifier", PLAIN | {"schemes": BOTH, "rope": None, "head": 29}),
     "evaL_mae": ("EVA-L", "mim", PLAIN | {"decoder": (48, 2), "head": 40}),
     "clip_eva02_b": ("EVA-02", "clip", SPLIT | {"inner_attn_ln": True, "text": Text(48, 2, 32, 300), "prefix": "visual."}),
     "clip_eva01_g": ("EVA-01", "clip", FUSED_EVA | {"text": Text(48, 2, 77, 400)}),
@@ -73,7 +73,7 @@ def test_the_classifier_with_tables_in_its_blocks(shared: Path) -> None:
 
 TIMM = {
     "eva_giant_patch14_224": ("EVA-01", BOTH, "Eva", {"tokens": 256, "hidden": 6144, "head": 1000}),
-    "eva_large_patch14_196": ("EVA-L", BOTH, "VisionTransformer", {"tokens": 196}),
+    "eva_large_patch14_196": ("ViT", BOTH, "VisionTransformer", {"tokens": 196}),
     "eva02_tiny_patch14_224": ("EVA-02", ("timm",), "Eva", {"mlp": "packed", "hidden": 512, "form": "features"}),
     "eva02_large_patch14_224": ("EVA-02", ("timm",), "Eva", {"mlp": "naive", "hidden": 2730, "sub_ln": True, "rope": None}),
     "eva02_base_patch16_clip_224": ("EVA-02", ("timm",), "Eva", {"inner_attn_ln": True, "form": "clip tower", "head": 512}),
@@ -217,27 +217,3 @@ def test_nothing_but_a_user_error_comes_out_of_broken_names_and_shapes(shared: P
             answers.append(str(error))
     assert 0 < accepted < 200
     assert all(answer.startswith("checkpoint: ") and len(answer) < 1000 for answer in answers)
-
-
-def test_containers() -> None:
-    weights, average = {"module.a": torch.zeros(1)}, {"a": torch.ones(1)}
-    tree = {"model": weights, "model_ema": average, "epoch": 3}
-    assert container(tree) == ({"a": weights["module.a"]}, "model")
-    assert container(tree, ema=True) == (average, "model_ema")
-    assert container({"model_ema": average, "args": None}) == (average, "model_ema")
-    assert container(average) == (average, None)
-    assert list(weights) == ["module.a"]
-
-
-@pytest.mark.parametrize(("tree", "ema", "message"), [
-    ({"model": {"a": VECTOR}}, True, "no model_ema in it; it has model"),
-    ({"model": {"a": VECTOR}, "module": {"a": VECTOR}}, False, "weights under each of module, model; keep one"),
-    ({"epoch": 3, "a": VECTOR}, False, "not a state dict .*: epoch where tensors"),
-    ({"module": {"a": VECTOR, "b": 3}}, False, "not a state dict under module: b where"),
-    ({"state_dict": {}}, False, "not a state dict under state_dict: nothing"),
-    ({}, False, "nothing where tensors"),
-    ({"module.a": VECTOR, "b": VECTOR}, False, "1 of 2 names start with 'module.'"),
-])
-def test_what_is_no_container_is_refused(tree: dict[str, Any], ema: bool, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        container(tree, ema=ema)
