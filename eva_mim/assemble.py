@@ -54,8 +54,8 @@ def eval_loader(
     return EvalLoader(source, made, batch, recipe.data.workers, limit)
 
 
-def seed_from(
-    init_from: str | None, trunk: nn.Module, classes: tuple[str, ...] | None = None, *, fresh_norm: bool = False
-) -> KeyReport | None:
+def seed_from(recipe: Recipe, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:
     """Seed a trunk in place and say what went where; None without `init_from`. Raises UserError."""
-    return None if init_from is None else seed_trunk(trunk, read_parent(init_from), classes, fresh_norm=fresh_norm)
+    if recipe.init_from is None:
+        return None
+    return seed_trunk(trunk, read_parent(recipe.init_from, recipe.hand_over), recipe.hand_over, classes)

@@ -20,10 +20,11 @@ SUMMARIES = {
     "evaluate": "measure a run's newest checkpoint again",
     "replay": "run the last step of a diverged run again",
     "inspect": "look at a checkpoint without running anything in it",
+    "convert": "write a checkpoint for another program, with a proof",
 }
 OTHERS = {
     "teacher": "eva_mim.teacher_check", "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay",
-    "inspect": "eva_mim.convert.inspect",
+    "inspect": "eva_mim.convert.inspect", "convert": "eva_mim.convert.command",
 }
 """Commands that are no stages: modules with `main(argv)`."""
 

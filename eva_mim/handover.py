@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Grid
+from eva_mim.convert.deferred import real
+from eva_mim.convert.names import unshare_relative, with_norm
 from eva_mim.convert.report import KeyReport
-from eva_mim.files import sha256
+from eva_mim.convert.resize import resize_trunk
+from eva_mim.convert.source import content_hash, read_source
+from eva_mim.recipe import HandOverSettings
 
+__all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "read_parent", "read_record", "seed_trunk"]
 WEIGHTS, LINEAGE = "model.safetensors", "lineage.json"
+INNER_NORM = ".attn.norm."
+"""EVA-02's CLIP towers normalise inside attention, its masked students do not (facts on EVA-CLIP, section 4): starts fresh."""
+
+
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+PARTS_OF_A_HEAD = ("head", "fc.", "classifier", "fc_norm.", "norm.")
+"""What of a parent may be left over: its own head, or the norm in front of it."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """Weights of an earlier stage under timm's names, and its record (empty for a bare file)."""
+    """A trunk of an earlier stage, or of a foreign checkpoint, under timm's names."""
 
     path: Path
-    weights: dict[str, Tensor]
-    record: dict[str, Any]
-
-    @property
-    def grid(self) -> Grid | None:
-        """Patch grid of the parent's position table."""
-        grid = self.record.get("grid")
-        return (grid[0], grid[1]) if grid else None
-
-
-def weights_file(path: str | Path) -> Path:
-    """The weight file of a stage folder, or the file itself. Raises UserError."""
-    path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"init_from: {file} does not exist; it must be the folder of a finished stage or a .safetensors file")
-    return file
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of what a parent setting points to: a stage's weights, or a file. Raises UserError."""
-    return sha256(weights_file(path))
+    weights: Mapping[str, Tensor]
+    classes: tuple[str, ...] | None
+    """Of its head."""
+    grid: Grid | None
+    """Of its positions."""
+    ignored: KeyReport
+    """What of the checkpoint is outside the trunk."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -59,94 +55,124 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_parent(path: str | Path) -> Parent:
-    """Weights and record. Raises UserError for a missing or unreadable file."""
-    file = weights_file(path)
+def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> Parent:
+    """The folder of a stage, or any checkpoint that `convert.source.read_source` opens. Raises UserError."""
+    settings = settings or HandOverSettings()
+    if (record := read_record(Path(path))) and not record.get("finished"):
+        raise UserError(f"init_from: {path} is not finished; to start from it as it is, "
+                        "name one of its checkpoints (checkpoints/step-N)")
     try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"init_from: {file} is not a readable safetensors file: {error}") from None
-    return Parent(file, weights, read_record(file.parent) if file.name == WEIGHTS else {})
+        source = read_source(path, settings.container)
+        trunk = source.trunk()
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    ignored = KeyReport()
+    for report in (source.report, trunk.report):
+        for name in report.ignored:
+            ignored.note(ignored.ignored, name, report.reasons.get(name, "outside the trunk"))
+    for name in source.outside:
+        ignored.note(ignored.ignored, name, "of the masked model, outside its trunk")
+    classes = source.description.record.get("classes")
+    return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored)
 
 
 def seed_trunk(
-    trunk: nn.Module, parent: Parent, classes: tuple[str, ...] | None = None, *, fresh_norm: bool = False
+    trunk: nn.Module, parent: Parent, settings: HandOverSettings | None = None, classes: tuple[str, ...] | None = None
 ) -> KeyReport:
     """Copy a parent's weights into a timm model, in place.
 
-    Positions are resized to the trunk's grid (timm's antialiased bicubic), a patch kernel by timm's function-preserving
-    rule. A mean-pooled trunk's `fc_norm` starts as the parent's `norm` (timm's rule; with `fresh_norm` it is left as it was
-    made, EVA's rule), and back. The head is kept when `classes` equals the parent's class list and is new otherwise. Raises
-    UserError when any other tensor is missing, left over or of another shape: that is another architecture.
+    Positions, patch kernel and the norm behind mean pooling follow the rules of `settings`; one table of relative positions for
+    all blocks is copied to each where the trunk has one a block. The head is kept when `classes` equals the parent's class list
+    and is new otherwise; norms inside attention that the parent lacks are new. Raises UserError, before anything is copied, when
+    another tensor is missing, left over or of another shape: that is another architecture.
     """
-    report = KeyReport()
-    state = trunk.state_dict()
-    head = _head_prefix(trunk)
-    given = dict(parent.weights)
-    for here, there in (("fc_norm", "norm"), ("norm", "fc_norm")):
-        if here == "fc_norm" and fresh_norm:
-            continue
-        if f"{here}.weight" in state and f"{here}.weight" not in given:
-            for leaf in ("weight", "bias"):
-                if f"{there}.{leaf}" in given:
-                    given[f"{here}.{leaf}"] = given.pop(f"{there}.{leaf}")
-    same_classes = classes is not None and list(classes) == parent.record.get("classes")
-    wrong = []
-    for name, value in state.items():
-        is_head = head is not None and name.startswith(head)
-        is_fresh = fresh_norm and name.startswith("fc_norm.") and name not in given
-        if is_fresh or (is_head and not (same_classes and name in given)):
-            report.new.append(name)
-        elif name not in given:
-            wrong.append(f"{name}: not in the checkpoint")
-        elif given[name].shape == value.shape:
-            state[name] = given[name].to(value.dtype)
-            report.loaded.append(name)
-        elif (resized := _resize(name, given[name], value, trunk, parent.grid)) is not None:
-            state[name] = resized.to(value.dtype)
-            report.resized.append(name)
-        else:
-            wrong.append(f"{name}: {list(given[name].shape)} in the checkpoint, {list(value.shape)} here")
-    for name in given.keys() - state.keys():
-        if name.startswith(("head", "fc.", "classifier", "fc_norm.", "norm.")) or (head and name.startswith(head)):
-            report.ignored.append(name)
-        else:
-            wrong.append(f"{name}: {list(given[name].shape)} in the checkpoint, not here")
-    report.ignored += sorted(set(report.new) & given.keys())
+    settings = settings or HandOverSettings()
+    state, head = trunk.state_dict(), _head_prefix(trunk)
+    given, report = _fitted(trunk, state, parent, settings)
+    same_classes = classes is not None and classes == parent.classes
+    fresh = {name: why for name in state if (why := _why_fresh(name, head, given, settings, same_classes))}
+    left = {name for name in given if name not in state and name.startswith((*PARTS_OF_A_HEAD, *([head] if head else [])))}
+    wrong = [f"{name}: not in the checkpoint" for name in state if name not in given and name not in fresh]
+    for name in given.keys() - fresh.keys() - left:
+        here = f"{list(state[name].shape)} here" if name in state else "not here"
+        if name not in state or given[name].shape != state[name].shape:
+            wrong.append(f"{name}: {list(given[name].shape)} in the checkpoint, {here}")
     if wrong:
         more = f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise UserError(
             f"init_from: {parent.path} is of another architecture:\n  " + "\n  ".join(sorted(wrong)[:12]) + more
         )
-    trunk.load_state_dict(state)
+    for name, value in state.items():
+        if name in fresh:
+            report.note(report.new, name, fresh[name])
+            continue
+        value.copy_(real(given[name]))
+        if name not in report.resized:
+            report.loaded.append(name)
+    for name in [name for name in given if name in fresh or name in left]:
+        report.note(report.ignored, name, fresh.get(name, "no part of the new trunk"))
+    for name in parent.ignored.ignored:
+        report.note(report.ignored, name, parent.ignored.reasons[name])
     _prove(trunk, given, report.loaded)
     return report
 
 
-def _prove(trunk: nn.Module, given: dict[str, Tensor], loaded: list[str]) -> None:
+def _fitted(
+    trunk: nn.Module, state: Mapping[str, Tensor], parent: Parent, settings: HandOverSettings
+) -> tuple[dict[str, Tensor], KeyReport]:
+    """The parent's tensors under the names and of the sizes that the trunk has, and what that took."""
+    given, report = dict(parent.weights), KeyReport()
+    if SHARED_TABLE in given and SHARED_TABLE not in state:
+        given = unshare_relative(given).weights
+    places: tuple[tuple[Literal["fc_norm", "norm"], str], ...] = (("fc_norm", "norm"), ("norm", "fc_norm"))
+    for here, there in places:
+        if f"{here}.weight" in state and f"{here}.weight" not in given and f"{there}.weight" in given:
+            done = with_norm(given, settings.norm, into=here)
+            given = done.weights
+            for name in done.report.ignored:
+                report.note(report.ignored, name, done.report.reasons[name])
+    embed: Any = getattr(trunk, "patch_embed", None)
+    grid, kernel = getattr(embed, "grid_size", None), state.get("patch_embed.proj.weight")
+    if grid is None:
+        return given, report
+    tables = [name for name in given if name.endswith(("pos_embed", "relative_position_bias_table")) and name in state]
+    if any(given[name].shape[-1] != state[name].shape[-1] for name in tables):
+        return given, report  # another architecture
+    old = parent.grid
+    if old is None and any(given[name].shape != state[name].shape for name in tables):
+        raise UserError(
+            f"init_from: {parent.path} does not say for which grid of patches its positions were made; "
+            "set hand_over.grid=[rows, columns]"
+        )
+    given, resized = resize_trunk(
+        given, old or grid, grid, positions=settings.positions, kernel=settings.kernel,
+        patch=(kernel.shape[2], kernel.shape[3]) if kernel is not None and kernel.ndim == 4 else None,
+    )
+    for name in resized.resized:
+        report.note(report.resized, name, resized.reasons[name])
+    return given, report
+
+
+def _why_fresh(
+    name: str, head: str | None, given: Mapping[str, Tensor], settings: HandOverSettings, same_classes: bool
+) -> str | None:
+    """Why a tensor of the trunk starts as it was made; None for one that the parent gives."""
+    if head is not None and name.startswith(head) and not (same_classes and name in given):
+        return "a head for other classes"
+    if name in given:
+        return None
+    if name.startswith(("norm.", "fc_norm.")) and settings.norm == "drop":
+        return "hand_over.norm=drop: starts fresh"
+    return "a norm inside attention, which the parent does not have" if INNER_NORM in name else None
+
+
+def _prove(trunk: nn.Module, given: Mapping[str, Tensor], loaded: list[str]) -> None:
     """What the report calls loaded is in the trunk, bit for bit."""
     state = trunk.state_dict()
-    unequal = [name for name in loaded if not torch.equal(state[name].cpu(), given[name].to(state[name].dtype))]
+    unequal = [name for name in loaded if not torch.equal(state[name].cpu(), real(given[name]).to(state[name].dtype))]
     assert not unequal, unequal
 
 
 def _head_prefix(trunk: nn.Module) -> str | None:
     head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
     return next((f"{name}." for name, module in trunk.named_modules() if module is head and name), None)
-
-
-def _resize(name: str, value: Tensor, wanted: Tensor, trunk: Any, grid: Grid | None) -> Tensor | None:
-    from timm.layers import resample_abs_pos_embed, resample_patch_embed
-
-    resized: Tensor | None = None
-    if name == "pos_embed" and value.shape[-1] == wanted.shape[-1]:
-        prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
-        resized = resample_abs_pos_embed(
-            value,
-            new_size=list(trunk.patch_embed.grid_size),
-            old_size=list(grid) if grid else None,
-            num_prefix_tokens=prefix,
-        )
-    elif name == "patch_embed.proj.weight" and value.shape[:2] == wanted.shape[:2]:
-        resized = resample_patch_embed(value, list(wanted.shape[-2:]))
-    return resized

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eva_mim.config import Settings
 from eva_mim.data import DataSettings
@@ -17,11 +17,29 @@ RUNTIME = {
 """Settings that no result depends on: a run may be resumed with other values."""
 
 
+class HandOverSettings(Settings):
+    """How the trunk takes over the weights of `init_from`."""
+
+    container: str | None = None
+    """Part of a torch file ("model_ema", ...); default the trained weights."""
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of patches that the positions were made for, where the checkpoint does not say."""
+    positions: Literal["timm", "original", "eva-clip"] = "timm"
+    """Another grid: bicubic with antialias (timm), without (EVA's run_class_finetuning.py), or with aligned corners (EVA-CLIP's
+    loader, for tables under OpenAI's names)."""
+    kernel: Literal["pseudo-inverse", "bicubic"] = "pseudo-inverse"
+    """Another patch size: the kernel that answers to a resized patch as the old one did (FlexiViT, timm), or plain bicubic
+    (EVA's interpolate_patch_14to16.py)."""
+    norm: Literal["copy", "drop"] = "copy"
+    """A mean-pooled classifier's `fc_norm` starts as the parent's `norm` (timm), or fresh (EVA's run_class_finetuning.py)."""
+
+
 class Recipe(Settings):
     """Settings of one stage. Order of starting: the run's own last checkpoint, else `init_from`, else scratch."""
 
     init_from: str | None = None
-    """Folder of an earlier stage, or a timm-named .safetensors file: the trunk starts from its weights."""
+    """Folder of an earlier stage, or any checkpoint that `eva-mim inspect` knows: the trunk starts from its weights."""
+    hand_over: HandOverSettings = HandOverSettings()
     data: DataSettings
     run: RunSettings
     optim: OptimSettings

@@ -69,7 +69,7 @@ def build_classifier(
         export,
         classes=classes,
         grid=grid_of(student.trunk),
-        seeded=seed_from(recipe.init_from, student.trunk, classes, fresh_norm=recipe.student.fc_norm == "fresh"),
+        seeded=seed_from(recipe, student.trunk, classes),
     )
 
 

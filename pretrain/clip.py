@@ -81,12 +81,16 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_json(out / "open_clip_config.json", student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
+    seeded = seed_from(recipe, student.trunk)
+    if seeded is not None:
+        for name in student.model.visual.head.state_dict():
+            seeded.note(seeded.new, f"visual.head.{name}", "the projection into the shared space")
     return Built(
         Parts(ImageText(student, Contrastive()), train, evaluator, recipe.data.max_broken),
         export,
         classes=splits.train.classes,
         grid=grid_of(student.trunk),
-        seeded=seed_from(recipe.init_from, student.trunk),
+        seeded=seeded,
     )
 
 

@@ -104,7 +104,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,
         grid=grid_of(student.trunk),
-        seeded=seed_from(recipe.init_from, student.trunk),
+        seeded=seed_from(recipe, student.trunk),
         teacher=teacher,
     )
 

@@ -11,15 +11,21 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_mim.config import UserError
+from eva_mim.convert.names import from_eva
 from eva_mim.convert.report import KeyReport
 from eva_mim.files import sha256
 from eva_mim.handover import content_hash, read_parent, seed_trunk
-from eva_mim.students import TrunkSettings
+from eva_mim.recipe import HandOverSettings
+from eva_mim.students import MaskedSettings, TrunkSettings
+from eva_mim.students.masked import MaskedStudent
 from eva_mim.students.trunk import build_trunk
+from tests.convert.golden_names import checkpoint
+from tests.students.golden import below, pixels
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -40,13 +46,13 @@ def write_stage(folder: Path, model: nn.Module, **record: Any) -> Path:
     """A finished stage's folder: weights and record."""
     folder.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "lineage.json").write_text(json.dumps(record))
+    (folder / "lineage.json").write_text(json.dumps({"finished": True} | record))
     return folder
 
 
 def seed(model: nn.Module, path: Path, classes: tuple[str, ...] | None = None) -> tuple[KeyReport, dict[str, Tensor]]:
     """(report, state afterwards)."""
-    return seed_trunk(model, read_parent(path), classes), model.state_dict()
+    return seed_trunk(model, read_parent(path), classes=classes), model.state_dict()
 
 
 @pytest.mark.parametrize("name", ["vit_nano_patch4_32", "convnet_nano_32"])
@@ -90,7 +96,8 @@ def test_positions_are_resized_as_timm_does(tmp_path: Path, size: int, grid: int
 
 def test_a_position_table_without_class_row_is_resized_whole(tmp_path: Path) -> None:
     parent = trunk(1, no_embed_class=True)
-    report, state = seed(trunk(2, image_size=40, no_embed_class=True), write_stage(tmp_path / "parent", parent))
+    folder = write_stage(tmp_path / "parent", parent, grid=[8, 8])
+    report, state = seed(trunk(2, image_size=40, no_embed_class=True), folder)
     table = parent.state_dict()["pos_embed"]
     assert table.shape[1] == 64
     assert torch.equal(state["pos_embed"], resample_abs_pos_embed(table, new_size=[10, 10], num_prefix_tokens=0))
@@ -112,7 +119,8 @@ def test_fc_norm_can_start_fresh_as_in_eva(tmp_path: Path) -> None:
     """The parent's norm is named as left out, and everything else is loaded."""
     parent = trunk(1, global_pool="token")
     child = trunk(2, global_pool="avg", num_classes=3)
-    report = seed_trunk(child, read_parent(write_stage(tmp_path / "parent", parent)), CLASSES, fresh_norm=True)
+    drop = HandOverSettings(norm="drop")
+    report = seed_trunk(child, read_parent(write_stage(tmp_path / "parent", parent)), drop, CLASSES)
     state = child.state_dict()
     assert not torch.equal(state["fc_norm.weight"], parent.state_dict()["norm.weight"])
     assert torch.equal(state["fc_norm.weight"], trunk(2, global_pool="avg", num_classes=3).state_dict()["fc_norm.weight"])
@@ -156,7 +164,7 @@ def test_a_convolutional_head_is_found_by_its_own_name(tmp_path: Path) -> None:
 
 def test_every_key_is_accounted_for_once(tmp_path: Path) -> None:
     parent = trunk(1, global_pool="avg", num_classes=3)
-    folder = write_stage(tmp_path / "parent", parent, classes=list(CLASSES))
+    folder = write_stage(tmp_path / "parent", parent, classes=list(CLASSES), grid=[8, 8])
     report, state = seed(trunk(2, global_pool="avg", num_classes=2, image_size=40), folder, ("x", "y"))
     assert sorted(report.loaded + report.resized + report.new) == sorted(state)
     assert sorted(report.loaded + report.resized + report.ignored) == sorted(parent.state_dict())
@@ -189,13 +197,13 @@ def test_another_architecture_is_refused_by_keys_and_shapes(
 def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
     file = write_stage(tmp_path / "parent", trunk(1)) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"init_from: .*(empty|truncated|damaged|neither a safetensors)"):
         read_parent(tmp_path / "parent")
 
 
 def test_missing_parents_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no.safetensors"):
-        with pytest.raises(UserError, match="does not exist"):
+        with pytest.raises(UserError, match=r"does not exist|no checkpoint that is known here"):
             read_parent(path)
 
 
@@ -205,3 +213,89 @@ def test_a_parent_is_known_by_its_weights(tmp_path: Path) -> None:
     assert content_hash(one) == content_hash(copy) == sha256(one / "model.safetensors")
     assert content_hash(one) != content_hash(other)
     assert load_file(one / "model.safetensors").keys() == read_parent(one).weights.keys()
+
+
+def eva(**options: Any) -> Eva:
+    """The fixture eva02_b_mim's trunk, with other parts."""
+    options = {"embed_dim": 96, "depth": 2, "num_heads": 4, "mlp_ratio": 256 / 96} | options
+    return Eva(img_size=112, patch_size=14, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, **options)
+
+
+@torch.no_grad()
+def test_an_original_checkpoint_seeds_a_trunk_that_answers_as_the_original(shared: Path, tmp_path: Path) -> None:
+    state, golden, _ = checkpoint(shared, "eva02_b_mim")
+    torch.save({"module": state, "epoch": 3}, tmp_path / "eva.pt")
+    child = trunk(5, "golden_eva02_b_mim", global_pool="token")
+    report, _ = seed(child, tmp_path / "eva.pt")
+    assert not report.new + report.resized
+    assert {"mask_token", "lm_head.weight" if "lm_head.weight" in report.ignored else "head.weight", "rope.freqs_cos"} <= set(
+        report.ignored
+    )
+    student = MaskedStudent(MaskedSettings(name="golden_eva02_b_mim"), 64).eval()
+    student.trunk.load_state_dict(child.state_dict())
+    student.mask_token.copy_(state["mask_token"])
+    tokens = student.tokens(pixels(golden["in/image"]), golden["in/mask"].flatten(1))
+    assert (tokens - golden["out/final_norm_tokens"]).abs().max() < 2e-5
+
+
+def test_a_masked_model_seeds_a_clip_tower_and_what_it_lacks_is_named(shared: Path, tmp_path: Path) -> None:
+    """EVA-CLIP's towers have norms inside attention and a projection; class token and final norm are reused."""
+    state, _, _ = checkpoint(shared, "eva02_b_mim")
+    torch.save(state, tmp_path / "eva.pt")
+    tower = eva(global_pool="token", num_classes=60, scale_attn_inner=True)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    report, after = seed(tower, tmp_path / "eva.pt")
+    inner = [f"blocks.{block}.attn.norm.{leaf}" for block in (0, 1) for leaf in ("weight", "bias")]
+    assert sorted(report.new) == sorted([*inner, "head.weight", "head.bias"])
+    assert all(torch.equal(after[name], before[name]) for name in report.new)
+    assert report.reasons["blocks.0.attn.norm.weight"].startswith("a norm inside attention")
+    for name in ("cls_token", "norm.weight", "norm.bias", "pos_embed"):
+        assert torch.equal(after[name], state[name])
+        assert name in report.loaded
+    assert torch.equal(after["blocks.1.mlp.fc1_g.weight"], state["blocks.1.mlp.w1.weight"])
+
+
+@pytest.mark.parametrize("rule", ["timm", "original"])
+def test_positions_follow_the_rule_on_a_grid_that_is_not_square(tmp_path: Path, rule: str) -> None:
+    """Sixty-four cells are 8 x 8 or 4 x 16: the record says which, never the count."""
+    parent = trunk(1, img_size=(16, 64))
+    child = trunk(2)
+    settings = HandOverSettings(positions=rule)  # type: ignore[arg-type]
+    folder = write_stage(tmp_path / "parent", parent, grid=[4, 16])
+    report = seed_trunk(child, read_parent(folder, settings), settings)
+    table = parent.state_dict()["pos_embed"]
+    cells = table[:, 1:].reshape(1, 4, 16, 96).permute(0, 3, 1, 2)
+    resized = F.interpolate(cells, (8, 8), mode="bicubic", antialias=rule == "timm").permute(0, 2, 3, 1).reshape(1, 64, 96)
+    assert torch.allclose(child.state_dict()["pos_embed"], torch.cat([table[:, :1], resized], dim=1), atol=1e-6)
+    assert report.resized == ["pos_embed"]
+    assert rule in report.reasons["pos_embed"]
+
+
+def test_a_parent_that_does_not_say_its_grid_is_asked_for_it(tmp_path: Path) -> None:
+    parent, child = trunk(1), trunk(2, image_size=40)
+    save_file(parent.state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"set hand_over.grid=\[rows, columns\]"):
+        seed(child, tmp_path / "weights.safetensors")
+    settings = HandOverSettings(grid=(8, 8))
+    assert seed_trunk(child, read_parent(tmp_path / "weights.safetensors", settings), settings).resized == ["pos_embed"]
+
+
+def test_one_table_of_relative_positions_becomes_one_a_block(shared: Path, tmp_path: Path) -> None:
+    """The state after the original loader, at 12 x 12."""
+    state, golden, _ = checkpoint(shared, "eva01_relpos")
+    torch.save({"module": state}, tmp_path / "eva.pt")
+    settings = HandOverSettings(norm="drop", grid=(8, 8))
+    child = trunk(3, "golden_eva01_relpos_cls", image_size=168, global_pool="avg")
+    report = seed_trunk(child, read_parent(tmp_path / "eva.pt", settings), settings)
+    expected = from_eva(below(golden, "finetune/")).weights
+    made = child.state_dict()
+    assert sorted(report.resized) == [f"blocks.{block}.attn.relative_position_bias_table" for block in (0, 1)]
+    fresh = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert fresh >= set(report.new) >= {"fc_norm.weight", "fc_norm.bias"}
+    assert all((made[name] - expected[name]).abs().max() < 1e-5 for name in expected if name not in fresh)
+
+
+def test_an_unfinished_stage_is_no_parent(tmp_path: Path) -> None:
+    folder = write_stage(tmp_path / "parent", trunk(1), finished=False)
+    with pytest.raises(UserError, match="is not finished"):
+        read_parent(folder)

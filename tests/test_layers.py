@@ -32,14 +32,16 @@ ARCHITECTURES = "eva_mim.students.small"
 """Names of timm models, registered by its import. The teachers need them as much as the students do."""
 LIBRARIES = {
     "deepspeed": {"eva_mim.engine.deepspeed"},
-    "open_clip": {"eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive"},
+    "open_clip": {
+        "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive", "eva_mim.convert.architecture",
+    },
 }
 FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path in (REPOSITORY / package).rglob("*.py"))
 LIGHT = [
     "eva_mim.cli", "eva_mim.pipeline", "eva_mim.program", "eva_mim.recipe", "eva_mim.registry", "eva_mim.config",
     "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
     "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.teacher_check", "eva_mim.reevaluate",
-    "eva_mim.replay", "eva_mim.convert.inspect", "eva_mim.convert.reading",
+    "eva_mim.replay", "eva_mim.convert.inspect", "eva_mim.convert.reading", "eva_mim.convert.command",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70

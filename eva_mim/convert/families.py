@@ -189,6 +189,8 @@ def _family(
 
 
 def _name(trunk: dict[str, Shape], layout: Layout, bias: Bias, decoder: bool) -> Name:
+    if "ls1.gamma" in layout.block:  # DINOv2, also with a SwiGLU
+        return "ViT"
     if layout.mlp in ("packed", "naive") or layout.qkv == "split" or "rope.freqs_cos" in trunk:
         return "EVA-02"
     return "EVA-01" if bias != "q, k, v" else "EVA-L" if decoder else "ViT"
@@ -216,7 +218,7 @@ def _relative(trunk: dict[str, Shape]) -> Relative:
 
 def _tokens(positions: int, prefix: int) -> int | None:
     """Patches of a position table: timm can leave the prefix rows out, which shows where only one of the two is a square."""
-    squares = [count for count in {positions - prefix, positions} if math.isqrt(count) ** 2 == count]
+    squares = [count for count in {positions - prefix, positions} if count > 0 and math.isqrt(count) ** 2 == count]
     return positions if not prefix else squares[0] if len(squares) == 1 else None
 
 

@@ -19,6 +19,7 @@ from eva_mim.config import UserError
 from eva_mim.convert.known import DTYPES, RE_SAVE, Stored
 from eva_mim.convert.pickles import MAX_BYTES, MAX_STEPS, read_pickle
 from eva_mim.convert.tensors import Entry, Piece, contiguous
+from eva_mim.convert.torchscript import state_of
 
 MAX_TENSORS = 1_000_000
 """In one file; the largest open models have some 100,000."""
@@ -26,6 +27,8 @@ MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
 MAX_DIRECTORY = 128 * 2**20
 """Bytes of a zip directory: a million records."""
+MAX_CODE = 64 * 2**20
+"""Bytes of a TorchScript archive's code, which is the one part that torch compresses."""
 SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -83,27 +86,31 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     header = file.read(length)
     if header.count(b'"data_offsets"') > MAX_TENSORS:
         raise UserError(f"{path}: more than {MAX_TENSORS:,} tensors")
+    base = 8 + length
+
+    def entry(value: dict[str, Any]) -> Any:  # made as soon as it is parsed: a million small dicts are never there together
+        if type(value.get("data_offsets")) is not list:
+            return value  # the header itself, or its metadata
+        shape, (start, end), dtype = tuple(value["shape"]), value["data_offsets"], SAFETENSORS[value["dtype"]]
+        if len(shape) > 64 or {type(start), type(end), *map(type, shape)} != {int} or min((start, *shape)) < 0 or end >= 2**63:
+            raise ValueError("a size that is not a number")
+        return Entry(dtype, shape, (Piece(path, base + start, end - start),))
+
     try:
-        tree = json.loads(header)
+        tree = json.loads(header, object_hook=entry)
         found = {"__metadata__": tree.pop("__metadata__", None) or {}}
-        entries = [(name, *_span(value)) for name, value in tree.items()]
+        entries = sorted(tree.items(), key=lambda item: item[1].pieces[0][1:])
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged safetensors header ({type(error).__name__}: {str(error)[:80]})") from None
-    at = 0
-    for name, dtype, shape, start, end in sorted(entries, key=lambda entry: entry[3:]):
-        if start != at or end - start != math.prod(shape) * DTYPES[dtype]:
+    at = base
+    for name, one in entries:
+        (piece,) = one.pieces
+        if piece.start != at or piece.size != one.size:
             raise UserError(f"{path}: damaged safetensors header: the place of {name[:100]!r} does not fit its shape")
-        found[name], at = Entry(dtype, shape, (Piece(path, 8 + length + start, end - start),)), end
-    if 8 + length + at != size:
-        raise UserError(f"{path}: {size} bytes, but its header says {8 + length + at}; it is truncated or damaged")
+        found[name], at = one, at + piece.size
+    if at != size:
+        raise UserError(f"{path}: {size} bytes, but its header says {at}; it is truncated or damaged")
     return found
-
-
-def _span(value: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
-    if len(shape) > 64 or {type(start), type(end), *map(type, shape)} != {int} or min((start, *shape)) < 0 or end >= 2**63:
-        raise ValueError("a size that is not a number")
-    return SAFETENSORS[value["dtype"]], shape, start, end
 
 
 class _Record(NamedTuple):
@@ -112,6 +119,10 @@ class _Record(NamedTuple):
     header: int
     size: int
     crc: int
+    packed: int
+    """Its size in the archive."""
+    method: int
+    """Of compression; 0 is none."""
 
 
 def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
@@ -127,7 +138,10 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
     order = records.get(f"{root}/byteorder")
     if order is not None and _content(path, file, order, size) != b"little":
         raise UserError(f"{path}: written on a big-endian machine; {RE_SAVE}")
-    read = read_pickle(_content(path, file, records[f"{root}/data.pkl"], size), str(path))
+    value = read_pickle(_content(path, file, records[f"{root}/data.pkl"], size), str(path)).value
+    script = f"{root}/constants.pkl" in records
+    if script:
+        value = _script(path, file, {name: record for name, record in records.items() if name.endswith(".py")}, size, value)
 
     def place(tensors: Mapping[Any, Stored]) -> dict[Any, Entry]:
         entries = {}
@@ -139,7 +153,31 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
                 entries[name] = _entry(path, stored, _start(path, again, record, size), record.crc, size)
         return entries
 
-    return TorchFile("torch", read.value, place)
+    return TorchFile("TorchScript" if script else "torch", value, place)
+
+
+def _script(path: Path, file: BinaryIO, code: Mapping[str, _Record], size: int, module: Any) -> dict[str, Stored]:
+    """The state dict of a pickled module; its code is read as text for the names of parameters and buffers."""
+    root = next(iter(code), "").partition("/")[0]
+    if sum(record.size for record in code.values()) > MAX_CODE:
+        raise UserError(f"{path}: a TorchScript program of more than {MAX_CODE:,} bytes")
+
+    def source(place: str) -> str:
+        record = code.get(f"{root}/code/{place.replace('.', '/')}.py")
+        if record is None:
+            raise UserError(f"the code of {place[:100]!r}, which says what is a parameter, is missing")
+        start = _start(path, file, record._replace(size=record.packed), size)
+        content = os.pread(file.fileno(), record.packed, start)
+        if record.method:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, record.size + 1)
+        if len(content) != record.size or record.crc not in (0, zlib.crc32(content)):
+            raise UserError(f"damaged: the code of {place[:100]!r} does not have its recorded size and checksum")
+        return content.decode(errors="replace")
+
+    try:
+        return state_of(module, source)
+    except (UserError, zlib.error) as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _directory(path: Path, file: BinaryIO, size: int) -> dict[str, _Record]:
@@ -167,11 +205,11 @@ def _directory(path: Path, file: BinaryIO, size: int) -> dict[str, _Record]:
         full, packed, header = (next(wide, (0,))[0] if value == 0xFFFFFFFF else value for value in (full, packed, header))
         if mark != b"PK\x01\x02" or name in records:
             raise UserError(f"{path}: damaged zip directory at {name[:60]!r}")
-        if method or packed != full:
+        if header + packed > size:
+            raise UserError(f"{path}: {name[:60]!r} says {packed} bytes, more than the file has; truncated or damaged")
+        if (method or packed != full) and not (method == zlib.DEFLATED and name.partition("/")[2].startswith("code/")):
             raise UserError(f"{path}: {name[:60]!r} is compressed, which torch.save never does (a zip bomb?); unpack it first")
-        if header + full > size:
-            raise UserError(f"{path}: {name[:60]!r} says {full} bytes, more than the file has; truncated or damaged")
-        records[name] = _Record(header, full, crc)
+        records[name] = _Record(header, full, crc, packed, method)
         at += 46 + names + extra + comment
     return records
 

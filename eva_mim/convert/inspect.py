@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.config import UserError
+from eva_mim.convert.describe import describe, number, text
 from eva_mim.program import guard
 
 if TYPE_CHECKING:
     from eva_mim.convert.reading import Checkpoint
-
-MAX_DESCRIPTION = 10_000_000
-"""Bytes of a config.json or lineage.json; one with the names of 21,841 classes has 1,000,000."""
-INSIDE_A_RUN = ("step-", "checkpoints", "engine", "ema")
-"""Folders of a run: its record lies above them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +43,8 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
     from eva_mim.convert.reading import open_checkpoint
 
     opened = open_checkpoint(path, container)
-    home = opened.path if opened.path.is_dir() else opened.path.parent
-    run = home
-    while run.name.startswith(INSIDE_A_RUN) and run != run.parent:
-        run = run.parent
-    record = _description(run / "lineage.json")
-    config = _description(home / "config.json") or _description(run / "config.json")
+    beside = describe(opened.path)
+    record, config = beside.record, beside.config
     family, reason = _family(opened)
     return {
         "path": str(path),
@@ -65,17 +57,17 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
         "family_unknown": reason,
         "stage": _stage(record),
         "parents": {
-            str(name): {"path": _text(parent, "path"), "sha256": _text(parent, "sha256")}
+            str(name): {"path": text(parent, "path"), "sha256": text(parent, "sha256")}
             for name, parent in (record["parents"] if isinstance(record.get("parents"), dict) else {}).items()
         },
         "architecture": _first(
-            _text(config, "architecture"), _text(config, "architectures", 0), _text(config, "model_type"),
-            _text(_description(home / "open_clip_config.json"), "model_cfg", "vision_cfg", "timm_model_name"),
-            _text(record, "settings", "student", "name"), opened.facts.get("args.model"), opened.facts.get("arch"),
+            text(config, "architecture"), text(config, "architectures", 0), text(config, "model_type"),
+            text(beside.open_clip, "model_cfg", "vision_cfg", "timm_model_name"),
+            text(record, "settings", "student", "name"), opened.facts.get("args.model"), opened.facts.get("arch"),
         ),
         "image_size": _first(
-            _number(config, "pretrained_cfg", "input_size", 2), _number(config, "image_size"),
-            _number(config, "vision_config", "image_size"), opened.facts.get("args.input_size"),
+            number(config, "pretrained_cfg", "input_size", 2), number(config, "image_size"),
+            number(config, "vision_config", "image_size"), opened.facts.get("args.input_size"),
         ),
         "tensors": len(opened),
         "parameters": sum(entry.elements for entry in opened.entries.values()),
@@ -83,7 +75,7 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
         "dtypes": dict(Counter(opened.dtypes().values()).most_common()),
         "facts": opened.facts,
         "ignored": list(opened.ignored),
-        "values": _values(opened, _text(record, "weights_sha256")) if values else None,
+        "values": _values(opened, text(record, "weights_sha256")) if values else None,
     }
 
 
@@ -133,15 +125,15 @@ def _words(family: dict[str, Any]) -> str:
 
 
 def _stage(record: dict[str, Any]) -> dict[str, Any] | None:
-    if (program := _text(record, "program")) is None:
+    if (program := text(record, "program")) is None:
         return None
-    headline = _text(record, "headline")
+    headline = text(record, "headline")
     return {
         "program": program,
         "finished": record.get("finished") is True,
-        "steps": _number(record, "steps"),
+        "steps": number(record, "steps"),
         "headline": headline,
-        "figure": _number(record, "metrics", headline) if headline else None,
+        "figure": number(record, "metrics", headline) if headline else None,
     }
 
 
@@ -159,35 +151,6 @@ def _values(opened: Checkpoint, recorded: str | None) -> dict[str, Any]:
             broken += [name] if any(counts) else []
     own = recorded is not None and opened.path.name == "model.safetensors" and opened.path.parent.name != "ema"
     return {"nan": nan, "inf": inf, "tensors": broken, "as_recorded": sha256(opened.path) == recorded if own else None}
-
-
-def _description(path: Path) -> dict[str, Any]:
-    """A JSON file beside the weights; empty when there is none."""
-    from eva_mim.convert.formats import read_json
-
-    tree = read_json(path, MAX_DESCRIPTION) if path.is_file() else {}
-    return tree if isinstance(tree, dict) else {}
-
-
-def _at(tree: Any, names: tuple[str | int, ...]) -> Any:
-    for name in names:
-        if isinstance(tree, dict):
-            tree = tree.get(name)
-        elif isinstance(tree, list) and isinstance(name, int) and name < len(tree):
-            tree = tree[name]
-        else:
-            return None
-    return tree
-
-
-def _text(tree: Any, *names: str | int) -> str | None:
-    value = _at(tree, names)
-    return value[:200] if isinstance(value, str) else None
-
-
-def _number(tree: Any, *names: str | int) -> float | None:
-    value = _at(tree, names)
-    return value if type(value) in (int, float) and abs(value) < 1e18 else None
 
 
 def _first(*values: Any) -> Any:

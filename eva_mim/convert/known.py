@@ -37,9 +37,15 @@ HARMLESS = frozenset(
         "pathlib._local.WindowsPath",
         "torch.device",
         "torch.Tensor",
+        "torch.jit._pickle.build_boollist",
+        "torch.jit._pickle.build_doublelist",
+        "torch.jit._pickle.build_intlist",
+        "torch.jit._pickle.build_tensorlist",
+        "torch.jit._pickle.restore_type_tag",
     }
 )
-"""What training scripts leave beside the weights (settings, folders, scores, DeepSpeed's records). Kept as a `Stub`."""
+"""What training scripts leave beside the weights (settings, folders, scores, DeepSpeed's records, lists of TorchScript).
+Kept as a `Stub`."""
 DTYPES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
@@ -146,13 +152,8 @@ def find_global(module: str, name: str) -> Any:
     path = f"{module}.{name}"
     if path in _NAMES:
         return _NAMES[path]
-    if path in HARMLESS or path in _DTYPES:
+    if path in HARMLESS or path in _DTYPES or path.startswith("__torch__."):  # the latter are TorchScript's classes
         return Stub(path)
-    if module.split(".")[0] == "__torch__":
-        raise UserError(
-            "a TorchScript program, not only weights; if you trust it, save the tensors of torch.jit.load(FILE).state_dict() "
-            "with safetensors.torch.save_file"
-        )
     raise UserError(f"asks for {path[:100]!r}, which is refused: opening a checkpoint must not run code; {RE_SAVE}")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Grid
+from eva_mim.convert.deferred import real
 from eva_mim.convert.families import Family, detect
 from eva_mim.convert.keys import BUFFER, OUTSIDE, TEXT, block_names, split_block
 from eva_mim.convert.keys import outside as is_outside
@@ -149,23 +150,25 @@ def visual_trunk(weights: Mapping[str, Tensor]) -> Converted:
     return Converted(made, report)
 
 
-def with_norm(weights: Mapping[str, Tensor], rule: NormRule) -> Converted:
-    """A trunk, for a classifier that pools patches by their mean and keeps its norm as `fc_norm`.
+def with_norm(weights: Mapping[str, Tensor], rule: NormRule, into: Literal["fc_norm", "norm"] = "fc_norm") -> Converted:
+    """A trunk, for a classifier that pools patches by their mean and keeps its norm as `fc_norm` (`into` norm: for the way back).
 
     `drop`: `norm` is left out and `fc_norm` starts fresh (the original fine-tuning). `copy`: `norm` becomes `fc_norm` (timm).
     `keep`: nothing changes. A trunk without `norm` stays as it is.
     """
     report, made = KeyReport(), {}
-    here = {name for name in weights if name in ("norm.weight", "norm.bias")}
-    if rule == "copy" and here and "fc_norm.weight" in weights:
-        raise UserError("norm=copy: the trunk has fc_norm already; set it to keep or drop")
+    away = "norm" if into == "fc_norm" else "fc_norm"
+    here = {name for name in weights if name in (f"{away}.weight", f"{away}.bias")}
+    if rule == "copy" and here and f"{into}.weight" in weights:
+        raise UserError(f"norm=copy: the trunk has {into} already; set it to keep or drop")
     for name, value in weights.items():
+        new = name.replace(away, into, 1)
         if name in here and rule == "drop":
-            report.note(report.ignored, name, "norm=drop: the classifier has fc_norm in its place")
-            if f"fc_{name}" not in weights:
-                report.note(report.new, f"fc_{name}", "norm=drop: starts fresh, not in the result")
+            report.note(report.ignored, name, f"norm=drop: {into} stands in its place")
+            if new not in weights:
+                report.note(report.new, new, "norm=drop: starts fresh, not in the result")
             continue
-        made[f"fc_{name}" if name in here and rule == "copy" else name] = value
+        made[new if name in here and rule == "copy" else name] = value
     report.loaded += list(made)
     return Converted(made, report)
 
@@ -230,6 +233,7 @@ def text_name(name: str) -> str:
 
 
 def _known(value: Tensor) -> bool:
+    """There are values, perhaps still in a file (`deferred.py`)."""
     return isinstance(value, Tensor) and not value.is_meta
 
 
@@ -242,8 +246,9 @@ def _read_tables(tables: Mapping[str, Tensor]) -> tuple[Rope | None, Grid | None
     rope, grid = None, None
     tables = {name: value for name, value in tables.items() if _known(value)}
     if "rope.freqs_cos" in tables:
-        rope, grid = read_rope(tables["rope.freqs_cos"], tables["rope.freqs_sin"])
-    for name, value in tables.items():
+        rope, grid = read_rope(real(tables["rope.freqs_cos"]), real(tables["rope.freqs_sin"]))
+    for name, deferred in tables.items():
+        value = real(deferred)
         if "rope.freqs" in name:
             top = tables.get(name[name.index("rope.") :])
             same = top is not None and torch.equal(value, top)

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +54,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
     path: Path
     """The file or folder that holds them."""
     kind: str
-    """"safetensors", "torch", "DeepSpeed ZeRO 2, 4 ranks", ..."""
+    """"safetensors", "torch", "TorchScript", "DeepSpeed ZeRO 2, 4 ranks", ..."""
     entries: dict[str, Entry]
     container: str
     """Which part of the file or folder was taken."""
@@ -91,23 +93,37 @@ class Checkpoint(Mapping[str, "Tensor"]):
 def open_checkpoint(path: str | Path, container: str | None = None) -> Checkpoint:
     """Open a checkpoint of any kind that is known here.
 
-    A file: safetensors, an index of its shards (`*.index.json`), or anything of torch.save's (told by content, not by name). A
-    folder: of a stage of ours, of timm, open_clip or transformers, a run's newest checkpoint, one `checkpoints/step-*`, or
-    DeepSpeed's (ZeRO 0 to 3, fp32 weights rebuilt). `container` chooses the part of a torch file ("model", "module",
-    "state_dict", "model_ema", "bare", or any other key) or the weight file of a folder by its name without ending ("head").
+    A file: safetensors, an index of its shards (`*.index.json`), anything of torch.save's, or a module of torch.jit.save's, as
+    OpenAI's CLIP releases are (told by content, not by name). A folder: of a stage of ours, of timm, open_clip or transformers,
+    a run's newest checkpoint, one `checkpoints/step-*`, or DeepSpeed's (ZeRO 0 to 3, fp32 weights rebuilt). `container` chooses
+    the part of a torch file ("model", "module", "state_dict", "model_ema", "bare", or any other key) or the weight file of a
+    folder by its name without ending ("head").
     The `module.` of a data-parallel wrapper is left out of names. Raises UserError for whatever is missing, damaged, hostile or
     unknown.
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            return _open_folder(path, container)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist")
-        index = path.name.endswith(".index.json")
-        return _checked(_open_index(path, container) if index else _open_file(path, container))
+        with _without_collector():
+            if path.is_dir():
+                return _open_folder(path, container)
+            if not path.is_file():
+                raise UserError(f"{path} does not exist")
+            index = path.name.endswith(".index.json")
+            return _checked(_open_index(path, container) if index else _open_file(path, container))
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}") from None
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's collector of cycles rests: it looks through a growing million of records again and again, half of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _open_file(path: Path, container: str | None) -> Checkpoint:

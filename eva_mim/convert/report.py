@@ -28,6 +28,13 @@ class KeyReport:
         into.append(name)
         self.reasons[name] = reason
 
+    def plus(self, later: KeyReport) -> KeyReport:
+        """This and what a later step did; `loaded` is the later step's to say."""
+        return KeyReport(
+            later.loaded, self.resized + later.resized, self.new + later.new, self.ignored + later.ignored,
+            self.reasons | later.reasons,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """For the lineage record; reasons only where there are any."""
         return {name: value for name, value in asdict(self).items() if name != "reasons" or value}

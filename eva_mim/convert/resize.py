@@ -14,7 +14,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Grid
 from eva_mim.convert.report import KeyReport
 
-PositionRule = Literal["original", "timm"]
+PositionRule = Literal["timm", "original", "eva-clip"]
 KernelRule = Literal["bicubic", "pseudo-inverse"]
 
 CLASS_ROWS = 3
@@ -26,8 +26,9 @@ DECOUPLED_RATIO = 1.0903078
 def resize_positions(table: Tensor, old: Grid, new: Grid, *, prefix: int, rule: PositionRule) -> Tensor:
     """[..., prefix + N', D] of [..., prefix + N, D]: bicubic over the grid; the `prefix` rows of class and registers stay.
 
-    `original`: without antialias (EVA-01/eva/run_class_finetuning.py). `timm`: with antialias, which changes the result even
-    when enlarging. Neither aligns corners. Raises UserError when the table is not of the grid `old`.
+    `timm`: with antialias, which changes the result even when enlarging; open_clip's rule, too. `original`: without
+    (EVA-01/eva/run_class_finetuning.py). `eva-clip`: without, and with aligned corners (EVA-CLIP's loader, for tables under
+    OpenAI's names). Raises UserError when the table is not of the grid `old`.
     """
     if table.shape[-2] != prefix + old[0] * old[1]:
         raise UserError(
@@ -37,7 +38,7 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, *, prefix: int, rule: 
         return table
     first, patches = table[..., :prefix, :], table[..., prefix:, :]
     image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
-    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=rule == "timm")
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=rule == "eva-clip", antialias=rule == "timm")
     resized = image.permute(0, 2, 3, 1).reshape(*table.shape[:-2], new[0] * new[1], -1)
     return torch.cat([first, resized.to(table.dtype)], dim=-2)
 
@@ -97,7 +98,8 @@ def resize_trunk(
     patch: tuple[int, int] | None = None,
     prefix: str = "",
 ) -> tuple[dict[str, Tensor], KeyReport]:
-    """A trunk under timm's names (below `prefix` in a CLIP model) for the grid `new` and, where given, another patch size.
+    """A trunk under timm's names (below `prefix` in a CLIP model), or OpenAI's tower below `visual.`, for the grid `new` and,
+    where given, another patch size.
 
     `old` is the grid of the weights. Class and register rows are counted off the position table. Raises UserError where the
     table is not of that grid.
@@ -106,11 +108,13 @@ def resize_trunk(
     for name, value in weights.items():
         leaf = name.removeprefix(prefix) if name.startswith(prefix) else ""
         made, rule = value, ""
-        if leaf == "pos_embed":
-            extra = sum(weights[prefix + token].shape[1] for token in ("cls_token", "reg_token") if prefix + token in weights)
-            rows = 0 if value.shape[1] == old[0] * old[1] else extra
+        if leaf in ("pos_embed", "positional_embedding"):
+            names = [prefix + token for token in ("cls_token", "reg_token", "class_embedding")]
+            tokens = [weights[token] for token in names if token in weights]
+            extra = sum(token.shape[1] if token.ndim == 3 else 1 for token in tokens)
+            rows = 0 if value.shape[-2] == old[0] * old[1] else extra
             made, rule = resize_positions(value, old, new, prefix=rows, rule=positions), positions
-        elif leaf == "patch_embed.proj.weight" and patch is not None:
+        elif leaf in ("patch_embed.proj.weight", "conv1.weight") and patch is not None:
             made, rule = resize_patch_kernel(value, patch, kernel), kernel
         elif leaf.endswith("relative_position_bias_table"):
             made, rule = resize_relative(value, old, new), "geometric"

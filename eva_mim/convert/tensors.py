@@ -45,17 +45,21 @@ class Entry(NamedTuple):
         return self.elements * DTYPES[self.dtype]
 
     def load(self) -> Tensor:
-        """A tensor of its own memory, contiguous. Raises UserError when the file was cut or its checksum is wrong."""
+        """A tensor of its own memory, contiguous. Raises UserError when the file is gone or was cut, or its checksum is wrong."""
         import torch
 
         buffer = bytearray(sum(piece.size for piece in self.pieces))
         view, at = memoryview(buffer), 0
         for piece in self.pieces:
             part = view[at : at + piece.size]
-            with piece.file.open("rb") as file:
-                file.seek(piece.start)
-                if file.readinto(part) != piece.size:
-                    raise UserError(f"{piece.file}: ends too early; it is truncated")
+            try:
+                with piece.file.open("rb") as file:
+                    file.seek(piece.start)
+                    whole = file.readinto(part) == piece.size
+            except OSError as error:
+                raise UserError(f"{piece.file}: {error.strerror}") from None
+            if not whole:
+                raise UserError(f"{piece.file}: ends too early; it is truncated")
             if piece.crc and zlib.crc32(part) != piece.crc:
                 raise UserError(f"{piece.file}: damaged: the bytes from {piece.start} on do not have their recorded checksum")
             at += piece.size

@@ -75,9 +75,6 @@ class ClassifierSettings(TrunkSettings):
 
     global_pool: Literal["avg", "token"] = "avg"
     """How tokens become one vector: mean of the patches, or the class token."""
-    fc_norm: Literal["copy", "fresh"] = "copy"
-    """The norm behind the mean of the patches, when init_from has only a norm of tokens: copied from it (timm's rule), or a
-    fresh one (EVA-01/eva/run_class_finetuning.py)."""
 
 
 class TextSettings(Settings):

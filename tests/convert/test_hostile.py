@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import random
@@ -51,11 +52,11 @@ def header(path: Path, text: str | bytes, data: bytes = b"") -> Path:
 
 
 def refused(path: Path, match: str) -> str:
-    """When it is opened or its tensors are read: one line, soon, and nothing new in the folder."""
-    before, started = sorted(path.parent.rglob("*")), time.perf_counter()
+    """When it is opened or its tensors are read: one line, in 10 seconds of the processor, and nothing new in the folder."""
+    before, started = sorted(path.parent.rglob("*")), time.process_time()
     with pytest.raises(UserError, match=match) as caught:
         dict(open_checkpoint(path))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
     assert sorted(path.parent.rglob("*")) == before
@@ -135,7 +136,7 @@ def test_a_file_that_runs_something_is_refused_by_name(tmp_path: Path, protocol:
 
 
 def test_other_names(tmp_path: Path) -> None:
-    refused(archive(tmp_path / "a.pt", b"\x80\x02c__torch__.clip\nCLIP\n."), "TorchScript program.*torch.jit.load")
+    refused(archive(tmp_path / "a.pt", b"\x80\x02c__torch__.clip\nCLIP\n."), "holds a Stub, not a state dict")
     refused(archive(tmp_path / "a.pt", b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R."), "builtins.bytearray")
     refused(archive(tmp_path / "a.pt", b"\x80\x02cnumpy\ndtype\n)Rcposix\nsystem\nb."), "posix.system")
     refused(archive(tmp_path / "a.pt", b"\x80\x02K\x01K\x02\x85R."), "asks to call a int")
@@ -246,22 +247,91 @@ def test_too_many_tensors(tmp_path: Path) -> None:
     refused(path, "a header of 600000000 bytes")
 
 
+def limits() -> None:
+    """2 GB, and 10 seconds of the processor."""
+    resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+
+
 @pytest.mark.slow
-def test_200_000_tensors_in_2_gigabytes(tmp_path: Path) -> None:
-    """In a process of its own, whose memory is limited; a minute would be a hang (measured: 5.5 s)."""
-    base = torch.arange(200_000.0)
-    tensors = {f"blocks.{number}.weight": base[number : number + 1].clone() for number in range(len(base))}
-    torch.save(tensors, tmp_path / "a.pt")
-    save_file(tensors, tmp_path / "a.safetensors")
+@pytest.mark.parametrize(("kind", "count"), [("zip", 200_000), ("safetensors", 1_000_000)])
+def test_as_many_tensors_as_allowed(tmp_path: Path, kind: str, count: int) -> None:
+    """In a process of its own with limits (measured: 4 s, and 5 s in 0.7 GB)."""
+    path, numbers = tmp_path / "a", torch.arange(float(count))
+    if kind == "zip":
+        torch.save({f"blocks.{number}.weight": one.clone() for number, one in enumerate(numbers.split(1))}, path)
+    else:
+        one = '"blocks.%d.weight":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
+        text = ",".join(one % (number, 4 * number, 4 * number + 4) for number in range(count))
+        header(path, f"{{{text}}}", numbers.numpy().tobytes())
     code = (
-        "import sys\nfrom eva_mim.convert.reading import open_checkpoint\n"
-        "opened = open_checkpoint(sys.argv[1])\nassert len(opened) == 200_000 and 'torch' not in sys.modules\n"
-        "entry = opened.entries['blocks.1234.weight']\nassert entry.shape == (1,)\n"
+        "import sys\nfrom eva_mim.convert.reading import open_checkpoint\nopened = open_checkpoint(sys.argv[1])\n"
+        "assert len(opened) == int(sys.argv[2]) and 'torch' not in sys.modules\n"
+        "assert opened.entries['blocks.1234.weight'].shape == (1,)\n"
     )
-    for name in ("a.pt", "a.safetensors"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / name)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30)), check=False,
-        )
-        assert done.returncode == 0, done.stderr[-800:]
-        assert open_checkpoint(tmp_path / name)["blocks.1234.weight"].item() == 1234
+    command = [sys.executable, "-c", code, str(path), str(count)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, preexec_fn=limits, check=False)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert open_checkpoint(path)["blocks.1234.weight"].item() == 1234
+
+
+def module(inside: bytes, kind: bytes = b"M") -> bytes:
+    """Instructions that make an instance of a TorchScript class and fill its attributes."""
+    return b"c__torch__\n" + kind + b"\n)\x81}(" + inside + b"ub"
+
+
+def name(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def script(path: Path, inside: bytes, code: bytes = b'class M(Module):\n  __parameters__ = ["a", ]\n', **places: bytes) -> Path:
+    """A TorchScript archive around a pickle, with its code compressed as torch does."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("m/data.pkl", b"\x80\x02" + inside + b".")
+        file.writestr("m/constants.pkl", b"\x80\x02).")
+        file.writestr("m/data/0", struct.pack("<4f", 1, 2, 3, 4))
+        if code:
+            file.writestr("m/code/__torch__.py", code, zipfile.ZIP_DEFLATED)
+        for place, content in places.items():
+            file.writestr(f"m/{place}", content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+LEAF = name("a") + tensor(b"K\x01", b"K\x03\x85", b"K\x01\x85").partition(b"a")[2][:-2]
+DEEP = functools.reduce(lambda inside, _: name("m") + module(inside), range(100), LEAF)
+WIDE = functools.reduce(  # each holds the one before twice: 2 to the power of 60 names
+    lambda inside, n: name("l") + module(inside) + b"q" + bytes([n]) + name("r") + b"h" + bytes([n]), range(60), LEAF
+)
+
+
+def test_the_hand_made_script_is_whole(tmp_path: Path) -> None:
+    opened = open_checkpoint(script(tmp_path / "a.pt", module(LEAF + name("m") + module(LEAF) + name("x") + module(LEAF, b"X"))))
+    assert {key: value.tolist() for key, value in opened.items()} == {"a": [2, 3, 4], "m.a": [2, 3, 4]}
+
+
+@pytest.mark.parametrize(("inside", "match"), [
+    (b"c__torch__\nM\n)\x81q\x00}(" + name("m") + b"h\x00ub", "modules inside modules without end"),
+    (b"c__torch__\nM\n)\x81q\x00}(" + name("m") + b"h\x00" + name("n") + b"h\x00ub", "modules inside modules without end"),
+    (module(DEEP), "modules inside modules without end"),
+    (module(WIDE), "modules inside modules without end"),
+    (module(b"K\x01" + module(b"")), "whose name is no text"),
+    (module(name("x" * 501) + module(b"")), "longer than 500"),
+    (module(name("m") + b"c__torch__.other\nM\n)\x81}(ub"), "the code of '__torch__.other', .* is missing"),
+    (module(name("m") + b"cposix\nsystem\n)\x81"), "asks for 'posix.system'"),
+    (module(b""), "holds tensors in: nothing"),
+    (b"}", "holds a dict where its module should be"),
+])
+def test_hostile_scripts(tmp_path: Path, inside: bytes, match: str) -> None:
+    refused(script(tmp_path / "a.pt", inside), match)
+
+
+def test_bombs_in_a_script(tmp_path: Path) -> None:
+    """Only code may be compressed, only what a module needs of it is read, and never more than is said."""
+    assert len(open_checkpoint(script(tmp_path / "a.pt", module(LEAF), **{"code/x.py": bytes(50_000_000)}))) == 1
+    refused(script(tmp_path / "a.pt", module(LEAF), bytes(70_000_000)), "a TorchScript program of more than 67,108,864 bytes")
+    refused(script(tmp_path / "a.pt", module(LEAF), **{"data/1": bytes(50_000_000)}), "data/1' is compressed, which torch.save")
+    content = bytearray(script(tmp_path / "a.pt", module(LEAF), b"#" * 50_000_000).read_bytes())
+    where = content.rindex(b"PK\x01\x02")
+    content[where + 24 : where + 28] = struct.pack("<L", 100)
+    (tmp_path / "a.pt").write_bytes(content)
+    refused(tmp_path / "a.pt", "does not have its recorded size and checksum")

@@ -6,14 +6,16 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eva_mim import checkpoint
@@ -121,6 +123,68 @@ def test_a_zip_without_checksums(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_protocols(tmp_path: Path, protocol: int) -> None:
     same(open_checkpoint(saved(tmp_path / "a.pt", {"model": WEIGHTS}, pickle_protocol=protocol)), WEIGHTS)
+
+
+class Inner(torch.nn.Module):
+    """All that a module can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3).half())
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("table", torch.randn(4, 2).T, persistent=False)
+        self.register_parameter("none", None)
+        self.plain, self.sizes, self.rates, self.name = torch.ones(3), [1, 2], {"a": 0.5}, "x"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.sum() + self.plain.sum() + self.table.sum() + self.count + self.sizes[0] + self.rates["a"]
+
+
+class Outer(torch.nn.Module):
+    """Modules in a list, one of them in two places, and a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+        self.inner, self.again, self.tied = Inner(), self.layers[0], torch.nn.Linear(2, 2, bias=False)
+        self.tied.weight = self.layers[1].weight
+        self.norm = torch.nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.inner(self.again(self.tied(self.norm(x))))  # type: ignore[no-any-return]
+
+
+def vit() -> torch.nn.Module:
+    return VisionTransformer(img_size=28, patch_size=14, embed_dim=16, depth=2, num_heads=2, num_classes=3).half()
+
+
+def clip() -> torch.nn.Module:
+    vision = {"image_size": 28, "patch_size": 14, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 1}
+    return open_clip.model.CLIP(16, vision, text, quick_gelu=True)  # type: ignore[arg-type]
+
+
+IMAGES = torch.zeros(1, 3, 28, 28)
+
+
+@pytest.mark.parametrize(("make", "inputs"), [
+    (Outer, None), (Outer, (torch.ones(1, 2),)), (vit, (IMAGES.half(),)), (clip, (IMAGES, torch.zeros(1, 8, dtype=torch.long))),
+])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_torchscript(tmp_path: Path, make: Callable[[], torch.nn.Module], inputs: tuple[Tensor, ...] | None) -> None:
+    """Scripted and traced: the names and values of torch.jit.load's own state dict."""
+    model = make().eval()
+    program = torch.jit.script(model) if inputs is None else torch.jit.trace(model, inputs, check_trace=False)
+    torch.jit.save(program, tmp_path / "a.pt", _extra_files={"note": "x" * 1000})
+    wanted = torch.jit.load(tmp_path / "a.pt").state_dict()
+    opened = open_checkpoint(tmp_path / "a.pt")
+    assert (opened.kind, opened.container, opened.facts) == ("TorchScript", "bare", {})
+    same(dict(sorted(opened.items())), dict(sorted(wanted.items())))
+    assert wanted.keys() >= model.state_dict().keys()
+    if make is Outer:
+        assert wanted.keys() - model.state_dict().keys() == {"inner.table"}  # TorchScript saves all buffers
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -262,7 +326,8 @@ def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int) -> None:
 def test_what_may_be_in_a_pickle_runs_nothing() -> None:
     """The list of harmless names holds no function that does anything but make its own value."""
     functions = {"_codecs.encode", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-                 "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+                 "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+                 *(name for name in HARMLESS if name.startswith("torch.jit._pickle."))}  # stand for lists
     for name in HARMLESS - functions:
         module, _, leaf = name.rpartition(".")
         found = getattr(sys.modules.get(module), leaf, None)

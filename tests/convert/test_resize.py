@@ -152,3 +152,22 @@ def test_a_whole_trunk_is_resized_and_accounted_for() -> None:
     alone, _ = resize_trunk(bare, (3, 4), (4, 5), positions="original", kernel="bicubic")
     assert torch.equal(alone["pos_embed"], made["v.pos_embed"][:, 3:])
     assert all(torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_an_openai_tower_is_resized_by_eva_clips_rule_and_its_text_tower_left_alone() -> None:
+    """Aligned corners: the corner cells of a larger grid are the old ones."""
+    weights = {
+        "visual.class_embedding": drawn(6), "visual.positional_embedding": drawn(10, 6, seed=1),
+        "visual.conv1.weight": drawn(6, 3, 4, 4, seed=2), "positional_embedding": drawn(10, 6, seed=3),
+    }
+    made, report = resize_trunk(
+        weights, (3, 3), (5, 5), positions="eva-clip", kernel="bicubic", patch=(8, 8), prefix="visual."
+    )
+    old, new = weights["visual.positional_embedding"], made["visual.positional_embedding"]
+    cells = old[1:].reshape(1, 3, 3, 6).permute(0, 3, 1, 2)
+    resized = F.interpolate(cells, (5, 5), mode="bicubic", align_corners=True).permute(0, 2, 3, 1).reshape(25, 6)
+    assert torch.allclose(new, torch.cat([old[:1], resized]), atol=1e-6)
+    assert torch.allclose(new[[1, 5, 21, 25]], old[[1, 3, 7, 9]], atol=1e-6)
+    assert sorted(report.resized) == ["visual.conv1.weight", "visual.positional_embedding"]
+    assert made["positional_embedding"] is weights["positional_embedding"]
+    assert made["visual.conv1.weight"].shape == (6, 3, 8, 8)

@@ -1,0 +1,217 @@
+"""From any checkpoint to a file that others open: renamed, resized, written, and proved by the same images through both."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eva_mim import __version__
+from eva_mim.config import UserError
+from eva_mim.contracts import Grid
+from eva_mim.convert.architecture import find_architecture
+from eva_mim.convert.describe import Description
+from eva_mim.convert.families import detect
+from eva_mim.convert.names import NormRule, with_norm
+from eva_mim.convert.proof import Proof, prove
+from eva_mim.convert.report import KeyReport
+from eva_mim.convert.resize import KernelRule, PositionRule, resize_trunk
+from eva_mim.convert.source import Source, content_hash, read_source, trunk_of
+from eva_mim.convert.targets import FORMATS, Format, Model
+from eva_mim.files import sha256, write_json
+
+LIBRARIES = ("torch", "timm", "open_clip_torch", "safetensors")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion does besides renaming."""
+
+    container: str | None = None
+    architecture: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of the timm model that names and shapes do not tell (num_heads, ...)."""
+    grid: Grid | None = None
+    """(rows, columns) of the source's patches."""
+    image_size: tuple[int, int] | None = None
+    """(height, width) of the result in pixels; None: as the source."""
+    patch_size: int | None = None
+    positions: PositionRule = "timm"
+    kernel: KernelRule = "pseudo-inverse"
+    norm: NormRule = "keep"
+    dtype: str | None = None
+    """Of the floating tensors in the result; None: as they are."""
+    images: Path | None = None
+    """Folder of images for the parity figure; None: drawn scenes and noise."""
+    bound: float | None = None
+    """Largest difference that parity allows, over the largest value of an output; None: by dtype (`parity.BOUNDS`)."""
+    overwrite: bool = False
+
+
+def convert(src: Path, dst: Path, to: str, options: Options | None = None) -> dict[str, Any]:
+    """Convert and prove; returns the record that lies beside the result.
+
+    Raises UserError, and leaves nothing behind, for a source that is not understood, a model that the format cannot hold, and a
+    result that does not say what the source says.
+    """
+    options, form = options or Options(), FORMATS[to]
+    _check_destination(dst, to, options.overwrite)
+    source = read_source(src, options.container)
+    if source.unknown and not (options.architecture or source.description.architecture):
+        raise UserError(f"{source.unknown}\n  If it is under timm's names, name its model with --architecture")
+    before = _model(source, form, options)
+    after, changed = _changed(before, options)
+    with _staged(dst) as stage:
+        path = stage / dst.name
+        if not form.suffixes:
+            path.mkdir()
+        written = form.write(after, path, options.dtype)
+        report = _joined(source, before, changed, written, after)
+        proof = prove(
+            source, before, after, path, to, dtype=options.dtype, bound=options.bound, images=options.images
+        )
+        if not proof.passed:
+            failed = [f"{what}:\n{parity}" for what, parity in proof.parities.items() if not parity.passed]
+            raise UserError(f"{src}: the result does not say what the source says; nothing was written\n" + "\n".join(failed))
+        record = _record(source, src, dst, to, options, after, report, proof)
+        record["files"] = {str(file.relative_to(stage)): sha256(file) for file in sorted(stage.rglob("*")) if file.is_file()}
+        write_json(path / "convert.json" if path.is_dir() else stage / f"{dst.name}.convert.json", record)
+    return record
+
+
+def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
+    form = FORMATS[to]
+    if form.suffixes and dst.suffix not in form.suffixes:
+        raise UserError(f"{dst}: --to {to} writes a file; name it {' or '.join(f'{dst.stem}{end}' for end in form.suffixes)}")
+    if not form.suffixes and dst.suffix in (".safetensors", ".pt", ".pth", ".bin", ".onnx"):
+        raise UserError(f"{dst}: --to {to} writes a folder; name it {dst.with_suffix('')}")
+    if dst.exists() and not overwrite:
+        raise UserError(f"{dst} exists; add --overwrite to replace it")
+    if dst.exists() and dst.is_dir() != (not form.suffixes):
+        raise UserError(f"{dst} is a {'folder' if dst.is_dir() else 'file'}, and --to {to} writes the other; choose another name")
+    if dst.is_dir() and any(dst.iterdir()) and not (dst / "convert.json").is_file():
+        raise UserError(f"{dst} was not written by a conversion (no convert.json in it); it is not replaced")
+
+
+@contextmanager
+def _staged(dst: Path) -> Iterator[Path]:
+    """A folder beside `dst`; what is in it afterwards takes the place of `dst` and its companions."""
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    try:
+        yield stage
+        for item in sorted(stage.iterdir(), key=lambda item: item.name != dst.name):
+            target = dst.parent / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            item.replace(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _model(source: Source, form: Format, options: Options) -> Model:
+    """What is converted, at the source's own size."""
+    if source.family is not None and source.family.text and form.whole:
+        found = find_architecture(
+            source.weights, source.family, described=source.description, name=options.architecture, arguments=options.arguments,
+            rope=source.rope, grid=options.grid or source.grid,
+        )
+        return _with_trunk(Model(source.weights, found, source.family, rope=source.rope))
+    weights = source.trunk().weights
+    family = detect(weights) if source.family is not None else None
+    grid, size = options.grid or source.grid, None
+    if grid is None and family and family.patch and options.image_size and options.patch_size is None:
+        rows, columns = (side // patch for side, patch in zip(options.image_size, family.patch, strict=True))
+        size = options.image_size if rows * columns == family.tokens else None  # it says what the source is
+    found = find_architecture(
+        weights, family, described=source.description, name=options.architecture, arguments=options.arguments, image_size=size,
+        rope=source.rope, grid=grid,
+    )
+    labels = source.description.record.get("classes") or source.description.config.get("label_names")
+    outside = source.outside if form.outside else {}
+    return Model(weights, found, family, None, outside, source.rope, tuple(labels) if labels else None)
+
+
+def _with_trunk(clip: Model) -> Model:
+    """A CLIP model, and its image tower as timm holds it."""
+    assert clip.family
+    tower = trunk_of(clip.weights, clip.family).weights
+    beside = Description(open_clip={"model_cfg": clip.architecture.config})
+    found = find_architecture(
+        tower, detect(tower), described=beside, image_size=clip.architecture.image_size, rope=clip.rope,
+    )
+    return replace(clip, trunk=Model(tower, found, detect(tower), rope=clip.rope))
+
+
+def _changed(before: Model, options: Options) -> tuple[Model, KeyReport]:
+    """With another norm, image size or patch size, and what that did."""
+    report, weights, found, family = KeyReport(), before.weights, before.architecture, before.family
+    if options.norm != "keep":
+        if before.trunk:
+            raise UserError(f"--norm {options.norm}: a CLIP model keeps its norm; convert the tower with --to timm")
+        done = with_norm(weights, options.norm)
+        weights, report = done.weights, done.report
+        for name in report.new:  # a result has all tensors of its model
+            like = before.weights[name.removeprefix("fc_")]
+            weights[name] = torch.ones_like(like) if name.endswith("weight") else torch.zeros_like(like)
+            report.reasons[name] = "norm=drop: fresh, ones and zeros"
+    size = options.image_size or found.image_size
+    patch = (options.patch_size, options.patch_size) if options.patch_size else family.patch if family else None
+    if size != found.image_size or (family and patch != family.patch):
+        if family is None or patch is None or found.grid is None:
+            raise UserError(f"--image-size: {found.name} has no patches whose positions could be resized")
+        if any(side % step for side, step in zip(size, patch, strict=True)):
+            raise UserError(f"--image-size {size[0]}x{size[1]} is no multiple of the patch {patch[0]}x{patch[1]}")
+        weights, resized = resize_trunk(
+            weights, found.grid, (size[0] // patch[0], size[1] // patch[1]), positions=options.positions, kernel=options.kernel,
+            patch=patch, prefix=family.prefix,
+        )
+        report = report.plus(resized)
+    if weights is before.weights:
+        return before, report
+    family = detect(weights) if family else None
+    keywords = {name: value for name, value in found.arguments.items() if name not in ("img_size", "patch_size", "global_pool")}
+    found = find_architecture(weights, family, name=found.name or None, arguments=keywords, image_size=size, rope=before.rope)
+    after = replace(before, weights=weights, architecture=found, family=family)
+    return _with_trunk(after) if before.trunk else after, report
+
+
+def _joined(source: Source, before: Model, changed: KeyReport, written: KeyReport, after: Model) -> KeyReport:
+    """Every tensor of the result, and every one of the source that is not in it."""
+    report = source.report.plus(KeyReport() if before.trunk else source.trunk().report).plus(changed).plus(written)
+    for name in source.outside.keys() - after.outside.keys():
+        report.note(report.ignored, name, "outside the trunk of a masked model: this format has no place for it")
+    names = written.loaded or [*after.weights, *after.outside]
+    return replace(report, loaded=[name for name in names if name not in {*report.resized, *report.new}])
+
+
+def _record(
+    source: Source, src: Path, dst: Path, to: str, options: Options, model: Model, report: KeyReport, proof: Proof
+) -> dict[str, Any]:
+    found = model.architecture
+    return {
+        "tool": f"eva-mim {__version__}",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "source": {
+            "path": str(src), "kind": source.checkpoint.kind, "container": source.checkpoint.container, "names": source.scheme,
+            "tensors": len(source.checkpoint), "sha256": content_hash(src, options.container),
+        },
+        "to": to,
+        "family": asdict(model.family) if model.family else None,
+        "architecture": {name: getattr(found, name) for name in ("library", "name", "arguments", "config")},
+        "image_size": list(found.image_size),
+        "grid": list(found.grid) if found.grid else None,
+        "rules": {name: getattr(options, name) for name in ("positions", "kernel", "norm", "dtype")},
+        "keys": report.as_dict(),
+        "parity": {what: parity.as_dict() for what, parity in proof.parities.items()},
+        "answers_after_change": proof.answers,
+        "open_with": FORMATS[to].client(model, dst),
+    }

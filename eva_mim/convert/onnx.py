@@ -1,0 +1,116 @@
+"""Models as ONNX graphs of one image size and any batch size, and running them with onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_mim.config import UserError
+from eva_mim.convert.parity import outputs
+
+OPSET = 20
+"""The first with Gelu as one operator; below it the exporter writes the formula."""
+EMBEDDED = 1 << 30
+"""Bytes of weights up to which they lie inside the file (protobuf ends at 2 GiB); above, in NAME.onnx.data beside it."""
+NAMES = {"tokens": "tokens", "answer": "answer", "image": "image_features", "text": "text_features", "scale": "logit_scale",
+         "bias": "logit_bias"}
+"""Outputs of a model (`parity.outputs`) -> outputs of its graph, where an input already is called image or text."""
+
+
+class _Graph(nn.Module):
+    """What `parity.outputs` gives, in the order of its names."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(outputs(self.module, image, text).values())
+
+
+@torch.no_grad()  # with gradients the exporter takes another kernel of attention in its second pass, and fails on Beit
+def export(module: Any, path: Path, image_size: tuple[int, int], *, opset: int = OPSET) -> list[Path]:
+    """Write a float32 model of timm's or open_clip's, and give the files written: one, or two above 1 GiB (the weights beside).
+
+    Inputs: `image` [B, 3, H, W] normalised float32 and, for a CLIP model, `text` [T, L] int64; B and T are free. Outputs: those
+    of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError without the
+    libraries, and for a model that cannot be exported.
+    """
+    _require("onnx", "onnxscript")
+    import onnx
+
+    examples: dict[str, Tensor] = {"image": torch.zeros(2, 3, *image_size)}
+    free = {"image": {0: torch.export.Dim("images")}}
+    if hasattr(module, "encode_text"):
+        examples["text"] = torch.zeros(3, module.context_length, dtype=torch.long)
+        free["text"] = {0: torch.export.Dim("texts")}
+    graph = _Graph(module).eval()
+    names = [NAMES[name] for name in outputs(module, *examples.values())]
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        made = Path(folder) / path.name  # under its own name: the graph names the file of its weights
+        try:
+            with _quiet():
+                program = torch.onnx.export(
+                    graph, tuple(examples.values()), input_names=list(examples), output_names=names, dynamic_shapes=free,
+                    opset_version=opset, dynamo=True, verbose=False,
+                )
+                assert program is not None
+                program.save(made, external_data=sum(value.nbytes for value in module.parameters()) > EMBEDDED)
+                onnx.checker.check_model(made, full_check=True)
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise UserError(f"{type(module).__name__} cannot be exported to ONNX: {reason}") from error
+        files = sorted(made.parent.iterdir(), key=lambda file: file.name == path.name)  # the graph last: then it is whole
+        for file in files:
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            file.replace(path.parent / file.name)
+    return [path.parent / file.name for file in files]
+
+
+def runner(path: Path, threads: int = 1) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
+    """(normalised images [B, 3, H, W], token ids [T, L] or None) -> what `parity.outputs` gives, by onnxruntime on the CPU."""
+    _require("onnxruntime")
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = {output: name for name, output in NAMES.items()}
+
+    def run(images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        given = {"image": images.contiguous().numpy()} | ({} if tokens is None else {"text": tokens.numpy()})
+        wanted = [output.name for output in session.get_outputs()]
+        found = session.run(wanted, given)
+        return {names[name]: torch.from_numpy(value) for name, value in zip(wanted, found, strict=True)}
+
+    return run
+
+
+def _require(*libraries: str) -> None:
+    if missing := [name for name in libraries if find_spec(name) is None]:
+        raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install 'eva-mim[onnx]'")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what the exporter tells on its way."""
+    before, silent = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

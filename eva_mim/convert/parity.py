@@ -1,0 +1,249 @@
+"""The same images through two models: whether a conversion kept what a network says. Both run block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image, Resampling
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
+
+from eva_mim.config import UserError
+from eva_mim.convert.deferred import real
+from eva_mim.convert.layout import few
+from eva_mim.data import SceneSettings
+from eva_mim.data.folder import FolderSource
+from eva_mim.data.scenes import SceneSource
+from eva_mim.data.views import to_tensor
+from eva_mim.rng import derive
+
+BOUNDS = {"float32": 2e-5, "float64": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
+"""dtype of the result -> largest difference, over the source's largest absolute value.
+
+Measured on nine ViTs with drawn weights (EVA-01 g, EVA-02 Ti to L, ViT-B and L, BEiT-B, ViTamin-S, CLIP-B), largest output each.
+The same weights in another kernel of attention or onnxruntime: up to 1.3e-6; up to 4e-6 with one massive activation and attention
+logits four times as large. Weights rounded to float16: 8e-4 to 2e-3 (3e-3); to bfloat16: eight times that. Mistakes: tanh GELU
+3e-4, one bias element off by 1e-2 3e-4 to 1e-3, v bias dropped 0.35 to 0.7, RoPE axes swapped 0.35 to 0.4; a norm's eps of 1e-5
+for 1e-6 8e-6 to 4e-5, which a bound cannot tell from kernels for certain.
+"""
+
+
+@contextmanager
+def unloaded() -> Iterator[None]:
+    """Parameters that modules register inside become meta tensors; buffers, which constructors compute, stay real.
+
+    So a network of any size is built at once, without memory. Tied parameters stay tied.
+    """
+
+    def emptied(_: nn.Module, __: str, value: nn.Parameter) -> nn.Parameter | None:
+        return None if value.is_meta else nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+
+    def tried(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:  # some constructors run a part, to see its shape
+        return tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
+
+    handles = [
+        register_module_parameter_registration_hook(emptied),  # type: ignore[arg-type]  # torch's hint forgets the result
+        register_module_forward_pre_hook(tried),  # type: ignore[arg-type]  # as above
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def streamed(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The (unloaded) module, in evaluation mode, with these weights as float32: each block's only while it runs.
+
+    Blocks are the elements of the outermost ModuleLists and Sequentials. What lies outside them (embeddings, norms, heads) is
+    loaded at once and stays. Raises UserError where the names or shapes are not exactly those of the module's state dict.
+    """
+    module.float().eval()
+    expected = module.state_dict()
+    _check(type(module).__name__, expected, weights)
+
+    inside: set[str] = set()
+    for path, block in _blocks(module):
+        if names := [f"{path}.{name}" for name in block.state_dict()]:
+            block.register_forward_pre_hook(lambda *_, names=names: _fill(module, names, weights))
+            block.register_forward_hook(lambda *_, names=names: _fill(module, names, None), always_call=True)
+            _fill(module, names, None)
+            inside.update(names)
+    _fill(module, [name for name in expected if name not in inside], weights)
+    if lost := [name for name, value in module.named_buffers() if value.is_meta and name not in expected]:
+        raise UserError(f"{type(module).__name__} cannot be built without its weights, which {few(lost)} need")
+    return module
+
+
+@torch.inference_mode(False)  # parameters made in inference mode lead to another kernel of attention, and other last bits
+@torch.no_grad()
+def _fill(module: nn.Module, names: list[str], weights: Mapping[str, Tensor] | None) -> None:
+    """Load these parameters and buffers, or empty them."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        part = module.get_submodule(path)
+        old = getattr(part, leaf)
+        if weights is None:
+            new = torch.empty_like(old, device="meta")
+        else:  # into torch's own memory, as load_state_dict does: alignment and strides decide the last bit of a product
+            new = torch.empty(old.shape, dtype=old.dtype).copy_(real(weights[name]))
+        setattr(part, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    listed = isinstance(module, (nn.ModuleList, nn.Sequential))
+    for name, child in module.named_children():
+        if listed:
+            yield path + name, child
+        else:
+            yield from _blocks(child, f"{path}{name}.")
+
+
+def _check(model: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    other = {name: value.shape for name, value in expected.items() if name in weights and weights[name].shape != value.shape}
+    found = {
+        "missing": expected.keys() - weights.keys(),
+        "left over": weights.keys() - expected.keys(),
+        "of another shape": {f"{name} {list(weights[name].shape)} for {list(shape)}" for name, shape in other.items()},
+    }
+    if mistakes := [f"{len(names)} {what}: {few(sorted(names))}" for what, names in found.items() if names]:
+        raise UserError(f"the weights do not fit the model {model}: {'; '.join(mistakes)}")
+
+
+@torch.inference_mode()
+def outputs(module: Any, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
+    """What a model of timm's or open_clip's says about normalised images [B, 3, H, W] and token ids [B, L].
+
+    timm: `tokens` [B, N, D] (a map for convolutions) after the final norm, and `answer` [B, K or D] where it pools or has a
+    head. open_clip: `image` [B, C] and `text` [B, C], not normalised, `scale` (no longer a logarithm) and `bias` of the logits.
+    """
+    module.eval()
+    if not hasattr(module, "encode_image"):
+        features = module.forward_features(images)
+        answer = module.forward_head(features)
+        return {"tokens": features} | ({"answer": answer} if answer.shape != features.shape else {})
+    found = {"image": module.encode_image(images), "scale": module.logit_scale.exp()}
+    if tokens is not None:
+        found["text"] = module.encode_text(tokens)
+    return found | ({} if module.logit_bias is None else {"bias": module.logit_bias.detach()})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between one output of two models."""
+
+    shape: tuple[int, ...]
+    largest: float
+    """Largest absolute difference."""
+    source: float
+    """Largest absolute value of the source's output."""
+    cosine: float
+    """Smallest between vectors, which lie along the last axis."""
+    broken: tuple[int, int]
+    """How many numbers of the source and of the result are NaN or infinite."""
+
+    def __str__(self) -> str:
+        if any(self.broken):
+            return "NaN or infinite: {} numbers of the source, {} of the result".format(*self.broken)
+        return f"largest difference {self.largest:.3g} (of {self.source:.3g})  cosine {self.cosine:.6f}"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Whether a result says what its source says."""
+
+    differences: dict[str, Difference]
+    bound: float
+    """A difference may be this, over the largest absolute value of the source's output."""
+    alone: tuple[str, ...] = ()
+    """Outputs that only one of the two models has."""
+
+    def close(self, name: str) -> bool:
+        """One output is finite and within the bound."""
+        found = self.differences[name]
+        return not any(found.broken) and found.largest <= self.bound * found.source
+
+    @property
+    def passed(self) -> bool:
+        """Every output that both models have is close."""
+        return all(map(self.close, self.differences))
+
+    def __str__(self) -> str:
+        lines = []
+        for name, found in self.differences.items():
+            verdict = "" if self.close(name) or any(found.broken) else f"  more than {self.bound:g} of it"
+            lines.append(f"{name:<8}{list(found.shape)}  {found}{verdict}")
+        return "\n".join([*lines, *(f"{name:<8}of one model only: not compared" for name in self.alone)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record; numbers that are not finite are None, which JSON has."""
+        rows = {name: asdict(found) | {"passed": self.close(name)} for name, found in self.differences.items()}
+        for row in rows.values():
+            row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        return {"passed": self.passed, "bound": self.bound, "outputs": rows, "not_compared": list(self.alone)}
+
+
+def compare(source: Mapping[str, Tensor], result: Mapping[str, Tensor], *, bound: float) -> Parity:
+    """Two models' outputs on the same input. Raises UserError where they have none in common, or one of another shape."""
+    common = [name for name in source if name in result]
+    if not common:
+        raise UserError(f"parity: nothing to compare: the source gives {few(source)}, the result {few(result)}")
+    for name in common:
+        if (one := list(source[name].shape)) != (other := list(result[name].shape)):
+            raise UserError(f"parity: {name} is {one} of the source, but {other} of the result: other tokens, or another width")
+    alone = tuple(name for name in (*source, *result) if name not in common)
+    return Parity({name: _difference(source[name], result[name]) for name in common}, bound, alone)
+
+
+def _difference(source: Tensor, result: Tensor) -> Difference:
+    one, other = (value.double().reshape(value.shape or (1,)) for value in (source, result))
+    # Vectors of zeros have no direction, and are the same where both are.
+    cosine = torch.where((one == other).all(-1), 1.0, F.cosine_similarity(one, other, dim=-1))
+    broken = (int((~one.isfinite()).sum()), int((~other.isfinite()).sum()))
+    largest = float((one - other).abs().max())
+    return Difference(tuple(source.shape), largest, float(one.abs().max()), float(cosine.min()), broken)
+
+
+def sample_images(size: tuple[int, int], folder: Path | None = None, count: int = 4) -> Tensor:
+    """[B, 3, H, W] uint8 of `size` (H, W), in RGB, resized bicubically.
+
+    The first readable pictures below the folder, by path; without a folder half drawn scenes and half uniform noise, the same
+    every time. Raises UserError for a folder without a readable picture.
+    """
+
+    def pixels(picture: Image) -> Tensor:
+        return to_tensor(picture.resize((size[1], size[0]), Resampling.BICUBIC))
+
+    if folder is None:
+        scenes = SceneSource(SceneSettings(size=max(size)), "val")
+        drawn = torch.stack([pixels(scenes.read(index).image) for index in range((count + 1) // 2)])
+        seeded = torch.Generator().manual_seed(derive(0, "parity images"))
+        noise = torch.randint(256, (count - len(drawn), 3, *size), generator=seeded, dtype=torch.uint8)
+        return torch.cat([drawn, noise])
+    source, read = FolderSource(folder, None), list[Tensor]()
+    for index in range(len(source)):
+        if len(read) < count:
+            with suppress(Exception):  # a file may be broken in any way
+                read.append(pixels(source.read(index).image))
+    if not read:
+        raise UserError(f"{folder}: none of its {len(source)} images can be read")
+    return torch.stack(read)
+
+
+def sample_tokens(context: int, vocabulary: int, count: int = 4) -> Tensor:
+    """[count, context] int64, the same every time, in CLIP's form: start (the last but one id), words, end (the last id, where
+    the feature is taken), zeros. The texts differ in length: from one word to the whole context."""
+    seeded = torch.Generator().manual_seed(derive(0, "parity texts"))
+    tokens = torch.randint(1, vocabulary - 2, (count, context), generator=seeded)
+    tokens[:, 0] = vocabulary - 2
+    for row, end in zip(tokens, torch.linspace(2, context - 1, count).long(), strict=True):
+        row[end] = vocabulary - 1
+        row[end + 1 :] = 0
+    return tokens
