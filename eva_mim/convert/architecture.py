@@ -147,7 +147,7 @@ def _find_clip(want: Wanted, name: str | None) -> Candidate:
     if told := want.told.config:
         same = next((known for known in open_clip.list_models() if _same(known, told)), "")
         return _fit_clip(want, same, open_clip.get_model_config(same) if same else told)
-    found, towers = [], {None, *plausible(want, own_size=True)}
+    found, towers = [], {None, *plausible(want, ("img_size", "patch_size"))}
     for known in open_clip.list_models():
         config = open_clip.get_model_config(known)
         if config["vision_cfg"].get("timm_model_name") in towers:
@@ -176,7 +176,7 @@ def _fit_clip(want: Wanted, name: str, config: dict[str, Any]) -> Candidate:
     label = name or "open_clip_config.json"
     if other := _mismatch(want, config):
         raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(other)}")
-    if want.size and "timm_model_name" not in config["vision_cfg"] and side(want.size) != config["vision_cfg"].get("image_size"):
+    if want.size and not config["vision_cfg"].get("timm_model_name") and side(want.size) != config["vision_cfg"].get("image_size"):
         config = config | {"vision_cfg": config["vision_cfg"] | {"image_size": side(want.size)}}
     try:
         with torch.device("meta"):
@@ -200,10 +200,10 @@ def _mismatch(want: Wanted, config: Mapping[str, Any]) -> list[str]:
     sizes: list[tuple[str, Any, Any]] = [
         ("text width", words.get("width", 512), text.width), ("text layers", words.get("layers", 12), text.depth),
         ("context", words.get("context_length", 77), text.context), ("words", words.get("vocab_size", 49408), text.vocabulary),
-        ("text tower of transformers", "hf_model_name" in words, False), ("text decoder", "multimodal_cfg" in config, False),
-        ("image tower of timm", "timm_model_name" in vision, family.name != "OpenAI CLIP"),
+        ("text tower of transformers", bool(words.get("hf_model_name")), False), ("text decoder", "multimodal_cfg" in config, False),
+        ("image tower of timm", bool(vision.get("timm_model_name")), family.name != "OpenAI CLIP"),
     ]
-    if "timm_model_name" not in vision:
+    if not vision.get("timm_model_name"):
         sizes += [("width", vision.get("width", 768), family.width), ("layers", vision.get("layers", 12), family.depth)]
         sizes += [("patch size", vision.get("patch_size", 16), family.patch and family.patch[0])]
     elif not timm.is_model(str(vision["timm_model_name"])):

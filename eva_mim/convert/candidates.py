@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -139,24 +139,23 @@ def image_of(model: Any) -> tuple[tuple[int, int], Grid | None]:
 
 
 def search(want: Wanted) -> list[Candidate]:
-    """Architectures that fit at their own size; where there is none and the image size is told, those that fit at it."""
-    assert want.family
-    stem, changed = _stem(want.shapes), {"img_size", "patch_size"} - want.arguments.keys()
-    for names in (plausible(want, own_size=True), plausible(want, own_size=False) if want.size else ()):
-        found = []
-        for name in names:
+    """Architectures that fit at their own size. Where there is none and the image size is told, those that fit at that size, or
+    else with other patches as well."""
+    own = [{"img_size", "patch_size"}, {"patch_size"}, set[str]()]
+    stem, found = _stem(want.shapes), list[Candidate]()
+    for kept in own if want.size else own[:1]:
+        for name in plausible(want, kept):
             with suppress(UserError):
                 if _stem(_probe(name, model_entrypoint(name))) == stem:
                     found.append(fit(want, name, {}))
-        own = [candidate for candidate in found if not changed & candidate.arguments.keys()]
-        if own or not want.size:
-            return own
+        if found := [candidate for candidate in found if not kept & candidate.arguments.keys() - want.arguments.keys()]:
+            break
     return found
 
 
-def plausible(want: Wanted, *, own_size: bool) -> Iterator[str]:
+def plausible(want: Wanted, kept: Collection[str]) -> Iterator[str]:
     """timm's names of the classes that are searched, and those that users have registered without a class; not those of another
-    kind of stem, and with `own_size` not those whose name and default input say other patches."""
+    kind of stem, nor those whose name and default input say another `img_size` or `patch_size` where that is to be kept."""
     family, stem = want.family, "patch_embed.backbone." in "".join(want.shapes)
     assert family
     classes = CLASSES if family.relative == "none" else ("Beit",)
@@ -168,11 +167,12 @@ def plausible(want: Wanted, *, own_size: bool) -> Iterator[str]:
             continue
         if not ours and stem != (module in HYBRIDS):
             continue
-        if own_size and (patch := re.search(r"patch(\d+)", name)):
+        if patch := re.search(r"patch(\d+)", name):
             number, config = int(patch[1]), timm.get_pretrained_cfg(name)
-            if family.patch != (number, number):
+            if "patch_size" in kept and family.patch != (number, number):
                 continue
-            if family.tokens and config and math.prod(pixels // number for pixels in config.input_size[1:]) != family.tokens:
+            tokens = math.prod(pixels // number for pixels in config.input_size[1:]) if config else None
+            if "img_size" in kept and family.tokens and tokens not in (None, family.tokens):
                 continue
         yield name
 

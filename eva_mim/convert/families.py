@@ -99,7 +99,7 @@ class Family:
             "relative positions with sub-LN": relative and (self.sub_ln or self.inner_attn_ln),
             "relative positions with a packed SwiGLU": relative and self.mlp == "packed",
             "relative positions with a k bias": relative and self.bias == "q, k, v",
-            "a k bias together with a SwiGLU of EVA-02": self.bias == "q, k, v" and self.mlp in ("packed", "naive"),
+            "a k bias together with a SwiGLU of EVA-02": self.name == "EVA-02" and self.bias == "q, k, v" and self.mlp != "plain",
             "a k bias together with gamma_1": self.name in ("EVA-L", "ViT") and self.layer_scale and "eva" in self.schemes,
         }
         if missing := [what for what, here in lacks.items() if here]:

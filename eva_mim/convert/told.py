@@ -90,7 +90,7 @@ def read_told(found: Description) -> Told:
         config = read_clip_config(model)
         vision = config["vision_cfg"]
         name = name or text(vision, "timm_model_name")
-        if "timm_model_name" not in vision:
+        if not vision.get("timm_model_name"):
             heads = (number(vision, "width") or 768) // (number(vision, "head_width") or 64)
             quick = config.get("quick_gelu") is True
     places: list[tuple[Any, str]] = [
@@ -119,15 +119,14 @@ def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def read_clip_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's `model_cfg` without what decides nothing. Raises UserError for values that are not plain, and for a text tower
-    of transformers, which open_clip would fetch."""
+    """What is known of open_clip's `model_cfg`. Raises UserError for values that are not plain, and for a text tower of
+    transformers, which open_clip would fetch."""
     source = "open_clip_config.json: model_cfg."
     config = plain({key: model[key] for key in CLIP_KEYS if key in model}, source)
     for tower in ("vision_cfg", "text_cfg"):
-        parts = model.get(tower)
-        known = {key: value for key, value in (parts if isinstance(parts, dict) else {}).items() if value is not None}
-        inner = {key: plain(value, f"{source}{tower}.{key}.") for key, value in known.items() if isinstance(value, dict)}
-        config[tower] = plain({key: value for key, value in known.items() if key not in inner}, f"{source}{tower}.") | inner
+        parts = model[tower] if isinstance(model.get(tower), dict) else {}
+        inner = {key: plain(value, f"{source}{tower}.{key}.") for key, value in parts.items() if isinstance(value, dict)}
+        config[tower] = plain({key: value for key, value in parts.items() if key not in inner}, f"{source}{tower}.") | inner
     if config["text_cfg"].get("hf_model_name"):
         raise UserError(f"{source}text_cfg.hf_model_name: text towers of transformers are not converted")
     return config

@@ -80,6 +80,7 @@ TIMM = {
     "beit_base_patch16_224": ("EVA-01", BOTH, "Beit", {"heads": 12, "relative": "per block", "tokens": None}),
     "vit_base_patch14_reg4_dinov2": ("ViT", ("timm",), "VisionTransformer",
         {"registers": 4, "tokens": 37 * 37, "positions": 1369}),
+    "vit_giant_patch14_dinov2": ("ViT", ("timm",), "VisionTransformer", {"mlp": "packed", "hidden": 4096, "layer_scale": True}),
     "deit3_small_patch16_224": ("ViT", ("timm",), "VisionTransformer", {"tokens": 196, "positions": 196, "layer_scale": True}),
     "vitamin_small_224": ("ViT", ("timm",), "VisionTransformer",
         {"class_token": False, "mlp": "geglu", "patch": None, "hidden": 768}),

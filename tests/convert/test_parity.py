@@ -106,7 +106,7 @@ def test_a_streamed_network_says_the_same_bit_for_bit(name: str) -> None:
     weights = drawn(NETWORKS[name]())
     module = streamed(emptied(NETWORKS[name]), weights)
     wanted = said(loaded(NETWORKS[name], weights))
-    assert all(value.abs().max() > 0.1 for value in wanted.values())
+    assert all(value.abs().max() > 1e-3 for value in wanted.values())
     for _ in range(2):  # and the weights are gone in between
         assert same(said(module), wanted)
         assert 0.7 < sum(value.is_meta for value in module.parameters()) / len(list(module.parameters())) < 1
@@ -205,11 +205,11 @@ def test_a_block_that_fails_gives_its_weights_back() -> None:
 
 
 def test_half_weights_and_files_are_computed_in_float32(tmp_path: Path) -> None:
-    weights = {key: value.bfloat16() for key, value in drawn(NETWORKS["EVA-02 packed"]()).items()}
-    wanted = said(loaded(NETWORKS["EVA-02 packed"], {key: value.float() for key, value in weights.items()}))
+    weights = {key: value.bfloat16() for key, value in drawn(NETWORKS["ViT"]()).items()}
+    wanted = said(loaded(NETWORKS["ViT"], {key: value.float() for key, value in weights.items()}))
     save_file(weights, tmp_path / "model.safetensors")
     for given in (weights, deferred(open_checkpoint(tmp_path / "model.safetensors"))):
-        module = streamed(emptied(NETWORKS["EVA-02 packed"]).bfloat16(), given)
+        module = streamed(emptied(NETWORKS["ViT"]).bfloat16(), given)
         assert same(said(module), wanted)
         assert all(value.dtype == torch.float32 for value in wanted.values())
 
