@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Grid
-from eva_mim.convert.candidates import Candidate, check, check_name, choose, fit, image_of, on_meta, plausible, search
+from eva_mim.convert.candidates import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search
 from eva_mim.convert.compose import clip_config, side, timm_keywords
 from eva_mim.convert.describe import Description
 from eva_mim.convert.families import Family
@@ -176,10 +176,11 @@ def _fit_clip(want: Wanted, name: str, config: dict[str, Any]) -> Candidate:
     label = name or "open_clip_config.json"
     if other := _mismatch(want, config):
         raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(other)}")
-    if want.size and not config["vision_cfg"].get("timm_model_name") and side(want.size) != config["vision_cfg"].get("image_size"):
-        config = config | {"vision_cfg": config["vision_cfg"] | {"image_size": side(want.size)}}
+    vision = config["vision_cfg"]
+    if want.size and not vision.get("timm_model_name") and side(want.size) != vision.get("image_size"):
+        config = config | {"vision_cfg": vision | {"image_size": side(want.size)}}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = _clip(config)
     except Exception as error:  # a configuration of a file can fail in any way
         raise UserError(f"open_clip cannot build {label}: {str(error)[:300]}") from None
@@ -200,7 +201,8 @@ def _mismatch(want: Wanted, config: Mapping[str, Any]) -> list[str]:
     sizes: list[tuple[str, Any, Any]] = [
         ("text width", words.get("width", 512), text.width), ("text layers", words.get("layers", 12), text.depth),
         ("context", words.get("context_length", 77), text.context), ("words", words.get("vocab_size", 49408), text.vocabulary),
-        ("text tower of transformers", bool(words.get("hf_model_name")), False), ("text decoder", "multimodal_cfg" in config, False),
+        ("text tower of transformers", bool(words.get("hf_model_name")), False),
+        ("text decoder", "multimodal_cfg" in config, False),
         ("image tower of timm", bool(vision.get("timm_model_name")), family.name != "OpenAI CLIP"),
     ]
     if not vision.get("timm_model_name"):

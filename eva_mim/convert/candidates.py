@@ -15,7 +15,8 @@ import timm
 import torch
 from timm.layers import DropPath
 from timm.models import model_entrypoint
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.config import UserError
@@ -31,8 +32,22 @@ HYBRIDS = ("timm.models.vision_transformer_hybrid", "timm.models.vitamin")
 """Modules of architectures with a convolutional stem; building them takes long."""
 NORMS = ("norm.weight", "fc_norm.weight", "attn_pool.q.weight")
 """What of a trunk depends on timm's `global_pool`."""
+FILLING = frozenset(
+    f"{name}_" for name in ("fill", "zero", "constant", "normal", "trunc_normal", "uniform", "kaiming_uniform", "xavier_uniform",
+                            "erfinv", "mul", "div", "add", "clamp")
+)
+"""What torch and its initialisation call functions that fill a tensor."""
 ANSWERLESS = re.compile(r"_.*|.*init.*|.*drop.*|.*grad_checkpointing|training|p|fused_attn|strict_img_size|output_dict")
 """Attributes of a module without influence on what it computes in evaluation mode."""
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device as they are where they would be filled; that takes most of the time of building there."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in FILLING and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
 def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A timm model. Raises UserError for arguments that it does not take."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model: nn.Module = timm.create_model(name, **arguments)
     except Exception as error:  # arguments of a file can fail in any way
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
@@ -228,6 +243,7 @@ def _traits(candidate: Candidate) -> dict[str, Any]:
         if isinstance(module, (nn.Dropout, nn.Identity, DropPath)):
             continue
         traits[f"{path}.class"] = type(module).__name__
+        traits[f"{path}.buffers"] = tuple(sorted(key for key, value in module.named_buffers(recurse=False)))  # a causal mask
         for name, value in vars(module).items():
             chosen = name == "global_pool" and name in candidate.arguments  # by us, to put the norm in its place
             if not chosen and not ANSWERLESS.fullmatch(name) and isinstance(value, (bool, int, float, str, tuple)):

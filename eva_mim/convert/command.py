@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ Write a checkpoint of any kind for another program, and prove it: the same image
   timm          file: timm.create_model(NAME, checkpoint_path=DST)
   open_clip     file: open_clip.create_model_and_transforms(NAME, pretrained=DST)
   eva           file under the original code's names: torch.load(DST)
-  hf            folder: timm.create_model("local-dir:DST", pretrained=True); with a text tower open_clip.create_model("local-dir:DST")
+  hf            folder: timm.create_model("local-dir:DST", pretrained=True); a CLIP model: open_clip.create_model("local-dir:DST")
   transformers  folder: transformers.AutoModel.from_pretrained(DST)
   onnx          file for onnxruntime: fixed image size, any batch
 """
@@ -38,23 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("src", type=Path, metavar="SRC", help="file or folder that `eva-mim inspect` knows")
     parser.add_argument("dst", type=Path, metavar="DST", help="file or folder to write; a record is written beside or into it")
     parser.add_argument("--to", required=True, choices=TARGETS)
-    parser.add_argument("--container", metavar="NAME", help="part of a torch file (model_ema, ...)")
+    parser.add_argument("--container", metavar="NAME", help="part of a torch file (model_ema, ...) or file of a folder")
     parser.add_argument("--architecture", metavar="NAME", help="timm's or open_clip's name; default: found by names and shapes")
     parser.add_argument("--argument", action="append", default=[], metavar="K=V",
                         help="keyword of the timm model that names and shapes do not tell, such as num_heads=16; repeatable")
     parser.add_argument("--grid", type=_pair, metavar="RxC", help="rows and columns of the source's patches, where nothing tells")
     parser.add_argument("--image-size", type=_pair, metavar="N|HxW", help="of the result, in pixels")
-    parser.add_argument("--patch-size", type=int, metavar="N", help="of the result, in pixels")
+    parser.add_argument("--patch-size", type=_side, metavar="N", help="of the result, in pixels")
     parser.add_argument("--positions", choices=("timm", "original", "eva-clip"), default="timm",
-                        help="rule for another grid: bicubic with antialias (timm), without (EVA), with aligned corners (EVA-CLIP)")
+                        help="rule for another grid: bicubic with antialias (timm), without (EVA), or aligned corners (EVA-CLIP)")
     parser.add_argument("--kernel", choices=("pseudo-inverse", "bicubic"), default="pseudo-inverse",
                         help="rule for another patch size: function-preserving (FlexiViT, timm), or plain (EVA)")
     parser.add_argument("--norm", choices=("keep", "copy", "drop"), default="keep",
                         help="for a classifier that pools by the mean: norm becomes fc_norm (timm), or is left out (EVA)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the floating tensors; default as they are")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images for the parity figure; default drawn scenes and noise")
-    parser.add_argument("--max-difference", type=float, metavar="X",
-                        help="largest difference allowed, over the largest value of an output; default 1e-4, float16 1e-2, bfloat16 1e-1")
+    parser.add_argument("--max-difference", type=_share, metavar="X",
+                        help="largest difference, over an output's largest value; default 2e-5, float16 1e-2, bfloat16 8e-2")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the record")
     options = parser.parse_args(argv)
@@ -110,16 +111,27 @@ def _by_reason(names: Sequence[str], reasons: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def _side(text: str) -> int:
+    """1 to 10000."""
+    if not text.isdecimal() or not 0 < int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10000")
+    return int(text)
+
+
 def _pair(text: str) -> tuple[int, int]:
-    """N or NxM."""
+    """N or HxW."""
     sides = text.lower().split("x")
-    try:
-        rows, columns = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HxW") from None
-    if not 0 < rows <= 10_000 or not 0 < columns <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 10000")
-    return rows, columns
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HxW")
+    return _side(sides[0]), _side(sides[-1])
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1."""
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
 
 
 def _arguments(given: Sequence[str]) -> dict[str, Any]:
@@ -129,5 +141,8 @@ def _arguments(given: Sequence[str]) -> dict[str, Any]:
         name, sign, value = item.partition("=")
         if not sign or not name.isidentifier():
             raise UserError(f"--argument {item}: not of the form NAME=VALUE")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--argument {item}: {str(error).splitlines()[0]}") from None
     return found

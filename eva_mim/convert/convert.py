@@ -20,15 +20,18 @@ from eva_mim.contracts import Grid
 from eva_mim.convert.architecture import find_architecture
 from eva_mim.convert.describe import Description
 from eva_mim.convert.families import detect
+from eva_mim.convert.keys import OUTSIDE
 from eva_mim.convert.names import NormRule, with_norm
 from eva_mim.convert.proof import Proof, prove
 from eva_mim.convert.report import KeyReport
-from eva_mim.convert.resize import KernelRule, PositionRule, resize_trunk
+from eva_mim.convert.resize import CLASS_ROWS, KernelRule, PositionRule, resize_trunk
 from eva_mim.convert.source import Source, content_hash, read_source, trunk_of
 from eva_mim.convert.targets import FORMATS, Format, Model
 from eva_mim.files import sha256, write_json
 
 LIBRARIES = ("torch", "timm", "open_clip_torch", "safetensors")
+WHOLE = "open_clip_model"
+"""Of a folder that holds a CLIP model beside its image tower, the file with both towers."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,14 @@ def convert(src: Path, dst: Path, to: str, options: Options | None = None) -> di
     """
     options, form = options or Options(), FORMATS[to]
     _check_destination(dst, to, options.overwrite)
-    source = read_source(src, options.container)
+    if dst.resolve() == src.resolve():
+        raise UserError(f"{dst} is the source itself; choose another name")
+    container = options.container or (WHOLE if form.whole and (src / f"{WHOLE}.safetensors").is_file() else None)
+    source = read_source(src, container)
     if source.unknown and not (options.architecture or source.description.architecture):
         raise UserError(f"{source.unknown}\n  If it is under timm's names, name its model with --architecture")
+    if options.grid and source.grid and options.grid != source.grid:
+        raise UserError(f"--grid: {options.grid} patches, but the source says that there are {source.grid}; leave it out")
     before = _model(source, form, options)
     after, changed = _changed(before, options)
     with _staged(dst) as stage:
@@ -81,7 +89,7 @@ def convert(src: Path, dst: Path, to: str, options: Options | None = None) -> di
         if not proof.passed:
             failed = [f"{what}:\n{parity}" for what, parity in proof.parities.items() if not parity.passed]
             raise UserError(f"{src}: the result does not say what the source says; nothing was written\n" + "\n".join(failed))
-        record = _record(source, src, dst, to, options, after, report, proof)
+        record = _record(source, src, dst, to, replace(options, container=container), after, report, proof)
         record["files"] = {str(file.relative_to(stage)): sha256(file) for file in sorted(stage.rglob("*")) if file.is_file()}
         write_json(path / "convert.json" if path.is_dir() else stage / f"{dst.name}.convert.json", record)
     return record
@@ -103,15 +111,18 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
 
 @contextmanager
 def _staged(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst`; what is in it afterwards takes the place of `dst` and its companions."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    """A folder beside `dst`; what is in it afterwards takes the place of `dst` and its companions, `dst` last."""
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be written: {error.filename}: {error.strerror}") from None
     try:
         yield stage
-        for item in sorted(stage.iterdir(), key=lambda item: item.name != dst.name):
+        for item in sorted(stage.iterdir(), key=lambda item: item.name == dst.name):
             target = dst.parent / item.name
-            if target.is_dir():
-                shutil.rmtree(target)
+            if target.is_dir():  # a rename cannot replace a folder with files in it
+                target.replace(stage / f".{item.name}")
             item.replace(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -130,14 +141,16 @@ def _model(source: Source, form: Format, options: Options) -> Model:
     grid, size = options.grid or source.grid, None
     if grid is None and family and family.patch and options.image_size and options.patch_size is None:
         rows, columns = (side // patch for side, patch in zip(options.image_size, family.patch, strict=True))
-        size = options.image_size if rows * columns == family.tokens else None  # it says what the source is
+        pairs = (2 * rows - 1) * (2 * columns - 1) + CLASS_ROWS
+        related = any(name.endswith("relative_position_bias_table") and len(value) == pairs for name, value in weights.items())
+        size = options.image_size if related or rows * columns == family.tokens else None  # it says what the source is
     found = find_architecture(
         weights, family, described=source.description, name=options.architecture, arguments=options.arguments, image_size=size,
         rope=source.rope, grid=grid,
     )
     labels = source.description.record.get("classes") or source.description.config.get("label_names")
     outside = source.outside if form.outside else {}
-    return Model(weights, found, family, None, outside, source.rope, tuple(labels) if labels else None)
+    return Model(weights, found, family, None, outside, source.rope, tuple(labels) if labels else None, source.tower)
 
 
 def _with_trunk(clip: Model) -> Model:
@@ -186,9 +199,14 @@ def _changed(before: Model, options: Options) -> tuple[Model, KeyReport]:
 
 def _joined(source: Source, before: Model, changed: KeyReport, written: KeyReport, after: Model) -> KeyReport:
     """Every tensor of the result, and every one of the source that is not in it."""
-    report = source.report.plus(KeyReport() if before.trunk else source.trunk().report).plus(changed).plus(written)
-    for name in source.outside.keys() - after.outside.keys():
-        report.note(report.ignored, name, "outside the trunk of a masked model: this format has no place for it")
+    trunk = KeyReport() if before.trunk else source.trunk().report
+    report = source.report.plus(trunk).plus(changed).plus(written)
+    heads = OUTSIDE["decoder_pred" if "decoder_embed.weight" in source.outside else "lm_head"] if source.scheme == "eva" else {}
+    theirs = {new: old for old, new in heads.items()}
+    for name in [name for name in source.outside if name not in after.outside]:
+        report.note(report.ignored, theirs.get(name, name), "outside a masked model's trunk: this format has no place for it")
+    passing = set(trunk.new) & set(written.ignored)  # only our names need it
+    report.new, report.ignored = ([name for name in names if name not in passing] for names in (report.new, report.ignored))
     names = written.loaded or [*after.weights, *after.outside]
     return replace(report, loaded=[name for name in names if name not in {*report.resized, *report.new}])
 

@@ -23,7 +23,7 @@ OPSET = 20
 """The first with Gelu as one operator; below it the exporter writes the formula."""
 EMBEDDED = 1 << 30
 """Bytes of weights up to which they lie inside the file (protobuf ends at 2 GiB); above, in NAME.onnx.data beside it."""
-NAMES = {"tokens": "tokens", "answer": "answer", "image": "image_features", "text": "text_features", "scale": "logit_scale",
+NAMES = {"tokens": "tokens", "answer": "output", "image": "image_features", "text": "text_features", "scale": "logit_scale",
          "bias": "logit_bias"}
 """Outputs of a model (`parity.outputs`) -> outputs of its graph, where an input already is called image or text."""
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from eva_mim.convert.keys import OPENAI_NUMBERS, TEXT
+from eva_mim.config import UserError
+from eva_mim.convert.deferred import real
+from eva_mim.convert.keys import OPENAI_NUMBERS, RESBLOCK, TEXT
+from eva_mim.convert.layout import few
 from eva_mim.convert.names import Converted, expect_scheme, text_name
 from eva_mim.convert.report import KeyReport
 
@@ -60,6 +63,30 @@ def openai_to_timm(weights: Mapping[str, Tensor]) -> Converted:
             report.note(report.new, "head.bias", "OpenAI's projection has no bias: zeros")
         made[new] = value
         report.loaded.append(new)
+    return Converted(made, report)
+
+
+def timm_to_openai(weights: Mapping[str, Tensor]) -> Converted:
+    """The way back: timm's `vit_*_clip_*` -> OpenAI's image tower, below `visual.`.
+
+    Raises UserError for what that tower lacks or has no place for, a bias of the head that is not zero among it.
+    """
+    depth = expect_scheme(weights, "timm").depth
+    old = [*_ROOT, *(f"{module}.{leaf}" for module in _MODULES for leaf in ("weight", "bias"))]
+    old += [f"{_STEM}{number}.{name}" for number in range(depth) for name in RESBLOCK]
+    names = {_timm_name(name): name for name in old}
+    report, made, lacks = KeyReport(), {}, [f"no {name}" for name in names if name not in weights]
+    for name, value in weights.items():
+        if name == "head.bias" and not real(value).any():
+            report.note(report.ignored, name, "zeros: OpenAI's projection has no bias")
+        elif name not in names:
+            lacks.append(name)
+        else:
+            value = value[0, 0] if name == "cls_token" else value[0] if name == "pos_embed" else value
+            made[f"visual.{names[name]}"] = value.T if name == "head.weight" else value
+    if lacks:
+        raise UserError(f"not OpenAI's image tower, for it has {few(lacks)}")
+    report.loaded += list(made)
     return Converted(made, report)
 
 

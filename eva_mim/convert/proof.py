@@ -23,6 +23,7 @@ from eva_mim.convert.source import Source, read_source
 from eva_mim.convert.targets import Model
 from eva_mim.pixels import normalise
 
+HALF = ("float16", "bfloat16")
 IMAGES = 4
 """Through source and result."""
 
@@ -48,17 +49,24 @@ def prove(
 ) -> Proof:
     """Compare the source, read by its own library where there is one, with the file or folder that was written.
 
-    A model that was changed on the way (`after` is not `before`) is compared twice, before the change and after it. `bound`
-    is for the last comparison; None: by `dtype`. Raises UserError where outputs cannot be compared.
+    A model that was changed on the way (`after` is not `before`) is compared twice, before the change and after it; one that was
+    rounded also with rounded weights in the source's place, which shows mistakes that rounding would hide. `bound` is for the
+    comparison with the result; None: by `dtype`. Raises UserError where outputs cannot be compared.
     """
     exact = BOUNDS["float32"]
     bound = bound if bound is not None else BOUNDS.get(dtype or "float32", exact)
     first = _source_says(source, before, images)
     last = _result_says(after, path, to, dtype, images)
+    rounded: dict[str, Parity] = {}
+    if dtype in HALF:
+        kind = getattr(torch, dtype)
+        half = {name: value.to(kind) if value.is_floating_point() else value for name, value in after.weights.items()}
+        expected = _says(after, images, half)
+        rounded = {f"rounded to {dtype}, and result": compare(expected, _aligned(expected, last), bound=exact)}
     if after is before:
-        return Proof({"source and result": compare(first, _aligned(first, last), bound=bound)})
+        return Proof({"source and result": compare(first, _aligned(first, last), bound=bound)} | rounded)
     middle, changed = _says(before, images), _says(after, images)
-    parities = {
+    parities = rounded | {
         "source, and the same under our names": compare(first, _aligned(first, middle), bound=exact),
         "with the change, and the result": compare(changed, _aligned(changed, last), bound=bound),
     }
@@ -99,7 +107,7 @@ def _result_says(model: Model, path: Path, to: str, dtype: str | None, images: P
         _same_outside(path, model, dtype)
     if found.scheme == "eva":
         return _says(model, images, under_timms_names(deferred(found.checkpoint), model.built()))
-    return _says(model, images, found.weights)
+    return _says(model, images, found.weights if model.trunk else found.trunk().weights)
 
 
 def _transformers_says(

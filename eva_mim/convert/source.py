@@ -15,6 +15,7 @@ from eva_mim.convert.deferred import deferred
 from eva_mim.convert.describe import Description, describe
 from eva_mim.convert.families import Family, detect
 from eva_mim.convert.huggingface import from_transformers
+from eva_mim.convert.keys import outside as is_outside
 from eva_mim.convert.names import TRUNK, Converted, from_eva, from_stage, visual_trunk
 from eva_mim.convert.openai import from_openai, openai_to_timm
 from eva_mim.convert.reading import Checkpoint, open_checkpoint
@@ -44,6 +45,11 @@ class Source:
     rope: Rope | None = None
     grid: Grid | None = None
     """Of the source, where its tables or its record tell."""
+
+    @property
+    def tower(self) -> bool:
+        """It is the image tower of a CLIP file, alone."""
+        return all(name.startswith("visual.") for name in self.checkpoint)
 
     def trunk(self) -> Converted:
         """The image tower's timm model. Raises UserError where there is none."""
@@ -80,9 +86,17 @@ def read_source(path: str | Path, container: str | None = None) -> Source:
         }
         done = by_scheme[scheme](weights) if scheme in by_scheme else Converted(weights, KeyReport(loaded=list(weights)))
     family = detect(done.weights) if unknown is None else None
-    return Source(
-        opened, found, scheme, done.weights, done.outside, done.report, family, unknown, done.rope, done.grid or found.grid
-    )
+    outside = done.outside or _head_beside(opened.path)
+    return Source(opened, found, scheme, done.weights, outside, done.report, family, unknown, done.rope, done.grid or found.grid)
+
+
+def _head_beside(path: Path) -> dict[str, Tensor]:
+    """The `head.safetensors` of a masked stage, whose trunk is at `path`."""
+    head = path.with_name("head.safetensors")
+    if path.name != "model.safetensors" or not head.is_file():
+        return {}
+    found = deferred(open_checkpoint(head))
+    return found if "mask_token" in found and all(is_outside(name, ours=True) for name in found) else {}
 
 
 def content_hash(path: str | Path, container: str | None = None) -> str:

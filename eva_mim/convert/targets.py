@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from eva_mim.config import UserError
 from eva_mim.convert.architecture import Architecture
 from eva_mim.convert.deferred import real
-from eva_mim.convert.families import Family
+from eva_mim.convert.families import Family, detect
 from eva_mim.convert.huggingface import preprocessor, to_transformers
 from eva_mim.convert.names import to_eva
 from eva_mim.convert.onnx import export
-from eva_mim.convert.openai import to_openai
+from eva_mim.convert.openai import timm_to_openai, to_openai
 from eva_mim.convert.parity import unloaded
 from eva_mim.convert.report import KeyReport
 from eva_mim.convert.tables import Rope
@@ -24,6 +24,8 @@ from eva_mim.convert.writing import write_safetensors, write_torch
 from eva_mim.files import write_json
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+PRE_NORM = "norm_pre.weight"
+"""Of a timm ViT: it is OpenAI's image tower."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Model:
     rope: Rope | None = None
     classes: tuple[str, ...] | None = None
     """Of the head."""
+    tower: bool = False
+    """The image tower of a CLIP file, alone: below `visual.` where the original code's names are wanted."""
 
     def built(self) -> nn.Module:
         """The model, whose parameters take no memory."""
@@ -104,10 +108,13 @@ def _eva(model: Model, path: Path, dtype: str | None) -> KeyReport:
         raise UserError(f"--to eva: {model.architecture.name} is no model of the original code")
     if model.family.name == "OpenAI CLIP":
         done = to_openai(model.weights)
+    elif PRE_NORM in model.weights:
+        done = timm_to_openai(model.weights)
     else:
         rope = model.rope or (_rope(model) if model.family.name == "EVA-02" else None)
-        done = to_eva(model.weights, model.outside, grid=model.architecture.grid, rope=rope)
-    write_torch(path, done.weights, container=None if model.family.form == "clip" else "module", dtype=dtype)
+        done = to_eva(model.weights, model.outside, grid=model.architecture.grid, rope=rope, tower=model.tower)
+    bare = model.family.form == "clip" or model.tower or PRE_NORM in model.weights
+    write_torch(path, done.weights, container=None if bare else "module", dtype=dtype)
     return done.report
 
 
@@ -135,22 +142,24 @@ def _transformers(model: Model, folder: Path, dtype: str | None) -> KeyReport:
     else:
         block, text_heads = tower.blocks[0], None
         eps, act = block.norm1.eps, block.mlp.act
+    openai = timm_to_openai(model.weights) if PRE_NORM in model.weights else None
+    weights = openai.weights if openai else model.weights
     done, config = to_transformers(
-        model.weights, model.family, heads=block.attn.num_heads, image_size=found.image_size[0], eps=eps, text_heads=text_heads,
+        weights, detect(weights), heads=block.attn.num_heads, image_size=found.image_size[0], eps=eps, text_heads=text_heads,
         activation="quick_gelu" if type(act).__name__.startswith("QuickGELU") else "gelu", classes=model.classes,
     )
     write_safetensors(folder / "model.safetensors", done.weights, dtype=dtype)
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", preprocessor(found.mean, found.std, found.image_size[0]))
-    return done.report
+    return openai.report.plus(done.report) if openai else done.report
 
 
 def _onnx(model: Model, path: Path, dtype: str | None) -> KeyReport:
     if dtype not in (None, "float32"):
         raise UserError(f"--to onnx --dtype {dtype}: graphs are written in float32; leave --dtype out")
     built = model.built()
-    built.load_state_dict({name: real(value.float() if value.is_floating_point() else value) for name, value in model.weights.items()},
-                          assign=True)
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in model.weights.items()}
+    built.load_state_dict({name: real(value) for name, value in weights.items()}, assign=True)
     export(built, path, model.architecture.image_size)
     return KeyReport()
 

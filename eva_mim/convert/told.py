@@ -65,9 +65,11 @@ class Wanted:
 
     @property
     def heads(self) -> int | None:
-        """Of the image tower, where anything tells."""
+        """Of the image tower, where anything tells. Raises UserError where the user contradicts the tables of the source."""
         given, family = self.arguments.get("num_heads"), self.family
         of_tables = family and (family.heads or (family.width // self.rope.head_width if self.rope else None))
+        if of_tables and given not in (None, of_tables):  # parity would not see it: both sides would have it
+            raise UserError(f"--argument num_heads={given}: the position tables of the source are of {of_tables} heads")
         return given if isinstance(given, int) else of_tables or self.told.heads
 
 

@@ -27,8 +27,7 @@ default_cfgs = generate_default_cfgs({f"names_{name}": {"first_conv": "", "class
 
 
 def _tower(name: str, options: dict[str, Any]) -> Eva:
-    options = {key: value for key, value in options.items() if key != "pretrained"}
-    return build_model_with_cfg(Eva, f"names_{name}", False, **({"depth": 2} | TOWERS[name] | options))
+    return build_model_with_cfg(Eva, f"names_{name}", **({"pretrained": False, "depth": 2} | TOWERS[name] | options))
 
 
 @register_model

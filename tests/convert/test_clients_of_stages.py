@@ -1,0 +1,228 @@
+"""Folders that our stages leave, and models under the libraries' real names: converted, and opened by others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.eva import checkpoint_filter_fn
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from eva_mim.config import UserError
+from eva_mim.data import MaskSettings
+from eva_mim.export import part, unpooled, write_timm
+from eva_mim.files import write_json, write_weights
+from eva_mim.handover import read_parent, seed_trunk
+from eva_mim.pixels import normalise
+from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
+from eva_mim.students.classifier import Classifier
+from eva_mim.students.clip import ClipStudent, as_open_clip
+from eva_mim.students.masked import MaskedStudent
+from eva_mim.students.visible import VisibleStudent
+from tests.convert.golden_files import close, converted, same
+from tests.convert.test_convert import drawn
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+IMAGES = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+LARGE = torch.randint(256, (2, 3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def filled(student: Any) -> dict[str, Tensor]:
+    """Its weights, all drawn; tables that a constructor computed stay."""
+    fixed = {name: value for name, value in student.state_dict().items() if "decoder_pos" in name}
+    student.load_state_dict(drawn(student) | fixed)
+    student.eval()
+    return {name: value.detach().clone() for name, value in student.state_dict().items()}
+
+
+def record(folder: Path, **facts: Any) -> None:
+    write_json(folder / "lineage.json", {"finished": True} | facts)
+
+
+def masked_stage(folder: Path, student: Any, settings: MaskedSettings) -> dict[str, Tensor]:
+    """What `pretrain/mim.py` writes at the end of a run."""
+    folder.mkdir()
+    weights = filled(student)
+    write_timm(folder, student.trunk, settings, part(weights, "trunk."), global_pool=unpooled(student.trunk))
+    write_weights(folder / "head.safetensors", {name: value for name, value in weights.items() if not name.startswith("trunk.")})
+    record(folder, program="mim", grid=list(student.grid))
+    return weights
+
+
+@torch.inference_mode()
+def test_a_masked_stage_for_the_original_code(tmp_path: Path) -> None:
+    """Its trunk, mask token and head under the original names; timm's own reading of that file says the same. And back."""
+    settings = MaskedSettings(name="golden_eva02_b_mim")
+    student = MaskedStudent(settings, 64)
+    weights = masked_stage(tmp_path / "mim", student, settings)
+    _, original = converted(tmp_path / "mim", "eva", tmp_path)
+    state = torch.load(original, weights_only=True)["module"]
+    assert torch.equal(state["mask_token"], weights["mask_token"])
+    assert torch.equal(state["lm_head.weight"], weights["head.weight"])
+    assert torch.equal(state["blocks.1.mlp.w1.weight"], weights["trunk.blocks.1.mlp.fc1_g.weight"])
+    assert state["rope.freqs_cos"].shape == (64, 24)
+    theirs = timm.create_model("golden_eva02_b_mim", num_classes=0, global_pool="token")
+    beyond = ("mask_token", "lm_head")
+    theirs.load_state_dict(checkpoint_filter_fn({k: v for k, v in state.items() if not k.startswith(beyond)}, theirs))
+    close(theirs.eval().forward_features(normalise(LARGE, student.mean, student.std)), student.tokens(LARGE), 2e-5)
+    _, again = converted(original, "safetensors", tmp_path)
+    for name in ("model.safetensors", "head.safetensors"):
+        assert same(load_file(again / name), load_file(tmp_path / "mim" / name))
+
+
+def test_a_masked_stage_with_a_decoder(tmp_path: Path) -> None:
+    """EVA-L's: the decoder is under the original names as well."""
+    decoder = DecoderSettings(width=48, depth=2, heads=4)
+    settings = MaskedSettings(name="golden_evaL_mae", form="visible", positions="sincos", decoder=decoder)
+    student = VisibleStudent(settings, 40, MaskSettings(kind="random", ratio=0.75))
+    weights = masked_stage(tmp_path / "mim", student, settings)
+    _, original = converted(tmp_path / "mim", "eva", tmp_path)
+    state = torch.load(original, weights_only=True)["module"]
+    assert torch.equal(state["decoder_pred.weight"], weights["head.weight"])
+    assert torch.equal(state["decoder_blocks.1.mlp.fc2.bias"], weights["decoder_blocks.1.mlp.fc2.bias"])
+    assert state["decoder_pos_embed"].shape == (1, 65, 48)
+    _, again = converted(original, "safetensors", tmp_path)
+    for name in ("model.safetensors", "head.safetensors"):
+        assert same(load_file(again / name), load_file(tmp_path / "mim" / name))
+
+
+@torch.inference_mode()
+def test_a_converted_folder_is_a_parent_of_our_stages(shared: Path, tmp_path: Path) -> None:
+    settings = MaskedSettings(name="golden_eva02_b_mim")
+    weights = masked_stage(tmp_path / "mim", MaskedStudent(settings, 64), settings)
+    _, original = converted(tmp_path / "mim", "eva", tmp_path)
+    _, again = converted(original, "safetensors", tmp_path)
+    for source in (tmp_path / "mim", original, again):
+        child = MaskedStudent(settings, 64)
+        report = seed_trunk(child.trunk, read_parent(source))
+        assert same(dict(child.trunk.state_dict()), part(weights, "trunk."))
+        assert not report.new + report.resized
+
+
+def clip_stage(folder: Path, student: ClipStudent, settings: ClipSettings) -> None:
+    """What `pretrain/clip.py` writes at the end of a run."""
+    folder.mkdir()
+    weights = filled(student)
+    write_timm(folder, student.trunk, settings, part(weights, "model.visual.trunk."), global_pool=unpooled(student.trunk))
+    write_weights(folder / "open_clip_model.safetensors", as_open_clip(part(weights, "model.")))
+    write_json(folder / "open_clip_config.json", student.open_clip_config())
+    record(folder, program="clip", classes=list(CLASSES))
+
+
+@torch.inference_mode()
+def test_a_clip_stage(tmp_path: Path) -> None:
+    """Whole for open_clip, its tower for timm."""
+    settings = ClipSettings(name="vit_nano_patch4_32", embed_dim=24, pool="token", text=TextSettings(width=32, layers=1, heads=2))
+    student = ClipStudent(settings)
+    clip_stage(tmp_path / "clip", student, settings)
+    texts = student.tokenizer()(["a small cat", "two dogs and an eel in the rain"])
+    found, dst = converted(tmp_path / "clip", "hf", tmp_path)
+    assert found["source"]["container"] == "open_clip_model"
+    model = eval(found["open_with"], {"open_clip": open_clip}).eval()
+    images = normalise(IMAGES, student.mean, student.std)
+    close(model.encode_image(images, normalize=True), student.encode_image(IMAGES), 1e-5)
+    close(model.encode_text(texts, normalize=True), student.encode_text(texts), 1e-5)
+    assert open_clip.get_tokenizer(f"local-dir:{dst}")(["a small cat"]).shape == (1, 24)
+    found, _ = converted(tmp_path / "clip", "timm", tmp_path)
+    trunk = eval(found["open_with"], {"timm": timm}).eval()
+    close(normalize(student.model.visual.head(trunk(images)), dim=-1), student.encode_image(IMAGES), 1e-5)
+    with pytest.raises(UserError, match=r"the original EVA code has no place for visual\.head\.proj\.weight"):
+        converted(tmp_path / "clip", "eva", tmp_path)
+
+
+def classifier_stage(folder: Path, settings: ClassifierSettings) -> Classifier:
+    """What `finetune/classify.py` writes at the end of a run."""
+    folder.mkdir()
+    student = Classifier(settings, len(CLASSES))
+    weights = filled(student)
+    write_timm(folder, student.trunk, settings, student.timm_weights(weights), classes=CLASSES, global_pool=settings.global_pool)
+    record(folder, program="classify", classes=list(CLASSES))
+    return student
+
+
+@torch.inference_mode()
+def test_a_classifier_with_its_classes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    student = classifier_stage(tmp_path / "classify", ClassifierSettings(name="vit_nano_patch4_32", global_pool="token"))
+    images, answers = normalise(IMAGES, student.mean, student.std), student(IMAGES)
+    found, dst = converted(tmp_path / "classify", "hf", tmp_path)
+    close(eval(found["open_with"], {"timm": timm}).eval()(images), answers, 1e-5)
+    assert json.loads((dst / "config.json").read_text())["label_names"] == list(CLASSES)
+    _, dst = converted(tmp_path / "classify", "transformers", tmp_path)
+    model = transformers.AutoModelForImageClassification.from_pretrained(dst).eval()
+    close(model(pixel_values=images).logits, answers, 1e-5)
+    assert model.config.id2label == dict(enumerate(CLASSES))
+    given = transformers.AutoImageProcessor.from_pretrained(dst)(IMAGES, return_tensors="pt").pixel_values
+    close(given, images, 1e-5)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_classifier_of_patches_for_onnxruntime(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student = classifier_stage(tmp_path / "classify", ClassifierSettings(name="vit_nano_patch4_32"))
+    found, _ = converted(tmp_path / "classify", "onnx", tmp_path)
+    session = eval(found["open_with"], {"onnxruntime": onnxruntime})
+    images = normalise(IMAGES, student.mean, student.std)
+    for batch in (images, images[:1]):
+        said = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": batch.numpy()}), strict=True))
+        close(torch.tensor(said["output"]), student(IMAGES)[: len(batch)], 1e-5)
+    with pytest.raises(Exception, match=r"INVALID_ARGUMENT|Got invalid dimensions"):
+        session.run(None, {"image": torch.zeros(1, 3, 64, 64).numpy()})
+
+
+def test_a_convolutional_stage_goes_to_timm_alone(tmp_path: Path) -> None:
+    """Its configuration says which it is; the original code has no such network."""
+    student = classifier_stage(tmp_path / "classify", ClassifierSettings(name="convnet_nano_32"))
+    found, _ = converted(tmp_path / "classify", "timm", tmp_path)
+    with torch.inference_mode():
+        model = eval(found["open_with"], {"timm": timm}).eval()
+        close(model(normalise(IMAGES, student.mean, student.std)), student(IMAGES), 1e-5)
+    for to in ("eva", "transformers"):
+        with pytest.raises(UserError, match=r"convnet_nano_32 is (no model of the original code|not known under names)"):
+            converted(tmp_path / "classify", to, tmp_path)
+    with pytest.raises(UserError, match="has no patches whose positions could be resized"):
+        converted(tmp_path / "classify", "hf", tmp_path, image_size=(64, 64))
+
+
+# real names
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_published_architecture(tmp_path: Path) -> None:
+    """EVA-02 Ti: 5.5 million parameters, from the original names by shapes alone."""
+    torch.manual_seed(0)
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=0, global_pool="token").eval()
+    save_file(dict(model.state_dict()), tmp_path / "tiny.safetensors")
+    _, original = converted(tmp_path / "tiny.safetensors", "eva", tmp_path)
+    found, _ = converted(original, "timm", tmp_path)
+    line = "timm.create_model('eva02_tiny_patch14_224', num_classes=0, global_pool='token', checkpoint_path="
+    assert found["open_with"].startswith(line)
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    close(eval(found["open_with"], {"timm": timm}).eval()(images), model(images), 2e-5)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_published_clip_model(tmp_path: Path) -> None:
+    """EVA02-CLIP-B: 150 million parameters, from the original names by shapes alone; the file as Hugging Face has it."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("EVA02-B-16").eval()
+    torch.save(dict(model.state_dict()), tmp_path / "b.pt")
+    _, original = converted(tmp_path / "b.pt", "eva", tmp_path)
+    assert "visual.blocks.0.attn.inner_attn_ln.weight" in torch.load(original, weights_only=True, mmap=True)
+    found, dst = converted(original, "open_clip", tmp_path)
+    assert found["open_with"] == f"open_clip.create_model_and_transforms('EVA02-B-16', pretrained='{dst}')"
+    theirs = eval(found["open_with"], {"open_clip": open_clip})[0].eval()
+    images, texts = torch.randn(1, 3, 224, 224), open_clip.tokenize(["a photo of a cat"])
+    close(theirs.encode_image(images), model.encode_image(images), 1e-5)
+    close(theirs.encode_text(texts), model.encode_text(texts), 1e-5)
