@@ -11,7 +11,9 @@ from eva_mim.convert.report import KeyReport
 from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
 from eva_mim.data.masking import Mask
-from eva_mim.data.sampler import GlobalOrder
+from eva_mim.data.names import prompt_templates
+from eva_mim.data.sampler import GlobalOrder, MixedOrder
+from eva_mim.data.splits import Mixture
 from eva_mim.data.views import EvalView, TrainView
 from eva_mim.distributed import rank, world_size
 from eva_mim.handover import read_parent, seed_trunk
@@ -28,15 +30,10 @@ def train_loader(
 ) -> TrainLoader:
     """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
     run = recipe.run
-    order = GlobalOrder(
-        len(source),
-        seed=run.seed,
-        global_batch=run.global_batch,
-        micro_batch=run.micro_batch or max(1, run.global_batch // world_size()),
-        rank=rank(),
-        world=world_size(),
-    )
-    made = Preparation(TrainView(view, sizes), run.seed, mask, tokenize, recipe.data.templates)
+    micro = run.micro_batch or max(1, run.global_batch // world_size())
+    cut = {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
+    order = MixedOrder(source.parts, **cut) if isinstance(source, Mixture) else GlobalOrder(len(source), **cut)
+    made = Preparation(TrainView(view, sizes), run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
     return TrainLoader(source, made, order, recipe.data.workers)
 
 
@@ -49,7 +46,7 @@ def eval_loader(
     limit: int | None = None,
 ) -> EvalLoader:
     """Held-out batches of this rank, with fixed views and masks (the same for every run seed)."""
-    made = Preparation(EvalView(sizes), 0, mask, tokenize, recipe.data.templates, training=False)
+    made = Preparation(EvalView(sizes), 0, mask, tokenize, prompt_templates(recipe.data.templates), training=False)
     batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
     return EvalLoader(source, made, batch, recipe.data.workers, limit)
 

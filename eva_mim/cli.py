@@ -17,14 +17,15 @@ SUMMARIES = {
     "probe": "linear probe on frozen features",
     "pipeline": "all stages of a pipeline file, in order",
     "teacher": "look at a teacher before training with it",
-    "evaluate": "measure a run's newest checkpoint again",
+    "labels": "name the class list of a dataset or a checkpoint",
+    "evaluate": "measure a checkpoint again, or on ImageNet's variants",
     "replay": "run the last step of a diverged run again",
     "inspect": "look at a checkpoint without running anything in it",
     "convert": "write a checkpoint for another program, with a proof",
 }
 OTHERS = {
-    "teacher": "eva_mim.teacher_check", "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay",
-    "inspect": "eva_mim.convert.inspect", "convert": "eva_mim.convert.command",
+    "teacher": "eva_mim.teacher_check", "labels": "eva_mim.label_check", "evaluate": "eva_mim.reevaluate",
+    "replay": "eva_mim.replay", "inspect": "eva_mim.convert.inspect", "convert": "eva_mim.convert.command",
 }
 """Commands that are no stages: modules with `main(argv)`."""
 

@@ -27,7 +27,8 @@ class Sample(NamedTuple):
     key: str
     image: Image
     label: int | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
+    """All of them; "" where a caption has no text."""
 
 
 class Source(Protocol):
@@ -61,9 +62,13 @@ class Batch:
     labels: Tensor | None = None
     """[B] int64."""
     texts: Tensor | None = None
-    """[B, L] int64 token ids."""
+    """[T, L] int64 token ids: in training one caption an image in the images' order (T = B), held out all captions."""
+    text_owner: Tensor | None = None
+    """[T] int64, row of the image that each text belongs to."""
     broken: tuple[str, ...] = ()
     """Records that could not be read and were replaced: "key: reason"."""
+    whole: WholeStep | None = None
+    """Where the loss is of all micro-batches together: what `Task.prepare` found out."""
 
     def to(self, device: Any) -> Batch:
         """The same batch with every tensor on `device` (asynchronously where the memory is pinned)."""
@@ -100,6 +105,15 @@ class StepOutput(NamedTuple):
         return StepOutput(self.loss, self.metrics | {name: value for name, value in more.items() if value is not None})
 
 
+class WholeStep(NamedTuple):
+    """The loss of a whole step, and what one of its micro-batches passes back."""
+
+    output: StepOutput
+    """Without a gradient; the same for every micro-batch of a process."""
+    gradients: tuple[Tensor, ...]
+    """Of the loss by each tensor that the student says of this micro-batch, such that the mean over micro-batches is right."""
+
+
 class Teacher(Protocol):
     """A frozen network that knows its own input. Never a submodule of what an engine wraps."""
 
@@ -131,6 +145,11 @@ class Task(Protocol):
 
     student: nn.Module
 
+    def prepare(self, student: Callable[..., Any], batches: list[Batch]) -> list[Batch]:
+        """Once a step, before the first `loss`: the same micro-batches, with what the loss of each needs of all (`Batch.whole`).
+        Every rank must call."""
+        return batches
+
     def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
         """The mean loss of one forward pass. `student` is the engine's callable around `self.student`."""
 
@@ -153,7 +172,7 @@ class Rates(NamedTuple):
     lr: float
     """For groups with `lr_scale` 1."""
     weight_decay: float
-    """For groups with `decays`."""
+    """For groups with `decays` 1."""
 
 
 class Engine(Protocol):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,16 @@ from torch.nn import functional as F
 
 from eva_mim import features
 from eva_mim.contracts import Batch
-from eva_mim.distributed import all_gather_rows, all_reduce_sum
+from eva_mim.data.names import prompt_templates
+from eva_mim.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from eva_mim.features import CHUNK
 from eva_mim.log import say
+from eva_mim.retrieval import retrieval
 from eva_mim.task import MaskedFeatures
 
 Autocast = Callable[[], Any]
+PROMPTS = 256
+"""Texts encoded at once: their activations are bounded, and a thousand captions still divide among a few ranks."""
 
 
 class MaskedFeatureEvaluator:
@@ -148,60 +152,77 @@ class ClipEvaluator:
         *,
         tokenize: Callable[[list[str]], Tensor],
         classes: Sequence[str] | None,
-        templates: Sequence[str],
+        templates: str | Sequence[str],
         device: torch.device,
     ):
-        self.val, self.tokenize, self.classes, self.templates, self.device = val, tokenize, classes, templates, device
+        self.val, self.tokenize, self.classes, self.device = val, tokenize, classes, device
+        self.templates = prompt_templates(templates)
         self.headline = "zeroshot_top1" if classes else "image_to_text_r1"
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
-        """Percentages. Captions that are equal count as one text; any image with that caption is right for it."""
-        images, texts, labels = [], list[Tensor](), []
+        """Percentages: `zeroshot_top1`, `zeroshot_top5`, and those of `retrieval`. Captions that are equal as tokens count as one
+        text, which is right for each of its images; images are never merged."""
+        images, labels, places, texts, owners = [], list[Tensor](), [], list[Tensor](), []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 images.append(student.encode_image(batch.images).float())
             assert batch.texts is not None
+            assert batch.text_owner is not None
+            places.append(batch.index)
             texts.append(batch.texts)
+            owners.append(batch.index[batch.text_owner])
             if batch.labels is not None:
                 labels.append(batch.labels)
-        image = all_gather_rows(torch.cat(images))
-        unique, owner = torch.unique(all_gather_rows(torch.cat(texts)), dim=0, return_inverse=True)
-        with autocast():
-            text = torch.cat([student.encode_text(rows).float() for rows in torch.split(unique, CHUNK)])
-        result = retrieval(image, text, owner)
+        found = {}
         if self.classes:
-            weights = self._class_features(student, autocast)
-            truth = all_gather_rows(torch.cat(labels))
-            result["zeroshot_top1"] = 100.0 * float(((image @ weights.T).argmax(1) == truth).float().mean())
-        return result
+            found = zero_shot(torch.cat(images), torch.cat(labels), self._class_features(student, autocast, self.classes))
+        place, order = all_gather_rows(torch.cat(places)).sort()
+        image = all_gather_rows(torch.cat(images))[order]
+        owner = torch.searchsorted(place, all_gather_rows(torch.cat(owners)))
+        unique, text = torch.unique(all_gather_rows(torch.cat(texts)), dim=0, return_inverse=True)
 
-    def _class_features(self, student: Any, autocast: Autocast) -> Tensor:
-        """[K, C] mean of each class's prompts, renormalised (CLIP, section 3.1.4)."""
-        assert self.classes is not None
-        rows = []
-        for name in self.classes:
-            prompts = self.tokenize([template.replace("{}", name) for template in self.templates]).to(self.device)
+        def encode(rows: Tensor) -> Tensor:
             with autocast():
-                rows.append(student.encode_text(prompts).float().mean(0))
-        return F.normalize(torch.stack(rows), dim=-1)
+                features: Tensor = student.encode_text(rows).float()
+            return features
+
+        return found | retrieval(image, by_rank(torch.split(unique, PROMPTS), encode), owner, text)
+
+    def _class_features(self, student: Any, autocast: Autocast, classes: Sequence[str]) -> Tensor:
+        """[K, C] mean of each class's prompts, renormalised (CLIP, section 3.1.4)."""
+
+        def encode(names: Sequence[str]) -> Tensor:
+            prompts = self.tokenize([template.replace("{}", name) for name in names for template in self.templates])
+            with autocast():
+                parts = [student.encode_text(part.to(self.device)).float() for part in torch.split(prompts, PROMPTS)]
+            return F.normalize(torch.stack(torch.chunk(torch.cat(parts), len(names))).mean(1), dim=-1)
+
+        step = max(1, PROMPTS // len(self.templates))
+        return by_rank([classes[start : start + step] for start in range(0, len(classes), step)], encode)
 
 
-def retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Recall at k in percent, both ways: image [I, C], text [T, C], owner [I] = row of each image's text."""
-    result = {}
-    to_text = torch.zeros(len(ks))
-    for rows, own in zip(torch.split(image, CHUNK), torch.split(owner, CHUNK), strict=True):
-        ranked = (rows @ text.T).topk(min(max(ks), len(text)), dim=1).indices == own[:, None]
-        to_text += torch.tensor([float(ranked[:, :k].any(1).sum()) for k in ks])
-    to_image = torch.zeros(len(ks))
-    for start, rows in zip(range(0, len(text), CHUNK), torch.split(text, CHUNK), strict=True):
-        found = owner[(rows @ image.T).topk(min(max(ks), len(image)), dim=1).indices]
-        hits = found == torch.arange(start, start + len(rows), device=owner.device)[:, None]
-        to_image += torch.tensor([float(hits[:, :k].any(1).sum()) for k in ks])
-    for k, there, back in zip(ks, to_text, to_image, strict=True):
-        result[f"image_to_text_r{k}"] = 100.0 * float(there) / len(image)
-        result[f"text_to_image_r{k}"] = 100.0 * float(back) / len(text)
-    return result
+G = TypeVar("G", bound=Sized)
+
+
+def by_rank(groups: Sequence[G], rows_of: Callable[[G], Tensor]) -> Tensor:
+    """The rows that `rows_of` makes of every group, one for each of its members, in the groups' order. Ranks take turns, and a
+    group is always worked on whole, so that the rows do not depend on the number of ranks. Every rank must call."""
+    own = groups[rank() :: world_size()]
+    made = torch.cat([rows_of(group) for group in own or groups[:1]])  # a rank without a group shows the shape of no rows
+    gathered = all_gather_rows(made[: sum(map(len, own))])
+    places = torch.split(torch.arange(len(gathered), device=gathered.device), [len(group) for group in groups])
+    turns = [place for first in range(world_size()) for place in places[first :: world_size()]]
+    return torch.empty_like(gathered).index_copy_(0, torch.cat(turns), gathered)
+
+
+def zero_shot(image: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
+    """Percent of this rank's images [I, C] and all others' whose class [K, C] is the nearest, or among the five nearest."""
+    count = torch.zeros(3, dtype=torch.float64, device=image.device)
+    for rows, truth in zip(torch.split(image, CHUNK), torch.split(labels, CHUNK), strict=True):
+        ranked = (rows @ weights.T).topk(min(5, len(weights)), dim=1).indices == truth[:, None]
+        count += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), ranked.new_tensor(len(rows), dtype=torch.int64)])
+    one, five, images = (float(value) for value in all_reduce_sum(count))
+    return {"zeroshot_top1": 100 * one / images, "zeroshot_top5": 100 * five / images}
 
 
 class ClassifierEvaluator:

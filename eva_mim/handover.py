@@ -72,7 +72,7 @@ def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> P
             ignored.note(ignored.ignored, name, report.reasons.get(name, "outside the trunk"))
     for name in source.outside:
         ignored.note(ignored.ignored, name, "of the masked model, outside its trunk")
-    classes = source.description.record.get("classes")
+    classes = source.description.record.get("classes") or source.description.config.get("label_names")
     return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored)
 
 

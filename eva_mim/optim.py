@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from eva_mim.config import Settings, UserError
 from eva_mim.contracts import Rates
+from eva_mim.students import Tower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,11 +19,42 @@ TOP = ("norm.", "rel_pos_bias.")
 """Trunk parameters at the top layer for EVA (EVA-01/eva/optim_factory.py); timm counts them to the last block and the stem."""
 
 
-class OptimSettings(Settings):
-    """AdamW with warm-up and decay."""
+class TowerSettings(Settings):
+    """What one tower of a CLIP student has of its own; null: the general value."""
 
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak; the schedule has the same form for all, and ends at the same share of the peak."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+
+
+class LambSettings(Settings):
+    """LAMB (You et al. 2020): a step of Adam, made as long as the tensor's norm (times the learning rate).
+
+    Defaults are those of DeepSpeed's LAMB, which EVA-CLIP uses. It differs in one place: DeepSpeed corrects the bias of the
+    moments on the whole step, so that its first steps are shorter; here it is corrected on the moments, as in the paper and in
+    timm. timm's limits nothing and leaves tensors alone that do not decay (`trust: null`, `adapt: decayed`).
+    """
+
+    trust: tuple[Annotated[float, Field(ge=0.0)], Annotated[float, Field(gt=0.0)]] | None = (0.01, 10.0)
+    """Limits of norm of the tensor / norm of its update; null for none."""
+    adapt: Literal["all", "decayed"] = "all"
+    """Tensors whose step gets this length; the others take Adam's."""
+
+
+class OptimSettings(Settings):
+    """Optimizer, with warm-up and decay."""
+
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """LAMB compares whole tensors, so it needs run.zero_stage=0: higher stages cut them up. (EVA-CLIP's released runs used it
+    with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.)"""
+    lamb: LambSettings = LambSettings()
     lr: Annotated[float, Field(gt=0.0)]
     """Peak learning rate at this run's global batch (never rescaled)."""
+    image: TowerSettings = TowerSettings()
+    """The image tower of a CLIP student, with its projection into the shared space."""
+    text: TowerSettings = TowerSettings()
+    """The text tower, with its projection. The logit scale and bias are in neither and have the general values."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate that the schedule ends at."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
@@ -48,6 +80,12 @@ class OptimSettings(Settings):
     def _ends_below(self) -> OptimSettings:
         if self.min_lr > self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}")
+        if self.lamb.trust and self.lamb.trust[0] > self.lamb.trust[1]:
+            raise ValueError(f"optim.lamb.trust={list(self.lamb.trust)}: the first is the lower limit")
+        for tower in ("image", "text"):
+            own = getattr(self, tower).weight_decay
+            if own and not self.weight_decay:
+                raise ValueError(f"optim.{tower}.weight_decay={own} follows the schedule of optim.weight_decay, which is 0")
         return self
 
 
@@ -76,42 +114,90 @@ def _cosine(start: float, end: float, done: int, steps: int) -> float:
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(1.0, done / max(1, steps))))
 
 
-def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """AdamW groups with `params`, `weight_decay`, `decays` and `lr_scale`, by BEiT's rule as in EVA-01/eva/optim_factory.py.
+def check_sharding(settings: OptimSettings, zero_stage: int) -> None:
+    """Raises UserError where the optimizer would see pieces of tensors."""
+    if settings.optimizer == "lamb" and zero_stage:
+        raise UserError(
+            f"optim.optimizer=lamb compares the norms of whole tensors, which run.zero_stage={zero_stage} cuts up; "
+            "set run.zero_stage=0 or optim.optimizer=adamw"
+        )
 
-    Vectors, biases and the trunk's own list (positions, class token) do not decay; relative position tables do, though timm
-    lists them, and so does a mask token. Outside the trunk, `student.stem_parameters` are at its layer 0 and all else is at
-    the top. Raises UserError when layers shall differ and the architecture does not say its layers.
+
+class _Rule(NamedTuple):
+    lr_scale: float
+    decays: float
+
+
+def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Optimizer groups with `params`, `weight_decay`, `decays` and `lr_scale`: of what trains, by BEiT's rule as in
+    EVA-01/eva/optim_factory.py and EVA-CLIP/rei/training/optim.py.
+
+    `lr_scale` and `decays` are factors on the rates of a step. Vectors, biases and the towers' own lists (positions, class
+    token) do not decay; relative position tables do, though timm lists them, and so does a mask token. A student without
+    `towers()` has one, its trunk. Outside the towers, `student.stem_parameters` are at layer 0 and all else is at the top.
+    Raises UserError when layers shall differ and the architecture does not say its layers.
     """
-    trunk: Any = student.trunk
-    inside = {id(parameter): name for name, parameter in trunk.named_parameters()}
-    listed = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
-    exempt = [pattern for pattern in listed if not pattern.endswith("relative_position_bias_table")]
-    scales = _lr_scales(trunk, settings.layer_decay)
+    rules: dict[int, _Rule] = {}
+    towers = _towers(student)
+    for name in ("image", "text"):
+        if name not in towers and getattr(settings, name) != TowerSettings():
+            raise UserError(f"optim.{name}: this student has no {name} tower; leave it out")
+    for name, tower in towers.items():
+        rules |= _rules(name, tower, settings)
+    lowest = min((rule.lr_scale for rule in rules.values()), default=1.0)
     stem = getattr(student, "stem_parameters", ())
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[_Rule, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        own = inside.get(id(parameter))  # the trunk's name for it; None outside
-        decays = parameter.ndim > 1 and not name.endswith(".bias")
-        decays = decays and not (own and any(fnmatch(own, pattern) for pattern in exempt))
-        scale = scales.get(own, 1.0) if own else min(scales.values(), default=1.0) if name in stem else 1.0
-        weight_decay = settings.weight_decay if decays else 0.0
-        group = {"params": [], "weight_decay": weight_decay, "decays": decays, "lr_scale": scale}
-        groups.setdefault((scale, decays), group)["params"].append(parameter)
+        own = rules.get(id(parameter))
+        rule = own or _Rule(lowest if name in stem else 1.0, float(_is_matrix(name, parameter)))
+        group = {"params": [], "weight_decay": settings.weight_decay * rule.decays, **rule._asdict()}
+        groups.setdefault(rule, group)["params"].append(parameter)
     return list(groups.values())
 
 
-def _lr_scales(trunk: Any, layer_decay: float) -> dict[str, float]:
-    """Scale of each of the trunk's parameters that lies below the top."""
+def _is_matrix(name: str, parameter: Any) -> bool:
+    return bool(parameter.ndim > 1 and not f".{name}".endswith(".bias"))
+
+
+def _towers(student: Any) -> dict[str, Tower]:
+    if hasattr(student, "towers"):
+        towers: dict[str, Tower] = student.towers()
+        return towers
+    return {"trunk": Tower.of_timm(student.trunk)}
+
+
+def _rules(name: str, tower: Tower, settings: OptimSettings) -> dict[int, _Rule]:
+    """The rule of each of a tower's parameters, by its id."""
+    own: TowerSettings = getattr(settings, name, TowerSettings())
+    peak = 1.0 if own.lr is None else own.lr / settings.lr
+    decays = 1.0 if own.weight_decay is None or not settings.weight_decay else own.weight_decay / settings.weight_decay
+    setting, layer_decay = "optim.layer_decay", settings.layer_decay
+    if own.layer_decay is not None:
+        setting, layer_decay = f"optim.{name}.layer_decay", own.layer_decay
+    scales = _lr_scales(tower, layer_decay, setting)
+    layered: Any = tower.layered
+    inside = {id(parameter): inner for inner, parameter in layered.named_parameters()}
+    listed = layered.no_weight_decay() if hasattr(layered, "no_weight_decay") else ()
+    exempt = [pattern for pattern in listed if not pattern.endswith("relative_position_bias_table")]
+    rules = {}
+    for outer, parameter in tower.module.named_parameters():
+        inner = inside.get(id(parameter), "")  # "" outside its layers
+        spared = any(fnmatch(inner, pattern) for pattern in exempt) or not _is_matrix(outer, parameter)
+        rules[id(parameter)] = _Rule(peak * scales.get(inner, 1.0), 0.0 if spared else decays)
+    return rules
+
+
+def _lr_scales(tower: Tower, layer_decay: float, setting: str) -> dict[str, float]:
+    """Scale of each of the layered part's parameters that lies below the top."""
     from timm.models._manipulate import group_with_matcher
 
     if layer_decay == 1:
         return {}
-    if not hasattr(trunk, "group_matcher"):
-        raise UserError(f"optim.layer_decay={layer_decay}: {type(trunk).__name__} does not say its layers; set it to 1")
+    if tower.layers is None:
+        raise UserError(f"{setting}={layer_decay}: {type(tower.layered).__name__} does not say its layers; set it to 1")
     # No matcher knows the name "top", so it shows which layer id timm gives to what stands above all layers.
-    names = [name for name, _ in trunk.named_parameters() if not name.startswith(TOP)] + ["top"]
-    layers = group_with_matcher(((name, None) for name in names), trunk.group_matcher(coarse=False), reverse=True)
+    names = [name for name, _ in tower.layered.named_parameters() if not name.startswith(TOP)] + ["top"]
+    layers = group_with_matcher(((name, None) for name in names), tower.layers, reverse=True)
     return {name: layer_decay ** (layers["top"] - layer) for name, layer in layers.items() if name != "top"}

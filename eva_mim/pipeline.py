@@ -25,7 +25,10 @@ from eva_mim.config import Settings, UserError, override, parse, read_yaml
 from eva_mim.recipe import Recipe
 from eva_mim.registry import PROGRAMS, lookup
 
-RESERVED = {"data", "run", "optim", "student", "teacher", "mask", "objective", "evaluate", "view", "mix", "init_from", "hand_over"}
+RESERVED = {
+    "data", "run", "optim", "student", "teacher", "mask", "objective", "contrastive", "evaluate", "view", "mix", "init_from",
+    "hand_over",
+}
 """Sections of recipes: a stage of such a name could not be told from a setting in an override."""
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from eva_mim.config import Settings
 from eva_mim.data import DataSettings
 from eva_mim.engine import RunSettings
-from eva_mim.optim import OptimSettings
+from eva_mim.optim import OptimSettings, check_sharding
 
 RUNTIME = {
     "run": ["log_every", "checkpoint_every", "keep_last", "max_rewinds", "device"],
     "data": ["workers", "expected"],
+    "contrastive": ["chunk"],
 }
 """Settings that no result depends on: a run may be resumed with other values."""
 
@@ -43,6 +46,11 @@ class Recipe(Settings):
     data: DataSettings
     run: RunSettings
     optim: OptimSettings
+
+    @model_validator(mode="after")
+    def _optimizer_sees_whole_tensors(self) -> Recipe:
+        check_sharding(self.optim, self.run.zero_stage)
+        return self
 
     def parents(self) -> dict[str, Path]:
         """Setting -> file or folder that this stage's result depends on."""

@@ -1,4 +1,4 @@
-"""`eva-mim evaluate OUT`: measure a run's newest checkpoint again and compare with what the run recorded."""
+"""`eva-mim evaluate`: measure a run's newest checkpoint again, or a finished classifier on ImageNet and its variants."""
 
 from __future__ import annotations
 
@@ -13,25 +13,72 @@ CLOSE = 1e-6
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="eva-mim evaluate",
-        description="Measure the newest checkpoint of a run again. Start it with as many processes as the run (torchrun ... "
-        "-m eva_mim.cli evaluate OUT).",
-    )
-    parser.add_argument("out", type=Path, help="folder of the run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change, such as data.root=/elsewhere")
-    arguments = parser.parse_intermixed_args(argv)
+    parser = _parser()
+    options = parser.parse_intermixed_args(argv)
+    if not options.on and (options.classes or options.csv or options.precision or options.batch):
+        parser.error("--classes, --csv, --precision and --batch go with --on; a run's own settings are given as a.b=c")
     from eva_mim.program import guard
 
-    def work() -> None:
-        from eva_mim.distributed import is_main
-        from eva_mim.stage import evaluate_stage
+    return guard(lambda: on_sets(options) if options.on else again(options.checkpoint, options.overrides))
 
-        now, before = evaluate_stage(arguments.out, arguments.overrides)
-        if is_main():
-            sys.stdout.write(table(now, before))
 
-    return guard(work)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eva-mim evaluate",
+        description="Without --on: measure the newest checkpoint of a run again, and compare with its record; start it with as "
+        "many processes as the run (torchrun ... -m eva_mim.cli evaluate OUT). With --on: accuracy of a finished classifier on "
+        "other images, on any number of processes.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of a run; with --on of a finished stage, its ema, or of what "
+                        "eva-mim convert --to hf wrote")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="without --on: settings, such as data.root=/elsewhere")
+    parser.add_argument("--on", "--data", action="append", metavar="[SET=]FOLDER", help="SET: val (a folder a class; or no "
+                        "SET=), real, v2, a, r, sketch, objectnet, objectnet-first; may be given several times")
+    parser.add_argument("--classes", metavar="LAYOUT|FILE", help="class list of a head that does not name its classes")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write figures of each class")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: that of the run")
+    parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
+    return parser
+
+
+def again(out: Path, overrides: Sequence[str]) -> None:
+    """Measure a run's newest checkpoint with its own data. Raises UserError."""
+    from eva_mim.distributed import is_main
+    from eva_mim.stage import evaluate_stage
+
+    now, before = evaluate_stage(out, overrides)
+    if is_main():
+        sys.stdout.write(table(now, before))
+
+
+def on_sets(options: argparse.Namespace) -> None:
+    """Measure a finished classifier on the test sets of `--on`, once all their folders are right. Raises UserError."""
+    from eva_mim import accuracy
+    from eva_mim.config import UserError
+    from eva_mim.distributed import is_main, pick_device, setup
+    from eva_mim.files import write_text
+    from eva_mim.variants import columns, open_variant
+
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: settings are those of a run with its own data; leave --on out")
+    model = accuracy.Finished(options.checkpoint, options.classes)
+    device = pick_device("auto")
+    setup(device)
+    variants = []
+    for given in options.on:
+        name, folder = given.split("=", 1) if "=" in given else ("val", given)
+        variants.append(open_variant(name, Path(folder), model.classes))
+        columns(variants[-1], model.classes)
+    found = [
+        accuracy.measure(model, variant, device, precision=options.precision or model.precision,
+                         batch=options.batch or model.batch, workers=options.workers)
+        for variant in variants
+    ]
+    if is_main():
+        sys.stdout.write(accuracy.as_table(found))
+        if options.csv:
+            write_text(options.csv, accuracy.as_csv(found))
 
 
 def table(now: dict[str, float], before: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ SOURCES = {
     "scenes": "eva_mim.data.scenes:open_scenes",
     "folder": "eva_mim.data.folder:open_folder",
     "shards": "eva_mim.data.shards:open_shards",
+    "list": "eva_mim.data.lists:open_list",
 }
 TEACHERS = {
     "open_clip": "eva_mim.teachers.open_clip:open_clip_teacher",

@@ -25,6 +25,7 @@ from eva_mim.engine import build_engine
 from eva_mim.files import sha256, write_json, write_text
 from eva_mim.handover import LINEAGE, WEIGHTS, content_hash, read_record
 from eva_mim.kernels import choose_kernels
+from eva_mim.labels import class_hash, describe
 from eva_mim.log import duration, say, seconds_at_work
 from eva_mim.loop import Loop, Parts
 from eva_mim.recipe import Recipe
@@ -93,17 +94,20 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
     device, built = prepare(recipe, build)
+    begun = _record(plan, built)
+    if has_checkpoint(out):
+        _same_classes(out, record, built)
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
-        write_json(out / LINEAGE, _record(plan))
+        write_json(out / LINEAGE, begun)
     barrier()
     student = built.parts.task.student
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
     say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
         f"{recipe.run.engine}, {recipe.run.precision}")
     if built.seeded is not None:
-        say(f"  seeded from {recipe.init_from}: {built.seeded}")
+        say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
     before = built.teacher.fingerprint() if built.teacher else None
     engine = build_engine(student, recipe.run, recipe.optim, device)
     trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()
@@ -114,7 +118,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
         built.export(out, weights)
         if trained.ema is not None:
             built.export(_subfolder(out, "ema"), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
-        record = _record(plan) | {
+        record = begun | {
             "finished": True,
             "headline": built.parts.evaluator.headline,
             "metrics": trained.metrics,
@@ -145,6 +149,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     program = lookup(PROGRAMS, record["program"], "lineage.program")
     recipe = parse(program.StageRecipe, override(read_yaml(out / SETTINGS), overrides), str(out / SETTINGS))
     device, built = prepare(recipe, program.build)
+    _same_classes(out, record, built)
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
     return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
 
@@ -169,7 +174,14 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _record(plan: Plan) -> dict[str, Any]:
+def _same_classes(out: Path, record: dict[str, Any], built: Built) -> None:
+    """Raise UserError where the data has another class list than the run began with: a head must not meet it unseen."""
+    begun = record.get("classes_sha256")
+    if begun and built.classes and begun != class_hash(built.classes):
+        raise UserError(f"{out} was begun with another list of classes; the data now has {describe(built.classes)}")
+
+
+def _record(plan: Plan, built: Built) -> dict[str, Any]:
     return {
         "program": plan.program,
         "identity": plan.identity,
@@ -178,6 +190,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "parents": plan.parents,
         "versions": {"eva_mim": eva_mim.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "processes": world_size(),
+        "classes_sha256": class_hash(built.classes) if built.classes else None,
     }
 
 

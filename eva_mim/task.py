@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Grid, StepOutput, Teacher
+from eva_mim.contracts import Batch, Grid, StepOutput, Task, Teacher, WholeStep
 from eva_mim.objectives import MixSettings
 from eva_mim.phases import phase
 
 Objective = Callable[..., StepOutput]
 
 
-class MaskedFeatures:
+class MaskedFeatures(Task):
     """The student predicts the teacher's features of the patches that it does not see."""
 
     def __init__(self, student: nn.Module, teacher: Teacher, objective: Objective):
@@ -63,22 +64,57 @@ def check_grids(grid: Grid, image_size: int, teacher: Teacher) -> None:
         )
 
 
-class ImageText:
-    """Both towers learn to find each other's half of a pair."""
+class ImageText(Task):
+    """Both towers learn to find each other's half of a pair, among the pairs of the global batch."""
 
     def __init__(self, student: nn.Module, objective: Objective):
         self.student, self.objective = student, objective
 
-    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
-        """Mean of both cross entropies."""
+    def prepare(self, student: Callable[..., Any], batches: list[Batch]) -> list[Batch]:
+        """With several micro-batches, a first pass without gradients says the features of all. The loss and its gradient by
+        these features are computed once; each micro-batch then passes its part back (GradCache, Gao et al. 2021)."""
+        if len(batches) == 1:
+            return batches
         with phase("student"):
-            return self.objective(*student(batch.images, batch.texts))
+            image, text, *scalars = zip(*self._first_pass(student, batches), strict=True)
+            said = [torch.cat(image), torch.cat(text), *(same[0] for same in scalars)]
+            leaves = [tensor.detach().float().requires_grad_() for tensor in said]
+            with torch.autocast(leaves[0].device.type, enabled=False):
+                loss, metrics = self.objective(*leaves)
+                by_image, by_text, *by_scalars = torch.autograd.grad(loss, leaves)
+        # The engines take the mean over micro-batches. A row of features is in one of them, a scalar in each.
+        count = len(batches)
+        rows = zip(batches, (by_image * count).chunk(count), (by_text * count).chunk(count), strict=True)
+        whole = StepOutput(loss.detach(), metrics)
+        return [replace(batch, whole=WholeStep(whole, (image, text, *by_scalars))) for batch, image, text in rows]
+
+    @torch.no_grad()
+    def _first_pass(self, student: Callable[..., Any], batches: list[Batch]) -> list[tuple[Tensor, ...]]:
+        """What the student says of each micro-batch. The second pass draws the same random numbers, and moves what buffers
+        hold (running means of batch norms)."""
+        device = batches[0].images.device
+        before = [buffer.clone() for buffer in self.student.buffers()]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            said = [student(batch.images, batch.texts) for batch in batches]
+        for buffer, old in zip(self.student.buffers(), before, strict=True):
+            buffer.copy_(old)
+        return said
+
+    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+        """The contrastive loss of this pass, or its part of the whole step's: then the value is the whole step's."""
+        with phase("student"):
+            said = student(batch.images, batch.texts)
+            if batch.whole is None:
+                return self.objective(*said)
+            (loss, metrics), gradients = batch.whole
+            inner = sum((one.float() * gradient).sum() for one, gradient in zip(said, gradients, strict=True))
+            return StepOutput(loss + (inner - inner.detach()), metrics)
 
     def terms(self, batch: Batch) -> None:
         """Every batch has the same size."""
 
 
-class Labels:
+class Labels(Task):
     """Cross entropy with label smoothing; with mixup or cutmix against soft labels."""
 
     def __init__(self, student: nn.Module, classes: int, settings: MixSettings):

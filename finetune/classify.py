@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import model_validator
+
 from eva_mim.data import ViewSettings
 from eva_mim.objectives import MixSettings
 from eva_mim.program import leave, run_program
@@ -30,6 +32,12 @@ class StageRecipe(Recipe):
     mix: MixSettings = MixSettings()
     view: ViewSettings = ViewSettings()
 
+    @model_validator(mode="after")
+    def _rows_have_a_parent(self) -> StageRecipe:
+        if self.student.head_rows != "new" and self.init_from is None:
+            raise ValueError(f"student.head_rows={self.student.head_rows} needs init_from, a checkpoint with a head")
+        return self
+
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Classifier, data and evaluator of a recipe."""
@@ -47,6 +55,8 @@ def build_classifier(
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate import ClassifierEvaluator
     from eva_mim.export import grid_of, write_timm
+    from eva_mim.handover import read_parent
+    from eva_mim.heads import seed_head
     from eva_mim.loop import Parts
     from eva_mim.stage import Built
     from eva_mim.task import Labels
@@ -62,6 +72,9 @@ def build_classifier(
         pool = recipe.student.global_pool
         write_timm(out, student.trunk, recipe.student, student.timm_weights(weights), classes=classes, global_pool=pool)
 
+    seeded = seed_from(recipe, student.trunk, classes)
+    if seeded is not None and recipe.init_from is not None and recipe.student.head_rows != "new":
+        seed_head(student.trunk, read_parent(recipe.init_from, recipe.hand_over), recipe.student, classes, seeded)
     train = train_loader(recipe, splits.train, sizes, recipe.view)
     evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes), device)
     return Built(
@@ -69,7 +82,7 @@ def build_classifier(
         export,
         classes=classes,
         grid=grid_of(student.trunk),
-        seeded=seed_from(recipe, student.trunk, classes),
+        seeded=seeded,
     )
 
 

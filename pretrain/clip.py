@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
+from eva_mim.objectives import ContrastiveSettings
 from eva_mim.program import leave, run_program
 from eva_mim.recipe import Recipe
 from eva_mim.students import ClipSettings
@@ -27,18 +28,14 @@ class StageRecipe(Recipe):
     """Settings of the CLIP stage."""
 
     student: ClipSettings
+    contrastive: ContrastiveSettings = ContrastiveSettings()
     view: ViewSettings = ViewSettings(crop_scale=(0.9, 1.0), flip=0.0)
 
     @model_validator(mode="after")
-    def _one_micro_batch(self) -> StageRecipe:
-        from eva_mim.distributed import world_size
-
-        micro = self.run.micro_batch
-        if micro is not None and micro * world_size() != self.run.global_batch:
-            raise ValueError(
-                f"run.micro_batch={micro} x {world_size()} processes is not run.global_batch={self.run.global_batch}: "
-                "accumulating would change the contrastive loss, whose negatives are the whole batch; leave micro_batch out"
-            )
+    def _sigmoid_has_a_bias(self) -> StageRecipe:
+        if self.contrastive.kind == "siglip" and self.student.init_logit_bias is None:
+            raise ValueError("contrastive.kind=siglip needs a logit bias; set student.init_logit_bias (SigLIP: -10, with "
+                             "student.init_logit_scale=2.3026, which is ln 10)")
         return self
 
     def parents(self) -> dict[str, Path]:
@@ -52,6 +49,7 @@ class StageRecipe(Recipe):
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Towers, data and evaluator of a recipe."""
     from eva_mim.assemble import eval_loader, seed_from, train_loader
+    from eva_mim.convert.report import KeyReport
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate import ClipEvaluator
     from eva_mim.export import grid_of, part, unpooled, write_timm
@@ -85,8 +83,10 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     if seeded is not None:
         for name in student.model.visual.head.state_dict():
             seeded.note(seeded.new, f"visual.head.{name}", "the projection into the shared space")
+    if student.text_report is not None:
+        seeded = (seeded or KeyReport()).beside(KeyReport(**student.text_report))
     return Built(
-        Parts(ImageText(student, Contrastive()), train, evaluator, recipe.data.max_broken),
+        Parts(ImageText(student, Contrastive(recipe.contrastive)), train, evaluator, recipe.data.max_broken),
         export,
         classes=splits.train.classes,
         grid=grid_of(student.trunk),

@@ -91,7 +91,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         task,
         eval_loader(recipe, splits.val, sizes, mask=mask, limit=recipe.evaluate.images),
         eval_loader(recipe, splits.train, sizes[:1], limit=recipe.evaluate.bank),
-        labelled=splits.val.classes is not None,
+        labelled=splits.val.classes is not None and splits.train.classes is not None,
         device=device,
     )
 

@@ -96,8 +96,8 @@ def test_cross_field_rules_say_what_to_set() -> None:
     (line,) = mistakes(MimRecipe, minimal(data={"source": "scenes", "templates": ["no name"]}))
     assert "'no name'" in line
     clip = {name: value for name, value in minimal().items() if name != "teacher"}
-    (line,) = mistakes(ClipRecipe, clip | {"run": {"epochs": 1, "global_batch": 8, "micro_batch": 4}})
-    assert "leave micro_batch out" in line
+    (line,) = mistakes(ClipRecipe, clip | {"contrastive": {"kind": "siglip"}})
+    assert "contrastive.kind=siglip needs a logit bias; set student.init_logit_bias" in line
     (line,) = mistakes(ProbeRecipe, clip)
     assert "init_from must be given" in line
 

@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,16 @@ from eva_mim.evaluate import (
     ClassifierEvaluator,
     ClipEvaluator,
     MaskedFeatureEvaluator,
-    retrieval,
+    by_rank,
 )
-from eva_mim.features import CHUNK, knn_accuracy, ridge_accuracy
+from eva_mim.features import knn_accuracy, ridge_accuracy
 from eva_mim.objectives.masked import masked_cosine
 from eva_mim.students import ClipSettings, MaskedSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.task import MaskedFeatures
 from eva_mim.teachers import TeacherSettings, build_teacher
+from tests.test_retrieval import loop_recall
 
 CPU = torch.device("cpu")
 
@@ -48,6 +50,7 @@ def batches(*, masked: bool = False, texts: Tensor | None = None, sizes: tuple[i
                 target_index=mask.flatten().nonzero()[:, 0] if mask is not None else None,
                 labels=torch.randint(0, 3, (size,), generator=generator),
                 texts=texts[first : first + size] if texts is not None else None,
+                text_owner=torch.arange(size) if texts is not None else None,
             )
         )
         first += size
@@ -92,29 +95,6 @@ def test_knn_weighs_near_neighbours_more() -> None:
 # ---- retrieval and zero-shot
 
 
-def brute_retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
-    """Rank everything by numpy, then look."""
-    scores = image.numpy().astype(np.float64) @ text.numpy().astype(np.float64).T
-    result = {}
-    for k in ks:
-        there = [int(owner[i]) in np.argsort(-scores[i])[:k] for i in range(len(image))]
-        back = [any(int(owner[i]) == t for i in np.argsort(-scores[:, t])[:k]) for t in range(len(text))]
-        result[f"image_to_text_r{k}"] = 100 * float(np.mean(there))
-        result[f"text_to_image_r{k}"] = 100 * float(np.mean(back))
-    return result
-
-
-@pytest.mark.parametrize(("images", "texts"), [(30, 30), (30, 12), (4, 3), (CHUNK + 50, CHUNK + 20)])
-def test_retrieval_is_brute_force(images: int, texts: int) -> None:
-    """Several images may share a text; the largest case crosses a chunk in both directions."""
-    owner = torch.randperm(images, generator=torch.Generator().manual_seed(1)) % texts
-    text = unit(texts, 8, 2)
-    image = F.normalize(text[owner] + 0.9 * unit(images, 8, 3), dim=-1)
-    found = retrieval(image, text, owner)
-    assert found == pytest.approx(brute_retrieval(image, text, owner, (1, 5)))
-    assert min(images, texts) < 5 or found["image_to_text_r1"] < found["image_to_text_r5"]
-
-
 def tiny_clip() -> ClipStudent:
     """Random weights; 32 px."""
     torch.manual_seed(0)
@@ -143,12 +123,103 @@ def test_clip_figures_are_those_of_a_loop() -> None:
     )
     assert found["zeroshot_top1"] == pytest.approx(100 * right / 9)
 
+    scores = image @ torch.cat([F.normalize(student.model.encode_text(tokenize([c])), dim=-1) for c in dict.fromkeys(captions)]).T
     distinct = list(dict.fromkeys(captions))
-    text = torch.cat([student.encode_text(tokenize([caption])) for caption in distinct])
-    owner = torch.tensor([distinct.index(caption) for caption in captions])
-    expected = brute_retrieval(image, text, owner, (1, 5))
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    pairs = {(row, distinct.index(caption)) for row, caption in enumerate(captions)}
+    for k in (1, 5, 10):
+        assert found[f"image_to_text_r{k}"] == pytest.approx(loop_recall(scores, pairs, k))
+        assert found[f"text_to_image_r{k}"] == pytest.approx(loop_recall(scores.T, {(t, i) for i, t in pairs}, k))
     assert image.norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_all_captions_of_an_image_count_whatever_the_order_of_the_images() -> None:
+    """Images come out of order, as from several ranks, each with another number of captions, some of them shared."""
+    student = tiny_clip()
+    tokenize = student.tokenizer()
+    generator = torch.Generator().manual_seed(5)
+    said = {4: ["a", "b"], 0: ["c"], 3: ["d", "a", "e"], 1: ["f"], 2: ["g", "g", "h"]}
+    pixels = {index: torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8) for index in said}
+    val = [
+        Batch(
+            index=torch.tensor(part),
+            images=torch.stack([pixels[index] for index in part]),
+            texts=tokenize([text for index in part for text in said[index]]),
+            text_owner=torch.tensor([row for row, index in enumerate(part) for _ in said[index]]),
+        )
+        for part in ([4, 0], [3, 1, 2])
+    ]
+    found = ClipEvaluator(val, tokenize=tokenize, classes=None, templates=("{}",), device=CPU)(student, nullcontext)
+    image = student.encode_image(torch.stack([pixels[index] for index in range(5)]))
+    scores = image @ student.encode_text(tokenize(list("abcdefgh"))).T
+    pairs = {(index, "abcdefgh".index(text)) for index, texts in said.items() for text in texts}
+    for k in (1, 5):
+        assert found[f"image_to_text_r{k}"] == pytest.approx(loop_recall(scores, pairs, k))
+        assert found[f"text_to_image_r{k}"] == pytest.approx(loop_recall(scores.T, {(t, i) for i, t in pairs}, k))
+
+
+class Codes:
+    """Stands for a CLIP student: a text's features are its first two tokens, an image's its first two pixels."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def encode_text(self, texts: Tensor) -> Tensor:
+        self.sizes.append(len(texts))
+        return F.normalize(texts[:, :2].float(), dim=-1)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return F.normalize(images.flatten(1)[:, :2].float(), dim=-1)
+
+
+def test_openai_templates_make_eighty_prompts_a_class_in_bounded_chunks() -> None:
+    """Seven classes: 560 prompts, never more than 256 at once. The features are the mean over open_clip's own templates."""
+    seen: list[str] = []
+
+    def tokenize(texts: list[str]) -> Tensor:
+        seen.extend(texts)
+        return torch.tensor([[len(text), sum(map(ord, text)) % 97] for text in texts])
+
+    classes = [f"thing {number}" * (number + 1) for number in range(7)]
+    images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    labels = torch.tensor([0, 3, 6])
+    batch = Batch(torch.arange(3), images, labels=labels, texts=torch.arange(1, 7).view(3, 2), text_owner=torch.arange(3))
+    student = Codes()
+    found = ClipEvaluator([batch], tokenize=tokenize, classes=classes, templates="openai", device=CPU)(student, nullcontext)
+    expected = [make(name) for name in classes for make in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert seen == expected
+    assert len(expected) == 560
+    assert max(student.sizes) <= 256
+    weights = []
+    for name in classes:
+        rows = [F.normalize(tokenize([make(name)])[0].float(), dim=0) for make in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        weights.append(F.normalize(torch.stack(rows).mean(0), dim=0))
+    scores = student.encode_image(images) @ torch.stack(weights).T
+    ranks = [int((row > row[label]).sum()) for row, label in zip(scores, labels, strict=True)]
+    assert found["zeroshot_top1"] == pytest.approx(100 * sum(r < 1 for r in ranks) / 3)
+    assert found["zeroshot_top5"] == pytest.approx(100 * sum(r < 5 for r in ranks) / 3)
+
+
+@pytest.mark.parametrize(("world", "groups"), [(1, 3), (2, 5), (3, 4), (4, 2)])
+def test_rows_shared_among_ranks_come_back_in_order(monkeypatch: pytest.MonkeyPatch, world: int, groups: int) -> None:
+    """Groups of 1, 2, 3, ... members; with four ranks and two groups two ranks have nothing to do."""
+    cut = [[10 * group + member for member in range(group + 1)] for group in range(groups)]
+    done: list[Tensor] = []
+    for rank in range(world):
+        monkeypatch.setattr("eva_mim.evaluate.world_size", lambda: world)
+        monkeypatch.setattr("eva_mim.evaluate.rank", lambda rank=rank: rank)
+        sent: list[Tensor] = []
+
+        def all_gather(rows: Tensor, sent: list[Tensor] = sent, rank: int = rank) -> Tensor:
+            sent.append(rows)
+            others = [value for other in range(world) for group in cut[other::world] for value in group]
+            return torch.tensor(others).float().view(-1, 1)
+
+        monkeypatch.setattr("eva_mim.evaluate.all_gather_rows", all_gather)
+        result = by_rank(cut, lambda group: torch.tensor(group).float().view(-1, 1))
+        assert result[:, 0].tolist() == [value for group in cut for value in group]
+        done += sent
+    assert sorted(torch.cat(done)[:, 0].tolist()) == sorted(value for group in cut for value in group)  # each by one rank
 
 
 def test_without_classes_there_is_no_zero_shot() -> None:

@@ -153,6 +153,17 @@ def test_the_head_is_kept_for_the_same_classes_and_new_for_others(tmp_path: Path
         assert torch.equal(state["blocks.3.mlp.fc2.weight"], parent.state_dict()["blocks.3.mlp.fc2.weight"])
 
 
+def test_a_converted_classifier_knows_its_classes(tmp_path: Path) -> None:
+    """Without a record of ours, from timm's config.json."""
+    parent = trunk(1, global_pool="avg", num_classes=3)
+    folder = write_stage(tmp_path / "parent", parent)
+    (folder / "lineage.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_nano_patch4_32", "label_names": list(CLASSES)}))
+    report, state = seed(trunk(2, global_pool="avg", num_classes=3), folder, CLASSES)
+    assert torch.equal(state["head.weight"], parent.state_dict()["head.weight"])
+    assert not report.new
+
+
 def test_a_convolutional_head_is_found_by_its_own_name(tmp_path: Path) -> None:
     parent = trunk(1, "convnet_nano_32", num_classes=3)
     folder = write_stage(tmp_path / "parent", parent, classes=list(CLASSES))

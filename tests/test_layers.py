@@ -16,16 +16,16 @@ WORDS, PARTS, STEP, RUN, PROGRAMS = range(5)
 LAYERS = {
     **dict.fromkeys(
         ["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels", "phases", "features",
-         "kernels"], WORDS
+         "kernels", "labels", "retrieval"], WORDS
     ),
     **dict.fromkeys(["data", "students", "teachers", "objectives"], PARTS),
     **dict.fromkeys(["task", "optim"], STEP),
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
-         "program", "recipe", "meter", "stability", "diagnose", "dump", "convert"],
+         "program", "recipe", "meter", "stability", "diagnose", "dump", "convert", "heads", "variants", "accuracy"],
         RUN,
     ),
-    **dict.fromkeys(["cli", "teacher_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),
+    **dict.fromkeys(["cli", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),
 }
 """First part of the module name below eva_mim -> layer: a file imports from its own layer and from lower ones."""
 ARCHITECTURES = "eva_mim.students.small"
@@ -34,6 +34,7 @@ LIBRARIES = {
     "deepspeed": {"eva_mim.engine.deepspeed"},
     "open_clip": {
         "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive", "eva_mim.convert.architecture",
+        "eva_mim.data.names",
     },
 }
 FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path in (REPOSITORY / package).rglob("*.py"))
@@ -41,7 +42,8 @@ LIGHT = [
     "eva_mim.cli", "eva_mim.pipeline", "eva_mim.program", "eva_mim.recipe", "eva_mim.registry", "eva_mim.config",
     "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
     "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.teacher_check", "eva_mim.reevaluate",
-    "eva_mim.replay", "eva_mim.convert.inspect", "eva_mim.convert.reading", "eva_mim.convert.command",
+    "eva_mim.replay", "eva_mim.labels", "eva_mim.label_check", "eva_mim.convert.inspect", "eva_mim.convert.reading",
+    "eva_mim.convert.command",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.numpy import load_file
 from timm.models.beit import Beit
@@ -16,10 +17,13 @@ from timm.models.eva import Eva
 from torch import nn
 
 from eva_mim.config import UserError
-from eva_mim.optim import OptimSettings, Rates, lr_at, parameter_groups, rates_at
-from eva_mim.students import ClassifierSettings, MaskedSettings
+from eva_mim.engine.step import set_rates
+from eva_mim.optim import OptimSettings, Rates, TowerSettings, check_sharding, lr_at, parameter_groups, rates_at
+from eva_mim.students import ClassifierSettings, MaskedSettings, Tower
 from eva_mim.students.classifier import Classifier
+from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
+from tests.students.tiny_towers import clip_settings
 
 EVA = {"warmup": "inclusive"}
 G = {"lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 2}
@@ -245,3 +249,106 @@ def test_biases_and_listed_parameters_of_any_shape_do_not_decay() -> None:
 def test_layer_decay_needs_known_layers() -> None:
     with pytest.raises(UserError, match=r"optim\.layer_decay=0\.5: Flat does not say its layers"):
         parameter_groups(Student(Flat(), pretraining=False), OptimSettings(lr=1.0, layer_decay=0.5))
+
+
+# ---- towers
+
+
+def eva_clips_name(name: str) -> str:
+    name = name.removeprefix("model.").replace("visual.trunk.", "visual.").replace("visual.head.proj.", "visual.head.")
+    for ours, theirs in {"attn.norm.": "attn.inner_attn_ln.", **RENAMED["eva02_b"]}.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_groups_of_both_towers_are_eva_clips(shared: Path) -> None:
+    """3 image blocks, 2 text blocks: group, rate and weight decay of every parameter."""
+    golden = json.loads((shared / "golden" / "param_groups.json").read_text())["cases"]["eva02_clip"]
+    made = golden["args"]
+    settings = OptimSettings(
+        lr=made["lr"], weight_decay=made["wd"],
+        image=TowerSettings(lr=made["visual_lr"], layer_decay=made["visual_ld"], weight_decay=made["visual_wd"]),
+        text=TowerSettings(lr=made["text_lr"], layer_decay=made["text_ld"], weight_decay=made["text_wd"]),
+    )  # fmt: skip
+    student = ClipStudent(clip_settings("eva02_of_tests", proj_bias=True))
+    groups = parameter_groups(student, settings)
+    assert len(groups) == golden["n_groups"]
+    found = {eva_clips_name(name): group for name, group in by_name(student, groups).items()}
+    assert found.keys() == golden["parameters"].keys()
+    towers = student.towers()
+    for name, wanted in golden["parameters"].items():
+        assert found[name]["lr_scale"] * settings.lr == pytest.approx(wanted["lr"] * wanted["lr_scale"], rel=1e-12), name
+        assert found[name]["weight_decay"] == pytest.approx(wanted["weight_decay"], rel=1e-12), name
+        assert wanted["group"] == name.partition(".")[0] or name == "logit_scale"
+    inside = [parameter for tower in towers.values() for parameter in tower.module.parameters()]
+    assert {id(p) for p in student.parameters()} - {id(p) for p in inside} == {id(student.model.logit_scale)}
+
+
+def test_a_tower_without_own_values_has_the_general_ones() -> None:
+    student = ClipStudent(clip_settings())
+    general = by_name(student, parameter_groups(student, OptimSettings(lr=1.0, layer_decay=0.5)))
+    told = TowerSettings(lr=1.0, layer_decay=0.5, weight_decay=0.05)
+    both = by_name(student, parameter_groups(student, OptimSettings(lr=1.0, image=told, text=told)))
+    assert {name: group["lr_scale"] for name, group in general.items()} == {name: g["lr_scale"] for name, g in both.items()}
+    scales = {name.removeprefix("model."): group["lr_scale"] for name, group in general.items()}
+    assert scales["text.token_embedding.weight"] == scales["visual.trunk.pos_embed"] == 2**-3
+    assert scales["text.transformer.resblocks.1.ln_1.bias"] == scales["visual.trunk.blocks.1.norm1.bias"] == 2**-1
+    assert scales["logit_scale"] == scales["visual.head.proj.weight"] == scales["text.text_projection"] == 1
+    assert general["model.text.positional_embedding"]["weight_decay"] == 0  # a matrix
+    assert general["model.text.token_embedding.weight"]["weight_decay"] == 0.05
+
+
+def test_the_schedule_multiplies_every_towers_rates() -> None:
+    common: dict[str, Any] = {"warmup_steps": 3, "weight_decay": 0.1, "weight_decay_end": 0.4}
+    settings = OptimSettings(
+        lr=1e-3, min_lr=1e-4, text=TowerSettings(lr=2e-4, layer_decay=0.5, weight_decay=0.05), **common
+    )
+    student = ClipStudent(clip_settings())
+    groups = parameter_groups(student, settings)
+    of = by_name(student, groups)
+    text = OptimSettings(lr=2e-4, min_lr=2e-5, **common | {"weight_decay": 0.05, "weight_decay_end": 0.2})
+    for step in (0, 2, 3, 7, 19):
+        set_rates(groups, rates_at(step, settings, steps_per_epoch=10, epochs=2))
+        wanted = [rates_at(step, one, steps_per_epoch=10, epochs=2) for one in (text, settings)]
+        projection, table = of["model.text.text_projection"], of["model.text.token_embedding.weight"]
+        assert (projection["lr"], projection["weight_decay"]) == pytest.approx(wanted[0], rel=1e-12)
+        assert table["lr"] == pytest.approx(wanted[0].lr / 8, rel=1e-12)
+        head, scale = of["model.visual.head.proj.weight"], of["model.logit_scale"]
+        assert (head["lr"], head["weight_decay"]) == pytest.approx(wanted[1], rel=1e-12)
+        assert (scale["lr"], scale["weight_decay"]) == pytest.approx((wanted[1].lr, 0.0), rel=1e-12)
+
+
+def test_vitamins_stem_is_its_lowest_layer() -> None:
+    with torch.device("meta"):
+        trunk = timm.create_model("vitamin_small_224", num_classes=0)
+    student = Student(trunk, pretraining=False)
+    found = by_name(student, parameter_groups(student, OptimSettings(lr=1.0, layer_decay=0.9)))
+    scales = {name: group["lr_scale"] for name, group in found.items()}
+    stem = {scale for name, scale in scales.items() if name.startswith(("trunk.patch_embed.", "trunk.pos_embed"))}
+    assert list(stem) == pytest.approx([0.9**15])
+    for block in range(14):
+        assert scales[f"trunk.blocks.{block}.attn.qkv.weight"] == pytest.approx(0.9 ** (14 - block)), block
+    assert scales["trunk.fc_norm.weight"] == 1
+
+
+def test_mistakes_in_the_settings_of_towers() -> None:
+    masked = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 8)
+    with pytest.raises(UserError, match=r"optim\.text: this student has no text tower"):
+        parameter_groups(masked, OptimSettings(lr=1.0, text=TowerSettings(lr=0.1)))
+    with pytest.raises(ValueError, match=r"optim\.image\.weight_decay=0\.1 follows the schedule of optim\.weight_decay"):
+        OptimSettings(lr=1.0, weight_decay=0.0, image=TowerSettings(weight_decay=0.1))
+    student = Student(Flat(), pretraining=False)
+    student.towers = lambda: {"text": Tower(student.trunk, student.trunk, None)}  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"optim\.text\.layer_decay=0\.5: Flat does not say its layers"):
+        parameter_groups(student, OptimSettings(lr=1.0, text=TowerSettings(layer_decay=0.5)))
+
+
+def test_lamb_is_refused_where_tensors_are_cut_up() -> None:
+    lamb = OptimSettings(lr=1.0, optimizer="lamb")
+    for stage in (1, 2, 3):
+        check_sharding(OptimSettings(lr=1.0), stage)
+        with pytest.raises(UserError, match=rf"run\.zero_stage={stage} cuts up; set run\.zero_stage=0"):
+            check_sharding(lamb, stage)
+    check_sharding(lamb, 0)
+    with pytest.raises(ValueError, match=r"optim\.lamb\.trust=\[10\.0, 1\.0\]"):
+        OptimSettings(lr=1.0, lamb={"trust": (10.0, 1.0)})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eva_mim import registry
 from eva_mim.config import UserError
 from eva_mim.contracts import Engine, Features, Sample, Source, Teacher
-from eva_mim.data import DataSettings, SceneSettings
+from eva_mim.data import ColumnSettings, DataSettings, SceneSettings
 from eva_mim.files import write_json
 from eva_mim.recipe import Recipe
 from eva_mim.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, lookup
@@ -80,7 +80,17 @@ def shards(root: Path) -> DataSettings:
     return DataSettings(source="shards", root=root, train="train-*", val="val-*", classes="classes.txt")
 
 
-MADE_SOURCES: dict[str, Callable[[Path], DataSettings]] = {"scenes": scenes, "folder": folders, "shards": shards}
+def lists(root: Path) -> DataSettings:
+    make_folder(root, {"": 9})
+    for name, numbers in (("train", range(5)), ("val", range(5, 9))):
+        rows = [f"{number:05d}.png,{'xyz'[number % 3]}" for number in numbers]
+        (root / f"{name}.csv").write_text("\n".join(["image,kind", *rows]))
+    return DataSettings(source="list", root=root, train="train.csv", val="val.csv", columns=ColumnSettings(label="kind"))
+
+
+MADE_SOURCES: dict[str, Callable[[Path], DataSettings]] = {
+    "scenes": scenes, "folder": folders, "shards": shards, "list": lists,
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)

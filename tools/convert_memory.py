@@ -89,9 +89,10 @@ def main() -> int:
         for to, file in (("timm", "timm.safetensors"), ("eva", "back.pt")):
             result = Path(home) / file
             peak, seconds, code = measured(source, result, to, model, depth)
-            ratio = peak / source.stat().st_size
+            size = source.stat().st_size
+            ratio = peak / size
             failed |= code != 0 or ratio > arguments.bound
-            lines.append(f"{f'{source.name} --to {to}':<24}{source.stat().st_size / 1e9:>6.2f} GB{peak / 1e9:>6.2f} GB{ratio:>7.2f}"
+            lines.append(f"{f'{source.name} --to {to}':<24}{size / 1e9:>6.2f} GB{peak / 1e9:>6.2f} GB{ratio:>7.2f}"
                          f"{seconds:>9.0f}{'' if code == 0 else f'  failed: exit code {code}'}")
             if code:
                 break

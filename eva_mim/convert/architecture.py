@@ -128,7 +128,7 @@ def _find_trunk(want: Wanted, name: str | None) -> Candidate:
         try:
             return fit(want, named, want.told.arguments if named == want.told.name else {})
         except UserError:
-            if not (name and "num_heads" in want.arguments):
+            if not (name and want.family and "num_heads" in want.arguments):
                 raise
     elif want.family is None:
         raise UserError("checkpoint: of no family that is known here; name its timm model with --architecture")

@@ -68,7 +68,10 @@ def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
 
     Raises UserError where its names and shapes are not exactly those of the weights.
     """
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"timm: {error}") from None
     classifier = getattr(config, "classifier", None)
     head = want.shapes.get(f"{classifier if isinstance(classifier, str) else 'head'}.weight", (0,))
     options = {"num_classes": head[0], **arguments, **want.arguments}
@@ -103,7 +106,8 @@ def _changes(want: Wanted, model: Any) -> dict[str, Any]:
     names = model.state_dict()
     if want.size and tuple(embed.img_size) != want.size:
         changes["img_size"] = side(want.size)
-    if family.patch and tuple(names["patch_embed.proj.weight"].shape[2:]) != family.patch:
+    kernel = names.get("patch_embed.proj.weight")
+    if family.patch and kernel is not None and tuple(kernel.shape[2:]) != family.patch:
         changes["patch_size"] = side(family.patch)
     if [name in want.shapes for name in NORMS] != [name in names for name in NORMS]:
         changes["global_pool"] = pool(want.shapes)

@@ -6,7 +6,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -62,10 +62,17 @@ class Options:
 def convert(src: Path, dst: Path, to: str, options: Options | None = None) -> dict[str, Any]:
     """Convert and prove; returns the record that lies beside the result.
 
-    Raises UserError, and leaves nothing behind, for a source that is not understood, a model that the format cannot hold, and a
-    result that does not say what the source says.
+    Raises UserError, and leaves nothing behind, for a source that is not understood, a model that the format cannot hold, a
+    result that does not say what the source says, and a place where nothing can be written.
     """
-    options, form = options or Options(), FORMATS[to]
+    try:
+        return _convert(src, dst, to, options or Options())
+    except OSError as error:
+        raise UserError(f"{str(error.filename or dst)[:300]}: {error.strerror}") from None
+
+
+def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
+    form = FORMATS[to]
     _check_destination(dst, to, options.overwrite)
     if dst.resolve() == src.resolve():
         raise UserError(f"{dst} is the source itself; choose another name")
@@ -101,6 +108,8 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
         raise UserError(f"{dst}: --to {to} writes a file; name it {' or '.join(f'{dst.stem}{end}' for end in form.suffixes)}")
     if not form.suffixes and dst.suffix in (".safetensors", ".pt", ".pth", ".bin", ".onnx"):
         raise UserError(f"{dst}: --to {to} writes a folder; name it {dst.with_suffix('')}")
+    if dst.is_symlink():
+        raise UserError(f"{dst} is a link; name what it points to, or another place")
     if dst.exists() and not overwrite:
         raise UserError(f"{dst} exists; add --overwrite to replace it")
     if dst.exists() and dst.is_dir() != (not form.suffixes):
@@ -112,11 +121,9 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
 @contextmanager
 def _staged(dst: Path) -> Iterator[Path]:
     """A folder beside `dst`; what is in it afterwards takes the place of `dst` and its companions, `dst` last."""
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
-    except OSError as error:
-        raise UserError(f"{dst}: cannot be written: {error.filename}: {error.strerror}") from None
+    made = [folder for folder in dst.parents if not folder.exists()]
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
     try:
         yield stage
         for item in sorted(stage.iterdir(), key=lambda item: item.name == dst.name):
@@ -126,6 +133,9 @@ def _staged(dst: Path) -> Iterator[Path]:
             item.replace(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # there is a result in it
+                folder.rmdir()
 
 
 def _model(source: Source, form: Format, options: Options) -> Model:

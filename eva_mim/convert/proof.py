@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,19 @@ def prove(
 
 def _says(model: Model, images: Path | None, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     built = streamed(model.built(), model.weights if weights is None else weights)
-    return outputs(built, *_inputs(model, images))
+    with _runs(model.architecture.name):
+        return outputs(built, *_inputs(model, images))
+
+
+@contextmanager
+def _runs(model: str) -> Iterator[None]:
+    """A configuration can make a model that holds the weights and fails on images (heads that do not divide the width)."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the model {model} cannot be run with what it was told: {str(error)[:300]}") from None
 
 
 def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +128,9 @@ def _transformers_says(
 ) -> dict[str, Tensor]:
     with unloaded():
         module = huggingface.build(config)
-    return huggingface.outputs(streamed(module, huggingface.for_module(weights, module)), images, tokens)
+    built = streamed(module, huggingface.for_module(weights, module))
+    with _runs(type(module).__name__):
+        return huggingface.outputs(built, images, tokens)
 
 
 def _aligned(one: Mapping[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -34,6 +34,10 @@ class KeyReport:
             later.loaded, self.resized + later.resized, self.new + later.new, self.ignored + later.ignored,
             self.reasons | later.reasons,
         )
+
+    def beside(self, other: KeyReport) -> KeyReport:
+        """This and another part of the same model."""
+        return replace(self.plus(other), loaded=self.loaded + other.loaded)
 
     def as_dict(self) -> dict[str, Any]:
         """For the lineage record; reasons only where there are any."""

@@ -27,42 +27,114 @@ class SceneSettings(Settings):
     """Seed of the drawings (not of the run)."""
 
 
-class DataSettings(Settings):
-    """Where images, labels and captions come from."""
+class ColumnSettings(Settings):
+    """list: which column holds what. JSONL: the names in each line."""
+
+    image: str = "image"
+    """Path of the image, relative to the list's own folder."""
+    captions: str | list[str] | None = None
+    """One or more columns with captions; a cell of JSONL or Parquet may hold several."""
+    label: str | None = None
+    """Class of the image: its name, or its number in `data.classes`."""
+
+
+class SourceSettings(Settings):
+    """Where images, labels and captions of one dataset come from, and which of its images are used."""
 
     source: str = "folder"
-    """"scenes" (built in), "folder" (class folders or a flat folder) or "shards" (.tar, .tar.gz)."""
+    """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
+    .parquet)."""
     root: Path | None = None
-    """Folder of the dataset."""
+    """Folder of the dataset. A list may name no image outside it."""
     train: str | None = None
-    """folder: sub-folder with the training images; shards: file pattern such as "train-*.tar"."""
+    """folder: sub-folder with the training images; shards: file pattern such as "train-*.tar"; list: the list's file."""
     val: str | None = None
     """The same for held-out images; without it `val_share` of `train` is held out."""
     val_share: Share = 0.05
     """Share of the training images held out when `val` is not given."""
     classes: str | None = None
-    """shards: file in `root` with one class name a line, by label."""
+    """shards, list: file in `root` with one class name a line, by label."""
+    class_names: str | None = None
+    """Words for the classes, by label, in place of the dataset's own names (such as n01440764): "imagenet" (open_clip's 1,000),
+    or a file in `root` with one name a line."""
     label_map: dict[str, list[str]] | None = None
     """New class -> old classes: trains on groups of the dataset's own classes."""
-    templates: list[str] = Field(default=["a photo of a {}."], min_length=1)
-    """Captions for labelled images without one ("{}" is the class name); also the zero-shot prompts."""
-    expected: int | None = Field(None, ge=1)
-    """Number of training images that the recipe was written for; a source with another number is refused."""
+    captions: str | None = None
+    """folder, shards: file in `root` with a line {"key": KEY, "captions": [...]} for each image, instead of KEY.txt, KEY.json."""
+    val_captions: str | None = None
+    """The same for the images of `val`, when they are not in `captions`."""
+    caption_lines: bool = False
+    """folder, shards: KEY.txt holds one caption a line, not one caption."""
+    columns: ColumnSettings = ColumnSettings()
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training images."""
     val_limit: int | None = Field(None, ge=1)
     """Use only the first so many held-out images."""
     scenes: SceneSettings = SceneSettings()
+
+    @property
+    def own_root(self) -> Path:
+        """`root` of a source that has one. Raises ValueError without it."""
+        if self.root is None:
+            raise ValueError(f"data.root must be given when data.source is {self.source!r}")
+        return self.root
+
+    @model_validator(mode="after")
+    def _captions_of_a_split(self) -> SourceSettings:
+        if self.val_captions is not None and self.val is None:
+            raise ValueError(f"data.val_captions={self.val_captions} needs data.val: held-out images of `train` have `captions`")
+        return self
+
+
+class PartSettings(SourceSettings):
+    """One source of a mixture."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Training images are drawn from the parts in proportion to their weights."""
+    val_share: Share = 0.0
+    """Share of this part's training images held out when `val` is not given; 0 holds out none."""
+
+    @model_validator(mode="after")
+    def _root_is_given(self) -> PartSettings:
+        if self.source != "scenes":
+            _ = self.own_root
+        return self
+
+
+class DataSettings(SourceSettings):
+    """The data of a stage: one source, or a mixture of several."""
+
+    mixture: list[PartSettings] | None = Field(None, min_length=1)
+    """Several sources, each with a weight. An epoch has as many images as all of them together. Every part runs through its own
+    images without replacement, pass after pass: before an image comes again, all others of its part have come."""
+    templates: str | list[str] = ["a photo of a {}."]
+    """Captions for labelled images without one ("{}" is the class name), and the zero-shot prompts: a list, or "openai" (80) or
+    "simple" (7), those of CLIP's authors for ImageNet as open_clip has them."""
+    expected: int | None = Field(None, ge=1)
+    """Number of training images that the recipe was written for; a source with another number is refused."""
     workers: int = Field(1, ge=0)
     """Loader processes of each rank; no result depends on it."""
     max_broken: Share = 0.01
     """The run stops when more than this share of the images read is broken."""
 
     @model_validator(mode="after")
-    def _root_is_given(self) -> DataSettings:
-        if self.source != "scenes" and self.root is None:
-            raise ValueError(f"data.root must be given when data.source is {self.source!r}")
-        for template in self.templates:
+    def _one_source_or_several(self) -> DataSettings:
+        if self.mixture:
+            own = [name for name, field in SourceSettings.model_fields.items() if getattr(self, name) != field.default]
+            if own:
+                raise ValueError(f"data.{own[0]} belongs to one source: set it in the parts of data.mixture")
+        elif self.source != "scenes":
+            _ = self.own_root
+        return self
+
+    @model_validator(mode="after")
+    def _templates_have_a_place(self) -> DataSettings:
+        if isinstance(self.templates, str):
+            if self.templates not in ("openai", "simple"):
+                raise ValueError(f'data.templates: {self.templates!r} is not known; "openai", "simple" or a list of templates')
+        elif not self.templates:
+            raise ValueError("data.templates must name at least one")
+        for template in self.templates if isinstance(self.templates, list) else ():
             if "{}" not in template:
                 raise ValueError(f"data.templates: {template!r} has no {{}} for the class name")
         return self

@@ -8,17 +8,20 @@ from PIL import Image
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample
-from eva_mim.data import DataSettings
+from eva_mim.data import SourceSettings
+from eva_mim.data.captions import CaptionFile, open_captions, record_captions
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class FolderSource:
-    """Image files below a folder, sorted by path; `KEY.txt` beside `KEY.jpg` is its caption."""
+    """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
 
-    def __init__(self, folder: Path, classes: tuple[str, ...] | None):
+    def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False):
         self.folder = folder
         self.classes = classes
+        self.captions: CaptionFile | None = None
+        self._caption_lines = caption_lines
         self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self._paths:
             raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
@@ -43,23 +46,32 @@ class FolderSource:
         with Image.open(path) as image:
             pixels = image.convert("RGB")
         label = self._labels[path.relative_to(self.folder).parts[0]] if self.classes else None
-        text = path.with_suffix(".txt")
-        return Sample(self.key(index), pixels, label, text.read_text().strip() if text.is_file() else None)
+        return Sample(self.key(index), pixels, label, self.captions[index] if self.captions else self._beside(path))
+
+    def stems(self) -> list[str]:
+        """The files' paths below the folder without their last suffix: what a caption file calls them."""
+        return [path.relative_to(self.folder).with_suffix("").as_posix() for path in self._paths]
+
+    def _beside(self, path: Path) -> tuple[str, ...]:
+        files = (path.with_suffix(suffix) for suffix in (".txt", ".json"))
+        text, described = (file.read_bytes() if file.is_file() else None for file in files)
+        return record_captions(text, described, self._caption_lines)
 
 
-def open_folder(settings: DataSettings, split: str) -> FolderSource | None:
+def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
     """The source of a split ("train" or "val"); None when the split has no folder of its own. Raises UserError."""
-    assert settings.root is not None
-    chosen = settings.train if split == "train" else settings.val
+    root, chosen = settings.own_root, settings.train if split == "train" else settings.val
     if split == "val" and chosen is None:
         return None
-    folder = settings.root / (chosen or "")
+    folder = root / (chosen or "")
     if not folder.is_dir():
         raise UserError(f"data.{split}: {folder} is not a folder")
-    if settings.train is None and (settings.root / "train").is_dir():
-        raise UserError(f"data.train: {settings.root} has a sub-folder 'train'; set data.train=train (and data.val)")
+    if settings.train is None and (root / "train").is_dir():
+        raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
-    return FolderSource(folder, class_folders(settings.root / (settings.train or "")))
+    source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines)
+    source.captions = open_captions(settings, split, source.stems(), f"images in {folder}")
+    return source
 
 
 def class_folders(folder: Path) -> tuple[str, ...] | None:

@@ -39,7 +39,7 @@ class Item(NamedTuple):
     views: list[Tensor]
     masked: Tensor | None
     label: int | None
-    text: Tensor | None
+    texts: Tensor | None
     broken: tuple[str, ...]
 
 
@@ -51,7 +51,8 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is made of a sample. `templates` serve where a sample has no caption of its own."""
+    """What is made of a sample. In training one of its captions is drawn, held out all are taken. Where it has none, the name
+    of its class is put into one of `templates`: a drawn one, held out the first."""
 
     view: View
     seed: int
@@ -81,15 +82,17 @@ class Reader(Dataset["Item | str | Failure"]):
         rng = random.Random(derive(made.seed, purpose, place.epoch, index))
         views = made.view(sample.image, rng)
         masked = torch.from_numpy(made.mask(rng)) if made.mask else None
-        text = made.tokenize([self._caption(sample, rng)])[0] if made.tokenize else None
-        return Item(index, views, masked, sample.label, text, broken)
+        texts = made.tokenize(self._captions(sample, rng)) if made.tokenize else None
+        return Item(index, views, masked, sample.label, texts, broken)
 
     def _read(self, place: Place) -> tuple[Sample | None, int, tuple[str, ...]]:
         index, broken = place.index, list[str]()
         rng = random.Random(derive(self.preparation.seed, "replacement", place.epoch, place.index))
         for _ in range(REPLACEMENTS):
             try:
-                return self.source.read(index), index, tuple(broken)
+                sample = self.source.read(index)
+                self._check_captions(sample)
+                return sample, index, tuple(broken)
             except Exception as error:  # a record may be broken in any way; it is counted and named, never hidden
                 broken.append(f"{self.source.key(index)}: {type(error).__name__}: {error}")
                 if not self.preparation.training:
@@ -97,13 +100,22 @@ class Reader(Dataset["Item | str | Failure"]):
                 index = rng.randrange(len(self.source))
         raise UserError(f"{REPLACEMENTS} broken records in a row; the last: {broken[-1]}")
 
-    def _caption(self, sample: Sample, rng: random.Random) -> str:
-        if sample.caption is not None:
-            return sample.caption
-        if sample.label is None or self.source.classes is None:
-            raise UserError(f"{sample.key}: no caption and no class name; the clip stage needs one of them")
-        template = rng.choice(self.preparation.templates) if self.preparation.training else self.preparation.templates[0]
-        return template.replace("{}", self.source.classes[sample.label])
+    def _check_captions(self, sample: Sample) -> None:
+        if self.preparation.tokenize is None:
+            return
+        if not sample.captions and (sample.label is None or self.source.classes is None):
+            raise ValueError("no caption (KEY.txt, KEY.json, data.captions, data.columns.captions) and no class name")
+        if "" in sample.captions:
+            raise ValueError("an empty caption")
+
+    def _captions(self, sample: Sample, rng: random.Random) -> list[str]:
+        texts, training = list(sample.captions), self.preparation.training
+        if not texts:
+            assert sample.label is not None
+            assert self.source.classes is not None
+            templates = self.preparation.templates if training else self.preparation.templates[:1]
+            texts = [template.replace("{}", self.source.classes[sample.label]) for template in templates]
+        return [rng.choice(texts)] if training else texts
 
 
 def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
@@ -116,6 +128,7 @@ def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
         return faults
     first = items[0]
     masked = torch.stack([item.masked for item in items if item.masked is not None]) if first.masked is not None else None
+    texts = [item.texts for item in items if item.texts is not None]
     return Batch(
         index=torch.tensor([item.index for item in items]),
         images=torch.stack([item.views[0] for item in items]),
@@ -123,7 +136,8 @@ def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
         masked=masked,
         target_index=masked.flatten().nonzero()[:, 0] if masked is not None else None,
         labels=torch.tensor([item.label for item in items]) if first.label is not None else None,
-        texts=torch.stack([item.text for item in items if item.text is not None]) if first.text is not None else None,
+        texts=torch.cat(texts) if texts else None,
+        text_owner=torch.tensor([row for row, rows in enumerate(texts) for _ in rows]) if texts else None,
         broken=sum((item.broken for item in items), tuple(faults)),
     )
 
@@ -208,10 +222,14 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
+        whole = False
         for batch in _batches(self._reader, places, self._workers):
             faults = batch.broken if isinstance(batch, Batch) else batch
             for fault in sorted(set(faults) - self._named):
                 say(f"  broken held-out image left out: {fault}")
             self._named.update(faults)
             if isinstance(batch, Batch):
+                whole = True
                 yield batch
+        if not whole:
+            raise UserError(f"none of {len(self._indices)} held-out images can be used; the first: {faults[0]}")

@@ -1,8 +1,11 @@
-"""The order of samples: one global permutation an epoch, cut into global batches, then into ranks' micro-batches."""
+"""The order of samples: one global permutation an epoch, cut into global batches, then into ranks' micro-batches; and the order
+of a mixture of sources."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +13,9 @@ import numpy.typing as npt
 
 from eva_mim.config import UserError
 from eva_mim.rng import derive
+
+MAX_ROUND = 1_000_000
+"""Positions after which the turns of a mixture's parts repeat, at most: its table of turns is held in memory."""
 
 
 class Place(NamedTuple):
@@ -59,3 +65,60 @@ class GlobalOrder:
             generator = np.random.default_rng(derive(self.seed, "order", epoch))
             self._epoch, self._order = epoch, generator.permutation(self.samples)
         return self._order
+
+
+class MixedOrder(GlobalOrder):
+    """The order of a mixture: parts take turns by their weights, and each runs through its own images pass after pass.
+
+    `parts` are (images, weight), one part's indices after another's. Which part stands at a position repeats after as many
+    positions as the whole-numbered weights sum to; so how far a part has come, and its pass, follow from the position alone.
+    `Place.epoch` is the pass. An epoch of the whole is as many images as the parts have; no part starts anew with it, and nothing
+    is left out at its end.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[int, float]], *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1
+    ):
+        self._sizes = np.array([images for images, _ in parts])
+        super().__init__(
+            int(self._sizes.sum()), seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world=world
+        )
+        self._offsets = np.cumsum(self._sizes) - self._sizes
+        self._weights = np.array(whole_weights([weight for _, weight in parts]))
+        self._turns = take_turns(self._weights)
+        turns = np.eye(len(parts), dtype=np.int64)[self._turns]
+        self._turns_before = (np.cumsum(turns, axis=0) - turns)[np.arange(len(turns)), self._turns]
+        self._orders: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
+
+    def global_step(self, step: int) -> list[Place]:
+        """All samples of a step, over all ranks."""
+        rounds, turn = np.divmod(np.arange(step * self.global_batch, (step + 1) * self.global_batch), len(self._turns))
+        part = self._turns[turn]
+        passes, place = np.divmod(rounds * self._weights[part] + self._turns_before[turn], self._sizes[part])
+        return [Place(e, int(self._offsets[p] + self._pass(p, e)[i]))
+                for p, e, i in zip(part.tolist(), passes.tolist(), place.tolist(), strict=True)]
+
+    def _pass(self, part: int, number: int) -> npt.NDArray[np.int64]:
+        if self._orders.get(part, (-1,))[0] != number:
+            generator = np.random.default_rng(derive(self.seed, "part-order", part, number))
+            self._orders[part] = number, generator.permutation(self._sizes[part])
+        return self._orders[part][1]
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in exactly these proportions, each weight taken as it is written. Raises UserError."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scaled = [int(weight * math.lcm(*(other.denominator for other in exact))) for weight in exact]
+    whole = [weight // math.gcd(*scaled) for weight in scaled]
+    if sum(whole) > MAX_ROUND:
+        written = ", ".join(map(str, weights))
+        raise UserError(f"data.mixture: turns by the weights {written} repeat after {sum(whole)} images only; round the weights")
+    return whole
+
+
+def take_turns(weights: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Which part stands at each position of a round: part p as often as its weight says, as evenly as it goes."""
+    count = np.asarray(weights)
+    part = np.repeat(np.arange(len(count)), count)
+    number = np.arange(len(part)) - np.repeat(np.cumsum(count) - count, count)
+    return part[np.lexsort((part, (number + 0.5) / count[part]))]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from eva_mim.config import digest
 from eva_mim.contracts import Sample
-from eva_mim.data import DataSettings, SceneSettings
+from eva_mim.data import SceneSettings, SourceSettings
 from eva_mim.rng import derive
 
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
@@ -69,10 +69,10 @@ class SceneSource:
         # With both colours always named, two words would tell most pairs of a batch apart, and nobody would learn shapes.
         colour = f"{first.colour} " if rng.random() < 0.5 else ""
         caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
-        return Sample(self.key(index), image, self.classes.index(name), caption)
+        return Sample(self.key(index), image, self.classes.index(name), (caption,))
 
 
-def open_scenes(settings: DataSettings, split: str) -> SceneSource:
+def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
     """The source of a split ("train" or "val")."""
     return SceneSource(settings.scenes, split)
 

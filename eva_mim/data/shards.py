@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt`), read by offset in any order.
+"""Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt KEY.json`), read by offset in any order.
 
 A `.tar.gz` is unpacked once into the cache folder (`$EVA_MIM_CACHE`, else `~/.cache/eva-mim`), since gzip cannot be
 read from the middle. The index of a shard (key, offset, size of each member) is kept there as well. Nothing is ever
@@ -20,7 +20,9 @@ from PIL import Image
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample
-from eva_mim.data import DataSettings
+from eva_mim.data import SourceSettings
+from eva_mim.data.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.names import class_file, class_words
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_UNPACKED_RATIO = 100
@@ -44,8 +46,10 @@ class Record(NamedTuple):
 class ShardSource:
     """Records of several shards, in the order of the sorted file names."""
 
-    def __init__(self, paths: list[Path], classes: tuple[str, ...] | None):
+    def __init__(self, paths: list[Path], classes: tuple[str, ...] | None, caption_lines: bool = False):
         self.classes = classes
+        self.captions: CaptionFile | None = None
+        self._caption_lines = caption_lines
         self._names = [path.name for path in paths]
         self._tars = [plain_tar(path) for path in paths]
         self._records = [
@@ -75,8 +79,16 @@ class ShardSource:
         label = int(self._bytes(record, "cls")) if "cls" in record.members else None
         if label is not None and self.classes is not None and not 0 <= label < len(self.classes):
             raise ValueError(f"label {label}, but the class list has {len(self.classes)} names")
-        caption = self._bytes(record, "txt").decode().strip() if "txt" in record.members else None
-        return Sample(self.key(index), pixels, label if self.classes else None, caption)
+        captions = self.captions[index] if self.captions else self._own_captions(record)
+        return Sample(self.key(index), pixels, label if self.classes else None, captions)
+
+    def keys(self) -> list[str]:
+        """The records' keys as a caption file has them: without their shard."""
+        return [record.key for record in self._records]
+
+    def _own_captions(self, record: Record) -> tuple[str, ...]:
+        text, described = (self._bytes(record, name) if name in record.members else None for name in ("txt", "json"))
+        return record_captions(text, described, self._caption_lines)
 
     def _bytes(self, record: Record, extension: str) -> bytes:
         place = os.getpid(), record.shard  # a forked worker must not share a file position
@@ -89,35 +101,25 @@ class ShardSource:
         return {**self.__dict__, "_open": {}}
 
 
-def open_shards(settings: DataSettings, split: str) -> ShardSource | None:
+def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     """The source of a split ("train" or "val"); None when it has no pattern. Raises UserError."""
-    assert settings.root is not None
-    pattern = settings.train if split == "train" else settings.val
+    root, pattern = settings.own_root, settings.train if split == "train" else settings.val
     if pattern is None and split == "val":
         return None
-    if not settings.root.is_dir():
-        raise UserError(f"data.root: {settings.root} is not a folder")
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is not a folder")
     if Path(pattern or "").is_absolute():
-        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={settings.root}")
-    paths = sorted(settings.root.glob(pattern or "*.tar*"))
+        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
+    paths = sorted(root.glob(pattern or "*.tar*"))
     if not paths:
-        raise UserError(f"data.{split}: no shard matches {settings.root / (pattern or '*.tar*')}")
-    source = ShardSource(paths, _class_names(settings))
+        raise UserError(f"data.{split}: no shard matches {root / (pattern or '*.tar*')}")
+    source = ShardSource(paths, class_file(settings) or class_words(settings), settings.caption_lines)
     _check_labels(source, settings)
+    source.captions = open_captions(settings, split, source.keys(), f"records of {root / (pattern or '*.tar*')}")
     return source
 
 
-def _class_names(settings: DataSettings) -> tuple[str, ...] | None:
-    if settings.classes is None or settings.root is None:
-        return None
-    path = settings.root / settings.classes
-    if not path.is_file():
-        raise UserError(f"data.classes: {path} does not exist")
-    # "name" or "index<TAB>...<TAB>name"
-    return tuple(line.split("\t")[-1].strip() for line in path.read_text().splitlines() if line.strip())
-
-
-def _check_labels(source: ShardSource, settings: DataSettings) -> None:
+def _check_labels(source: ShardSource, settings: SourceSettings) -> None:
     """A class list that does not fit is found now and not in the third epoch."""
     if source.classes is None:
         return
@@ -127,7 +129,7 @@ def _check_labels(source: ShardSource, settings: DataSettings) -> None:
         text = source._bytes(record, "cls")
         if not text.strip().isdigit() or int(text) >= len(source.classes):
             raise UserError(
-                f"data.classes: {settings.classes} has {len(source.classes)} names, but "
+                f"data.classes: {settings.classes or settings.class_names} has {len(source.classes)} names, but "
                 f"{source._names[record.shard]}/{record.key} has label {text[:20].decode(errors='replace')!r}"
             )
 

@@ -1,7 +1,8 @@
-"""Which records a run uses: the training and held-out sources, limits, held-out shares, grouped classes."""
+"""Which records a run uses: the training and held-out sources, limits, held-out shares, grouped classes, mixtures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy.typing as npt
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample, Source
-from eva_mim.data import DataSettings
+from eva_mim.data import DataSettings, PartSettings, SourceSettings
+from eva_mim.data.names import class_words, prompt_templates
+from eva_mim.log import say
 from eva_mim.registry import SOURCES, lookup
 from eva_mim.rng import derive
 
@@ -18,13 +21,23 @@ HOLD_OUT_SEED = 0
 
 
 class Selected:
-    """Some records of a source, with labels regrouped when a map is given."""
+    """Some records of a source, with labels regrouped when a map is given, and classes renamed when words are."""
 
-    def __init__(self, source: Source, indices: npt.ArrayLike, label_map: dict[str, list[str]] | None):
+    def __init__(
+        self,
+        source: Source,
+        indices: npt.ArrayLike,
+        label_map: dict[str, list[str]] | None,
+        words: tuple[str, ...] | None = None,
+    ):
         self._source, self._indices = source, np.asarray(indices, dtype=np.int64)
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
         self.fingerprint = digest([source.fingerprint, self._indices.tobytes().hex(), label_map])
+        if words is not None:
+            if len(words) != len(self.classes or ()):
+                raise UserError(f"data.class_names: {len(words)} names for {len(self.classes or ())} classes")
+            self.classes = words
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -39,34 +52,103 @@ class Selected:
         return sample
 
 
+class Mixture:
+    """Sources one after another, under one range of indices. `parts`: (images, weight) of each, for the order of training.
+
+    Labels stay where all parts have the same classes. Where they differ, an image without captions gets one by each template,
+    with its own class's name, since its label says nothing here.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], templates: Sequence[str]):
+        self.parts = [(len(source), weight) for source, weight in zip(sources, weights, strict=True)]
+        self.fingerprint = digest([source.fingerprint for source in sources])
+        self.classes = sources[0].classes if len({source.classes for source in sources}) == 1 else None
+        self._sources, self._templates = sources, templates
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def key(self, index: int) -> str:
+        """PART:KEY, parts counted from 0."""
+        part, inner = self._place(index)
+        return f"{part}:{self._sources[part].key(inner)}"
+
+    def read(self, index: int) -> Sample:
+        part, inner = self._place(index)
+        sample, names = self._sources[part].read(inner)._replace(key=self.key(index)), self._sources[part].classes
+        if self.classes is not None or names is None or sample.label is None:
+            return sample
+        named = tuple(template.replace("{}", names[sample.label]) for template in self._templates)
+        return sample._replace(label=None, captions=sample.captions or named)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - int(self._ends[part]) + len(self._sources[part])
+
+
 class Splits(NamedTuple):
     train: Source
     val: Source
 
 
+class Opened(NamedTuple):
+    """One source: `images` is its number of training images before a limit."""
+
+    train: Source
+    val: Source | None
+    images: int
+
+
 def open_splits(settings: DataSettings) -> Splits:
     """Both sources. Raises UserError for a missing folder, an empty one, class lists that differ, or an unexpected number."""
+    parts = [_open_source(part) for part in settings.mixture] if settings.mixture else [_open_source(settings)]
+    images = sum(part.images for part in parts)
+    if settings.expected not in (None, images):
+        raise UserError(
+            f"data.expected: the recipe was written for {settings.expected} training images, but "
+            f"{settings.root or 'the mixture'} has {images} after the held-out ones; its schedule counts epochs of them. "
+            "To go on, set data.expected=null"
+        )
+    held_out = [part.val for part in parts if part.val is not None]
+    if not held_out:
+        raise UserError(f"data.val: no held-out images; give {'a part ' if settings.mixture else ''}val, or a val_share above 0")
+    if settings.mixture is None:
+        return Splits(parts[0].train, held_out[0])
+    weights, templates = [part.weight for part in settings.mixture], prompt_templates(settings.templates)
+    _say_counts(settings.mixture, parts)
+    return Splits(
+        Mixture([part.train for part in parts], weights, templates), Mixture(held_out, [1.0] * len(held_out), templates[:1])
+    )
+
+
+def _open_source(settings: SourceSettings) -> Opened:
     opener = lookup(SOURCES, settings.source, "data.source")
     train: Source = opener(settings, "train")
     val: Source | None = opener(settings, "val")
-    train_indices = np.arange(len(train))
-    if val is None:
+    train_indices, val_indices = np.arange(len(train)), np.arange(len(val or ()))
+    if val is None and settings.val_share:
         shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "hold-out")).permutation(len(train))
         held = max(1, round(settings.val_share * len(train)))
         val, val_indices, train_indices = train, np.sort(shuffled[:held]), np.sort(shuffled[held:])
-    else:
-        val_indices = np.arange(len(val))
-    if settings.expected not in (None, len(train_indices)):
-        raise UserError(
-            f"data.expected: the recipe was written for {settings.expected} training images, but {settings.root} has "
-            f"{len(train_indices)} after the held-out ones; its schedule counts epochs of them. To go on, set data.expected=null"
-        )
-    if train.classes != val.classes:
+    if val is not None and train.classes != val.classes:
         raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
-    return Splits(
-        Selected(train, train_indices[: settings.limit], settings.label_map),
-        Selected(val, val_indices[: settings.val_limit], settings.label_map),
+    words = class_words(settings)
+    return Opened(
+        Selected(train, train_indices[: settings.limit], settings.label_map, words),
+        None if val is None else Selected(val, val_indices[: settings.val_limit], settings.label_map, words),
+        len(train_indices),
     )
+
+
+def _say_counts(settings: Sequence[PartSettings], parts: Sequence[Opened]) -> None:
+    """Images and passes of each part, before the first is read."""
+    images, weights = sum(len(part.train) for part in parts), sum(part.weight for part in settings)
+    say(f"data.mixture: an epoch is {images} images")
+    for number, (one, part) in enumerate(zip(settings, parts, strict=True)):
+        passes = images * one.weight / weights / len(part.train)
+        say(f"  {number}: {one.source} {one.root or ''}: {len(part.train)} training images, {len(part.val or ())} held out, "
+            f"weight {one.weight:g}: {one.weight / weights:.2%} of the samples, {passes:.3g} passes an epoch")
 
 
 def regroup(classes: tuple[str, ...] | None, label_map: dict[str, list[str]]) -> list[int]:

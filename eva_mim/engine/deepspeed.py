@@ -20,8 +20,8 @@ from eva_mim.distributed import is_main, local_rank, rank, world_size
 from eva_mim.engine import RunSettings
 from eva_mim.engine.step import (
     LossScale,
-    WatchedAdamW,
     autocast,
+    build_optimizer,
     clip_and_step,
     conclude,
     loss_weights,
@@ -29,16 +29,17 @@ from eva_mim.engine.step import (
     set_rates,
     telling,
 )
-from eva_mim.optim import OptimSettings, parameter_groups
+from eva_mim.optim import OptimSettings, check_sharding, parameter_groups
 from eva_mim.phases import phase
 
 TAG = "engine"
 
 
 class DeepSpeedEngine:
-    """torch's AdamW under DeepSpeed: nothing is compiled at start."""
+    """Our optimizers under DeepSpeed: nothing is compiled at start."""
 
     def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
+        check_sharding(optim, run.zero_stage)
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -60,7 +61,7 @@ class DeepSpeedEngine:
         # ZeRO 3 fetches parameters when a module is called; evaluation also calls parts of modules, so it gets a plain copy.
         self._plain = copy.deepcopy(student).to(device) if run.zero_stage == 3 else None
         groups = parameter_groups(student, optim)
-        self._adamw = WatchedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self._adamw = build_optimizer(groups, optim)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
         self._precision, dtype = run.precision, low_precision(run.precision)
         config = {
@@ -93,6 +94,8 @@ class DeepSpeedEngine:
         """See `contracts.Engine`."""
         set_rates(self._adamw.param_groups, rates)
         self._adamw.watch = watch
+        with self.autocast():
+            batches = task.prepare(self._engine, batches)
         weights = loss_weights(task, batches)
         scale = self._scale.value
         if self._zero and self._scale.dynamic:

@@ -16,8 +16,8 @@ from eva_mim.distributed import world_size
 from eva_mim.engine import RunSettings
 from eva_mim.engine.step import (
     LossScale,
-    WatchedAdamW,
     autocast,
+    build_optimizer,
     clip_and_step,
     conclude,
     loss_weights,
@@ -31,7 +31,7 @@ STATE = "engine.pt"
 
 
 class LocalEngine:
-    """AdamW on fp32 weights; forward passes under autocast."""
+    """fp32 weights; forward passes under autocast."""
 
     def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
         if world_size() > 1:
@@ -41,13 +41,15 @@ class LocalEngine:
         self._precision = run.precision
         self._scale = LossScale(run.precision, device)
         groups = parameter_groups(student, optim)
-        self._optimizer = WatchedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        self._optimizer = build_optimizer(groups, optim)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
         set_rates(self._optimizer.param_groups, rates)
         self._optimizer.watch = watch
+        with self.autocast():
+            batches = task.prepare(self.module, batches)
         weights = loss_weights(task, batches)
         scale = self._scale.value
         outputs = []

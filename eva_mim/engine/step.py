@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eva_mim.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.distributed import all_reduce_sum, world_size
+from eva_mim.optim import LambSettings, OptimSettings
 
 SCALE_START, SCALE_LEAST, SCALE_WINDOW, SCALE_HYSTERESIS = 2.0**16, 1.0, 500, 2
 """fp16 loss scale of EVA's DeepSpeed configuration (facts of EVA-01/eva/utils.py create_ds_config)."""
@@ -49,7 +50,7 @@ def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
     """Learning rate and weight decay of the next step."""
     for group in groups:
         group["lr"] = rates.lr * group["lr_scale"]
-        group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = rates.weight_decay * group["decays"]
 
 
 class LossScale:
@@ -89,16 +90,34 @@ class LossScale:
         )
 
 
-class WatchedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW that can tell how far a step moved the weights. Skips the update where `found_inf` is 1."""
+class Watched(torch.optim.Optimizer):
+    """An optimizer that can leave a step out, and tell how far it moved the weights, without asking the host."""
 
     watch = False
     found_inf: Tensor | None = None
+    """1 where the step is left out."""
     grad_scale: Tensor | None = None
+    """Gradients are divided by it."""
+    _squares: list[Tensor]
+    """[2] squared norms of each tensor's update and of the tensor before it."""
+
+    def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
+        """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
+        if not self.watch:
+            return None
+        # Where DeepSpeed left the step out, nothing was measured.
+        squares = torch.stack(self._squares).sum(0) if self._squares else torch.zeros(2, device=device)
+        self._squares = []
+        norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
+        return norms[0] / norms[1].clamp(min=1e-30)
+
+
+class WatchedAdamW(Watched, torch.optim.AdamW):
+    """torch's fused AdamW."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
         super().__init__(groups, fused=True, **options)
-        self._squares: list[Tensor] = []
+        self._squares = []
 
     def step(self, closure: Any = None) -> Any:
         """One update; DeepSpeed calls it once for each group of its own."""
@@ -120,15 +139,58 @@ class WatchedAdamW(torch.optim.AdamW):
         done = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         return torch.stack([(before - p).square_().sum() * done, before.square_().sum()])
 
-    def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
-        """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
-        if not self.watch:
-            return None
-        # Where DeepSpeed left the step out, nothing was measured.
-        squares = torch.stack(self._squares).sum(0) if self._squares else torch.zeros(2, device=device)
+
+class WatchedLamb(Watched):
+    """LAMB, step by step as timm's `Lamb` with limits on the trust ratio (see `LambSettings`).
+
+    Not timm's own class: that counts its steps on the host, and cannot leave one out without waiting for the device.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], settings: LambSettings, **options: Any):
+        # "capturable" makes torch restore the count of steps to the weights' device.
+        super().__init__(groups, {**options, "capturable": True})
+        self._trust, self._adapt_all = settings.trust, settings.adapt == "all"
         self._squares = []
-        norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
-        return norms[0] / norms[1].clamp(min=1e-30)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter)
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        if not state:
+            state.update(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        assert p.grad is not None
+        done = p.new_ones(()) if self.found_inf is None else 1 - self.found_inf
+        gradient = torch.where(done > 0, p.grad if self.grad_scale is None else p.grad / self.grad_scale, 0.0)
+        state["step"] += done
+        state["exp_avg"].lerp_(gradient, (1 - beta1) * done)
+        state["exp_avg_sq"].lerp_(gradient.square_(), (1 - beta2) * done)
+        # A skipped first step leaves the count at 0. In fp32, 1 - 0.999^1 would lose five digits.
+        count = state["step"].double().clamp(min=1)
+        spread = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
+        update = (state["exp_avg"] / (1 - beta1**count)).div_(spread).add_(p, alpha=group["weight_decay"])
+        before, length, rate = p.norm(), update.norm(), group["lr"] * done
+        if self._adapt_all or group["decays"]:
+            ratio = before / length
+            if self._trust:
+                ratio = ratio.clamp(*self._trust)
+            rate = rate * torch.where((before > 0) & (length > 0), ratio, 1.0)
+        p.addcmul_(update, rate, value=-1)
+        if self.watch:
+            self._squares.append(torch.stack([rate * length, before]).square_())
+
+
+def build_optimizer(groups: list[dict[str, Any]], settings: OptimSettings) -> Watched:
+    """The optimizer that the settings name, for `parameter_groups`."""
+    options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.optimizer == "lamb":
+        return WatchedLamb(groups, settings.lamb, **options)
+    return WatchedAdamW(groups, **options)
 
 
 def conclude(
@@ -147,7 +209,7 @@ def conclude(
     )
 
 
-def clip_and_step(optimizer: WatchedAdamW, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale) -> Tensor:
+def clip_and_step(optimizer: Watched, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale) -> Tensor:
     """Clip to the global norm `clip` and step, or leave the weights alone where the gradient is not finite.
 
     Returns the norm before clipping, of the unscaled gradient; nothing waits for the device.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,16 @@ class ObjectiveSettings(Settings):
 
     kind: str = "cosine"
     """"cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE's, for pixel targets)."""
+
+
+class ContrastiveSettings(Settings):
+    """How images and texts find each other."""
+
+    kind: Literal["clip", "siglip"] = "clip"
+    """"clip": cross entropy over the batch, both ways; "siglip": one sigmoid for each pair, with a learned bias."""
+    chunk: int | None = Field(None, ge=1)
+    """Rows of logits computed at once, and again in the backward pass: memory chunk x global_batch in place of a whole
+    micro-batch's (with accumulation: of all of this process's). The result is the same. Default all rows."""
 
 
 class MixSettings(Settings):

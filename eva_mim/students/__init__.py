@@ -1,14 +1,38 @@
-"""Networks under training. This file holds the settings; a student is imported when it is used."""
+"""Networks under training. This file holds the settings, and how a student says what its towers are; a student is imported
+when it is used."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from eva_mim.config import Settings
 
+if TYPE_CHECKING:
+    from torch import nn
+
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+MAX_LOGIT_SCALE = math.log(100)
+"""CLIP (Radford et al. 2021, section 2.5) and EVA-CLIP clip the learned temperature here."""
+
+
+class Tower(NamedTuple):
+    """A part of a student that may have a learning rate of its own."""
+
+    module: nn.Module
+    """Holds all its parameters."""
+    layered: nn.Module
+    """The part of it with layers; what else it holds is at the top."""
+    layers: Any
+    """timm's group matcher for the names in `layered`; None where the layers are not known."""
+
+    @classmethod
+    def of_timm(cls, trunk: Any, module: nn.Module | None = None) -> Tower:
+        """A timm model, alone or inside a module."""
+        matcher = trunk.group_matcher(coarse=False) if hasattr(trunk, "group_matcher") else None
+        return cls(trunk if module is None else module, trunk, matcher)
 
 
 class TrunkSettings(Settings):
@@ -75,6 +99,19 @@ class ClassifierSettings(TrunkSettings):
 
     global_pool: Literal["avg", "token"] = "avg"
     """How tokens become one vector: mean of the patches, or the class token."""
+    head_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001
+    """Factor on a new head's weights (EVA-01/eva/modeling_finetune.py, init_scale): training starts at uniform odds."""
+    head_rows: Literal["new", "all", "shared"] = "new"
+    """What a head for other classes than those of `init_from` starts from. "new": nothing. "all": the rows of the same classes,
+    each of which must be there. "shared": these rows where there are any, the other ones are new."""
+    head_classes: str | None = None
+    """Classes of the head of `init_from`, where it does not say: a layout or whatever else `eva-mim labels` reads."""
+
+    @model_validator(mode="after")
+    def _classes_are_for_rows(self) -> ClassifierSettings:
+        if self.head_classes is not None and self.head_rows == "new":
+            raise ValueError("student.head_classes is of use with student.head_rows=all or shared only")
+        return self
 
 
 class TextSettings(Settings):
@@ -83,12 +120,24 @@ class TextSettings(Settings):
     init_from: str | None = None
     """Folder of an earlier clip stage, or an open_clip architecture name: size and weights come from there."""
     weights: str | None = None
-    """With an open_clip architecture name: pretrained tag or local file."""
-    width: int = Field(128, ge=1)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    context_length: int = Field(24, ge=3)
-    """Longest caption in tokens, start and end included; longer ones are cut."""
+    """With an open_clip architecture name: pretrained tag or local file. Without, the architecture alone is taken."""
+    width: int | None = Field(None, ge=1)
+    """Default 128; with `init_from` the source's, and it can be no other. `layers` (2) and `heads` (4) likewise."""
+    layers: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    context_length: int | None = Field(None, ge=3)
+    """Longest caption in tokens, start and end included; longer ones are cut. Default 24, or the source's. Positions for fewer
+    tokens are the source's first ones, for more they are interpolated as open_clip does."""
+    projection: Literal["new", "reused"] | None = None
+    """The source's projection into the shared space; default reused where the text tower is locked, else new (EVA-CLIP)."""
+    quick_gelu: bool | None = None
+    """OpenAI's approximation of GELU; default as the source. EVA-CLIP takes exact GELU with OpenAI's weights as well."""
+
+    @model_validator(mode="after")
+    def _weights_have_an_architecture(self) -> TextSettings:
+        if self.weights is not None and self.init_from is None:
+            raise ValueError(f"student.text.weights={self.weights} needs the architecture's name in student.text.init_from")
+        return self
 
 
 class ClipSettings(TrunkSettings):
@@ -98,4 +147,32 @@ class ClipSettings(TrunkSettings):
     """Width of the shared space."""
     pool: Literal["avg", "token", "map"] = "avg"
     """How the trunk's output becomes one vector (timm's `global_pool`)."""
+    proj_bias: bool = False
+    """The image tower's projection into the shared space has a bias (EVA-CLIP's has)."""
+    patch_dropout: Rate = 0.0
+    """Share of patch tokens that each image leaves out in training, drawn anew each time, after positions were added (EVA-CLIP
+    g+ and E: 0.5)."""
     text: TextSettings = TextSettings()
+    init_logit_scale: Annotated[float, Field(ge=0.0, le=MAX_LOGIT_SCALE)] = math.log(1 / 0.07)
+    """Logarithm of the first temperature (CLIP: ln(1 / 0.07); SigLIP: ln 10)."""
+    init_logit_bias: float | None = None
+    """A learned bias of the logits that starts here (SigLIP: -10); null for none."""
+    lock_image: bool = False
+    """The trunk does not train (LiT); its projection does. Its batch norms keep their statistics."""
+    image_unlocked_groups: int = Field(0, ge=0)
+    """Of a locked trunk, the last layer groups (blocks or stages, by timm's count) train."""
+    lock_text: bool = False
+    """The text tower does not train, its projection included (as ViTamin's LTT)."""
+    text_unlocked_groups: int = Field(0, ge=0)
+    """Of a locked text tower, the last groups train: projection; last block with final norm; further blocks; embeddings."""
+
+    @model_validator(mode="after")
+    def _locks_lock_something(self) -> ClipSettings:
+        for tower, locked, unlocked in (
+            ("image", self.lock_image, self.image_unlocked_groups), ("text", self.lock_text, self.text_unlocked_groups)
+        ):
+            if unlocked and not locked:
+                raise ValueError(f"student.{tower}_unlocked_groups={unlocked} needs student.lock_{tower}=true")
+        if self.lock_text and not self.text_unlocked_groups and self.text.projection == "new":
+            raise ValueError("student.text.projection=new would never train with student.lock_text=true; leave it out")
+        return self

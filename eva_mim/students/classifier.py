@@ -9,9 +9,6 @@ from eva_mim.pixels import normalise
 from eva_mim.students import ClassifierSettings
 from eva_mim.students.trunk import build_trunk, has_tokens, input_size, mean_std
 
-HEAD_SCALE = 0.001
-"""Factor on the fresh head's weights (EVA-01/eva/modeling_finetune.py, init_scale): training starts at uniform odds."""
-
 
 class Classifier(nn.Module):
     """A timm model with `classes` outputs; the head starts small."""
@@ -25,7 +22,7 @@ class Classifier(nn.Module):
         head = self.trunk.get_classifier()  # type: ignore[operator]
         with torch.no_grad():
             for parameter in head.parameters():
-                parameter.mul_(HEAD_SCALE)
+                parameter.mul_(settings.head_scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, K] logits of uint8 (or mixed, float 0..255) images."""

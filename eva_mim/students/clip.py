@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from open_clip.model import CustomTextCLIP
+from open_clip.model import CLIPTextCfg, CustomTextCLIP, resize_text_pos_embed
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from eva_mim.config import UserError
 from eva_mim.pixels import normalise
-from eva_mim.students import ClipSettings, TextSettings
+from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings, Tower
 from eva_mim.students.trunk import build_trunk, mean_std, scale_patch_gradient
 
-MAX_LOGIT_SCALE = math.log(100)
-"""CLIP (Radford et al. 2021, section 2.5) and EVA-CLIP clip the learned temperature here."""
+TEXT_LAYERS = {"stem": r"^(?:token|positional)_embedding", "blocks": r"^transformer\.resblocks\.(\d+)"}
+"""Layers of open_clip's text tower; final norm and projection are at the top (EVA-CLIP/rei/training/optim.py)."""
+PROJECTION = "text_projection"
+FOREIGN = ("hf_model_name", "hf_tokenizer_name", "embed_cls", "output_tokens")
+"""Parts of open_clip's text_cfg that need another tokenizer or another forward pass than this student's."""
 
 
 class ClipStudent(nn.Module):
@@ -35,30 +39,64 @@ class ClipStudent(nn.Module):
                 f"student: open_clip builds {settings.name} by its name alone ({own} px); name an architecture of the "
                 "wanted image_size and patch_size, or register one with timm (see eva_mim/students/small.py)"
             )
+        if settings.patch_dropout and not hasattr(probe, "patch_drop"):
+            raise UserError(f"student.patch_dropout={settings.patch_dropout}: {settings.name} cannot leave out patches; set it "
+                            "to 0")
         self.image_size = own
         self.mean, self.std = mean_std(probe)
-        text, text_weights = text_tower(settings.text)
+        source = text_source(settings.text)
         self.config: dict[str, Any] = {
             "embed_dim": settings.embed_dim,
             "vision_cfg": {
                 "timm_model_name": settings.name,
                 "timm_pool": settings.pool,
                 "timm_proj": "linear",
+                "timm_proj_bias": settings.proj_bias,
                 "image_size": own,
                 "timm_drop_path": settings.drop_path or None,
+                "patch_dropout": settings.patch_dropout,
             },
-            "text_cfg": text,
+            "text_cfg": source.config,
+            "quick_gelu": source.quick_gelu,
+            "init_logit_scale": settings.init_logit_scale,
+            "init_logit_bias": settings.init_logit_bias,
         }
         # A vector of one: DeepSpeed cannot broadcast a scalar parameter.
         self.model = CustomTextCLIP(**self.config, nonscalar_logit_scale=True)
-        if text_weights:
-            # text_projection belongs to the space that is being learned; EVA-CLIP's skip list leaves it out as well
-            reused = {name: value for name, value in text_weights.items() if name != "text_projection"}
-            missing = self.model.text.load_state_dict(reused, strict=False).missing_keys
-            assert set(missing) <= {"text_projection"}, missing
+        self.text_report = seed_text(self.model.text, source, settings) if source.weights else None
+        """What became of the source's tensors: the fields of a `KeyReport`. None when the text tower starts from scratch."""
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
         scale_patch_gradient(self.trunk, settings)
+        self._lock(settings)
+
+    def _lock(self, settings: ClipSettings) -> None:
+        """Raises UserError where there is nothing to keep, or nothing would be locked."""
+        if settings.lock_text and self.text_report is None:
+            raise UserError("student.lock_text=true needs a trained text tower; set student.text.init_from (and .weights)")
+        for name, locked, unlocked, tower, lock in (
+            ("image", settings.lock_image, settings.image_unlocked_groups, self.trunk, self.model.lock_image_tower),
+            ("text", settings.lock_text, settings.text_unlocked_groups, self.model.text, self.model.lock_text_tower),
+        ):
+            if not locked:
+                continue
+            if unlocked and name == "image" and not hasattr(tower, "group_matcher"):
+                raise UserError(f"student.image_unlocked_groups={unlocked}: {settings.name} does not say its layers; set it to 0")
+            with warnings.catch_warnings():  # open_clip imports a timm module by its old name
+                warnings.simplefilter("ignore", FutureWarning)
+                lock(unlocked)
+            if all(parameter.requires_grad for parameter in tower.parameters()):
+                raise UserError(f"student.{name}_unlocked_groups={unlocked} leaves nothing locked; lower it")
+
+    def train(self, mode: bool = True) -> ClipStudent:
+        """Locked batch norms stay in evaluation mode, so that their statistics do not move."""
+        super().train(mode)
+        for module in self.trunk.modules():
+            # open_clip would put other modules in their place, without the activation that timm's batch norms hold.
+            own = list(module.parameters()) if isinstance(module, _BatchNorm) else []
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+        return self
 
     @property
     def trunk(self) -> nn.Module:
@@ -66,19 +104,24 @@ class ClipStudent(nn.Module):
         trunk: nn.Module = self.model.visual.trunk
         return trunk
 
+    def towers(self) -> dict[str, Tower]:
+        """Both, each with its projection; the logit scale is in neither."""
+        text = self.model.text
+        return {"image": Tower.of_timm(self.trunk, self.model.visual), "text": Tower(text, text, TEXT_LAYERS)}
+
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """Texts -> [B, L] int64, cut at the context length."""
-        length: int = self.config["text_cfg"].get("context_length", 77)
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=length)
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         return tokenizer
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit image features [B, C], unit text features [B, C], logit scale (not its logarithm)."""
-        image, text, _ = self.model(normalise(images, self.mean, self.std), texts)
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        """Unit image features [B, C], unit text features [B, C], logit scale (not its logarithm), logit bias if there is one."""
+        image, text, *_ = self.model(normalise(images, self.mean, self.std), texts)
         raw = self.model.logit_scale.reshape(())
         # The gradient passes the clamp: with ZeRO the stored value cannot be clamped between steps.
         scale = (raw + (raw.clamp(0, MAX_LOGIT_SCALE) - raw).detach()).exp()
-        return image, text, scale
+        bias = self.model.logit_bias
+        return (image, text, scale) if bias is None else (image, text, scale, bias.reshape(()))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B, C] unit features of uint8 images."""
@@ -92,7 +135,7 @@ class ClipStudent(nn.Module):
 
     def open_clip_config(self) -> dict[str, Any]:
         """Content of `open_clip_config.json`: with it `open_clip.create_model("local-dir:...")` opens the stage."""
-        vision = {**self.config["vision_cfg"], "timm_drop_path": None}
+        vision = {**self.config["vision_cfg"], "timm_drop_path": None, "patch_dropout": 0.0}
         return {
             "model_cfg": {**self.config, "vision_cfg": vision, "custom_text": True},
             "preprocess_cfg": {"size": self.image_size, "mean": self.mean, "std": self.std,
@@ -101,41 +144,94 @@ class ClipStudent(nn.Module):
 
 
 def as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's weights as open_clip's own models hold them: the logit scale is a scalar, and within its bounds."""
-    return state | {"logit_scale": state["logit_scale"].reshape(()).clamp(0, MAX_LOGIT_SCALE)}
+    """The model's weights as open_clip's own models hold them: logit scale and bias are scalars, the scale within its bounds."""
+    scalars = {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in state}
+    return state | scalars | {"logit_scale": scalars["logit_scale"].clamp(0, MAX_LOGIT_SCALE)}
 
 
-def text_tower(settings: TextSettings) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(open_clip's text_cfg, weights of the text tower or nothing). Raises UserError."""
+class TextSource(NamedTuple):
+    """What a text tower is made from."""
+
+    name: str
+    config: dict[str, Any]
+    """open_clip's text_cfg of the new tower."""
+    quick_gelu: bool
+    weights: dict[str, Tensor]
+    """Empty for a tower from scratch."""
+
+
+def text_source(settings: TextSettings) -> TextSource:
+    """Reads `init_from`. Raises UserError for what is no text tower of the kind and size that the settings describe."""
+    sizes = {"width": settings.width or 128, "layers": settings.layers or 2, "heads": settings.heads or 4}
     if settings.init_from is None:
-        return (
-            {
-                "width": settings.width,
-                "layers": settings.layers,
-                "heads": settings.heads,
-                "context_length": settings.context_length,
-                "vocab_size": open_clip.SimpleTokenizer().vocab_size,
-            },
-            {},
-        )
+        length, vocabulary = settings.context_length or 24, open_clip.SimpleTokenizer().vocab_size
+        config = {**sizes, "context_length": length, "vocab_size": vocabulary}
+        return TextSource("scratch", config, bool(settings.quick_gelu), {})
     folder = Path(settings.init_from)
     if folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"student.text.init_from: {folder} is not the folder of a finished clip stage")
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-        name, weights = f"local-dir:{folder}", None
+        model_config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        weights = _text_weights(f"local-dir:{folder}", None)
     else:
-        config = open_clip.get_model_config(settings.init_from)
-        if config is None:
+        model_config = open_clip.get_model_config(settings.init_from)
+        if model_config is None:
             raise UserError(f"student.text.init_from: {settings.init_from} is neither a folder nor an open_clip name")
-        name, weights = settings.init_from, settings.weights
+        weights = _text_weights(settings.init_from, settings.weights) if settings.weights else {}
+    config = dict(model_config["text_cfg"])
+    for part in FOREIGN:
+        if config.get(part):
+            raise UserError(f"student.text.init_from: the text tower of {settings.init_from} needs {part}={config[part]}, "
+                            "which this student does not have; take another")
+    has = CLIPTextCfg(**config)
+    for what in sizes:
+        if getattr(settings, what) not in (None, getattr(has, what)):
+            raise UserError(f"student.text.{what}={getattr(settings, what)}: the text tower of {settings.init_from} has "
+                            f"{getattr(has, what)}; leave it out, or take another student.text.init_from")
+    config["context_length"] = settings.context_length or has.context_length
+    quick = model_config.get("quick_gelu", False) if settings.quick_gelu is None else settings.quick_gelu
+    return TextSource(settings.init_from, config, bool(quick), weights)
+
+
+def _text_weights(name: str, weights: str | None) -> dict[str, Tensor]:
+    """The text tower's tensors of a model of open_clip's. Raises UserError."""
     try:
         model = open_clip.create_model(name, pretrained=weights, weights_only=True)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"student.text: {settings.init_from} with weights {settings.weights}: {error}") from None
-    if not hasattr(model, "text"):
-        model = open_clip.model.convert_to_custom_text_state_dict(model.state_dict())
-        state = {key.removeprefix("text."): value for key, value in model.items() if key.startswith("text.")}
-    else:
-        state = dict(model.text.state_dict())
-    return dict(config["text_cfg"]), {name: torch.as_tensor(value) for name, value in state.items()}
+        raise UserError(f"student.text: {name}{f' with weights {weights}' if weights else ''}: {error}") from None
+    state = open_clip.model.convert_to_custom_text_state_dict(model.state_dict())
+    return {name.removeprefix("text."): torch.as_tensor(value) for name, value in state.items() if name.startswith("text.")}
+
+
+def seed_text(tower: nn.Module, source: TextSource, settings: ClipSettings) -> dict[str, Any]:
+    """Copy a source's weights into a text tower, in place; what became of each, as the fields of a `KeyReport`.
+
+    Raises UserError where the projection shall be reused and leads into a space of another width.
+    """
+    wanted = settings.text.projection or ("reused" if settings.lock_text else "new")
+    given = {name: value for name, value in source.weights.items() if wanted == "reused" or not name.startswith(PROJECTION)}
+    state = tower.state_dict()
+    report: dict[str, Any] = {"loaded": [], "resized": [], "new": [], "ignored": [], "reasons": {}}
+
+    def note(into: str, name: str, reason: str) -> None:
+        report[into].append(f"text.{name}")
+        report["reasons"][f"text.{name}"] = reason
+
+    for name in source.weights.keys() - given.keys():
+        note("ignored", name, "the source's projection")
+    for name, value in state.items():
+        if name not in given and name.startswith(PROJECTION):
+            note("new", name, "the projection into the shared space")
+        elif name.startswith(PROJECTION) and value.shape != given[name].shape:
+            raise UserError(f"student.embed_dim={settings.embed_dim}: the projection of {source.name}, which is reused, is "
+                            f"{list(given[name].shape)}; set student.embed_dim to its width")
+        elif name == "positional_embedding" and len(value) != len(given[name]):
+            old, new = len(given[name]), len(value)
+            note("resized", name, f"{old} positions -> {new}: " + ("the first ones" if new < old else "interpolated"))
+            given[name] = given[name][:new].clone()
+            if new > old:
+                resize_text_pos_embed(given, tower)
+        else:
+            report["loaded"].append(f"text.{name}")
+    tower.load_state_dict(state | given)
+    return report

@@ -33,9 +33,9 @@ def shards(root: Path, split: str = "train", **more: object) -> Source:
     return source
 
 
-def content(source: Source) -> list[tuple[bytes, int | None, str | None]]:
-    """Pixels, label and caption of every record."""
-    return [(s.image.tobytes(), s.label, s.caption) for s in (source.read(index) for index in range(len(source)))]
+def content(source: Source) -> list[tuple[bytes, int | None, tuple[str, ...]]]:
+    """Pixels, label and captions of every record."""
+    return [(s.image.tobytes(), s.label, s.captions) for s in (source.read(index) for index in range(len(source)))]
 
 
 # ---- folders
@@ -47,14 +47,14 @@ def test_class_folders_give_sorted_labels_and_exact_pixels(tmp_path: Path) -> No
     source = folder(tmp_path)
     assert source.classes == ("ant", "zebra")
     assert [source.key(i) for i in range(5)] == [f"ant/{i:05d}.png" for i in range(3)] + [f"zebra/{i:05d}.png" for i in range(2)]
-    expected = [(seed, 0, "an ant" if seed == 3 else None) for seed in (2, 3, 4)] + [(seed, 1, None) for seed in (0, 1)]
+    expected = [(seed, 0, ("an ant",) if seed == 3 else ()) for seed in (2, 3, 4)] + [(seed, 1, ()) for seed in (0, 1)]
     assert content(source) == [(picture(seed).tobytes(), label, caption) for seed, label, caption in expected]
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     source = folder(make_folder(tmp_path, {"": 3}))
     assert source.classes is None
-    assert content(source) == [(picture(seed).tobytes(), None, None) for seed in range(3)]
+    assert content(source) == [(picture(seed).tobytes(), None, ()) for seed in range(3)]
 
 
 def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_tar_and_gzip_give_what_was_written(tmp_path: Path) -> None:
     make_shards(tmp_path / "plain", "x-000000.tar", count=4)
     make_shards(tmp_path / "packed", "x-000000.tar.gz", count=4)
     make_shards(tmp_path / "packed", "x-000001.tar.gz", first=4, count=2)
-    expected = [(picture(seed).tobytes(), seed % 3, f"picture {seed}") for seed in range(6)]
+    expected = [(picture(seed).tobytes(), seed % 3, (f"picture {seed}",)) for seed in range(6)]
     for _ in range(2):  # the second time from the cache
         for name in ("plain", "packed"):
             source = shards(tmp_path, train=f"{name}/x-*", classes="classes.txt")
@@ -259,7 +259,8 @@ def test_scenes_are_the_frozen_ones() -> None:
     found = {}
     for split, index in SCENES:
         sample = scenes(split).read(index)
-        found[split, index] = hashlib.sha256(sample.image.tobytes()).hexdigest()[:16], sample.caption
+        (caption,) = sample.captions
+        found[split, index] = hashlib.sha256(sample.image.tobytes()).hexdigest()[:16], caption
     assert found == SCENES
 
 
@@ -272,10 +273,9 @@ def test_labels_and_captions_say_the_same() -> None:
         one, other = fine.read(index), coarse.read(index)
         assert one.label is not None
         assert other.label is not None
-        assert one.caption == other.caption
-        assert one.caption is not None
+        assert one.captions == other.captions
         assert fine.classes[one.label].split()[1] == coarse.classes[other.label]
-        before_relation = one.caption.split(" of ")[0].split(" above ")[0].split(" below ")[0]
+        before_relation = one.captions[0].split(" of ")[0].split(" above ")[0].split(" below ")[0]
         assert fine.classes[one.label] in before_relation
         seen.add(one.label)
     assert seen == set(range(24))
@@ -286,14 +286,13 @@ def test_the_named_relation_is_true_of_the_picture() -> None:
     checked = 0
     for index in range(600):
         sample = scenes().read(index)
-        assert sample.caption is not None
-        words = sample.caption.split()
+        words = sample.captions[0].split()
         if words[1] not in COLOURS or words[2] != "plain":
             continue
         rows, columns = np.nonzero((np.asarray(sample.image) == COLOURS[words[1]]).all(axis=-1))
         x, y = columns.mean() / 32 - 0.5, rows.mean() / 32 - 0.5
         side = {"left": -x, "right": x, "above": -y, "below": y}[words[4]]
-        assert side > 0.05, sample.caption
+        assert side > 0.05, words
         checked += 1
     assert checked > 40
 

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from eva_mim.students import ClassifierSettings
-from eva_mim.students.classifier import HEAD_SCALE, Classifier, LinearProbe
+from eva_mim.students.classifier import Classifier, LinearProbe
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,8 @@ def test_a_probe_trains_only_its_layer() -> None:
 @torch.no_grad()
 def test_a_classifier_is_timms_model_with_a_small_head() -> None:
     torch.manual_seed(0)
-    made = Classifier(ClassifierSettings(name="vit_nano_patch4_32"), 7).eval()
+    settings = ClassifierSettings(name="vit_nano_patch4_32")
+    made = Classifier(settings, 7).eval()
     plain = timm.create_model("vit_nano_patch4_32", num_classes=7, global_pool="avg").eval()
     plain.load_state_dict(made.timm_weights(dict(made.state_dict())))
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
@@ -55,5 +56,8 @@ def test_a_classifier_is_timms_model_with_a_small_head() -> None:
     assert torch.allclose(made(images), plain(x), atol=1e-6)
     torch.manual_seed(0)
     fresh = timm.create_model("vit_nano_patch4_32", num_classes=7, global_pool="avg")
-    assert torch.allclose(plain.head.weight, fresh.head.weight * HEAD_SCALE, atol=1e-9)
+    assert torch.allclose(plain.head.weight, fresh.head.weight * 0.001, atol=1e-9)
     assert made(images).softmax(-1).sub(1 / 7).abs().max() < 1e-3
+    torch.manual_seed(0)
+    whole = Classifier(settings.model_copy(update={"head_scale": 1.0}), 7)
+    assert torch.equal(whole.trunk.head.weight, fresh.head.weight)  # type: ignore[union-attr]

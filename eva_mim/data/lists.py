@@ -1,0 +1,198 @@
+"""Lists of images with captions and labels: CSV, TSV, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Sample
+from eva_mim.data import ColumnSettings, SourceSettings
+from eva_mim.data.captions import as_captions
+from eva_mim.data.names import class_file
+from eva_mim.files import sha256
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+"""(line or row number, value by column)."""
+PROBED = 100
+"""Images whose existence is checked at the start; each one would be slow on network disks."""
+
+
+class ListSource:
+    """The images of one list, in its order. Keys are their paths as the list has them."""
+
+    def __init__(self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None):
+        """`classes`: names by label; the label column holds names, or numbers where no value is a name. Raises UserError."""
+        self.classes = classes if columns.label is not None else None
+        self._images: list[str] = []
+        self._captions: list[tuple[str, ...]] = []
+        self._folder = path.parent
+        values = []
+        for where, row in read_list(path, columns):
+            self._images.append(_inside(row[columns.image], root, path.parent, where))
+            self._captions.append(_captions(row, columns, where))
+            values.append((where, row[columns.label] if columns.label is not None else None))
+        self.fingerprint = sha256(path)
+        if not self._images:
+            raise UserError(f"{path}: no images in this list")
+        if not any((self._folder / image).is_file() for image in self._images[:PROBED]):
+            raise UserError(f"{path}: none of its first {min(PROBED, len(self))} images exists; paths are relative to the list: "
+                            f"{self._folder / self._images[0]}")
+        self._labels = _labels(values, self.classes) if self.classes else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, index: int) -> str:
+        """The image's path, relative to the list's folder."""
+        return self._images[index]
+
+    def read(self, index: int) -> Sample:
+        """Decode one file as RGB. Raises what Pillow raises."""
+        with Image.open(self._folder / self._images[index]) as image:
+            pixels = image.convert("RGB")
+        return Sample(self.key(index), pixels, self._labels[index] if self._labels else None, self._captions[index])
+
+
+def open_list(settings: SourceSettings, split: str) -> ListSource | None:
+    """The source of a split ("train" or "val"); None when it has no list of its own. Raises UserError."""
+    if settings.train is None:
+        raise UserError("data.train must name the list's file when data.source is 'list'")
+    name = settings.train if split == "train" else settings.val
+    if name is None:
+        return None
+    classes = class_file(settings)
+    if classes is None and settings.columns.label is not None:  # the training list alone decides the labels
+        classes = sorted_names(settings.own_root / settings.train, settings.columns)
+    return ListSource(settings.own_root / name, settings.own_root, settings.columns, classes)
+
+
+def read_list(path: Path, columns: ColumnSettings) -> Iterable[tuple[str, dict[str, Any]]]:
+    """("FILE:NUMBER", value by column) of each row. Raises UserError for a broken file and a missing column."""
+    if not path.is_file():
+        raise UserError(f"data: the list {path} does not exist")
+    reader = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: a list must be .csv, .tsv, .jsonl or .parquet")
+    wanted = {"image": [columns.image], "captions": caption_columns(columns), "label": [columns.label] if columns.label else []}
+    names, rows = reader(path, [name for group in wanted.values() for name in group])
+    for setting, group in wanted.items():
+        for name in group:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"data.columns.{setting}: {path} has no column {name!r}; {hint}columns: {', '.join(names)}")
+    return ((f"{path}:{number}", row) for number, row in rows)
+
+
+def caption_columns(columns: ColumnSettings) -> list[str]:
+    """Names of the columns with captions."""
+    return [columns.captions] if isinstance(columns.captions, str) else list(columns.captions or ())
+
+
+def _csv(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
+    def rows() -> Rows:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                header = file.readline()
+                file.seek(0)
+                # Some .csv files are separated by tabs or semicolons; captions are full of commas, a header is not.
+                reader = csv.reader(file, delimiter=max(",\t;", key=header.count), strict=True)
+                names = next(reader, [])
+                yield 1, dict.fromkeys(names)
+                for row in reader:
+                    if row and len(row) != len(names):
+                        raise UserError(f"{path}:{reader.line_num}: {len(row)} fields under {len(names)} columns")
+                    if row:
+                        yield reader.line_num, dict(zip(names, row, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a readable list: {error}") from None
+
+    found = rows()
+    return list(next(found)[1]), found
+
+
+def _jsonl(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
+    def rows() -> Rows:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}:{number}: not a line of JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: expected {{column: value}}, found {type(row).__name__}")
+                yield number, row
+
+    found = rows()
+    first = next(found, None)
+    if first is None:
+        raise UserError(f"{path}: no images in this list")
+    return list(first[1]), ((number, dict.fromkeys(wanted) | row) for number, row in chain([first], found))
+
+
+def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise UserError(f"{path}: Parquet needs pyarrow; install it with: pip install 'eva-mim[parquet]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+    names = list(file.schema_arrow.names)
+    batches = file.iter_batches(columns=[name for name in wanted if name in names])
+    return names, iter(enumerate((row for batch in batches for row in batch.to_pylist()), start=1))
+
+
+def _inside(value: Any, root: Path, folder: Path, where: str) -> str:
+    """The path as written. Raises UserError unless it is one, below `root`."""
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: no image path ({value!r})")
+    if not Path(os.path.normpath(folder / value)).is_relative_to(os.path.normpath(root)):
+        raise UserError(f"{where}: {value} is outside data.root={root}; to allow it, set data.root to a folder above both")
+    return value
+
+
+def _captions(row: dict[str, Any], columns: ColumnSettings, where: str) -> tuple[str, ...]:
+    names = caption_columns(columns)
+    try:
+        found = tuple(text for name in names for text in as_captions(row[name]))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if names and (not found or "" in found):
+        raise UserError(f"{where}: {'an empty caption' if found else 'no captions'} ({', '.join(names)})")
+    return found
+
+
+def sorted_names(path: Path, columns: ColumnSettings) -> tuple[str, ...]:
+    """The distinct labels of a list in sorted order: by number where all are whole numbers. Raises UserError."""
+    assert columns.label is not None
+    names = set()
+    for where, row in read_list(path, columns):
+        if row[columns.label] in (None, ""):
+            raise UserError(f"{where}: no label ({columns.label})")
+        names.add(str(row[columns.label]))
+    return tuple(sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None))
+
+
+def _labels(values: list[tuple[str, Any]], classes: tuple[str, ...]) -> list[int]:
+    number = {name: label for label, name in enumerate(classes)}
+    if not any(str(value) in number for _, value in values) and all(str(value).isdecimal() for _, value in values):
+        number = {str(label): label for label in range(len(classes))}
+    for where, value in values:
+        if str(value) not in number:
+            near = difflib.get_close_matches(str(value), number, n=1)
+            raise UserError(f"{where}: label {value!r} is none of the {len(classes)} classes"
+                            + (f"; did you mean {near[0]}?" if near else ""))
+    return [number[str(value)] for _, value in values]

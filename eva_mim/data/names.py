@@ -1,0 +1,40 @@
+"""Names of classes and the templates that make captions of them: from files, or as open_clip has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eva_mim.config import UserError
+from eva_mim.data import SourceSettings
+
+
+def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
+    """The names in the file `data.classes`, by label; None where it is not set. Raises UserError."""
+    return None if settings.classes is None else _lines(settings, settings.classes, "data.classes")
+
+
+def class_words(settings: SourceSettings) -> tuple[str, ...] | None:
+    """What `data.class_names` stands for; None where it is not set. Raises UserError."""
+    if settings.class_names == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return tuple(IMAGENET_CLASSNAMES)
+    return None if settings.class_names is None else _lines(settings, settings.class_names, "data.class_names")
+
+
+def _lines(settings: SourceSettings, name: str, setting: str) -> tuple[str, ...]:
+    path = settings.own_root / name
+    if not path.is_file():
+        raise UserError(f"{setting}: {path} does not exist")
+    # "name" or "index<TAB>...<TAB>name"
+    return tuple(line.split("\t")[-1].strip() for line in path.read_text().splitlines() if line.strip())
+
+
+def prompt_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates that `data.templates` stands for, each with "{}" for the class name."""
+    if not isinstance(templates, str):
+        return tuple(templates)
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    known = {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}
+    return tuple(make("{}") for make in known[templates])
