@@ -25,7 +25,7 @@ from eva_mim.convert.compose import clip_config, side, timm_keywords
 from eva_mim.convert.describe import Description
 from eva_mim.convert.families import Family
 from eva_mim.convert.tables import Rope
-from eva_mim.convert.told import Pixels, Told, Wanted, plain, read_clip_config, read_told
+from eva_mim.convert.told import Pixels, Told, Wanted, bounded, plain, read_clip_config, read_told
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def find_architecture(
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     told = read_told(described) if described else Told()
     want = Wanted(shapes, family, plain(arguments or {}, "--argument "), size, grid, rope, told)
+    bounded(want)
     if family and family.text:
         found = _find_clip(want, name)
     elif family and family.prefix:

@@ -16,6 +16,7 @@ import torch
 from timm.layers import DropPath
 from timm.models import model_entrypoint
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
@@ -26,6 +27,8 @@ from eva_mim.convert.keys import split_block
 from eva_mim.convert.layout import Shape, few
 from eva_mim.convert.told import Pixels, Told, Wanted
 
+MAX_MODULES = 10_000
+"""Of a model; the largest of timm's has 1,757, and a file may ask for any number by keywords of any name."""
 CLASSES = ("VisionTransformer", "Eva", "Beit")
 """Of timm, whose architectures are searched."""
 HYBRIDS = ("timm.models.vision_transformer_hybrid", "timm.models.vitamin")
@@ -89,12 +92,23 @@ def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
 
 def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A timm model. Raises UserError for arguments that it does not take."""
+    built = 0
+
+    def count(*_: Any) -> None:
+        nonlocal built
+        built += 1
+        if built > MAX_MODULES:
+            raise ValueError(f"more than {MAX_MODULES} modules")
+
+    handle = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"), Unfilled():
             model: nn.Module = timm.create_model(name, **arguments)
     except Exception as error:  # arguments of a file can fail in any way
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UserError(f"timm cannot build {name} with {given}: {str(error)[:300]}") from None
+    finally:
+        handle.remove()
     return model
 
 

@@ -16,6 +16,7 @@ from eva_mim.convert.describe import Description, describe
 from eva_mim.convert.families import Family, detect
 from eva_mim.convert.huggingface import from_transformers
 from eva_mim.convert.keys import outside as is_outside
+from eva_mim.convert.layout import MAX_NAMES
 from eva_mim.convert.names import TRUNK, Converted, from_eva, from_stage, visual_trunk
 from eva_mim.convert.openai import from_openai, openai_to_timm
 from eva_mim.convert.reading import Checkpoint, open_checkpoint
@@ -70,6 +71,8 @@ def read_source(path: str | Path, container: str | None = None) -> Source:
     opened, and for an original checkpoint that timm cannot represent.
     """
     opened = open_checkpoint(path, container)
+    if len(opened) > MAX_NAMES:
+        raise UserError(f"{path}: {len(opened):,} tensors; a model has at most {MAX_NAMES:,}")
     found = describe(opened.path)
     weights, unknown = deferred(opened), None
     if found.transformers is not None:

@@ -25,8 +25,8 @@ FORBIDDEN = frozenset(inspect.signature(timm.create_model).parameters) | frozens
 """Keywords that say where weights come from or how a model runs, not what it is."""
 MAX_NUMBER = 65_536
 """Of an argument: a file may ask for a network of any size."""
-MAX_SIDE = 8192
-"""Of an image, in pixels."""
+MAX_SIDE, MAX_TOKENS, MAX_CONTEXT = 2048, 8192, 1024
+"""Of an image in pixels; patches and registers of one; tokens of a text. A file of megabytes can ask for terabytes by them."""
 CLIP_KEYS = ("embed_dim", "quick_gelu", "custom_text", "init_logit_bias")
 Pixels = tuple[float, ...]
 
@@ -71,6 +71,26 @@ class Wanted:
         if of_tables and given not in (None, of_tables):  # parity would not see it: both sides would have it
             raise UserError(f"--argument num_heads={given}: the position tables of the source are of {of_tables} heads")
         return given if isinstance(given, int) else of_tables or self.told.heads
+
+
+def bounded(want: Wanted) -> None:
+    """Raise UserError for sizes that nobody can run; only shapes are looked at."""
+    family, arguments = want.family, {**want.told.arguments, **want.arguments}
+    sides = want.size or arguments.get("img_size") or 0
+    largest = max(sides) if isinstance(sides, (tuple, list)) else sides
+    tables = [shape[0] for name, shape in want.shapes.items() if name.endswith("relative_position_bias_table")]
+    found = {
+        "a side in pixels": (largest if isinstance(largest, int) else 0, MAX_SIDE),
+        "patches": (((family and family.positions) or 0, MAX_TOKENS)),
+        "registers": (((family and family.registers) or 0, MAX_TOKENS)),
+        "rows of relative positions": (max(tables, default=0), 4 * MAX_TOKENS),
+        "text tokens": (family.text.context if family and family.text else 0, MAX_CONTEXT),
+    }
+    patch = arguments.get("patch_size") or (family.patch[0] if family and family.patch else None)
+    if isinstance(largest, int) and isinstance(patch, int) and patch > 0:
+        found["patches of an image"] = ((largest // patch) ** 2, MAX_TOKENS)
+    if over := [f"{count:,} {what} (at most {limit:,})" for what, (count, limit) in found.items() if count > limit]:
+        raise UserError(f"checkpoint: more than is converted here: {', '.join(over)}")
 
 
 def read_told(found: Description) -> Told:
@@ -136,4 +156,6 @@ def read_clip_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pixels(tree: Any, name: str) -> Pixels | None:
     values = [number(tree, name, channel) for channel in range(3)]
+    if name.endswith("std") and any(value is not None and value <= 0 for value in values):
+        raise UserError(f"{name}: {values} beside the source; a standard deviation is above 0")
     return tuple(value for value in values if value is not None) if None not in values else None
