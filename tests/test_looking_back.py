@@ -17,6 +17,7 @@ from eva_mim.diagnose import diagnose, first_bad, largest_of
 from eva_mim.meter import Meter
 from eva_mim.phases import Stopwatch, measuring, phase
 from eva_mim.reevaluate import table
+from tests.conftest import make_folder
 from tests.tiny import CLASSIFY, MIM, environment, run, write_recipe
 
 
@@ -158,4 +159,19 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, command: str) -> 
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_does_not_meet_another_list_of_classes(tmp_path: Path) -> None:
+    """As many classes under other names: a head would count the wrong ones as right. Neither measured nor resumed."""
+    root = make_folder(tmp_path / "data", {"ant": 30, "bee": 30}, size=(32, 32))
+    recipe, out = write_recipe(tmp_path, CLASSIFY), tmp_path / "run"
+    data = ["data.source=folder", f"data.root={root}", "data.val_share=0.2"]
+    run("classify", recipe, out, *data)
+    (root / "ant").rename(root / "cat")
+    done = subprocess.run([sys.executable, "-m", "eva_mim.cli", "evaluate", str(out)], env=environment(), capture_output=True,
+                          text=True, timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "begun with another list of classes" in done.stderr
     assert "Traceback" not in done.stderr

@@ -77,18 +77,19 @@ def bounded(want: Wanted) -> None:
     """Raise UserError for sizes that nobody can run; only shapes are looked at."""
     family, arguments = want.family, {**want.told.arguments, **want.arguments}
     sides = want.size or arguments.get("img_size") or 0
-    largest = max(sides) if isinstance(sides, (tuple, list)) else sides
+    height, width = sides if isinstance(sides, tuple) and len(sides) == 2 else (sides, sides)
+    patch = arguments.get("patch_size") or (family.patch[0] if family and family.patch else None)
     tables = [shape[0] for name, shape in want.shapes.items() if name.endswith("relative_position_bias_table")]
     found = {
-        "a side in pixels": (largest if isinstance(largest, int) else 0, MAX_SIDE),
-        "patches": (((family and family.positions) or 0, MAX_TOKENS)),
-        "registers": (((family and family.registers) or 0, MAX_TOKENS)),
+        "rows of positions": ((family and family.positions) or 0, MAX_TOKENS),
+        "registers": ((family and family.registers) or 0, MAX_TOKENS),
         "rows of relative positions": (max(tables, default=0), 4 * MAX_TOKENS),
         "text tokens": (family.text.context if family and family.text else 0, MAX_CONTEXT),
     }
-    patch = arguments.get("patch_size") or (family.patch[0] if family and family.patch else None)
-    if isinstance(largest, int) and isinstance(patch, int) and patch > 0:
-        found["patches of an image"] = ((largest // patch) ** 2, MAX_TOKENS)
+    if isinstance(height, int) and isinstance(width, int):
+        found["pixels on a side"] = (max(height, width), MAX_SIDE)
+        if isinstance(patch, int) and patch > 0:
+            found["patches of an image"] = (height // patch * (width // patch), MAX_TOKENS)
     if over := [f"{count:,} {what} (at most {limit:,})" for what, (count, limit) in found.items() if count > limit]:
         raise UserError(f"checkpoint: more than is converted here: {', '.join(over)}")
 
