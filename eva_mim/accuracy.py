@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
@@ -21,7 +18,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Batch
 from eva_mim.convert.describe import Description, at, describe, number, text
 from eva_mim.data.loader import EvalLoader, Preparation
-from eva_mim.data.views import to_tensor
+from eva_mim.data.views import EvalView
 from eva_mim.distributed import all_reduce_sum
 from eva_mim.engine.step import autocast
 from eva_mim.handover import WEIGHTS
@@ -134,18 +131,9 @@ def count(
 def measure(model: Finished, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
     """The model's figures at its own image size. Every rank must call."""
     choose_kernels(model, device)
-    made = Preparation(partial(centre_crop, model.image_size, model.crop_pct), 0, training=False)
+    made = Preparation(EvalView([model.image_size], model.crop_pct), 0, training=False)
     loader = EvalLoader(variant.source, made, batch, workers)
     return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))
-
-
-def centre_crop(size: int, crop_pct: float, image: Image.Image, rng: random.Random) -> list[Tensor]:
-    """[3, size, size] uint8: short side resized to size / crop_pct, centre crop; for crop_pct 1 what `EvalView` gives."""
-    width, height = image.size
-    side = min(width, height) * crop_pct
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return [to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))]
 
 
 def as_table(found: Sequence[Accuracy]) -> str:

@@ -14,7 +14,7 @@ from eva_mim.data.masking import Mask
 from eva_mim.data.names import prompt_templates
 from eva_mim.data.sampler import GlobalOrder, MixedOrder
 from eva_mim.data.splits import Mixture
-from eva_mim.data.views import EvalView, TrainView
+from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.distributed import rank, world_size
 from eva_mim.handover import read_parent, seed_trunk
 from eva_mim.recipe import Recipe
@@ -27,13 +27,14 @@ def train_loader(
     view: ViewSettings,
     mask: Mask | None = None,
     tokenize: Tokenize | None = None,
+    pixels: Statistics | None = None,
 ) -> TrainLoader:
     """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
     run = recipe.run
     micro = run.micro_batch or max(1, run.global_batch // world_size())
     cut = {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
     order = MixedOrder(source.parts, **cut) if isinstance(source, Mixture) else GlobalOrder(len(source), **cut)
-    made = Preparation(TrainView(view, sizes), run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
+    made = Preparation(TrainView(view, sizes, pixels), run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
     return TrainLoader(source, made, order, recipe.data.workers)
 
 
@@ -41,12 +42,13 @@ def eval_loader(
     recipe: Recipe,
     source: Source,
     sizes: Sequence[int],
+    view: ViewSettings,
     mask: Mask | None = None,
     tokenize: Tokenize | None = None,
     limit: int | None = None,
 ) -> EvalLoader:
     """Held-out batches of this rank, with fixed views and masks (the same for every run seed)."""
-    made = Preparation(EvalView(sizes), 0, mask, tokenize, prompt_templates(recipe.data.templates), training=False)
+    made = Preparation(EvalView(sizes, view.crop_pct), 0, mask, tokenize, prompt_templates(recipe.data.templates), training=False)
     batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
     return EvalLoader(source, made, batch, recipe.data.workers, limit)
 

@@ -20,6 +20,7 @@ def write_timm(
     *,
     classes: tuple[str, ...] | None = None,
     global_pool: str | None = None,
+    crop_pct: float = 1.0,
 ) -> None:
     """`model.safetensors` and the `config.json` with which `timm.create_model("local-dir:OUT", pretrained=True)` opens it."""
     pretrained: Any = trunk.pretrained_cfg
@@ -38,7 +39,7 @@ def write_timm(
             "mean": list(pretrained["mean"]),
             "std": list(pretrained["std"]),
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": crop_pct,
             "first_conv": pretrained["first_conv"],
             "classifier": pretrained["classifier"],
             "pool_size": pretrained["pool_size"],

@@ -17,10 +17,10 @@ from eva_mim.convert.deferred import real
 from eva_mim.convert.names import unshare_relative, with_norm
 from eva_mim.convert.report import KeyReport
 from eva_mim.convert.resize import resize_trunk
-from eva_mim.convert.source import content_hash, read_source
+from eva_mim.convert.source import Source, content_hash, read_source
 from eva_mim.recipe import HandOverSettings
 
-__all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "read_parent", "read_record", "seed_trunk"]
+__all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "parent_of", "read_parent", "read_record", "seed_trunk"]
 WEIGHTS, LINEAGE = "model.safetensors", "lineage.json"
 INNER_NORM = ".attn.norm."
 """EVA-02's CLIP towers normalise inside attention, its masked students do not (facts on EVA-CLIP, section 4): starts fresh."""
@@ -63,6 +63,14 @@ def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> P
                         "name one of its checkpoints (checkpoints/step-N)")
     try:
         source = read_source(path, settings.container)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    return parent_of(path, source, settings)
+
+
+def parent_of(path: str | Path, source: Source, settings: HandOverSettings) -> Parent:
+    """The trunk of an opened checkpoint. Raises UserError where it has none."""
+    try:
         trunk = source.trunk()
     except UserError as error:
         raise UserError(f"init_from: {error}") from None

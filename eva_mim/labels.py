@@ -82,6 +82,27 @@ def class_id(name: str) -> str:
     return found[0] if found else name.strip()
 
 
+def class_line(line: str) -> str:
+    """The class that a line of a list names ("name", or columns such as "index<TAB>synset id<TAB>name"): its synset id, where
+    there is one, and its name."""
+    found, last = SYNSET.search(line), line.split("\t")[-1].strip()
+    return f"{found[0]} {SYNSET.sub('', last).strip()}".strip() if found else last
+
+
+def spoken(name: str) -> str:
+    """A class as a caption names it: without its synset id ("tench" of "n01440764 tench"), unless that is all there is."""
+    return SYNSET.sub("", name).strip() or name
+
+
+def known_as(classes: Sequence[str]) -> dict[str, int]:
+    """Label by everything a class may be called: its line, its synset id, and its name unless that is the name of several."""
+    words = Counter(spoken(name) for name in classes)
+    found = {spoken(name): label for label, name in enumerate(classes) if words[spoken(name)] == 1}
+    for call in (class_id, str):
+        found |= {call(name): label for label, name in enumerate(classes)}
+    return found
+
+
 def class_hash(classes: Sequence[str]) -> str:
     """Changes when a class or the order changes; the same for "n01440764" and "n01440764 tench"."""
     return digest([class_id(name) for name in classes])
@@ -161,9 +182,7 @@ def _from_folder(folder: Path) -> tuple[str, ...]:
 
 
 def _from_text(path: Path) -> tuple[str, ...]:
-    # "name" or "index<TAB>...<TAB>name"; a synset id anywhere in the line is the name.
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return tuple(class_id(line) if SYNSET.search(line) else line.split("\t")[-1].strip() for line in lines)
+    return tuple(class_line(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _from_json(path: Path) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class Loop:
     def __init__(self, parts: Parts, engine: Engine, run: RunSettings, optim: OptimSettings, out: Path, device: torch.device):
         self.parts, self.engine, self.run, self.optim, self.out, self.device = parts, engine, run, optim, out, device
         self.steps_per_epoch = parts.train.steps_per_epoch
-        self.total = run.epochs * self.steps_per_epoch
+        self.total = run.steps(self.steps_per_epoch)
         self.ema = self._make_ema()
         self.detours = Detours(out, is_main())
         self.step = self._resume()
@@ -121,6 +121,7 @@ class Loop:
                 self._evaluate()
             if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
                 self._save(streak)
+
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total
 
@@ -136,7 +137,8 @@ class Loop:
     def _one_step(self, batches: list[Batch]) -> torch.Tensor:
         # Whatever a network or an augmentation draws in this step is a function of (seed, step, rank).
         seed_all(derive(self.run.seed, "step", self.step, rank()))
-        self.rates = rates_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch, epochs=self.run.epochs)
+        self.rates = rates_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch,
+                              epochs=self.total / self.steps_per_epoch)
         self.step += 1
         before = [buffer.clone() for buffer in self.norm_statistics]
         output = self.engine.step(self.parts.task, batches, self.rates, watch=self._is_due(self.run.log_every))

@@ -217,7 +217,7 @@ def describe(path: str, overrides: list[str], out: Path) -> str:
         if not state.startswith("finished"):
             stale.add(entry.name)
         run = stage.recipe.run
-        lines.append(f"{entry.name:<16} {entry.program:<9} {run.epochs:>4} epochs of {run.global_batch:<6} "
+        lines.append(f"{entry.name:<16} {entry.program:<9} {run.length:>20} in {run.global_batch:<6} "
                      f"{'<- ' + ', '.join(parents) if parents else '':<24} {state}")
     return "\n".join(lines)
 

@@ -118,13 +118,14 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
         built.export(out, weights)
         if trained.ema is not None:
             built.export(_subfolder(out, "ema"), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
+        steps = recipe.run.steps(built.parts.train.steps_per_epoch)
         record = begun | {
             "finished": True,
             "headline": built.parts.evaluator.headline,
             "metrics": trained.metrics,
             "seconds": round(seconds_at_work(out), 1),
-            "steps": recipe.run.epochs * built.parts.train.steps_per_epoch,
-            "samples_seen": recipe.run.epochs * built.parts.train.steps_per_epoch * recipe.run.global_batch,
+            "steps": steps,
+            "samples_seen": steps * recipe.run.global_batch,
             "weights_sha256": sha256(out / WEIGHTS),
             "classes": list(built.classes) if built.classes else None,
             "grid": built.grid,

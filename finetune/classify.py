@@ -38,6 +38,14 @@ class StageRecipe(Recipe):
             raise ValueError(f"student.head_rows={self.student.head_rows} needs init_from, a checkpoint with a head")
         return self
 
+    @model_validator(mode="after")
+    def _classes_keep_their_names(self) -> StageRecipe:
+        for part in (self.data, *(self.data.mixture or ())):
+            if part.class_names is not None:
+                raise ValueError(f"data.class_names={part.class_names} is for captions; a head is known by the dataset's own "
+                                 "class names (synset ids), so leave it out")
+        return self
+
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Classifier, data and evaluator of a recipe."""
@@ -57,6 +65,7 @@ def build_classifier(
     from eva_mim.export import grid_of, write_timm
     from eva_mim.handover import read_parent
     from eva_mim.heads import seed_head
+    from eva_mim.labels import describe
     from eva_mim.loop import Parts
     from eva_mim.stage import Built
     from eva_mim.task import Labels
@@ -65,18 +74,22 @@ def build_classifier(
     classes = splits.train.classes
     if classes is None:
         raise UserError(f"data.root: {recipe.data.root} has no labels (class folders, or data.classes for shards)")
+    if splits.val.classes != classes:
+        raise UserError(f"data.held_out: its classes ({describe(splits.val.classes or ())}) are not those of the training images "
+                        f"({describe(classes)})")
     student = kind(recipe.student, len(classes))
     sizes = [student.image_size]
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         pool = recipe.student.global_pool
-        write_timm(out, student.trunk, recipe.student, student.timm_weights(weights), classes=classes, global_pool=pool)
+        write_timm(out, student.trunk, recipe.student, student.timm_weights(weights), classes=classes, global_pool=pool,
+                   crop_pct=recipe.view.crop_pct)
 
     seeded = seed_from(recipe, student.trunk, classes)
     if seeded is not None and recipe.init_from is not None and recipe.student.head_rows != "new":
         seed_head(student.trunk, read_parent(recipe.init_from, recipe.hand_over), recipe.student, classes, seeded)
-    train = train_loader(recipe, splits.train, sizes, recipe.view)
-    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes), device)
+    train = train_loader(recipe, splits.train, sizes, recipe.view, pixels=(student.mean, student.std))
+    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes, recipe.view), device)
     return Built(
         Parts(Labels(student, len(classes), recipe.mix), train, evaluator, recipe.data.max_broken),
         export,

@@ -16,7 +16,7 @@ from eva_mim.data import ViewSettings
 from eva_mim.objectives import ContrastiveSettings
 from eva_mim.program import leave, run_program
 from eva_mim.recipe import Recipe
-from eva_mim.students import ClipSettings
+from eva_mim.students import ClipSettings, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,31 @@ class StageRecipe(Recipe):
                              "student.init_logit_scale=2.3026, which is ln 10)")
         return self
 
+    @model_validator(mode="after")
+    def _views_are_open_clips(self) -> StageRecipe:
+        if self.view.erase:
+            raise ValueError(f"view.erase={self.view.erase} is for classifiers; set it to 0")
+        if self.view.crop_pct != 1:
+            raise ValueError(f"view.crop_pct={self.view.crop_pct}: open_clip resizes the short side to the image size; set 1")
+        return self
+
+    @model_validator(mode="after")
+    def _locked_image_tower_is_trained(self) -> StageRecipe:
+        if self.student.lock_image and self.init_from is None:
+            raise ValueError("student.lock_image=true keeps a trained trunk as it is; set init_from")
+        return self
+
+    @model_validator(mode="after")
+    def _a_whole_model_is_somewhere(self) -> StageRecipe:
+        if self.student.whole and self.init_from is None:
+            raise ValueError("student.whole=true needs init_from, a CLIP model")
+        return self
+
     def parents(self) -> dict[str, Path]:
         """Also the stage that gives the text tower."""
         found = super().parents()
+        if self.student.whole and self.init_from is not None:
+            found["init_from"] = whole_file(self.init_from)
         if self.student.text.init_from is not None and Path(self.student.text.init_from).is_dir():
             found["student.text.init_from"] = Path(self.student.text.init_from)
         return found
@@ -59,13 +81,17 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.stage import Built
     from eva_mim.students.clip import ClipStudent, as_open_clip
     from eva_mim.task import ImageText
+    from eva_mim.whole import seed_whole, with_text_of
 
     splits = open_splits(recipe.data)
-    student = ClipStudent(recipe.student)
+    settings = recipe.student
+    if settings.whole and recipe.init_from is not None:
+        settings = with_text_of(settings, recipe.init_from)
+    student = ClipStudent(settings)
     tokenize = student.tokenizer()
     sizes = [student.image_size]
     evaluator = ClipEvaluator(
-        eval_loader(recipe, splits.val, sizes, tokenize=tokenize),
+        eval_loader(recipe, splits.val, sizes, recipe.view, tokenize=tokenize),
         tokenize=tokenize,
         classes=splits.val.classes,
         templates=recipe.data.templates,
@@ -74,14 +100,17 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         trunk = part(weights, "model.visual.trunk.")
-        write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk))
+        write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk),
+                   crop_pct=recipe.view.crop_pct)
         write_weights(out / "open_clip_model.safetensors", as_open_clip(part(weights, "model.")))
         write_json(out / "open_clip_config.json", student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
-    seeded = seed_from(recipe, student.trunk)
-    if seeded is not None:
-        for name in student.model.visual.head.state_dict():
+    if settings.whole and recipe.init_from is not None:
+        seeded: KeyReport | None = seed_whole(student, recipe.init_from, settings, recipe.hand_over)
+    else:
+        seeded = seed_from(recipe, student.trunk)
+        for name in student.model.visual.head.state_dict() if seeded else ():
             seeded.note(seeded.new, f"visual.head.{name}", "the projection into the shared space")
     if student.text_report is not None:
         seeded = (seeded or KeyReport()).beside(KeyReport(**student.text_report))

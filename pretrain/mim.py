@@ -52,6 +52,12 @@ class StageRecipe(Recipe):
             raise ValueError("student.positions=sincos fixes the positions that init_from would bring; set it to learned")
         return self
 
+    @model_validator(mode="after")
+    def _views_are_whole(self) -> StageRecipe:
+        if self.view.erase:
+            raise ValueError(f"view.erase={self.view.erase} is for classifiers: what a student does not see is up to mask")
+        return self
+
     def parents(self) -> dict[str, Path]:
         """Also the teacher, when it is a stage or a file of ours."""
         found = super().parents()
@@ -89,14 +95,15 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     mask = make_mask(student.grid, recipe.mask)
     evaluator = MaskedFeatureEvaluator(
         task,
-        eval_loader(recipe, splits.val, sizes, mask=mask, limit=recipe.evaluate.images),
-        eval_loader(recipe, splits.train, sizes[:1], limit=recipe.evaluate.bank),
-        labelled=splits.val.classes is not None and splits.train.classes is not None,
+        eval_loader(recipe, splits.val, sizes, recipe.view, mask=mask, limit=recipe.evaluate.images),
+        eval_loader(recipe, splits.train, sizes[:1], recipe.view, limit=recipe.evaluate.bank),
+        labelled=splits.val.classes is not None and splits.val.classes == splits.train.classes,
         device=device,
     )
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
-        write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk))
+        write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
+                   crop_pct=recipe.view.crop_pct)
         write_weights(out / "head.safetensors", {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, mask=mask)

@@ -22,7 +22,8 @@ LAYERS = {
     **dict.fromkeys(["task", "optim"], STEP),
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
-         "program", "recipe", "meter", "stability", "diagnose", "dump", "convert", "heads", "variants", "accuracy"],
+         "program", "recipe", "meter", "stability", "diagnose", "dump", "convert", "heads", "variants", "accuracy",
+         "whole"],
         RUN,
     ),
     **dict.fromkeys(["cli", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),

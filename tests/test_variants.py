@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 
-from eva_mim.accuracy import Accuracy, as_csv, as_table, centre_crop, count
+from eva_mim.accuracy import Accuracy, as_csv, as_table, count
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Sample
-from eva_mim.data.views import EvalView
 from eva_mim.labels import layout_classes
 from eva_mim.variants import Variant, columns, open_variant
 from tests.conftest import picture, png
@@ -207,12 +205,3 @@ def test_average_and_gap_are_those_of_the_published_row() -> None:
     assert lines[-1].split()[:2] == ["gap", "7.969"]
     assert as_csv(rows[:1]).splitlines()[1] == "val,x,0,,"  # a class without images has no figure
     assert "average" not in as_table(rows[:1])
-
-
-def test_images_are_cut_as_in_training_or_as_timm_says() -> None:
-    image, rng = picture(3, (80, 64)), random.Random(0)
-    assert torch.equal(centre_crop(28, 1.0, image, rng)[0], EvalView([28])(image, rng)[0])
-    theirs = create_transform(28, crop_pct=0.875, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))(image) * 255
-    ours = centre_crop(28, 0.875, image, rng)[0].float()
-    assert (ours - theirs).abs().max() <= 1.01  # they round twice
-    assert (centre_crop(28, 1.0, image, rng)[0].float() - theirs).abs().mean() > 3

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from eva_mim.config import Settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Strength = Annotated[float, Field(ge=0.0)]
 
 
 class SceneSettings(Settings):
@@ -104,6 +105,9 @@ class PartSettings(SourceSettings):
 class DataSettings(SourceSettings):
     """The data of a stage: one source, or a mixture of several."""
 
+    held_out: SourceSettings | None = None
+    """A dataset of its own for the held-out images: those of its `val`, or all of it where `val` is not set. With it the training
+    images come from anywhere, such as web pairs, and zero-shot accuracy is measured on ImageNet's validation images."""
     mixture: list[PartSettings] | None = Field(None, min_length=1)
     """Several sources, each with a weight. An epoch has as many images as all of them together. Every part runs through its own
     images without replacement, pass after pass: before an image comes again, all others of its part have come."""
@@ -128,6 +132,19 @@ class DataSettings(SourceSettings):
         return self
 
     @model_validator(mode="after")
+    def _held_out_once(self) -> DataSettings:
+        if self.held_out is None:
+            return self
+        if self.held_out.source != "scenes":
+            _ = self.held_out.own_root
+        parts: list[tuple[str, SourceSettings]] = [("data", self)]
+        parts += [(f"data.mixture.{number}", part) for number, part in enumerate(self.mixture or ())]
+        for path, part in parts:
+            if part.val is not None:
+                raise ValueError(f"{path}.val={part.val}: the held-out images are those of data.held_out; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _templates_have_a_place(self) -> DataSettings:
         if isinstance(self.templates, str):
             if self.templates not in ("openai", "simple"):
@@ -141,7 +158,7 @@ class DataSettings(SourceSettings):
 
 
 class ViewSettings(Settings):
-    """What is done to a training image. Held-out images are resized and cropped at the centre."""
+    """What is done to a training image, in this order; held-out images are resized and cropped at the centre."""
 
     crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random crop, as a share of the image."""
@@ -151,6 +168,17 @@ class ViewSettings(Settings):
     """Probability of a mirror image."""
     randaugment: str | None = None
     """timm's RandAugment by its config string, such as "rand-m9-mstd0.5-inc1"."""
+    jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] | None = None
+    """Random brightness, contrast, saturation, hue: torchvision's ColorJitter (ViTamin L, long schedule: .32, .32, .32, .08)."""
+    jitter_prob: Share = 0.8
+    """Probability that an image is jittered (open_clip's `color_jitter_prob` in ViTamin's runs)."""
+    grayscale: Share = 0.0
+    """Probability that an image loses its colours."""
+    erase: Share = 0.0
+    """Probability that a rectangle of the image is filled with noise: timm's RandomErasing, mode "pixel". For classifiers."""
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Held-out images: the short side is resized to image_size / crop_pct and the centre is cropped (EVA's classifiers: 1; 0.875
+    is the usual 256 for 224). It is recorded in the result, so that timm and `eva-mim evaluate` prepare images alike."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> ViewSettings:

@@ -19,6 +19,7 @@ from eva_mim.data import ColumnSettings, SourceSettings
 from eva_mim.data.captions import as_captions
 from eva_mim.data.names import class_file
 from eva_mim.files import sha256
+from eva_mim.labels import known_as
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 """(line or row number, value by column)."""
@@ -187,7 +188,7 @@ def sorted_names(path: Path, columns: ColumnSettings) -> tuple[str, ...]:
 
 
 def _labels(values: list[tuple[str, Any]], classes: tuple[str, ...]) -> list[int]:
-    number = {name: label for label, name in enumerate(classes)}
+    number = known_as(classes)
     if not any(str(value) in number for _, value in values) and all(str(value).isdecimal() for _, value in values):
         number = {str(label): label for label in range(len(classes))}
     for where, value in values:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Sample, Source
 from eva_mim.data.masking import Mask
+from eva_mim.data.names import filled
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.distributed import rank, world_size
 from eva_mim.log import say
@@ -114,7 +115,7 @@ class Reader(Dataset["Item | str | Failure"]):
             assert sample.label is not None
             assert self.source.classes is not None
             templates = self.preparation.templates if training else self.preparation.templates[:1]
-            texts = [template.replace("{}", self.source.classes[sample.label]) for template in templates]
+            texts = [filled(template, self.source.classes[sample.label]) for template in templates]
         return [rng.choice(texts)] if training else texts
 
 

@@ -1,4 +1,7 @@
-"""Names of classes and the templates that make captions of them: from files, or as open_clip has them."""
+"""Names of classes and the templates that make captions of them: from files, or as open_clip has them.
+
+A class of ImageNet keeps its synset id beside its name, because some names stand for two classes ("crane").
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 from eva_mim.config import UserError
 from eva_mim.data import SourceSettings
+from eva_mim.labels import class_line, spoken
 
 
 def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
@@ -26,8 +30,12 @@ def _lines(settings: SourceSettings, name: str, setting: str) -> tuple[str, ...]
     path = settings.own_root / name
     if not path.is_file():
         raise UserError(f"{setting}: {path} does not exist")
-    # "name" or "index<TAB>...<TAB>name"
-    return tuple(line.split("\t")[-1].strip() for line in path.read_text().splitlines() if line.strip())
+    return tuple(class_line(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def filled(template: str, name: str) -> str:
+    """A caption for an image of a class."""
+    return template.replace("{}", spoken(name))
 
 
 def prompt_templates(templates: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample, Source
 from eva_mim.data import DataSettings, PartSettings, SourceSettings
-from eva_mim.data.names import class_words, prompt_templates
+from eva_mim.data.names import class_words, filled, prompt_templates
+from eva_mim.labels import known_as
 from eva_mim.log import say
 from eva_mim.registry import SOURCES, lookup
 from eva_mim.rng import derive
@@ -79,7 +80,7 @@ class Mixture:
         sample, names = self._sources[part].read(inner)._replace(key=self.key(index)), self._sources[part].classes
         if self.classes is not None or names is None or sample.label is None:
             return sample
-        named = tuple(template.replace("{}", names[sample.label]) for template in self._templates)
+        named = tuple(filled(template, names[sample.label]) for template in self._templates)
         return sample._replace(label=None, captions=sample.captions or named)
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -102,7 +103,9 @@ class Opened(NamedTuple):
 
 def open_splits(settings: DataSettings) -> Splits:
     """Both sources. Raises UserError for a missing folder, an empty one, class lists that differ, or an unexpected number."""
-    parts = [_open_source(part) for part in settings.mixture] if settings.mixture else [_open_source(settings)]
+    share = settings.held_out is None
+    sources: Sequence[SourceSettings] = settings.mixture or [settings]
+    parts = [_open_source(source, share=share) for source in sources]
     images = sum(part.images for part in parts)
     if settings.expected not in (None, images):
         raise UserError(
@@ -111,8 +114,11 @@ def open_splits(settings: DataSettings) -> Splits:
             "To go on, set data.expected=null"
         )
     held_out = [part.val for part in parts if part.val is not None]
+    if settings.held_out is not None:
+        held_out = [_open_held_out(settings.held_out)]
     if not held_out:
-        raise UserError(f"data.val: no held-out images; give {'a part ' if settings.mixture else ''}val, or a val_share above 0")
+        raise UserError(f"data.val: no held-out images; give {'a part ' if settings.mixture else ''}val, a val_share above 0, or "
+                        "data.held_out")
     if settings.mixture is None:
         return Splits(parts[0].train, held_out[0])
     weights, templates = [part.weight for part in settings.mixture], prompt_templates(settings.templates)
@@ -122,12 +128,19 @@ def open_splits(settings: DataSettings) -> Splits:
     )
 
 
-def _open_source(settings: SourceSettings) -> Opened:
+def _open_held_out(settings: SourceSettings) -> Source:
+    opener = lookup(SOURCES, settings.source, "data.held_out.source")
+    source: Source = opener(settings, "val") or opener(settings, "train")
+    return Selected(source, np.arange(len(source))[: settings.val_limit], settings.label_map, class_words(settings))
+
+
+def _open_source(settings: SourceSettings, *, share: bool) -> Opened:
+    """`share`: its `val_share` is held out where it has no `val`."""
     opener = lookup(SOURCES, settings.source, "data.source")
     train: Source = opener(settings, "train")
     val: Source | None = opener(settings, "val")
     train_indices, val_indices = np.arange(len(train)), np.arange(len(val or ()))
-    if val is None and settings.val_share:
+    if val is None and share and settings.val_share:
         shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "hold-out")).permutation(len(train))
         held = max(1, round(settings.val_share * len(train)))
         val, val_indices, train_indices = train, np.sort(shuffled[:held]), np.sort(shuffled[held:])
@@ -155,9 +168,12 @@ def regroup(classes: tuple[str, ...] | None, label_map: dict[str, list[str]]) ->
     """New label of each old one. Raises UserError unless every old class stands in exactly one group."""
     if classes is None:
         raise UserError("data.label_map needs images with class names (data.classes, or class folders)")
-    named = [name for group in label_map.values() for name in group]
-    unknown, missing = sorted(set(named) - set(classes)), sorted(set(classes) - set(named))
-    twice = sorted({name for name in named if named.count(name) > 1})
+    label = known_as(classes)
+    groups = [[label.get(name, name) for name in group] for group in label_map.values()]
+    named = [old for group in groups for old in group]
+    unknown = sorted(old for old in named if isinstance(old, str))
+    missing = [name for old, name in enumerate(classes) if old not in named]
+    twice = sorted({classes[old] for old in named if isinstance(old, int) and named.count(old) > 1})
     if unknown or missing or twice:
         raise UserError(f"data.label_map: not classes of the data: {unknown}; left out: {missing}; named twice: {twice}")
-    return [next(new for new, group in enumerate(label_map.values()) if name in group) for name in classes]
+    return [next(new for new, group in enumerate(groups) if old in group) for old in range(len(classes))]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchvision import transforms
 
 from eva_mim.config import UserError
 from eva_mim.data import ViewSettings
@@ -20,15 +24,22 @@ CROP_TRIES = 10
 """Random boxes tried before the centre is taken (torchvision's RandomResizedCrop)."""
 
 Box = tuple[int, int, int, int]
+Augment = Callable[[Image.Image], Image.Image]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and std by channel, of pixels between 0 and 1."""
 
 
 class TrainView:
-    """Random resized crop, mirror and optional RandAugment; the same crop at every size."""
+    """Random resized crop, mirror, and the augmentations that are asked for; the same crop at every size.
 
-    def __init__(self, settings: ViewSettings, sizes: Sequence[int]):
+    `pixels` are the student's mean and std: erased pixels are noise as the student sees it.
+    """
+
+    def __init__(self, settings: ViewSettings, sizes: Sequence[int], pixels: Statistics | None = None):
         self.settings = settings
         self.sizes = list(dict.fromkeys(sizes))
-        self._augment = _randaugment(settings.randaugment) if settings.randaugment else None
+        self._augment = _augmentations(settings)
+        self._erase = _erasing(pixels) if settings.erase and pixels else None
 
     def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
         """[3, size, size] uint8 for each distinct size, in order."""
@@ -41,23 +52,26 @@ class TrainView:
             view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
             if mirror:
                 view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            if self._augment is not None:
-                with isolated(seed):  # timm draws from the global generators
-                    view = self._augment(view)
+            with isolated(seed) if self._augment else nullcontext():  # timm and torchvision draw from the global generators
+                for augment in self._augment:
+                    view = augment(view)
             views.append(to_tensor(view))
+        if self._erase is not None and rng.random() < self.settings.erase:
+            with isolated(rng.getrandbits(62)):
+                views[0] = self._erase(views[0])
         return views
 
 
 class EvalView:
-    """Short side resized to `size`, centre crop."""
+    """Short side resized to size / crop_pct, centre crop."""
 
-    def __init__(self, sizes: Sequence[int]):
-        self.sizes = list(dict.fromkeys(sizes))
+    def __init__(self, sizes: Sequence[int], crop_pct: float = 1.0):
+        self.sizes, self.crop_pct = list(dict.fromkeys(sizes)), crop_pct
 
     def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
         """[3, size, size] uint8 for each distinct size; draws nothing."""
         width, height = image.size
-        side = min(width, height)
+        side = min(width, height) * self.crop_pct
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
         return [to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box)) for size in self.sizes]
@@ -86,12 +100,31 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _randaugment(config: str) -> Callable[[Image.Image], Image.Image]:
-    from timm.data.auto_augment import rand_augment_transform
+def _augmentations(settings: ViewSettings) -> list[Augment]:
+    found: list[Augment] = [_randaugment(settings.randaugment)] if settings.randaugment else []
+    if settings.jitter:
+        found.append(transforms.RandomApply([transforms.ColorJitter(*settings.jitter)], settings.jitter_prob))
+    if settings.grayscale:
+        found.append(transforms.RandomGrayscale(settings.grayscale))
+    return found
 
+
+def _erasing(pixels: Statistics) -> Callable[[Tensor], Tensor]:
+    """[3, H, W] uint8 -> the same with a rectangle of normal noise, as it is after normalising (cut at 0 and 255)."""
+    erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
+    mean, std = (255 * torch.tensor(values)[:, None, None] for values in pixels)
+
+    def erased(view: Tensor) -> Tensor:
+        noisy: Tensor = erase((view - mean) / std)
+        return (noisy * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+    return erased
+
+
+def _randaugment(config: str) -> Augment:
     parameters: dict[str, Any] = {"translate_const": 8, "img_mean": (124, 116, 104)}
     try:
-        augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(config, parameters)
+        augment: Augment = rand_augment_transform(config, parameters)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"view.randaugment: {config!r} is not a timm RandAugment string: {error}") from None
     return augment

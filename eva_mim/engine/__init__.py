@@ -14,7 +14,9 @@ from eva_mim.registry import ENGINES, lookup
 class RunSettings(Settings):
     """How long, how much at once, on what."""
 
-    epochs: int = Field(ge=1)
+    epochs: int | None = Field(None, ge=1)
+    samples: int | None = Field(None, ge=1)
+    """Training images seen in all, in place of `epochs`; rounded to whole steps."""
     global_batch: int = Field(ge=1)
     """Images in one optimizer step, over all processes."""
     micro_batch: int | None = Field(None, ge=1)
@@ -45,6 +47,22 @@ class RunSettings(Settings):
     """Steps between checkpoints; default one epoch."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints kept."""
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Of the whole run."""
+        return max(1, round((self.samples or 0) / self.global_batch)) if self.epochs is None else self.epochs * steps_per_epoch
+
+    @property
+    def length(self) -> str:
+        """As a person says it."""
+        return f"{self.samples:,} samples" if self.epochs is None else f"{self.epochs} epochs"
+
+    @model_validator(mode="after")
+    def _ends_once(self) -> RunSettings:
+        if (self.epochs is None) == (self.samples is None):
+            raise ValueError("run: give run.epochs (passes over the training images) or run.samples (images seen in all)"
+                             + ("" if self.epochs is None else ", not both: set the other to null"))
+        return self
 
     @model_validator(mode="after")
     def _local_is_unsharded(self) -> RunSettings:

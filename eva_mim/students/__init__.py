@@ -4,6 +4,7 @@ when it is used."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -114,6 +115,26 @@ class ClassifierSettings(TrunkSettings):
         return self
 
 
+class ProbeSettings(Settings):
+    """How a linear probe is trained."""
+
+    cached: bool = False
+    """Features of all images are computed once, with the held-out view, and kept below $EVA_MIM_CACHE (~/.cache/eva-mim): seconds an
+    epoch, but no crop or mirror. Otherwise every step sends images through the trunk (EVA's own probe)."""
+    lrs: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
+    """Peak learning rates, in place of `optim.lr`: a layer for each learns from the same features, and the best becomes the result.
+    The schedule has the same form for all, and ends at the same share of the peak."""
+    select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training images that the best of several `lrs` is chosen on; none of the layers learns from them."""
+
+    @model_validator(mode="after")
+    def _rates_have_names(self) -> ProbeSettings:
+        names = [f"{lr:g}" for lr in self.lrs or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probe.lrs={list(self.lrs or ())}: two are the same to six digits")
+        return self
+
+
 class TextSettings(Settings):
     """The text tower of a CLIP student."""
 
@@ -157,6 +178,9 @@ class ClipSettings(TrunkSettings):
     """Logarithm of the first temperature (CLIP: ln(1 / 0.07); SigLIP: ln 10)."""
     init_logit_bias: float | None = None
     """A learned bias of the logits that starts here (SigLIP: -10); null for none."""
+    whole: bool = False
+    """`init_from` is a whole CLIP model (EVA-CLIP L/14 at 336 px starts from the one at 224): text tower, both projections, logit
+    scale and bias start from it as well. Where it does not describe its text tower, `text.init_from` names the architecture."""
     lock_image: bool = False
     """The trunk does not train (LiT); its projection does. Its batch norms keep their statistics."""
     image_unlocked_groups: int = Field(0, ge=0)
@@ -176,3 +200,16 @@ class ClipSettings(TrunkSettings):
         if self.lock_text and not self.text_unlocked_groups and self.text.projection == "new":
             raise ValueError("student.text.projection=new would never train with student.lock_text=true; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _a_whole_model_has_its_text(self) -> ClipSettings:
+        if self.whole and (self.text.weights is not None or self.text.projection == "new"):
+            raise ValueError("student.whole=true takes the text tower and its projection from init_from; leave out "
+                             "student.text.weights and student.text.projection")
+        return self
+
+
+def whole_file(path: str) -> Path:
+    """Where a whole CLIP model lies: in a clip stage's folder beside the trunk, else at `path` itself."""
+    beside = Path(path) / "open_clip_model.safetensors"
+    return beside if beside.is_file() else Path(path)

@@ -63,7 +63,7 @@ class ClipStudent(nn.Module):
         }
         # A vector of one: DeepSpeed cannot broadcast a scalar parameter.
         self.model = CustomTextCLIP(**self.config, nonscalar_logit_scale=True)
-        self.text_report = seed_text(self.model.text, source, settings) if source.weights else None
+        self.text_report = seed_text(self.model.text, source, settings) if source.weights and not settings.whole else None
         """What became of the source's tensors: the fields of a `KeyReport`. None when the text tower starts from scratch."""
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
@@ -72,7 +72,7 @@ class ClipStudent(nn.Module):
 
     def _lock(self, settings: ClipSettings) -> None:
         """Raises UserError where there is nothing to keep, or nothing would be locked."""
-        if settings.lock_text and self.text_report is None:
+        if settings.lock_text and self.text_report is None and not settings.whole:
             raise UserError("student.lock_text=true needs a trained text tower; set student.text.init_from (and .weights)")
         for name, locked, unlocked, tower, lock in (
             ("image", settings.lock_image, settings.image_unlocked_groups, self.trunk, self.model.lock_image_tower),

@@ -172,5 +172,5 @@ def test_mistakes_of_a_mixture_are_named(tree: dict[str, Any], message: str) -> 
 
 def test_a_mixture_needs_held_out_images(tmp_path: Path) -> None:
     make_folder(tmp_path, {"": 4})
-    with pytest.raises(UserError, match=r"no held-out images; give a part val, or a val_share above 0"):
+    with pytest.raises(UserError, match=r"no held-out images; give a part val, a val_share above 0, or data.held_out"):
         open_splits(parse(DataSettings, {"mixture": [{"root": tmp_path}]}, "recipe"))

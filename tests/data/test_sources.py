@@ -15,9 +15,10 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Source
 from eva_mim.data import DataSettings, SceneSettings
 from eva_mim.data.folder import open_folder
+from eva_mim.data.names import filled
 from eva_mim.data.scenes import COLOURS, open_scenes
 from eva_mim.data.shards import open_shards, plain_tar, shard_index
-from eva_mim.data.splits import open_splits
+from eva_mim.data.splits import open_splits, regroup
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 
@@ -364,3 +365,42 @@ def test_a_label_map_needs_class_names(tmp_path: Path) -> None:
 def test_an_unknown_source_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean shards"):
         open_splits(DataSettings(source="shard", root=tmp_path))
+
+
+# ---- held-out images from elsewhere, names of classes
+
+
+def test_held_out_images_may_be_another_dataset(tmp_path: Path) -> None:
+    make_folder(tmp_path / "web", {"": 4})
+    make_folder(tmp_path / "test", {"val/n01": 2, "val/n02": 1})
+    (tmp_path / "test" / "words.txt").write_text("n01 a cat\nn02 a dog\n")
+    other = {"root": tmp_path / "test" / "val"}
+    train, val = open_splits(DataSettings(root=tmp_path / "web", held_out=other))
+    assert (len(train), train.classes) == (4, None)  # none of them is held out
+    assert (len(val), val.classes) == (3, ("n01", "n02"))
+    named = {"root": tmp_path / "test", "train": "val", "class_names": "words.txt", "val_limit": 2}
+    _, val = open_splits(DataSettings(root=tmp_path / "web", held_out=named))
+    assert (len(val), val.classes) == (2, ("n01 a cat", "n02 a dog"))
+    parts = [{"root": tmp_path / "web"}, {"root": tmp_path / "test", "train": "val", "val_share": 0.5}]
+    train, val = open_splits(DataSettings(mixture=parts, held_out=other))
+    assert (len(train), len(val)) == (7, 3)
+    with pytest.raises(ValueError, match=r"data\.val=val: .*data\.held_out"):
+        DataSettings(root=tmp_path, val="val", held_out=other)
+    with pytest.raises(ValueError, match=r"data\.mixture\.1\.val=val: .*data\.held_out"):
+        DataSettings(mixture=[*parts[:1], {"root": tmp_path, "val": "val"}], held_out=other)
+
+
+def test_a_class_keeps_its_synset_id_and_captions_do_not_say_it(tmp_path: Path) -> None:
+    lines = ["0\tn02012849\tcrane", "1\tn03126707\tcrane", "2\tn01440764\ttench"]
+    (tmp_path / "classes.txt").write_text("\n".join(lines))
+    make_shards(tmp_path)
+    source = shards(tmp_path, classes="classes.txt")
+    assert source.classes == ("n02012849 crane", "n03126707 crane", "n01440764 tench")
+    assert [filled("a {}.", name) for name in source.classes] == ["a crane.", "a crane.", "a tench."]
+    assert filled("a {}.", "n01440764") == "a n01440764."
+    groups = {"fish": ["tench"], "bird": ["n02012849"], "machine": ["n03126707 crane"]}
+    grouped, _ = open_splits(DataSettings(source="shards", root=tmp_path, classes="classes.txt", label_map=groups, val_share=0.4))
+    assert grouped.classes == ("fish", "bird", "machine")
+    assert regroup(source.classes, groups) == [1, 2, 0]
+    with pytest.raises(UserError, match=r"not classes of the data: \['crane'\]"):
+        regroup(source.classes, {"bird": ["crane"], "fish": ["tench"]})

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -213,3 +214,58 @@ def test_randaugment_is_a_function_of_the_sample_seed() -> None:
 def test_unknown_randaugment_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="randaugment"):
         TrainView(ViewSettings(randaugment="augmix-m9"), [16])
+
+
+def test_held_out_images_are_cut_as_timm_cuts_them() -> None:
+    image, rng = picture(3, (80, 64)), random.Random(0)
+    theirs = create_transform(28, crop_pct=0.875, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))(image) * 255
+    ours = EvalView([28], 0.875)(image, rng)[0].float()
+    assert (ours - theirs).abs().max() <= 1.01  # they round twice
+    assert (EvalView([28])(image, rng)[0].float() - theirs).abs().mean() > 3
+
+
+def test_jitter_and_greys_are_torchvisions() -> None:
+    """The same draws from the same generator; both sizes get the same colours."""
+    image, whole = picture(4, (24, 24)), {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+    view = TrainView(ViewSettings(jitter=(0.4, 0.3, 0.2, 0.1), jitter_prob=1.0, grayscale=0.3, **whole), [24, 24, 12])
+    for seed in range(6):
+        mine = view(image, random.Random(seed))
+        rng = random.Random(seed)
+        crop_box(image.size, (1.0, 1.0), (1.0, 1.0), rng)
+        rng.random()  # the mirror's draw
+        with isolated(rng.getrandbits(62)):
+            expected = v2.RandomGrayscale(0.3)(v2.RandomApply([v2.ColorJitter(0.4, 0.3, 0.2, 0.1)], p=1.0)(image))
+        assert torch.equal(mine[0].int(), pixels(expected)), seed
+    greys = [view(image, random.Random(seed)) for seed in range(200)]
+    grey = [bool((views[0] == views[0][:1]).all()) for views in greys]
+    assert 0.2 < sum(grey) / 200 < 0.4
+    assert grey == [bool((views[1] == views[1][:1]).all()) for views in greys]
+    never = TrainView(ViewSettings(jitter=(0.9, 0.9, 0.9, 0.5), jitter_prob=0.0, **whole), [24])
+    assert torch.equal(never(image, random.Random(0))[0].int(), pixels(image))
+
+
+def test_erased_pixels_are_noise_as_the_student_sees_it() -> None:
+    grey, mean, std = Image.new("RGB", (64, 64), (90, 90, 90)), (0.5, 0.4, 0.6), (0.1, 0.1, 0.1)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+    view = TrainView(ViewSettings(erase=0.6, **whole), [64, 32], (mean, std))
+    plain = TrainView(ViewSettings(**whole), [64, 32])(grey, random.Random(0))
+    state, count, noise = random.getstate(), 0, []
+    for seed in range(120):
+        student, teacher = view(grey, random.Random(seed))
+        assert torch.equal(teacher, plain[1])
+        changed = (student != 90).any(0)
+        if not changed.any():
+            continue
+        count += 1
+        rows, columns = changed.any(1).nonzero()[:, 0], changed.any(0).nonzero()[:, 0]
+        top, left, height, width = int(rows[0]), int(columns[0]), len(rows), len(columns)
+        # timm's law: 2 % to a third of the area, rounded to whole pixels
+        assert 0.015 * 64**2 <= height * width <= (1 / 3) * 64**2 + 64
+        noise.append(normalise(student[None], mean, std)[0, :, top : top + height, left : left + width].flatten(1))
+        assert torch.equal(student[:, ~changed], torch.full_like(student[:, ~changed], 90))
+    assert 0.48 < count / 120 < 0.72
+    drawn = torch.cat(noise, dim=1)
+    assert drawn.mean(1).abs().max() < 0.02
+    assert (drawn.std(1) - 1).abs().max() < 0.02
+    assert random.getstate() == state
+    assert torch.equal(view(grey, random.Random(3))[0], view(grey, random.Random(3))[0])

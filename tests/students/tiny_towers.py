@@ -19,7 +19,8 @@ from eva_mim.students.clip import ClipStudent, as_open_clip
 
 PIXELS = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "first_conv": None, "classifier": "head"}
 NAMES = ("eva02_of_tests.none", "vit_of_tests.none", "vitamin_of_tests.none")
-default_cfgs = generate_default_cfgs(dict.fromkeys(NAMES, PIXELS))
+LARGER = {"vit_of_tests_48.none": {**PIXELS, "input_size": (3, 48, 48)}}
+default_cfgs = generate_default_cfgs(dict.fromkeys(NAMES, PIXELS) | LARGER)
 
 
 @register_model
@@ -39,6 +40,12 @@ def vit_of_tests(pretrained: bool = False, **options: Any) -> VisionTransformer:
 
 
 @register_model
+def vit_of_tests_48(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """The same at 48 px: a grid of 6 x 6."""
+    return vit_of_tests(pretrained, **({"img_size": 48} | options))
+
+
+@register_model
 def vitamin_of_tests(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """ViTamin's convolutional stem before two blocks; a grid of 2 x 2."""
     stem = VitCfg(embed_dim=(8, 8, 16), depths=(1, 1, 1), stem_width=8, head_type="1d",
@@ -50,7 +57,7 @@ def vitamin_of_tests(pretrained: bool = False, **options: Any) -> VisionTransfor
 def clip_settings(name: str = "vit_of_tests", **options: Any) -> ClipSettings:
     """A text tower of two blocks, width 8, 9 tokens; a shared space of 12."""
     text = {"width": 8, "layers": 2, "heads": 2, "context_length": 9}
-    pool = "token" if name in ("vit_of_tests", "eva02_of_tests") else "avg"
+    pool = "token" if name.startswith(("vit_of_tests", "eva02_of_tests")) else "avg"
     return ClipSettings(**{"name": name, "embed_dim": 12, "pool": pool, "text": text} | options)
 
 
