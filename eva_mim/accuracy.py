@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch
-from eva_mim.convert.describe import Description, at, describe, number, text
+from eva_mim.convert.describe import Description, at, batch_of, describe, precision_of
 from eva_mim.data.loader import EvalLoader, Preparation
 from eva_mim.data.views import EvalView
 from eva_mim.distributed import all_reduce_sum
@@ -28,7 +28,6 @@ from eva_mim.pixels import normalise
 from eva_mim.variants import Variant, columns
 
 TOP = 5
-MAX_BATCH = 250
 
 
 class Finished(nn.Module):
@@ -50,9 +49,7 @@ class Finished(nn.Module):
         self.image_size, self.crop_pct = int(config["input_size"][-1]), float(config["crop_pct"])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.classes = _classes(folder, found, self.trunk.num_classes, classes)
-        self.precision = text(found.record, "settings", "run", "precision") or "fp32"
-        batch = number(found.record, "settings", "run", "micro_batch") or number(found.record, "settings", "run", "global_batch")
-        self.batch = min(MAX_BATCH, int(batch or 64))
+        self.precision, self.batch = precision_of(found), batch_of(found)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, K] logits of uint8 images."""
@@ -128,9 +125,19 @@ def count(
     return Accuracy(variant.name, variant.classes, images, first, five, table, variant.left_out)
 
 
-def measure(model: Finished, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
+class Classifies(Protocol):
+    """A network with classes that knows its own images: `Finished`, `zeroshot.ZeroShot`."""
+
+    classes: tuple[str, ...]
+    image_size: int
+    crop_pct: float
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+def measure(model: Classifies, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
     """The model's figures at its own image size. Every rank must call."""
-    choose_kernels(model, device)
+    choose_kernels(model, device)  # type: ignore[arg-type]
     made = Preparation(EvalView([model.image_size], model.crop_pct), 0, training=False)
     loader = EvalLoader(variant.source, made, batch, workers)
     return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from eva_mim import features
 from eva_mim.contracts import Batch
-from eva_mim.data.names import prompt_templates
+from eva_mim.data.names import filled, prompt_templates
 from eva_mim.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from eva_mim.features import CHUNK
 from eva_mim.log import say
@@ -175,7 +175,8 @@ class ClipEvaluator:
                 labels.append(batch.labels)
         found = {}
         if self.classes:
-            found = zero_shot(torch.cat(images), torch.cat(labels), self._class_features(student, autocast, self.classes))
+            encoded = class_features(student.encode_text, self.tokenize, self.classes, self.templates, autocast, self.device)
+            found = zero_shot(torch.cat(images), torch.cat(labels), encoded)
         place, order = all_gather_rows(torch.cat(places)).sort()
         image = all_gather_rows(torch.cat(images))[order]
         owner = torch.searchsorted(place, all_gather_rows(torch.cat(owners)))
@@ -188,17 +189,22 @@ class ClipEvaluator:
 
         return found | retrieval(image, by_rank(torch.split(unique, PROMPTS), encode), owner, text)
 
-    def _class_features(self, student: Any, autocast: Autocast, classes: Sequence[str]) -> Tensor:
-        """[K, C] mean of each class's prompts, renormalised (CLIP, section 3.1.4)."""
 
-        def encode(names: Sequence[str]) -> Tensor:
-            prompts = self.tokenize([template.replace("{}", name) for name in names for template in self.templates])
-            with autocast():
-                parts = [student.encode_text(part.to(self.device)).float() for part in torch.split(prompts, PROMPTS)]
-            return F.normalize(torch.stack(torch.chunk(torch.cat(parts), len(names))).mean(1), dim=-1)
+def class_features(
+    encode_text: Callable[[Tensor], Tensor], tokenize: Callable[[list[str]], Tensor], classes: Sequence[str],
+    templates: Sequence[str], autocast: Autocast, device: torch.device,
+) -> Tensor:
+    """[K, C] mean of each class's prompts, renormalised (CLIP, section 3.1.4). `encode_text` gives unit rows. Every rank must
+    call: they share the prompts."""
 
-        step = max(1, PROMPTS // len(self.templates))
-        return by_rank([classes[start : start + step] for start in range(0, len(classes), step)], encode)
+    def encode(names: Sequence[str]) -> Tensor:
+        prompts = tokenize([filled(template, name) for name in names for template in templates])
+        with autocast():
+            parts = [encode_text(part.to(device)).float() for part in torch.split(prompts, PROMPTS)]
+        return F.normalize(torch.stack(torch.chunk(torch.cat(parts), len(names))).mean(1), dim=-1)
+
+    step = max(1, PROMPTS // len(templates))
+    return by_rank([classes[start : start + step] for start in range(0, len(classes), step)], encode)
 
 
 G = TypeVar("G", bound=Sized)
@@ -245,3 +251,52 @@ class ClassifierEvaluator:
             total += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss, loss.new_tensor(len(logits))]).double()
         right, five, summed, count = (float(value) for value in all_reduce_sum(total))
         return {"top1": 100 * right / count, "top5": 100 * five / count, "loss": summed / count}
+
+
+class ProbeEvaluator:
+    """Accuracy of a probe's layers over exactly the held-out samples. Which of several is the result, `select` decides."""
+
+    headline = "top1"
+
+    def __init__(
+        self,
+        val: Iterable[Batch],
+        select: Iterable[Batch],
+        names: Sequence[str],
+        *,
+        fixed: dict[str, float],
+        device: torch.device,
+    ):
+        self.val, self.select, self.names, self.fixed, self.device = val, select, names, fixed, device
+
+    def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
+        """`top1` and `top5` in percent and `loss` of the chosen layer; of several also `chosen` (its place from 0), and
+        `top1_NAME` and `select_top1_NAME` of each: on the held-out images, and on those that the choice is made on. `fixed` is
+        added."""
+        found = {}
+        if len(self.names) > 1:
+            measured = self._measure(student, autocast, self.select)
+            best = max(range(len(self.names)), key=lambda layer: (measured["top1"][layer], -measured["loss"][layer]))
+            student.chosen.fill_(best)
+            found = {f"select_top1_{name}": value for name, value in zip(self.names, measured["top1"], strict=True)}
+        chosen = int(student.chosen)
+        measured = self._measure(student, autocast, self.val)
+        result = {name: values[chosen] for name, values in measured.items()}
+        if len(self.names) > 1:
+            result["chosen"] = float(chosen)
+            result |= {f"top1_{name}": value for name, value in zip(self.names, measured["top1"], strict=True)}
+        return result | found | self.fixed
+
+    def _measure(self, student: Any, autocast: Autocast, batches: Iterable[Batch]) -> dict[str, list[float]]:
+        """Of each layer, over all ranks."""
+        total = torch.zeros(4, len(self.names), dtype=torch.float64, device=self.device)
+        for batch in (batch.to(self.device) for batch in batches):
+            with autocast():
+                logits = student(batch.images).float()
+            assert batch.labels is not None
+            labels = batch.labels[:, None].expand(-1, len(self.names))
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="none").sum(0)
+            total += torch.stack([ranked[:, 0].sum(0), ranked.any(1).sum(0), loss, torch.full_like(loss, len(logits))]).double()
+        right, five, summed, count = all_reduce_sum(total)
+        return {"top1": (100 * right / count).tolist(), "top5": (100 * five / count).tolist(), "loss": (summed / count).tolist()}

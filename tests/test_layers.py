@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
          "program", "recipe", "meter", "stability", "diagnose", "dump", "convert", "heads", "variants", "accuracy",
-         "whole"],
+         "whole", "zeroshot"],
         RUN,
     ),
     **dict.fromkeys(["cli", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),
@@ -35,7 +35,7 @@ LIBRARIES = {
     "deepspeed": {"eva_mim.engine.deepspeed"},
     "open_clip": {
         "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive", "eva_mim.convert.architecture",
-        "eva_mim.data.names",
+        "eva_mim.data.names", "eva_mim.zeroshot",
     },
 }
 FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path in (REPOSITORY / package).rglob("*.py"))

@@ -13,6 +13,8 @@ MAX_DESCRIPTION = 10_000_000
 """Bytes of a config.json or lineage.json; one with the names of 21,841 classes has 1,000,000."""
 STANDARD = (*FOLDER_FILES, ENGINE_FILE, "head.safetensors")
 """Names of weight files that a folder is made for."""
+MAX_BATCH = 250
+"""Images in one forward pass of an evaluation, at most."""
 INSIDE_A_RUN = ("step-", "checkpoints", "engine", "ema")
 """Folders of a run: its record lies above them."""
 
@@ -85,6 +87,17 @@ def number(tree: Any, *names: str | int) -> float | None:
     """A number at a path."""
     value = at(tree, *names)
     return value if type(value) in (int, float) and abs(value) < 1e18 else None
+
+
+def precision_of(found: Description) -> str:
+    """In which a run of ours computed; fp32 for anything else."""
+    return text(found.record, "settings", "run", "precision") or "fp32"
+
+
+def batch_of(found: Description) -> int:
+    """Images that went through a network of ours at once; 64 for anything else."""
+    batch = number(found.record, "settings", "run", "micro_batch") or number(found.record, "settings", "run", "global_batch")
+    return min(MAX_BATCH, int(batch or 64))
 
 
 def _read(path: Path) -> dict[str, Any]:

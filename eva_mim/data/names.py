@@ -6,10 +6,11 @@ A class of ImageNet keeps its synset id beside its name, because some names stan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from eva_mim.config import UserError
 from eva_mim.data import SourceSettings
-from eva_mim.labels import class_line, spoken
+from eva_mim.labels import class_line, layout_classes, spoken
 
 
 def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
@@ -20,17 +21,29 @@ def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
 def class_words(settings: SourceSettings) -> tuple[str, ...] | None:
     """What `data.class_names` stands for; None where it is not set. Raises UserError."""
     if settings.class_names == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES
-
-        return tuple(IMAGENET_CLASSNAMES)
+        return imagenet_names()
     return None if settings.class_names is None else _lines(settings, settings.class_names, "data.class_names")
 
 
 def _lines(settings: SourceSettings, name: str, setting: str) -> tuple[str, ...]:
-    path = settings.own_root / name
+    return tuple(class_line(line) for line in read_lines(settings.own_root / name, setting))
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Synset ids of ImageNet-1k with open_clip's names."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(f"{synset} {name}" for synset, name in zip(layout_classes("imagenet-1k"), IMAGENET_CLASSNAMES, strict=True))
+
+
+def read_lines(path: Path, setting: str) -> list[str]:
+    """Lines of a text file that are not empty. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{setting}: {path} does not exist")
-    return tuple(class_line(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{setting}: {path} is not UTF-8 text: {error}") from None
 
 
 def filled(template: str, name: str) -> str:

@@ -1,0 +1,89 @@
+"""`eva-mim evaluate CLIP --on`: a CLIP model as a classifier, against open_clip's own prompts and a loop over images."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from eva_mim import reevaluate
+from eva_mim.config import UserError
+from eva_mim.data.names import imagenet_names
+from eva_mim.data.views import to_tensor
+from eva_mim.labels import class_id, layout_of
+from eva_mim.pixels import normalise
+from eva_mim.students import ClipSettings
+from eva_mim.students.clip import ClipStudent
+from eva_mim.zeroshot import ZeroShot, named_classes
+from tests.conftest import make_folder
+from tests.students.tiny_towers import clip_folder
+from tests.test_reevaluate import rows
+from tests.tiny import environment
+
+CLASSES = ("ant", "bee", "n01440764 tench", "dog", "eel", "sea fox", "gnu")
+TEMPLATES = ("a {}.", "the {} again", "no {} here, no {}")
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    """A CLIP model with random weights in a folder as a stage leaves it."""
+    torch.manual_seed(3)
+    settings = ClipSettings(name="vit_nano_patch4_32", embed_dim=16, pool="avg",
+                            text={"width": 16, "layers": 2, "heads": 2, "context_length": 12})  # fmt: skip
+    return Path(clip_folder(tmp_path / "stage", ClipStudent(settings).eval()))
+
+
+def reference(stage: Path, folder: Path) -> tuple[int, int, int]:
+    """(images, right, right among five), image by image, with open_clip's own class features."""
+    model = open_clip.create_model(f"local-dir:{stage}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{stage}")
+    words = ("ant", "bee", "tench", "dog", "eel", "sea fox", "gnu")
+    made = [lambda name, t=template: t.replace("{}", name) for template in TEMPLATES]
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, words, made, num_classes_per_batch=3, device="cpu")
+    images = right = five = 0
+    config = open_clip.get_model_preprocess_cfg(model)
+    for label, name in enumerate(CLASSES):
+        for path in sorted((folder / class_id(name)).iterdir()):
+            pixels = normalise(to_tensor(Image.open(path))[None], tuple(config["mean"]), tuple(config["std"]))
+            with torch.no_grad():
+                order = (model.encode_image(pixels, normalize=True) @ weights)[0].argsort(descending=True).tolist()
+            images, right, five = images + 1, right + (order[0] == label), five + (label in order[:5])
+    return images, right, five
+
+
+def test_zero_shot_against_open_clips_own(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_folder(tmp_path / "data", {class_id(name): 3 + number for number, name in enumerate(CLASSES)}, (32, 32))
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    line = [str(stage), "--on", f"val={data}", "--classes", str(tmp_path / "classes.txt"), "--workers", "0",
+            "--templates", str(tmp_path / "templates.txt")]
+    assert reevaluate.main(line) == 0
+    images, right, five = reference(stage, data)
+    assert rows(capsys.readouterr().out)["val"] == [str(images), f"{100 * right / images:.3f}", f"{100 * five / images:.3f}", "7"]
+    assert 0 < right < five < images
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "eva_mim.cli"]
+    two = subprocess.run([*launcher, "evaluate", *line], env=environment(), capture_output=True, text=True, timeout=300)
+    assert rows(two.stdout)["val"][:3] == [str(images), f"{100 * right / images:.3f}", f"{100 * five / images:.3f}"], two.stderr
+
+
+def test_names_are_imagenets_in_its_order() -> None:
+    names = imagenet_names()
+    assert layout_of(names) == "imagenet-1k"
+    assert (names[0], names[134], names[517]) == ("n01440764 tench", "n02012849 crane bird", "n03126707 construction crane")
+    assert named_classes(None) == names
+
+
+def test_what_cannot_be_prompted_is_refused(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"--classes imagenet-1k: 1000 classes have a synset id and no name: n01440764"):
+        named_classes("imagenet-1k")
+    line = [str(stage), "--on", f"val={tmp_path}", "--templates", str(tmp_path / "none.txt")]
+    assert reevaluate.main(line) == 2
+    assert "--templates: " in capsys.readouterr().err
+    (stage / "open_clip_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="open_clip cannot open it"):
+        ZeroShot(stage, classes=None, templates="simple", precision=None, device=torch.device("cpu"))
