@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
     if not options.on and any((options.classes, options.csv, options.precision, options.batch, options.templates)):
-        parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's own settings are given as a.b=c")
+        parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
     from eva_mim.program import guard
 
     return guard(lambda: on_sets(options) if options.on else again(options.checkpoint, options.overrides))

@@ -57,7 +57,11 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     device, built = prepare(recipe, program.build)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / WEIGHTS))
-    batches = next(iter(built.parts.train.steps(record["data_step"], record["data_step"] + 1)))
+    steps = built.parts.train.steps(record["data_step"], record["data_step"] + 1)
+    context = partial(autocast, device, recipe.run.precision)
+    seed_all(derive(record["seed"], "step", record["step"], 0))
+    with context():  # a loss over the global batch is one here too; of several processes' random draws it has the first one's
+        batches = built.parts.task.prepare(module, [batch.to(device) for batch in next(iter(steps))])
     write = sys.stdout.write
     write(f"step {record['step']} of {processes} processes x {micro_batches} micro-batches, {recipe.run.precision}, "
           f"loss scale {record['loss_scale']:g}\n")
@@ -65,9 +69,8 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     for rank in range(processes):
         seed_all(derive(record["seed"], "step", record["step"], rank))
         for micro in range(micro_batches):
-            batch = batches[micro * processes + rank].to(device)
-            found = diagnose(built.parts.task, module, batch,
-                                 partial(autocast, device, recipe.run.precision), record["loss_scale"])
+            batch = batches[micro * processes + rank]
+            found = diagnose(built.parts.task, module, batch, context, record["loss_scale"])
             findings.append(found.layers)
             keys = [built.parts.train.key(int(index)) for index in batch.index]
             write(f"  rank {rank}, micro-batch {micro}: loss {found.loss:.6g}, samples {keys[0]} ... {keys[-1]}\n")

@@ -1,7 +1,7 @@
 """Starts `eva-mim` with poisoned samples: python -m tests.poison 3,17 mim recipe.yaml ... (under torchrun as well).
 
-A micro-batch with one of these samples (or any, for "all") has a NaN loss in mim, and NaN pixels in classify, on whichever rank
-it lies. POISON_SCALE sets the first loss scale of fp16.
+A micro-batch with one of these samples (or any, for "all") has a NaN loss in mim and clip, and NaN pixels in classify, on
+whichever rank it lies. POISON_SCALE sets the first loss scale of fp16.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from eva_mim.cli import main as eva_mim
 from eva_mim.contracts import Batch, StepOutput
 from eva_mim.engine import step
 from eva_mim.program import leave
-from eva_mim.task import Labels, MaskedFeatures
+from eva_mim.task import ImageText, Labels, MaskedFeatures
 
 
 def main() -> int:
     """Poison the task, then run the command."""
     bad = sys.argv[1]
     samples = {int(text) for text in bad.split(",")} if bad not in ("all", "none") else set()
-    healthy = MaskedFeatures.loss
+    healthy: dict[type[Any], Callable[..., StepOutput]] = {kind: kind.loss for kind in (MaskedFeatures, ImageText)}
 
     def ill(batch: Batch) -> bool:
         return bad == "all" or not samples.isdisjoint(batch.index.tolist())
 
-    def loss(self: MaskedFeatures, student: Callable[..., Any], batch: Batch) -> StepOutput:
-        output = healthy(self, student, batch)
+    def loss(self: Any, student: Callable[..., Any], batch: Batch) -> StepOutput:
+        output = healthy[type(self)](self, student, batch)
         return StepOutput(output.loss * float("nan"), output.metrics) if ill(batch) else output
 
     read = Labels.loss
@@ -37,7 +37,7 @@ def main() -> int:
     def labels_loss(self: Labels, student: Callable[..., Any], batch: Batch) -> StepOutput:
         return read(self, student, replace(batch, images=batch.images.float() * float("nan")) if ill(batch) else batch)
 
-    MaskedFeatures.loss = loss  # type: ignore[method-assign]
+    MaskedFeatures.loss = ImageText.loss = loss  # type: ignore[method-assign]
     Labels.loss = labels_loss  # type: ignore[method-assign]
     step.SCALE_START = float(os.environ.get("POISON_SCALE", step.SCALE_START))
     return eva_mim(sys.argv[2:])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.tiny import CLASSIFY, MIM, OPTIM, RUN, VIT, records, run, write_recipe
+from tests.conftest import make_shards
+from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, command, environment, records, run, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +102,46 @@ def test_batches_that_do_not_divide(tmp_path: Path) -> None:
     assert "run.global_batch=500 is more than the 96 training images" in refused(
         tmp_path, "classify", CLASSIFY, "run.global_batch=500"
     )
+
+
+def test_mistakes_of_the_clip_stage(tmp_path: Path) -> None:
+    """Captions that are missing, a text tower of another width, fewer images in a step than processes."""
+    root = folder_of_images(tmp_path / "images")
+    for path in root.glob("*/*.png"):
+        path.rename(root / f"{path.parent.name}{path.name}")
+    for name in ("cat", "dog"):
+        (root / name).rmdir()
+    tree = on_folder(root) | {"student": CLIP["student"]}
+    text = refused(tmp_path, "clip", tree)
+    assert "no caption (KEY.txt, KEY.json, data.captions, data.columns.captions) and no class name" in text
+    text = refused(tmp_path, "clip", CLIP, "student.text={init_from: ViT-B-32, width: 64}")
+    assert "student.text.width=64: the text tower of ViT-B-32 has 512; leave it out" in text
+    few = ("run.engine=deepspeed", "run.global_batch=1")
+    line = command("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    said = "error: run.global_batch=1 is not a multiple of run.micro_batch=1 x 2 processes"
+    assert done.stderr.count(said) == 2  # on every rank
+    assert "in main" not in done.stderr.split("ChildFailedError")[0].split("Traceback")[0]
+
+
+def test_class_lists_that_are_not_the_heads(tmp_path: Path) -> None:
+    """Labels beyond the list, a held-out set with other classes, words in the place of classes, an unknown layout."""
+    make_shards(tmp_path / "shards", classes=3)
+    (tmp_path / "shards" / "classes.txt").write_text("ant\nbee\n")
+    shards = {"source": "shards", "root": str(tmp_path / "shards"), "classes": "classes.txt", "workers": 0}
+    text = refused(tmp_path, "classify", CLASSIFY | {"data": shards})
+    assert "data.classes: classes.txt has 2 names, but train-000000.tar/00002 has label '2'" in text
+    root = folder_of_images(tmp_path / "train")
+    held_out = {"held_out": {"root": str(folder_of_images(tmp_path / "other", classes=("cat", "eel")))}}
+    text = refused(tmp_path, "classify", on_folder(root, **held_out))
+    assert "data.held_out: its classes (no layout of ImageNet) are not those of the training images" in text
+    text = refused(tmp_path, "classify", on_folder(root, class_names="imagenet"))
+    assert "data.class_names=imagenet is for captions" in text
+    line = [sys.executable, "-m", "eva_mim.cli", "labels", str(root), "--expect", "imagenet-21k-p-winter"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "did you mean imagenet-21k-p-winter21?" in done.stderr
 
 
 def test_unknown_names_list_known_ones(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from eva_mim.contracts import Rates
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.stability import SPIKE_PATIENCE, Detours, SkipStreak, SpikeAlarm
-from tests.tiny import CLASSIFY, MIM, environment, losses, records, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, environment, losses, records, write_recipe
 
 BATCH, SAMPLES = 24, 96
 
@@ -310,6 +310,20 @@ def test_after_the_last_rewind_a_dump_is_written_and_replayed(tmp_path: Path) ->
     assert again.stdout.count("loss nan") == 1  # the sample lies in one micro-batch of one rank
     healthy = poisoned("none", "replay", dump, code=1)
     assert "not reproduced" in healthy.stdout
+
+
+@pytest.mark.slow
+def test_a_contrastive_step_is_replayed_as_a_whole(tmp_path: Path) -> None:
+    """Two ranks with two micro-batches of 6 each find their pairs among all 24, here as in the run."""
+    path = write_recipe(tmp_path, CLIP | {"run": CLIP["run"] | {"max_skips": 1}})
+    settings = ["run.engine=deepspeed", "run.micro_batch=6"]
+    poisoned("all", "clip", path, *settings, "--out", tmp_path / "run", processes=2, code=3)
+    dump = next((tmp_path / "run" / "dumps").iterdir())
+    healthy = poisoned("none", "replay", dump, code=1).stdout
+    said = [line for line in healthy.splitlines() if line.startswith("  rank ")]
+    poisoned("none", "clip", path, *settings, "run.epochs=1", "--out", tmp_path / "healthy", processes=2)
+    expected = losses(tmp_path / "healthy")[0]
+    assert [float(line.split("loss ")[1].split(",")[0]) for line in said] == pytest.approx([expected] * 4, rel=2e-5)
 
 
 @pytest.mark.slow
