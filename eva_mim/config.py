@@ -25,6 +25,12 @@ class UserError(ValueError):
     """A mistake of the user's: shown as its text alone, without traceback, with exit code 2."""
 
 
+def few(names: Iterable[Any], count: int = 5) -> str:
+    """The first names and the number of the others, for a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values never change."""
 

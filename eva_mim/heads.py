@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.deferred import real
 from eva_mim.convert.report import KeyReport
 from eva_mim.handover import Parent
-from eva_mim.labels import class_hash, describe, few, layouts_with, positions, read_classes
+from eva_mim.labels import class_hash, describe, layouts_with, positions, read_classes
 from eva_mim.students import ClassifierSettings
 
 

@@ -6,14 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.labels import (
     LAYOUTS,
     WINTER21,
     class_hash,
     class_id,
     describe,
-    few,
     layout_classes,
     layout_of,
     matches,

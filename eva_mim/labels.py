@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eva_mim.config import UserError, digest
+from eva_mim.config import UserError, digest, few
 
 LAYOUTS = {
     "imagenet-1k": "imagenet_synsets.txt",
@@ -36,8 +36,6 @@ WINTER21, WINTER21_CLASSES, WINTER21_CORE = "imagenet-21k-winter21", 19_167, "im
 """No list of winter21 comes with timm. It is told by its number of classes (Alibaba-MIIL/ImageNet21K, issue 16) and by its
 cleaned part, which has a list."""
 SYNSET = re.compile(r"\bn\d{8}\b")
-FEW = 5
-"""Classes that a text names."""
 
 
 class Match(NamedTuple):
@@ -197,11 +195,6 @@ def _from_json(path: Path) -> tuple[str, ...]:
     if not isinstance(tree, list) or not all(isinstance(name, str) for name in tree):
         raise UserError(f"{path}: expected class names by label")
     return tuple(tree)
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names and the number of the others."""
-    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def _near(name: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from PIL import ImageOps
 
-from eva_mim.config import UserError, digest
+from eva_mim.config import UserError, digest, few
 from eva_mim.contracts import Sample, Source
 from eva_mim.data.folder import FolderSource
-from eva_mim.labels import class_id, few, layout_classes, layout_of, positions, table
+from eva_mim.labels import class_id, layout_classes, layout_of, positions, table
 
 TARGET = "imagenet-1k"
 REAL_FILE = "real.json"

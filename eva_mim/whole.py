@@ -21,6 +21,9 @@ OWN = ("visual.head.", "logit_scale", "logit_bias")
 """What is in neither the trunk nor the text tower."""
 
 
+TRUNK_HEAD = f"{TRUNK}head."
+
+
 def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
     """The settings, with the architecture of the text tower read from the folder that `path` is, where they do not name it.
     Raises UserError when it is no such folder."""
@@ -42,12 +45,14 @@ def seed_whole(student: ClipStudent, path: str, settings: ClipSettings, hand_ove
         source = read_source(whole_file(path), hand_over.container)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
-    given = source.weights
+    given = dict(source.weights)
+    for name in [name for name in given if name.startswith(TRUNK_HEAD)]:  # open_clip's own EVA models: the trunk's head projects
+        given.setdefault(f"{OWN[0]}proj.{name.removeprefix(TRUNK_HEAD)}", given[name])
     if not any(name.startswith(TRUNK) for name in given) or not any(name.startswith("text.") for name in given):
         raise UserError(f"student.whole=true: {path} is no CLIP model with a timm image tower and a text tower; leave it out to "
                         "start the image tower alone")
     report = seed_trunk(student.trunk, parent_of(path, source, hand_over), hand_over)
-    for name in [name for name in report.ignored if name.startswith((*OWN, "text."))]:  # they have a place here
+    for name in [name for name in report.ignored if name.startswith((*OWN, "text.", "head.", TRUNK_HEAD))]:  # they have a place
         report.ignored.remove(name)
         report.reasons.pop(name, None)
     state: dict[str, Any] = student.model.state_dict()

@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.describe import batch_of, describe, precision_of
 from eva_mim.data.names import imagenet_names, prompt_templates, read_lines
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate import class_features
 from eva_mim.kernels import choose_kernels
-from eva_mim.labels import SYNSET, few, read_classes, spoken
+from eva_mim.labels import SYNSET, read_classes, spoken
 from eva_mim.pixels import normalise
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
 from eva_mim.config import UserError
+from eva_mim.pixels import normalise
 from eva_mim.recipe import HandOverSettings
-from eva_mim.students import TextSettings
+from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.whole import seed_whole, with_text_of
 from pretrain.clip import StageRecipe
@@ -96,3 +97,21 @@ def test_a_stage_goes_on_from_a_whole_stage(tmp_path: Path) -> None:
     assert second["parents"]["init_from"]["path"].endswith("first/open_clip_model.safetensors")
     assert (second["steps"], second["samples_seen"]) == (2, 48)  # 50 samples are two steps of 24
     assert second["metrics"] == pytest.approx(first["metrics"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_open_clips_own_eva_models_keep_their_projection(tmp_path: Path) -> None:
+    """There the trunk's own head is the projection; here it stands behind the trunk."""
+    name = "EVA02-B-16"
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(name).eval()
+    torch.save(theirs.state_dict(), tmp_path / "model.pt")
+    settings = ClipSettings(name="eva02_base_patch16_clip_224", embed_dim=512, pool="token", proj_bias=True, whole=True,
+                            text={"init_from": name})  # fmt: skip
+    student = ClipStudent(settings).eval()
+    report = seed_whole(student, str(tmp_path / "model.pt"), settings, HandOverSettings())
+    assert (report.new, report.ignored) == ([], [])
+    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = theirs.encode_image(normalise(images, student.mean, student.std), normalize=True)
+        torch.testing.assert_close(student.encode_image(images), expected, atol=2e-6, rtol=0)

@@ -20,11 +20,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.contracts import Grid
 from eva_mim.convert.compose import pool, side
 from eva_mim.convert.keys import split_block
-from eva_mim.convert.layout import Shape, few
+from eva_mim.convert.layout import Shape
 from eva_mim.convert.told import Pixels, Told, Wanted
 
 MAX_MODULES = 10_000

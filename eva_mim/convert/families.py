@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.keys import (
     DECOUPLED,
     OPEN_CLIP_ONLY,
@@ -20,7 +20,7 @@ from eva_mim.convert.keys import (
     Qkv,
 )
 from eva_mim.convert.keys import outside as is_outside
-from eva_mim.convert.layout import Layout, Scheme, Shape, check_shapes, few, read_layout, refuse, same_blocks
+from eva_mim.convert.layout import Layout, Scheme, Shape, check_shapes, read_layout, refuse, same_blocks
 
 Form = Literal["mim", "classifier", "features", "clip tower", "clip"]
 Name = Literal["EVA-01", "EVA-02", "EVA-L", "ViT", "OpenAI CLIP"]

@@ -14,10 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.describe import at, number, text
 from eva_mim.convert.families import Family
-from eva_mim.convert.layout import few
 from eva_mim.convert.names import Converted
 from eva_mim.convert.openai import to_openai
 from eva_mim.convert.report import KeyReport

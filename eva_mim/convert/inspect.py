@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.describe import describe, number, text
 from eva_mim.program import guard
 
@@ -85,22 +85,22 @@ def table(found: dict[str, Any]) -> str:
     rows = {
         "weights": found["weights"],
         "kind": found["kind"],
-        "container": f"{found['container']}{f'  (also there: {_few(others)})' if others else ''}",
+        "container": f"{found['container']}{f'  (also there: {few(others, 3)})' if others else ''}",
         "family": _words(family) if family else f"unknown: {found['family_unknown']}",
         "architecture": found["architecture"],
         "image size": f"{found['image_size']} px" if found["image_size"] else None,
         "stage": stage and f"{stage['program']}, {'finished' if stage['finished'] else 'NOT finished'}"
         + (f", {stage['headline']} {stage['figure']:.4g}" if stage["figure"] is not None else ""),
-        "parents": _few([f"{n} = {parent['path']} ({(parent['sha256'] or '-')[:12]})" for n, parent in found["parents"].items()]),
+        "parents": few((f"{n} = {one['path']} ({(one['sha256'] or '-')[:12]})" for n, one in found["parents"].items()), 3),
         "parameters": f"{found['parameters'] / 1e6:.2f} M in {found['tensors']} tensors",
         "precision": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found["dtypes"].items()),
         "size": f"{found['bytes'] / 1e6:.1f} MB",
         "whole": "yes, every declared size fits",
-        "beside it": _few([f"{name}={value}" for name, value in found["facts"].items()], 6),
-        "ignored": _few(found["ignored"]),
+        "beside it": few([f"{name}={value}" for name, value in found["facts"].items()], 6),
+        "ignored": few(found["ignored"], 3),
     }
     if values := found["values"]:
-        broken = f"{values['nan']} NaN and {values['inf']} infinite in {_few(values['tensors'])}"
+        broken = f"{values['nan']} NaN and {values['inf']} infinite in {few(values['tensors'], 3)}"
         rows["values"] = broken if values["tensors"] else "all finite"
         rows["sha256"] = {True: "as recorded", False: "NOT as recorded in lineage.json", None: None}[values["as_recorded"]]
     lines = [f"{name:<14} {value}" for name, value in rows.items() if value]
@@ -155,7 +155,3 @@ def _values(opened: Checkpoint, recorded: str | None) -> dict[str, Any]:
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _few(names: Sequence[str], count: int = 3) -> str:
-    return f"{', '.join(names[:count])}{f' and {len(names) - count} more' if len(names) > count else ''}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.keys import BUFFER, DECOUPLED, ROOT, TIMM_ONLY, Mlp, Qkv, block_names, split_block
 
 Shape = tuple[int, ...]
@@ -176,9 +176,3 @@ def refuse(names: Iterable[str], missing: list[str]) -> NoReturn:
     if seen and seen.keys() <= {"mask_token", "head", "decoder_embed", "decoder_norm", "decoder_blocks"}:
         hint = "; this is the head.safetensors of a masked stage, whose trunk is in model.safetensors"
     raise UserError(f"checkpoint: of no family that is known here{hint}; seen: {listing}; missing: {few(missing)}")
-
-
-def few(names: Iterable[Any]) -> str:
-    """The first eight, for a message."""
-    listed = list(names)
-    return ", ".join(map(str, listed[:8])) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.contracts import Grid
 from eva_mim.convert.deferred import real
 from eva_mim.convert.families import Family, detect
 from eva_mim.convert.keys import BUFFER, OUTSIDE, TEXT, block_names, split_block
 from eva_mim.convert.keys import outside as is_outside
-from eva_mim.convert.layout import Scheme, few
+from eva_mim.convert.layout import Scheme
 from eva_mim.convert.report import KeyReport
 from eva_mim.convert.tables import Rope, read_rope, relative_position_index, rope_tables
 from eva_mim.students.masked import sincos_table

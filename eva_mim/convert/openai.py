@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.deferred import real
 from eva_mim.convert.keys import OPENAI_NUMBERS, RESBLOCK, TEXT
-from eva_mim.convert.layout import few
 from eva_mim.convert.names import Converted, expect_scheme, text_name
 from eva_mim.convert.report import KeyReport
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.convert.deferred import real
-from eva_mim.convert.layout import few
 from eva_mim.data import SceneSettings
 from eva_mim.data.folder import FolderSource
 from eva_mim.data.scenes import SceneSource

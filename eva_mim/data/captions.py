@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from eva_mim.config import UserError
+from eva_mim.config import UserError, few
 from eva_mim.data import SourceSettings
 from eva_mim.files import sha256
 from eva_mim.log import say
-
-SHOWN = 3
-"""Examples named in a message."""
 
 
 def record_captions(text: bytes | None, described: bytes | None, lines: bool) -> tuple[str, ...]:
@@ -55,10 +52,10 @@ class CaptionFile:
             raise UserError(f"{setting}: {len(repeated)} keys stand for several {records}, such as {repeated[0]}; "
                             "captions by key cannot tell them apart")
         if missing := [key for key in keys if key not in places]:
-            raise UserError(f"{setting}: {path} has no captions for {len(missing)} of the {len(keys)} {records}: {_few(missing)}")
+            raise UserError(f"{setting}: {path} has no captions for {len(missing)} of the {len(keys)} {records}: {few(missing)}")
         self._places = np.array([places[key] for key in keys], dtype=np.int64)
         if strangers := sorted(places.keys() - set(keys)):
-            say(f"  {path}: {len(strangers)} of {len(places)} keys are none of the {len(keys)} {records}: {_few(strangers)}")
+            say(f"  {path}: {len(strangers)} of {len(places)} keys are none of the {len(keys)} {records}: {few(strangers)}")
 
     def __getitem__(self, record: int) -> tuple[str, ...]:
         with self.path.open("rb") as lines:
@@ -95,10 +92,6 @@ def _key(line: bytes, where: str) -> str:
     if not texts or "" in texts:
         raise UserError(f"{where}: {'an empty caption' if texts else 'no captions'} for key {key}")
     return key
-
-
-def _few(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
 
 
 def open_captions(settings: SourceSettings, split: str, keys: Sequence[str], records: str) -> CaptionFile | None:
