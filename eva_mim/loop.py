@@ -250,7 +250,7 @@ class Loop:
             return None
         from timm.utils import ModelEmaV3
 
-        return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=True)
+        return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=self.run.ema_warmup)
 
     def _save(self, streak: SkipStreak) -> None:
         # A checkpoint is a place to rewind to: none is written in a streak (its steps leave the weights alone), but at the end.

@@ -31,6 +31,9 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Keep an exponential moving average of the weights and evaluate it as well."""
+    ema_warmup: bool = True
+    """The average's decay rises with the step t, to 1 - (1 + t)^(-2/3) at most (timm), so that short runs have one too. False: it
+    is `ema_decay` all the time, as in EVA."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between evaluations; the end is always evaluated."""
     evaluate_steps: int | None = Field(None, ge=1)
