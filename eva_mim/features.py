@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,27 +50,77 @@ def knn_accuracy(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Ten
     return 100.0 * right / len(queries)
 
 
-def ridge_accuracy(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor) -> float:
-    """Percent of queries [Q, D] that a linear map, fitted in closed form to the bank [R, D], classifies rightly.
+Total = Callable[[Tensor], Tensor]
+"""Sum over ranks that have rows of their own."""
 
-    Ridge regression on one-hot labels; the penalty is the one of `RIDGES` with the best leave-one-out accuracy on the bank
-    (residuals divided by one minus the leverage), so no query has a say in it.
+
+class LinearMap(NamedTuple):
+    """(x - centre) @ weights + offset, in float64."""
+
+    centre: Tensor
+    """[D]"""
+    weights: Tensor
+    """[D, K]"""
+    offset: Tensor
+    """[K]"""
+
+
+def ridge_accuracy(
+    queries: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    classes: int | None = None,
+    device: torch.device | None = None,
+    total: Total = lambda part: part,
+) -> float:
+    """Percent of queries [Q, D] that `fit_ridge` to the bank [R, D] classifies rightly. `classes`: default what the labels show;
+    `device`: where to compute, default the bank's."""
+    classes = int(torch.cat([labels, bank_labels]).max()) + 1 if classes is None else classes
+    device = bank.device if device is None else device
+    centre, weights, offset = fit_ridge(bank, bank_labels, classes, device=device, total=total)
+    right = torch.zeros(2, dtype=torch.float64, device=device)
+    for rows, truth in _chunks(queries, labels, device):
+        right += torch.stack([(((rows - centre) @ weights + offset).argmax(1) == truth).sum(), truth.new_tensor(len(truth))])
+    hits, count = total(right).tolist()
+    return float(100.0 * hits / count)
+
+
+def fit_ridge(bank: Tensor, labels: Tensor, classes: int, *, device: torch.device, total: Total) -> LinearMap:
+    """Ridge regression on one-hot labels, in closed form.
+
+    The penalty is the one of `RIDGES` with the best leave-one-out accuracy on the bank (residuals divided by one minus the
+    leverage), so no query has a say in it. Rows are read in chunks, three times: the bank may be a file larger than memory, and
+    what is held is D x D and `len(RIDGES)` times D x K numbers.
     """
-    classes = int(torch.cat([labels, bank_labels]).max()) + 1
-    centre = bank.double().mean(0)
-    known, asked = bank.double() - centre, queries.double() - centre
-    wanted = F.one_hot(bank_labels, classes).double()
-    offset = wanted.mean(0)
-    values, vectors = torch.linalg.eigh(known.T @ known)
-    rotated = known @ vectors
-    projected = rotated.T @ (wanted - offset)
-    best, weights = -1.0, projected
-    for ridge in RIDGES:
-        inverse = 1.0 / (values.clamp(min=0) + ridge * values.mean())
-        fitted = rotated @ (inverse[:, None] * projected) + offset
-        leverage = (rotated.square() * inverse).sum(1, keepdim=True) + 1 / len(bank)
-        alone = wanted - (wanted - fitted) / (1 - leverage).clamp(min=1e-9)
-        accuracy = float((alone.argmax(1) == bank_labels).double().mean())
-        if accuracy > best:
-            best, weights = accuracy, vectors @ (inverse[:, None] * projected)
-    return 100.0 * float(((asked @ weights + offset).argmax(1) == labels).double().mean())
+    centre, counts = torch.zeros(bank.shape[1], device=device).double(), torch.zeros(classes, device=device).double()
+    for rows, truth in _chunks(bank, labels, device):
+        centre += rows.sum(0)
+        counts += torch.bincount(truth, minlength=classes)
+    counts = total(counts)
+    count = counts.sum()
+    centre, offset = total(centre) / count, counts / count
+    squares, products = centre.new_zeros(len(centre), len(centre)), centre.new_zeros(classes, len(centre))
+    for rows, truth in _chunks(bank, labels, device):
+        known = rows - centre
+        squares.addmm_(known.T, known)
+        products.index_add_(0, truth, known)
+    values, vectors = torch.linalg.eigh(total(squares))
+    projected = vectors.T @ total(products).T
+    inverses = [1.0 / (values.clamp(min=0) + ridge * values.mean()) for ridge in RIDGES]
+    maps = [inverse[:, None] * projected for inverse in inverses]
+    right = torch.zeros(len(RIDGES), dtype=torch.float64, device=device)
+    for rows, truth in _chunks(bank, labels, device):
+        rotated, wanted = (rows - centre) @ vectors, F.one_hot(truth, classes).double()
+        for number, (inverse, inner) in enumerate(zip(inverses, maps, strict=True)):
+            leverage = (rotated.square() @ inverse)[:, None] + 1 / count
+            alone = wanted - (wanted - (rotated @ inner + offset)) / (1 - leverage).clamp(min=1e-9)
+            right[number] += (alone.argmax(1) == truth).sum()
+    scores = total(right).tolist()
+    return LinearMap(centre, vectors @ maps[scores.index(max(scores))], offset)
+
+
+def _chunks(rows: Tensor, labels: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for part, truth in zip(torch.split(rows, CHUNK), torch.split(labels, CHUNK), strict=True):
+        yield part.to(device, torch.float64), truth.to(device)

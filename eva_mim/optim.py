@@ -42,13 +42,24 @@ class LambSettings(Settings):
     """Tensors whose step gets this length; the others take Adam's."""
 
 
+class LarsSettings(Settings):
+    """LARS (You et al. 2017) in the form of MoCo v3 and MAE, as in EVA's linear probe: momentum over a gradient that is made as
+    long as the tensor's norm, times `trust`. Vectors and biases take the gradient as it is. Batch sizes scale nothing."""
+
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    trust: Annotated[float, Field(gt=0.0)] = 0.001
+    """Length of a matrix's gradient over the length of the matrix."""
+
+
 class OptimSettings(Settings):
     """Optimizer, with warm-up and decay."""
 
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    """LAMB compares whole tensors, so it needs run.zero_stage=0: higher stages cut them up. (EVA-CLIP's released runs used it
-    with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.)"""
+    optimizer: Literal["adamw", "lamb", "lars"] = "adamw"
+    """LAMB and LARS compare whole tensors, so they need run.zero_stage=0: higher stages cut them up. (EVA-CLIP's released runs
+    used LAMB with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.) LARS is for linear probes; it
+    has no use for `betas` and `eps`."""
     lamb: LambSettings = LambSettings()
+    lars: LarsSettings = LarsSettings()
     lr: Annotated[float, Field(gt=0.0)]
     """Peak learning rate at this run's global batch (never rescaled)."""
     image: TowerSettings = TowerSettings()
@@ -116,10 +127,10 @@ def _cosine(start: float, end: float, done: int, steps: int) -> float:
 
 def check_sharding(settings: OptimSettings, zero_stage: int) -> None:
     """Raises UserError where the optimizer would see pieces of tensors."""
-    if settings.optimizer == "lamb" and zero_stage:
+    if settings.optimizer != "adamw" and zero_stage:
         raise UserError(
-            f"optim.optimizer=lamb compares the norms of whole tensors, which run.zero_stage={zero_stage} cuts up; "
-            "set run.zero_stage=0 or optim.optimizer=adamw"
+            f"optim.optimizer={settings.optimizer} compares the norms of whole tensors, which run.zero_stage={zero_stage} "
+            "cuts up; set run.zero_stage=0 or optim.optimizer=adamw"
         )
 
 
@@ -134,7 +145,8 @@ def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[s
 
     `lr_scale` and `decays` are factors on the rates of a step. Vectors, biases and the towers' own lists (positions, class
     token) do not decay; relative position tables do, though timm lists them, and so does a mask token. A student without
-    `towers()` has one, its trunk. Outside the towers, `student.stem_parameters` are at layer 0 and all else is at the top.
+    `towers()` has one, its trunk. Outside the towers, `student.stem_parameters` are at layer 0 and all else is at the top, where
+    `student.lr_scales` may give a parameter a factor by its name (the layers of a probe).
     Raises UserError when layers shall differ and the architecture does not say its layers.
     """
     rules: dict[int, _Rule] = {}
@@ -145,13 +157,13 @@ def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[s
     for name, tower in towers.items():
         rules |= _rules(name, tower, settings)
     lowest = min((rule.lr_scale for rule in rules.values()), default=1.0)
-    stem = getattr(student, "stem_parameters", ())
+    scales = dict.fromkeys(getattr(student, "stem_parameters", ()), lowest) | getattr(student, "lr_scales", {})
     groups: dict[_Rule, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
         own = rules.get(id(parameter))
-        rule = own or _Rule(lowest if name in stem else 1.0, float(_is_matrix(name, parameter)))
+        rule = own or _Rule(scales.get(name, 1.0), float(_is_matrix(name, parameter)))
         group = {"params": [], "weight_decay": settings.weight_decay * rule.decays, **rule._asdict()}
         groups.setdefault(rule, group)["params"].append(parameter)
     return list(groups.values())

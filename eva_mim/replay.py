@@ -51,7 +51,8 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     samples = record["samples"][str(record["data_step"])]
     program = lookup(PROGRAMS, record["program"], "dump.program")
     tree = read_yaml(folder / SETTINGS)
-    tree["init_from"] = None  # the weights are in the dump
+    if tree.get("init_from") and not Path(tree["init_from"]).exists():
+        tree["init_from"] = None  # the weights are in the dump; some recipes cannot be without a parent
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
     recipe = parse(program.StageRecipe, override(tree, overrides), str(folder / SETTINGS))
     device, built = prepare(recipe, program.build)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import model_validator
 
@@ -21,8 +21,14 @@ from eva_mim.students import ClassifierSettings
 if TYPE_CHECKING:
     import torch
 
+    from eva_mim.data.splits import Splits
+    from eva_mim.loop import Parts
     from eva_mim.stage import Built
     from eva_mim.students.classifier import Classifier
+
+
+R = TypeVar("R", bound="StageRecipe")
+C = TypeVar("C", bound="Classifier")
 
 
 class StageRecipe(Recipe):
@@ -51,24 +57,35 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Classifier, data and evaluator of a recipe."""
     from eva_mim.students.classifier import Classifier
 
-    return build_classifier(recipe, device, Classifier)
+    return build_classifier(recipe, device, Classifier, image_parts)
+
+
+def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
+    """What the loop runs: all of the classifier learns from images."""
+    from eva_mim.assemble import eval_loader, train_loader
+    from eva_mim.evaluate import ClassifierEvaluator
+    from eva_mim.loop import Parts
+    from eva_mim.task import Labels
+
+    classes, sizes = len(splits.train.classes or ()), [student.image_size]
+    train = train_loader(recipe, splits.train, sizes, recipe.view, pixels=(student.mean, student.std))
+    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes, recipe.view), device)
+    return Parts(Labels(student, classes, recipe.mix), train, evaluator, recipe.data.max_broken)
 
 
 def build_classifier(
-    recipe: StageRecipe, device: torch.device, kind: Callable[[ClassifierSettings, int], Classifier]
+    recipe: R, device: torch.device, kind: Callable[[ClassifierSettings, int], C],
+    parts_of: Callable[[R, C, Splits, torch.device], Parts],
 ) -> Built:
-    """The same around another kind of classifier (a linear probe)."""
-    from eva_mim.assemble import eval_loader, seed_from, train_loader
+    """The same around another kind of classifier and other parts of a run (a linear probe)."""
+    from eva_mim.assemble import seed_from
     from eva_mim.config import UserError
     from eva_mim.data.splits import open_splits
-    from eva_mim.evaluate import ClassifierEvaluator
     from eva_mim.export import grid_of, write_timm
     from eva_mim.handover import read_parent
     from eva_mim.heads import seed_head
     from eva_mim.labels import describe
-    from eva_mim.loop import Parts
     from eva_mim.stage import Built
-    from eva_mim.task import Labels
 
     splits = open_splits(recipe.data)
     classes = splits.train.classes
@@ -78,7 +95,6 @@ def build_classifier(
         raise UserError(f"data.held_out: its classes ({describe(splits.val.classes or ())}) are not those of the training images "
                         f"({describe(classes)})")
     student = kind(recipe.student, len(classes))
-    sizes = [student.image_size]
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         pool = recipe.student.global_pool
@@ -88,10 +104,8 @@ def build_classifier(
     seeded = seed_from(recipe, student.trunk, classes)
     if seeded is not None and recipe.init_from is not None and recipe.student.head_rows != "new":
         seed_head(student.trunk, read_parent(recipe.init_from, recipe.hand_over), recipe.student, classes, seeded)
-    train = train_loader(recipe, splits.train, sizes, recipe.view, pixels=(student.mean, student.std))
-    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes, recipe.view), device)
     return Built(
-        Parts(Labels(student, len(classes), recipe.mix), train, evaluator, recipe.data.max_broken),
+        parts_of(recipe, student, splits, device),
         export,
         classes=classes,
         grid=grid_of(student.trunk),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from eva_mim.features import CHUNK, RIDGES, collapsed, effective_rank, knn_accuracy, ridge_accuracy, spread
+from eva_mim.features import CHUNK, RIDGES, collapsed, effective_rank, fit_ridge, knn_accuracy, ridge_accuracy, spread
 
 
 def unit(count: int, width: int, seed: int) -> Tensor:
@@ -62,6 +67,72 @@ def test_ridge_probe_is_leave_one_out_by_brute_force(noise: float) -> None:
     found = ridge_accuracy(queries, labels, bank, bank_labels)
     assert found == pytest.approx(brute_ridge(queries, labels, bank, bank_labels))
     assert 45 < found < 100
+
+
+def whole_ridge(bank: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(weights, offset) of centred rows from whole matrices, with the hat matrix for the leverages."""
+    x, y = bank.double() - bank.double().mean(0), F.one_hot(labels, classes).double()
+    best, found = -1.0, x.new_zeros(0)
+    for ridge in RIDGES:
+        penalty = ridge * torch.linalg.eigvalsh(x.T @ x).mean()
+        inverse = torch.linalg.inv(x.T @ x + penalty * torch.eye(x.shape[1]).double())
+        hat = x @ inverse @ x.T + 1 / len(x)
+        alone = y - (y - hat @ y) / (1 - hat.diagonal()[:, None])
+        accuracy = float((alone.argmax(1) == labels).double().mean())
+        if accuracy > best:
+            best, found = accuracy, inverse @ x.T @ y
+    return found, y.mean(0)
+
+
+def test_ridge_probe_in_chunks_and_over_ranks_is_the_whole_formula() -> None:
+    """Rows cross chunks; three ranks with 1, 700 and the other rows run in threads and sum what they have."""
+    rows, labels = clusters(2 * CHUNK + 301, 5, 0.8, 1)
+    rows = rows * torch.linspace(0.1, 20, 12) + 3
+    weights, offset = whole_ridge(rows, labels, 6)
+    whole = fit_ridge(rows, labels, 6, device=torch.device("cpu"), total=lambda part: part)
+    torch.testing.assert_close(whole.weights, weights, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(whole.offset, offset, atol=1e-12, rtol=0)
+    torch.testing.assert_close(whole.centre, rows.double().mean(0), atol=1e-12, rtol=0)
+    parts, shown, barrier = [slice(0, 1), slice(1, 701), slice(701, None)], [torch.empty(0)] * 3, Barrier(3)
+
+    def ranked(rank: int) -> tuple[Tensor, float]:
+        def total(part: Tensor) -> Tensor:
+            shown[rank] = part.clone()
+            barrier.wait(60)
+            result = torch.stack(shown).sum(0)
+            barrier.wait(60)
+            return result
+
+        own, truth = rows[parts[rank]], labels[parts[rank]]
+        shared = fit_ridge(own, truth, 6, device=torch.device("cpu"), total=total)
+        return shared.weights, ridge_accuracy(own, truth, own, truth, classes=6, device=torch.device("cpu"), total=total)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(ranked, range(3)))
+    for shared, accuracy in found:
+        torch.testing.assert_close(shared, weights, atol=1e-10, rtol=1e-10)
+        assert accuracy == ridge_accuracy(rows, labels, rows, labels)
+    assert 40 < found[0][1] < 95
+
+
+def test_ridge_probe_holds_no_copy_of_the_bank() -> None:
+    """400,000 rows, of which one chunk at a time becomes float64 and one-hot."""
+    rows, labels = torch.randn(400_000, 16), torch.arange(400_000) % 40
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                    largest = max(largest, tensor.numel())
+            return result
+
+    inputs = {rows.untyped_storage().data_ptr(), labels.untyped_storage().data_ptr()}
+    with Watch():
+        ridge_accuracy(rows, labels, rows, labels, classes=40)
+    assert 16 * CHUNK <= largest <= 40 * CHUNK
 
 
 def test_ridge_probe_reads_what_is_linear_and_not_what_is_not() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,6 +325,20 @@ def test_a_contrastive_step_is_replayed_as_a_whole(tmp_path: Path) -> None:
     poisoned("none", "clip", path, *settings, "run.epochs=1", "--out", tmp_path / "healthy", processes=2)
     expected = losses(tmp_path / "healthy")[0]
     assert [float(line.split("loss ")[1].split(",")[0]) for line in said] == pytest.approx([expected] * 4, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_a_dump_is_replayed_with_and_without_the_parent(tmp_path: Path) -> None:
+    """Some recipes cannot be without init_from (a probe, head rows); and the parent may be gone."""
+    parent = write_recipe(tmp_path / "parent", CLASSIFY | {"run": CLASSIFY["run"] | {"epochs": 1}})
+    poisoned("none", "classify", parent, "--out", tmp_path / "parent" / "run")
+    run = CLASSIFY["run"] | {"max_skips": 1}
+    tree = CLASSIFY | {"init_from": str(tmp_path / "parent" / "run"), "run": run}
+    poisoned("all", "classify", write_recipe(tmp_path, tree), "--out", tmp_path / "run", code=3)
+    dump = next((tmp_path / "run" / "dumps").iterdir())
+    first = poisoned("none", "replay", dump, code=1).stdout
+    shutil.rmtree(tmp_path / "parent")
+    assert poisoned("none", "replay", dump, code=1).stdout == first
 
 
 @pytest.mark.slow

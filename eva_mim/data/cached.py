@@ -45,13 +45,13 @@ class Rows(NamedTuple):
     """[R, D] fp32."""
     labels: Tensor
     """[R] int64."""
-    index: Tensor
+    places: Tensor
     """[R] int64, position of each in the source."""
 
     def batch(self, rows: Positions) -> Batch:
         """These rows, with features in the place of images."""
         chosen = torch.from_numpy(rows)
-        return Batch(index=self.index[chosen], images=self.features[chosen], labels=self.labels[chosen])
+        return Batch(index=self.places[chosen], images=self.features[chosen], labels=self.labels[chosen])
 
 
 def cached_features(
@@ -71,6 +71,7 @@ def cached_features(
             _remove_abandoned(folder)
             temporary.mkdir(parents=True)
         barrier()
+        _seen_by_all(temporary)
         _write_part(temporary, batches, features, images, device)
         barrier()
         if is_main():
@@ -78,14 +79,18 @@ def cached_features(
             write_json(temporary / "facts.json", facts)
             _rename(temporary, folder)
         barrier()
-    if not folder.is_dir():
-        raise UserError(f"rank {rank()} does not see {folder}, which rank 0 wrote; set EVA_MIM_CACHE to a folder that all "
-                        "machines share")
+    _seen_by_all(folder)
     # "c": pages are read when they are wanted, and a change (there is none) would not reach the file.
     rows = Rows(*(torch.from_numpy(np.load(folder / f"{kind}.npy", mmap_mode="c")) for kind in Rows._fields))
     count, width = rows.features.shape
     say(f"  features: {count} images x {width}, {count * width * 4 / 1e9:.3g} GB in {folder}")
     return rows
+
+
+def _seen_by_all(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"rank {rank()} does not see {folder}, which rank 0 made; set EVA_MIM_CACHE to a folder that all "
+                        "machines share")
 
 
 def _write_part(
@@ -114,7 +119,7 @@ def _join(folder: Path) -> None:
     parts = [_part(folder, number) for number in range(world_size())]
     index, labels, widths = zip(*(torch.load(part.with_suffix(".pt"), weights_only=True) for part in parts), strict=True)
     order = torch.cat(index).argsort()
-    np.save(folder / "index.npy", torch.cat(index)[order].numpy())
+    np.save(folder / "places.npy", torch.cat(index)[order].numpy())
     np.save(folder / "labels.npy", torch.cat(labels)[order].numpy())
     whole = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (len(order), widths[0]))  # type: ignore[no-untyped-call]
     places = torch.split(order.argsort(), [len(part) for part in index])
@@ -172,7 +177,7 @@ class RowLoader:
         """Epoch, index and key of each sample of a step, over all ranks."""
         found = []
         for place in self._order.global_step(step):
-            index = int(self._rows.index[self._chosen[place.index]])
+            index = int(self._rows.places[self._chosen[place.index]])
             found.append({"epoch": place.epoch, "index": index, "key": self.key(index)})
         return found
 

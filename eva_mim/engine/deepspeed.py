@@ -61,7 +61,7 @@ class DeepSpeedEngine:
         # ZeRO 3 fetches parameters when a module is called; evaluation also calls parts of modules, so it gets a plain copy.
         self._plain = copy.deepcopy(student).to(device) if run.zero_stage == 3 else None
         groups = parameter_groups(student, optim)
-        self._adamw = build_optimizer(groups, optim)
+        self._watched = build_optimizer(groups, optim)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
         self._precision, dtype = run.precision, low_precision(run.precision)
         config = {
@@ -82,7 +82,7 @@ class DeepSpeedEngine:
             "wall_clock_breakdown": False,
         }
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=student.to(device), optimizer=self._adamw, config=config
+            model=student.to(device), optimizer=self._watched, config=config
         )
         # DeepSpeed gives each group of a rank its own loss scale, and these drift apart; ours is one for all.
         self._engine.torch_autocast_z0_gradscaler = None
@@ -92,8 +92,8 @@ class DeepSpeedEngine:
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
-        set_rates(self._adamw.param_groups, rates)
-        self._adamw.watch = watch
+        set_rates(self._watched.param_groups, rates)
+        self._watched.watch = watch
         with self.autocast():
             batches = task.prepare(self._engine, batches)
         weights = loss_weights(task, batches)
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
             with phase("optimizer"):
                 norm = self._update(last=batch is batches[-1])
         assert norm is not None
-        ratio = self._adamw.update_ratio(self._device, sharded=self._zero > 0)
+        ratio = self._watched.update_ratio(self._device, sharded=self._zero > 0)
         return conclude(outputs, weights, norm, self._scale, ratio)
 
     def _update(self, last: bool) -> Tensor | None:
@@ -121,8 +121,8 @@ class DeepSpeedEngine:
         if self._zero:
             self._engine.step()  # leaves the weights alone, on all ranks, where the gradient is not finite
             return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device).detach()
-        norm = clip_and_step(self._adamw, self.module.parameters(), self._clip, self._scale)
-        self._adamw.zero_grad(set_to_none=True)  # DeepSpeed's own step then finds nothing to do but count
+        norm = clip_and_step(self._watched, self.module.parameters(), self._clip, self._scale)
+        self._watched.zero_grad(set_to_none=True)  # DeepSpeed's own step then finds nothing to do but count
         self._engine.step()
         return norm
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eva_mim.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.distributed import all_reduce_sum, world_size
-from eva_mim.optim import LambSettings, OptimSettings
+from eva_mim.optim import LambSettings, LarsSettings, OptimSettings
 
 SCALE_START, SCALE_LEAST, SCALE_WINDOW, SCALE_HYSTERESIS = 2.0**16, 1.0, 500, 2
 """fp16 loss scale of EVA's DeepSpeed configuration (facts of EVA-01/eva/utils.py create_ds_config)."""
@@ -111,6 +111,12 @@ class Watched(torch.optim.Optimizer):
         norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
         return norms[0] / norms[1].clamp(min=1e-30)
 
+    def _given(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """1, or 0 where the step is left out; the unscaled gradient, or zeros."""
+        assert p.grad is not None
+        done = p.new_ones(()) if self.found_inf is None else 1 - self.found_inf
+        return done, torch.where(done > 0, p.grad if self.grad_scale is None else p.grad / self.grad_scale, 0.0)
+
 
 class WatchedAdamW(Watched, torch.optim.AdamW):
     """torch's fused AdamW."""
@@ -164,9 +170,7 @@ class WatchedLamb(Watched):
         state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
             state.update(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        assert p.grad is not None
-        done = p.new_ones(()) if self.found_inf is None else 1 - self.found_inf
-        gradient = torch.where(done > 0, p.grad if self.grad_scale is None else p.grad / self.grad_scale, 0.0)
+        done, gradient = self._given(p)
         state["step"] += done
         state["exp_avg"].lerp_(gradient, (1 - beta1) * done)
         state["exp_avg_sq"].lerp_(gradient.square_(), (1 - beta2) * done)
@@ -185,8 +189,46 @@ class WatchedLamb(Watched):
             self._squares.append(torch.stack([rate * length, before]).square_())
 
 
+class WatchedLars(Watched):
+    """LARS, step by step as in MoCo v3 and MAE (see `LarsSettings`).
+
+    Not timm's own class: that cannot leave a step out, and adds 1e-8 to norms that are divided by.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], settings: LarsSettings, lr: float):
+        super().__init__(groups, {"lr": lr})
+        self._momentum, self._trust = settings.momentum, settings.trust
+        self._squares = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter)
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.state[p]
+        if not state:
+            state["moved"] = torch.zeros_like(p)
+        done, gradient = self._given(p)
+        update, before = gradient.add(p, alpha=group["weight_decay"]), p.norm()
+        if p.ndim > 1:
+            length = update.norm()
+            update *= torch.where((before > 0) & (length > 0), self._trust * before / length, 1.0)
+        # Exactly what it was where the step is left out.
+        state["moved"].copy_(torch.where(done > 0, state["moved"] * self._momentum + update, state["moved"]))
+        rate = group["lr"] * done
+        p.addcmul_(state["moved"], rate, value=-1)
+        if self.watch:
+            self._squares.append(torch.stack([rate * state["moved"].norm(), before]).square_())
+
+
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimSettings) -> Watched:
     """The optimizer that the settings name, for `parameter_groups`."""
+    if settings.optimizer == "lars":
+        return WatchedLars(groups, settings.lars, settings.lr)
     options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.optimizer == "lamb":
         return WatchedLamb(groups, settings.lamb, **options)

@@ -119,11 +119,11 @@ class ProbeSettings(Settings):
     """How a linear probe is trained."""
 
     cached: bool = False
-    """Features of all images are computed once, with the held-out view, and kept below $EVA_MIM_CACHE (~/.cache/eva-mim): seconds an
-    epoch, but no crop or mirror. Otherwise every step sends images through the trunk (EVA's own probe)."""
+    """Features of all images are computed once, with the held-out view, and kept below $EVA_MIM_CACHE (~/.cache/eva-mim): seconds
+    an epoch, but no crop or mirror. Otherwise every step sends images through the trunk (EVA's own probe)."""
     lrs: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
-    """Peak learning rates, in place of `optim.lr`: a layer for each learns from the same features, and the best becomes the result.
-    The schedule has the same form for all, and ends at the same share of the peak."""
+    """Peak learning rates, in place of `optim.lr`: a layer for each learns from the same features, the best is the result. The
+    schedule has the same form for all, and ends at the same share of the peak."""
     select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training images that the best of several `lrs` is chosen on; none of the layers learns from them."""
 

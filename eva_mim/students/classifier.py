@@ -1,10 +1,15 @@
-"""Classifiers: a timm model as it is, and a linear probe on a frozen one."""
+"""Classifiers: a timm model as it is, and linear probes on a frozen one."""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from eva_mim.distributed import all_reduce_sum, world_size
 from eva_mim.pixels import normalise
 from eva_mim.students import ClassifierSettings
 from eva_mim.students.trunk import build_trunk, has_tokens, input_size, mean_std
@@ -34,17 +39,55 @@ class Classifier(nn.Module):
         return {name.removeprefix("trunk."): value for name, value in weights.items() if name.startswith("trunk.")}
 
 
-class LinearProbe(Classifier):
-    """Only a linear layer learns, on pooled features that are standardised without learned scale (EVA 4.4)."""
+class GlobalNorm(nn.BatchNorm1d):
+    """BatchNorm1d without learned scale, with the statistics of all ranks' rows: a step does not depend on their number.
 
-    def __init__(self, settings: ClassifierSettings, classes: int):
+    Nothing is differentiated, because it stands on frozen features.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6, affine=False)  # EVA 4.4
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[B, D]; every rank must call in training."""
+        if not self.training:
+            return super().forward(rows)
+        exact = rows.detach().double()
+        sums, squares = all_reduce_sum(torch.stack([exact.sum(0), exact.square().sum(0)]))
+        count = len(rows) * world_size()
+        mean = sums / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean.float(), self.momentum)
+        self.running_var.lerp_((variance * (count / max(1, count - 1))).float(), self.momentum)
+        standard: Tensor = ((exact - mean) * (variance + self.eps).rsqrt()).float()
+        return standard
+
+
+class LinearProbe(Classifier):
+    """Only linear layers learn, each for itself, on pooled features that are standardised without learned scale (EVA 4.4).
+
+    There is one for each of `scales`, factors on the learning rate. All start alike, so that nothing else differs.
+    """
+
+    chosen: Tensor
+    """Scalar int64: the layer that is the result."""
+
+    def __init__(self, settings: ClassifierSettings, classes: int, scales: Sequence[float] = (1.0,)):
         super().__init__(settings, classes)
         self.trunk.requires_grad_(False)
         width: int = self.trunk.num_features  # type: ignore[assignment]
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
+        self.norm = GlobalNorm(width)
+        first = nn.Linear(width, classes)
+        nn.init.trunc_normal_(first.weight, std=0.01)
+        nn.init.zeros_(first.bias)
+        self.heads = nn.ModuleList(deepcopy(first) for _ in scales)
+        self.lr_scales = {
+            f"heads.{number}.{name}": scale for number, scale in enumerate(scales) for name, _ in first.named_parameters()
+        }
+        self.register_buffer("chosen", torch.tensor(0))
 
     def train(self, mode: bool = True) -> LinearProbe:
         """The trunk stays in eval mode."""
@@ -52,20 +95,38 @@ class LinearProbe(Classifier):
         self.trunk.eval()
         return self
 
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D] pooled features of uint8 images, in fp32."""
+        tokens = self.trunk.forward_features(normalise(images, self.mean, self.std))  # type: ignore[operator]
+        pooled: Tensor = self.trunk.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        return pooled.float()
+
     def forward(self, images: Tensor) -> Tensor:
-        """[B, K] logits."""
-        with torch.no_grad():
-            features = self.trunk.forward_features(normalise(images, self.mean, self.std))  # type: ignore[operator]
-            pooled = self.trunk.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        logits: Tensor = self.linear(self.norm(pooled.float()))
+        """[B, K, heads] logits of uint8 images, or of their features [B, D]; in fp32 after the trunk."""
+        rows = images if images.ndim == 2 else self.features(images)
+        with torch.autocast(rows.device.type, enabled=False):
+            standard = self.norm(rows)
+            logits: Tensor = torch.stack([head(standard) for head in self.heads], dim=-1)
         return logits
 
+    def fingerprint(self) -> str:
+        """SHA-256 over names and values of the weights that the features depend on."""
+        total, head = hashlib.sha256(), self._timm_head()
+        for name, value in sorted(self.trunk.state_dict().items()):
+            if not name.startswith(f"{head}."):
+                total.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
     def timm_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The probe folded into timm's own head: W (x - m) / s + b = (W / s) x + (b - W m / s)."""
-        state = super().timm_weights(weights)
-        scale = (weights["norm.running_var"] + self.norm.eps).rsqrt()
-        weight = weights["linear.weight"] * scale
-        head = next(name for name, module in self.trunk.named_modules() if module is self.trunk.get_classifier())  # type: ignore[operator]
-        state[f"{head}.weight"] = weight
-        state[f"{head}.bias"] = weights["linear.bias"] - weight @ weights["norm.running_mean"]
+        """The chosen layer folded into timm's own head: W (x - m) / s + b = (W / s) x + (b - W m / s)."""
+        state, head = super().timm_weights(weights), f"heads.{int(weights['chosen'])}"
+        weight = weights[f"{head}.weight"] * (weights["norm.running_var"] + self.norm.eps).rsqrt()
+        state[f"{self._timm_head()}.weight"] = weight
+        state[f"{self._timm_head()}.bias"] = weights[f"{head}.bias"] - weight @ weights["norm.running_mean"]
         return state
+
+    def _timm_head(self) -> str:
+        classifier = self.trunk.get_classifier()  # type: ignore[operator]
+        names: list[str] = [name for name, module in self.trunk.named_modules() if module is classifier]
+        return names[0]

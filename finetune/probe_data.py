@@ -1,0 +1,111 @@
+"""Data of a linear probe: images, or their features in place of them, and some of them set aside to choose a layer on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eva_mim.assemble import batch_cut, eval_loader, train_loader
+from eva_mim.config import UserError
+from eva_mim.contracts import Batch, Source, TrainData
+from eva_mim.data.cached import EvalRows, Positions, RowLoader, Rows, cached_features
+from eva_mim.data.sampler import GlobalOrder
+from eva_mim.data.splits import HOLD_OUT_SEED, Selected, Splits
+from eva_mim.distributed import all_reduce_sum, rank, world_size
+from eva_mim.engine.step import autocast
+from eva_mim.evaluate import ProbeEvaluator
+from eva_mim.features import ridge_accuracy
+from eva_mim.kernels import choose_kernels
+from eva_mim.log import say
+from eva_mim.loop import MIN_BROKEN, Parts
+from eva_mim.rng import derive
+from eva_mim.students.classifier import LinearProbe
+from eva_mim.task import Heads
+
+if TYPE_CHECKING:
+    from finetune.probe import StageRecipe
+
+
+def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device) -> Parts:
+    """What the loop runs. Raises UserError."""
+    names = [f"lr{lr:g}" for lr in recipe.lrs]
+    fixed: dict[str, float] = {}
+    train: TrainData
+    val: Iterable[Batch]
+    select: Iterable[Batch]
+    if recipe.probe.cached:
+        train, val, select, fixed = _from_features(recipe, student, splits, device)
+    else:
+        sizes, source = [student.image_size], splits.train
+        val, select = eval_loader(recipe, splits.val, sizes, recipe.view), ()
+        if len(names) > 1:
+            kept, aside = set_aside(len(source), recipe.probe.select)
+            select = eval_loader(recipe, Selected(source, aside, None), sizes, recipe.view)
+            source = Selected(source, kept, None)
+        train = train_loader(recipe, source, sizes, recipe.view, pixels=(student.mean, student.std))
+    evaluator = ProbeEvaluator(val, select, names, fixed=fixed, device=device)
+    return Parts(Heads(student, names, recipe.mix.smoothing), train, evaluator, recipe.data.max_broken)
+
+
+def set_aside(images: int, share: float) -> tuple[Positions, Positions]:
+    """Positions that are learned from, and those that the best layer is chosen on: the same for every run seed."""
+    shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "select")).permutation(images)
+    count = max(world_size(), round(share * images))
+    if count >= images:
+        raise UserError(f"probe.select={share}: of {images} training images none would be left to learn from")
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def _from_features(
+    recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device
+) -> tuple[RowLoader, EvalRows, EvalRows, dict[str, float]]:
+    """Training rows, held-out rows, rows to choose on, and what the ridge probe says."""
+    train, val = (_features(recipe, student, source, device) for source in splits)
+    missing = len(splits.train) - len(train.places)
+    if missing > max(MIN_BROKEN, recipe.data.max_broken * len(splits.train)):
+        raise UserError(f"{missing} of {len(splits.train)} training images are broken, more than data.max_broken="
+                        f"{recipe.data.max_broken:.2%}")
+    every = np.arange(len(train.places))
+    kept, aside = set_aside(len(every), recipe.probe.select) if len(recipe.lrs) > 1 else (every, every[:0])
+    order = GlobalOrder(len(kept), **batch_cut(recipe.run))
+    ridge = _ridge(train, val, len(splits.train.classes or ()), device)
+    say(f"  ridge probe, in closed form: ridge_top1 {ridge:.4g}")
+    loader = RowLoader(train, kept, order, splits.train.key)
+    return loader, EvalRows(val, np.arange(len(val.places))), EvalRows(train, aside), {"ridge_top1": ridge}
+
+
+def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device: torch.device) -> Rows:
+    """Of all images of a source, with the held-out view."""
+    student.to(device).eval()
+    choose_kernels(student, device)
+    roots = [part.root for part in (recipe.data, recipe.data.held_out) if part is not None and part.root is not None]
+    facts = {
+        "weights": student.fingerprint(),
+        "images": source.fingerprint,
+        # Files of the same names may lie in two folders.
+        "roots": [str(Path(root).resolve()) for root in roots],
+        "student": recipe.student.model_dump(mode="json", include={"name", "image_size", "patch_size", "global_pool"}),
+        "crop_pct": recipe.view.crop_pct,
+        "precision": recipe.run.precision,
+        "device": device.type,
+    }
+
+    def features(images: Tensor) -> Tensor:
+        with autocast(device, recipe.run.precision):
+            return student.features(images)
+
+    batches = eval_loader(recipe, source, [student.image_size], recipe.view)
+    return cached_features(facts, batches, features, len(source), device)
+
+
+def _ridge(train: Rows, val: Rows, classes: int, device: torch.device) -> float:
+    """Each rank has its share of the rows."""
+    train, val = (Rows(*(part[rank() :: world_size()] for part in rows)) for rows in (train, val))
+    return ridge_accuracy(
+        val.features, val.labels, train.features, train.labels, classes=classes, device=device, total=all_reduce_sum
+    )
