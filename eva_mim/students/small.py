@@ -1,4 +1,4 @@
-"""Architectures for small images (32 px), registered with timm when this file is imported.
+"""Architectures for small images (32 and 64 px), registered with timm when this file is imported.
 
 open_clip builds image towers by timm name alone, so sizes that timm does not name need a name here.
 """
@@ -28,6 +28,10 @@ default_cfgs = generate_default_cfgs(
             **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
         "convnet_mini_32.untrained": {
             **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
+        "vit_nano_patch8_64.untrained": {
+            **_PIXELS, "input_size": (3, 64, 64), "first_conv": "patch_embed.proj", "classifier": "head"},
+        "convnet_mini_64.untrained": {
+            **_PIXELS, "input_size": (3, 64, 64), "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
     }
 )
 
@@ -47,6 +51,13 @@ def vit_nano_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransf
 def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """Plain ViT, width 128, depth 6: 1.2 M parameters."""
     return _vit("vit_mini_patch4_32", pretrained, **{"embed_dim": 128, "depth": 6, "num_heads": 4} | options)
+
+
+@register_model
+def vit_nano_patch8_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Plain ViT, width 96, depth 4, 8 x 8 patches of 8 px: 0.5 M parameters."""
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    return _vit("vit_nano_patch8_64", pretrained, **sizes | options)
 
 
 def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **options: Any) -> ByobNet:
@@ -72,3 +83,17 @@ def convnet_nano_32(pretrained: bool = False, **options: Any) -> ByobNet:
 def convnet_mini_32(pretrained: bool = False, **options: Any) -> ByobNet:
     """Residual network, widths 64/128/256."""
     return _convnet("convnet_mini_32", (64, 128, 256), pretrained, **options)
+
+
+@register_model
+def convnet_mini_64(pretrained: bool = False, **options: Any) -> ByobNet:
+    """3x3 stem (stride 2) and residual blocks of widths 64/128/256; 64 px in, an 8 x 8 map out."""
+    blocks = (
+        ByoBlockCfg(type="basic", d=1, c=64, s=2, gs=0, br=1.0),
+        ByoBlockCfg(type="basic", d=1, c=128, s=2, gs=0, br=1.0),
+        ByoBlockCfg(type="basic", d=2, c=256, s=1, gs=0, br=1.0),
+    )
+    return build_model_with_cfg(
+        ByobNet, "convnet_mini_64", pretrained,
+        model_cfg=ByoModelCfg(blocks=blocks, stem_chs=32, stem_type="3x3", stem_pool=""), **options
+    )
