@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eva_mim.config import UserError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -102,3 +108,29 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
+    """By rank, what `work` says on the ranks where it is `mine` to do, while the others wait. Every rank must call; without a
+    group it is this process's alone. A failure is raised on every rank, elsewhere as UserError."""
+    if world_size() == 1 or not grouped():
+        return {rank(): work()} if mine else {}
+    import torch
+    import torch.distributed as dist
+
+    said: tuple[bool, T | None, str | None] = (mine, None, None)
+    failure: Exception | None = None
+    if mine:
+        try:
+            said = True, work(), None
+        except Exception as error:
+            failure, said = error, (True, None, f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}")
+    heard: list[Any] = [None] * world_size()
+    with torch.cuda.device(local_rank()) if dist.get_backend() == "nccl" else nullcontext():
+        dist.all_gather_object(heard, said)
+    if failure is not None:
+        raise failure
+    for number, (_, _, fault) in enumerate(heard):
+        if fault is not None:
+            raise UserError(f"rank {number}: {fault}")
+    return {number: value for number, (did, value, _) in enumerate(heard) if did}

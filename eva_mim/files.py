@@ -30,9 +30,14 @@ def write_weights(path: Path, weights: dict[str, Any]) -> None:
 
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary, metadata={"format": "pt"})
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    fsync(temporary)
     temporary.replace(path)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file to disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:

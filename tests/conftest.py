@@ -26,9 +26,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test touches the user's cache, and none sees another one's."""
-    folder = tmp_path / "cache"
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test touches the user's cache, and none sees another one's. It lies outside `tmp_path`, where it would be a class."""
+    folder = tmp_path_factory.mktemp("home") / "cache"
     monkeypatch.setenv("EVA_MIM_CACHE", str(folder))
     return folder
 

@@ -1,6 +1,6 @@
 """Features of a frozen network in files: made once by all ranks, then read row by row as batches.
 
-A folder below `shards.cache_folder()` is named after what the features depend on, so nothing in it is ever out of date; what is
+A folder below `index.cache_folder()` is named after what the features depend on, so nothing in it is ever out of date; what is
 no longer asked for stays there until the user removes it.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Batch
+from eva_mim.data.index import cache_folder
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.shards import cache_folder
 from eva_mim.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from eva_mim.files import write_json
 from eva_mim.log import duration, say

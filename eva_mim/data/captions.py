@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,10 @@ def _key(line: bytes, where: str) -> str:
     return key
 
 
-def open_captions(settings: SourceSettings, split: str, keys: Sequence[str], records: str) -> CaptionFile | None:
-    """The caption file of a split; None where the settings name none. Raises UserError."""
+def open_captions(
+    settings: SourceSettings, split: str, keys: Callable[[], Sequence[str]], records: str
+) -> CaptionFile | None:
+    """The caption file of a split; None where the settings name none, and then nobody asks for the `keys`. Raises UserError."""
     setting = "data.val_captions" if split == "val" and settings.val_captions else "data.captions"
     name = settings.val_captions if setting == "data.val_captions" else settings.captions
     if name is None:
@@ -103,4 +105,4 @@ def open_captions(settings: SourceSettings, split: str, keys: Sequence[str], rec
     path = settings.own_root / name
     if not path.is_file():
         raise UserError(f"{setting}: {path} does not exist")
-    return CaptionFile(path, setting, keys, records)
+    return CaptionFile(path, setting, keys(), records)

@@ -2,55 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import time
+from array import array
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from eva_mim.config import UserError, digest
+from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SETTLED_NS = 2 * 10**9
+"""An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
+keep times by steps of up to 2 seconds)."""
 
 
 class FolderSource:
     """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
 
     def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False):
+        """Every rank must call."""
         self.folder = folder
         self.classes = classes
         self.captions: CaptionFile | None = None
         self._caption_lines = caption_lines
-        self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not self._paths:
-            raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
-        self.fingerprint = digest([str(path.relative_to(folder)) for path in self._paths])
-        self._labels = {name: label for label, name in enumerate(classes or ())}
-        strangers = {path.relative_to(folder).parts[0] for path in self._paths} - self._labels.keys()
-        if classes is not None and strangers:
-            raise UserError(
-                f"{folder}: {', '.join(sorted(strangers)[:5])}: not among the {len(classes)} training classes"
-            )
+        self.index = folder_index(folder)
+        self._folders = self.index.texts("folders")
+        self.fingerprint = self.index.facts["fingerprint"]
+        label = {name: number for number, name in enumerate(classes or ())}
+        self._labels = [label.get(name.partition("/")[0]) for name in self._folders]
+        if classes is not None:
+            self._refuse_strangers()
+
+    def _refuse_strangers(self) -> None:
+        used = np.bincount(self.index["folder"], minlength=len(self._folders)).nonzero()[0].tolist()
+        strangers = {self._folders[number].partition("/")[0] for number in used if self._labels[number] is None}
+        if "" in strangers:  # images beside the class folders
+            strangers = strangers - {""} | {self.key(int(row)) for row in (self.index["folder"] == 0).nonzero()[0][:5]}
+        if strangers:
+            raise UserError(f"{self.folder}: {', '.join(sorted(strangers)[:5])}: not among the {len(self.classes or ())} "
+                            "training classes")
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.index["folder"])
 
     def key(self, index: int) -> str:
         """The file's path below the folder."""
-        return str(self._paths[index].relative_to(self.folder))
+        return os.path.join(self._folders[self.index["folder"][index]], self.index.text("name", index))
 
     def read(self, index: int) -> Sample:
         """Decode one file as RGB. Raises what Pillow raises."""
-        path = self._paths[index]
+        key = self.key(index)
+        path = self.folder / key
         with Image.open(path) as image:
             pixels = image.convert("RGB")
-        label = self._labels[path.relative_to(self.folder).parts[0]] if self.classes else None
-        return Sample(self.key(index), pixels, label, self.captions[index] if self.captions else self._beside(path))
+        label = self._labels[self.index["folder"][index]] if self.classes else None
+        return Sample(key, pixels, label, self.captions[index] if self.captions else self._beside(path))
 
     def stems(self) -> list[str]:
         """The files' paths below the folder without their last suffix: what a caption file calls them."""
-        return [path.relative_to(self.folder).with_suffix("").as_posix() for path in self._paths]
+        return [os.path.splitext(self.key(index))[0] for index in range(len(self))]
 
     def _beside(self, path: Path) -> tuple[str, ...]:
         files = (path.with_suffix(suffix) for suffix in (".txt", ".json"))
@@ -70,11 +91,84 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
         raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
     source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines)
-    source.captions = open_captions(settings, split, source.stems(), f"images in {folder}")
+    source.captions = open_captions(settings, split, source.stems, f"images in {folder}")
     return source
 
 
 def class_folders(folder: Path) -> tuple[str, ...] | None:
     """Names of the sub-folders in sorted order (the labels), or None for a flat folder."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     return tuple(names) or None
+
+
+def folder_index(folder: Path) -> Index:
+    """Columns: `name` of each image and number of its `folder`; path and change time of all `folders`, in the order in which they
+    are met, which is that of sorted paths. Raises UserError."""
+
+    def fresh(index: Index) -> bool:
+        if int(index.facts["made"]) - int(index["changed"].max()) < SETTLED_NS:
+            return False
+        times = zip(index.texts("folders"), index["changed"].tolist(), strict=True)
+        return all(_changed(folder / name) == changed for name, changed in times)
+
+    return open_index(["folder", str(folder.resolve()), sorted(SUFFIXES)], fresh, lambda: _scan(folder), str(folder))
+
+
+class _Images(NamedTuple):
+    """Neighbours among the sorted names of one folder."""
+
+    folder: int
+    path: str
+    names: list[str]
+
+
+def _scan(root: Path) -> Content:
+    """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
+    began, made = time.monotonic(), time.time_ns()
+    names, folders, numbers, changed = Texts(), Texts(), array("I"), array("q")
+    fingerprint, todo = hashlib.sha256(), list[str | _Images]([""])
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            folders.add(item)
+            changed.append(_changed(root / item))  # before the names are read: a later change is seen
+            todo += reversed(_contents(root, item, len(changed) - 1))
+            continue
+        paths = json.dumps([os.path.join(item.path, name) for name in item.names])[1:-1]
+        fingerprint.update(((", " if len(names) else "[") + paths).encode())
+        numbers.extend([item.folder] * len(item.names))
+        for name in item.names:
+            names.add(name)
+    if not len(names):
+        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
+    fingerprint.update(b"]")
+    say_indexed(str(root), len(names), time.monotonic() - began)
+    own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64)}
+    return Content(own | names.columns("name") | folders.columns("folders"),
+                   {"fingerprint": fingerprint.hexdigest(), "made": str(made)})
+
+
+def _contents(root: Path, path: str, number: int) -> list[str | _Images]:
+    """Sub-folders and images of a folder in the order of their names. Raises UserError."""
+    try:
+        with os.scandir(root / path) as entries:
+            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    except OSError as error:
+        raise UserError(f"{root / path}: cannot be read: {error.strerror}") from None
+    contents: list[str | _Images] = []
+    for is_folder, group in groupby(found, itemgetter(1)):
+        names = [name for name, _ in group]
+        if is_folder:
+            contents += [os.path.join(path, name) for name in names]
+        elif images := [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]:
+            contents.append(_Images(number, path, images))
+    return contents
+
+
+def _changed(folder: Path) -> int:
+    """When a name in the folder came, went or changed, in nanoseconds; -1 for no folder."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return -1

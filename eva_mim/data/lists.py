@@ -6,17 +6,21 @@ import csv
 import difflib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import time
+from array import array
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import ColumnSettings, SourceSettings
 from eva_mim.data.captions import as_captions
+from eva_mim.data.index import Content, Index, Texts, narrow, open_index, say_indexed
 from eva_mim.data.names import class_file
 from eva_mim.files import sha256
 from eva_mim.labels import known_as
@@ -31,36 +35,35 @@ class ListSource:
     """The images of one list, in its order. Keys are their paths as the list has them."""
 
     def __init__(self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None):
-        """`classes`: names by label; the label column holds names, or numbers where no value is a name. Raises UserError."""
+        """`classes`: names by label; the label column holds names, or numbers where no value is a name. Every rank must call.
+        Raises UserError."""
         self.classes = classes if columns.label is not None else None
-        self._images: list[str] = []
-        self._captions: list[tuple[str, ...]] = []
-        self._folder = path.parent
-        values = []
-        for where, row in read_list(path, columns):
-            self._images.append(_inside(row[columns.image], root, path.parent, where))
-            self._captions.append(_captions(row, columns, where))
-            values.append((where, row[columns.label] if columns.label is not None else None))
-        self.fingerprint = sha256(path)
-        if not self._images:
-            raise UserError(f"{path}: no images in this list")
-        if not any((self._folder / image).is_file() for image in self._images[:PROBED]):
+        self.index = list_index(path, root, columns)
+        self.fingerprint = self.index.facts["fingerprint"]
+        self._folder, self._captioned = path.parent, bool(caption_columns(columns))
+        if not any((self._folder / self.key(row)).is_file() for row in range(min(PROBED, len(self)))):
             raise UserError(f"{path}: none of its first {min(PROBED, len(self))} images exists; paths are relative to the list: "
-                            f"{self._folder / self._images[0]}")
-        self._labels = _labels(values, self.classes) if self.classes else None
+                            f"{self._folder / self.key(0)}")
+        self._labels = _labels(path, self.index, self.classes) if self.classes else None
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.index["image.ends"])
 
     def key(self, index: int) -> str:
         """The image's path, relative to the list's folder."""
-        return self._images[index]
+        return self.index.text("image", index)
 
     def read(self, index: int) -> Sample:
         """Decode one file as RGB. Raises what Pillow raises."""
-        with Image.open(self._folder / self._images[index]) as image:
+        key = self.key(index)
+        with Image.open(self._folder / key) as image:
             pixels = image.convert("RGB")
-        return Sample(self.key(index), pixels, self._labels[index] if self._labels else None, self._captions[index])
+        label = self._labels[self.index["label"][index]] if self._labels else None
+        return Sample(key, pixels, label, self._captions(index) if self._captioned else ())
+
+    def _captions(self, index: int) -> tuple[str, ...]:
+        ends = self.index["captions"]
+        return tuple(self.index.text("caption", row) for row in range(int(ends[index - 1]) if index else 0, int(ends[index])))
 
 
 def open_list(settings: SourceSettings, split: str) -> ListSource | None:
@@ -70,16 +73,56 @@ def open_list(settings: SourceSettings, split: str) -> ListSource | None:
     name = settings.train if split == "train" else settings.val
     if name is None:
         return None
-    classes = class_file(settings)
+    classes, root = class_file(settings), settings.own_root
     if classes is None and settings.columns.label is not None:  # the training list alone decides the labels
-        classes = sorted_names(settings.own_root / settings.train, settings.columns)
-    return ListSource(settings.own_root / name, settings.own_root, settings.columns, classes)
+        classes = sorted_names(root / settings.train, list_index(root / settings.train, root, settings.columns), settings.columns)
+    return ListSource(root / name, root, settings.columns, classes)
 
 
-def read_list(path: Path, columns: ColumnSettings) -> Iterable[tuple[str, dict[str, Any]]]:
-    """("FILE:NUMBER", value by column) of each row. Raises UserError for a broken file and a missing column."""
+def list_index(path: Path, root: Path, columns: ColumnSettings) -> Index:
+    """Columns: path of each `image`; its texts among all of `caption`, by where they end (`captions`); its `label` among the
+    distinct values (`labels`, first seen in row `labels.row`). Raises UserError for every mistake of the list."""
     if not path.is_file():
         raise UserError(f"data: the list {path} does not exist")
+
+    def stamp() -> str:
+        return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+
+    def make() -> Content:
+        now, began = stamp(), time.monotonic()
+        content = _read(path, root, columns)
+        say_indexed(str(path), len(content.columns["image.ends"]), time.monotonic() - began)
+        return content._replace(facts={"fingerprint": sha256(path), "stamp": now})
+
+    name = ["list", str(path.absolute()), str(root.absolute()), columns.model_dump()]
+    return open_index(name, lambda index: index.facts["stamp"] == stamp(), make, str(path))
+
+
+def _read(path: Path, root: Path, columns: ColumnSettings) -> Content:
+    images, captions, labels = Texts(), Texts(), Texts()
+    ends, chosen, first, number = array("Q"), array("I"), array("Q"), dict[str, int]()
+    for row_number, row in read_list(path, columns):
+        where = f"{path}:{row_number}"
+        images.add(_inside(row[columns.image], root, path.parent, where))
+        for text in _captions(row, columns, where):
+            captions.add(text)
+        ends.append(len(captions))
+        if columns.label is not None:
+            value = "" if row[columns.label] is None else str(row[columns.label])
+            if value not in number:
+                number[value] = len(number)
+                labels.add(value)
+                first.append(row_number)
+            chosen.append(number[value])
+    if not len(images):
+        raise UserError(f"{path}: no images in this list")
+    own = {"captions": narrow(np.frombuffer(ends, np.uint64)), "label": np.frombuffer(chosen, np.uint32),
+           "labels.row": np.frombuffer(first, np.uint64)}
+    return Content(own | images.columns("image") | captions.columns("caption") | labels.columns("labels"), {})
+
+
+def read_list(path: Path, columns: ColumnSettings) -> Rows:
+    """Each row, of a file that exists. Raises UserError for a broken file and a missing column."""
     reader = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a list must be .csv, .tsv, .jsonl or .parquet")
@@ -91,7 +134,7 @@ def read_list(path: Path, columns: ColumnSettings) -> Iterable[tuple[str, dict[s
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise UserError(f"data.columns.{setting}: {path} has no column {name!r}; {hint}columns: {', '.join(names)}")
-    return ((f"{path}:{number}", row) for number, row in rows)
+    return rows
 
 
 def caption_columns(columns: ColumnSettings) -> list[str]:
@@ -176,24 +219,22 @@ def _captions(row: dict[str, Any], columns: ColumnSettings, where: str) -> tuple
     return found
 
 
-def sorted_names(path: Path, columns: ColumnSettings) -> tuple[str, ...]:
+def sorted_names(path: Path, index: Index, columns: ColumnSettings) -> tuple[str, ...]:
     """The distinct labels of a list in sorted order: by number where all are whole numbers. Raises UserError."""
-    assert columns.label is not None
-    names = set()
-    for where, row in read_list(path, columns):
-        if row[columns.label] in (None, ""):
-            raise UserError(f"{where}: no label ({columns.label})")
-        names.add(str(row[columns.label]))
+    names = index.texts("labels")
+    if "" in names:
+        raise UserError(f"{path}:{index['labels.row'][names.index('')]}: no label ({columns.label})")
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None))
 
 
-def _labels(values: list[tuple[str, Any]], classes: tuple[str, ...]) -> list[int]:
-    number = known_as(classes)
-    if not any(str(value) in number for _, value in values) and all(str(value).isdecimal() for _, value in values):
+def _labels(path: Path, index: Index, classes: tuple[str, ...]) -> list[int]:
+    """Class of each distinct value of the label column. Raises UserError for the first that has none."""
+    values, number = index.texts("labels"), known_as(classes)
+    if not any(value in number for value in values) and all(map(str.isdecimal, values)):
         number = {str(label): label for label in range(len(classes))}
-    for where, value in values:
-        if str(value) not in number:
-            near = difflib.get_close_matches(str(value), number, n=1)
-            raise UserError(f"{where}: label {value!r} is none of the {len(classes)} classes"
+    for row, value in zip(index["labels.row"].tolist(), values, strict=True):  # in the order in which they are met
+        if value not in number:
+            near = difflib.get_close_matches(value, number, n=1)
+            raise UserError(f"{path}:{row}: label {value!r} is none of the {len(classes)} classes"
                             + (f"; did you mean {near[0]}?" if near else ""))
-    return [number[str(value)] for _, value in values]
+    return [number[value] for value in values]

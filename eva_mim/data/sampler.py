@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_mim.config import UserError
+from eva_mim.data.index import Column, narrow
 from eva_mim.rng import derive
 
 MAX_ROUND = 1_000_000
@@ -44,7 +45,7 @@ class GlobalOrder:
         if not self.steps_per_epoch:
             raise UserError(f"run.global_batch={global_batch} is more than the {samples} training images")
         self.micro_batches = global_batch // (micro_batch * world)
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.uint32)
 
     def global_step(self, step: int) -> list[Place]:
         """All samples of a step, over all ranks."""
@@ -60,10 +61,10 @@ class GlobalOrder:
                 start = (micro * self.world + self.rank) * self.micro_batch
                 yield places[start : start + self.micro_batch]
 
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _permutation(self, epoch: int) -> Column:
         if epoch != self._epoch:
             generator = np.random.default_rng(derive(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, generator.permutation(self.samples)
+            self._epoch, self._order = epoch, narrow(generator.permutation(self.samples))
         return self._order
 
 
@@ -88,7 +89,7 @@ class MixedOrder(GlobalOrder):
         self._turns = take_turns(self._weights)
         turns = np.eye(len(parts), dtype=np.int64)[self._turns]
         self._turns_before = (np.cumsum(turns, axis=0) - turns)[np.arange(len(turns)), self._turns]
-        self._orders: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
+        self._orders: dict[int, tuple[int, Column]] = {}
 
     def global_step(self, step: int) -> list[Place]:
         """All samples of a step, over all ranks."""
@@ -98,10 +99,10 @@ class MixedOrder(GlobalOrder):
         return [Place(e, int(self._offsets[p] + self._pass(p, e)[i]))
                 for p, e, i in zip(part.tolist(), passes.tolist(), place.tolist(), strict=True)]
 
-    def _pass(self, part: int, number: int) -> npt.NDArray[np.int64]:
+    def _pass(self, part: int, number: int) -> Column:
         if self._orders.get(part, (-1,))[0] != number:
             generator = np.random.default_rng(derive(self.seed, "part-order", part, number))
-            self._orders[part] = number, generator.permutation(self._sizes[part])
+            self._orders[part] = number, narrow(generator.permutation(self._sizes[part]))
         return self._orders[part][1]
 
 

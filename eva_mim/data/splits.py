@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +19,27 @@ from eva_mim.log import say
 from eva_mim.registry import SOURCES, lookup
 from eva_mim.rng import derive
 
+Positions = npt.NDArray[np.int64]
+NONE: Positions = np.empty(0, np.int64)
+CHUNK = 2**16
+"""Positions that are hashed at once."""
 HOLD_OUT_SEED = 0
 """The held-out share is the same for every run seed, so that runs can be compared."""
+
+
+class AllBut:
+    """The whole numbers from 0 without a few that are listed: `count` of them, held in the memory of those few."""
+
+    def __init__(self, count: int, few: Positions = NONE):
+        """`few` rise."""
+        self._count, self._before = count, few - np.arange(len(few))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        """The number at a place, or those at several."""
+        return number + np.searchsorted(self._before, number, side="right")
 
 
 class Selected:
@@ -27,14 +48,14 @@ class Selected:
     def __init__(
         self,
         source: Source,
-        indices: npt.ArrayLike,
+        indices: AllBut | Positions,
         label_map: dict[str, list[str]] | None,
         words: tuple[str, ...] | None = None,
     ):
-        self._source, self._indices = source, np.asarray(indices, dtype=np.int64)
+        self._source, self._indices = source, indices
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
-        self.fingerprint = digest([source.fingerprint, self._indices.tobytes().hex(), label_map])
+        self.fingerprint = _fingerprint(source.fingerprint, indices, label_map)
         if words is not None:
             if len(words) != len(self.classes or ()):
                 raise UserError(f"data.class_names: {len(words)} names for {len(self.classes or ())} classes")
@@ -51,6 +72,16 @@ class Selected:
         if self._labels is not None and sample.label is not None:
             sample = sample._replace(label=self._labels[sample.label])
         return sample
+
+
+def _fingerprint(source: str, indices: AllBut | Positions, label_map: dict[str, list[str]] | None) -> str:
+    """`digest([source, all indices as bytes in hex, label_map])`, which for 14 million would be a text of 224 MB."""
+    total = hashlib.sha256(f'["{source}", "'.encode())
+    for start in range(0, len(indices), CHUNK):
+        places = np.arange(start, min(start + CHUNK, len(indices)))
+        total.update(np.asarray(indices[places], np.int64).tobytes().hex().encode())
+    total.update(f'", {json.dumps(label_map, sort_keys=True)}]'.encode())
+    return total.hexdigest()
 
 
 class Mixture:
@@ -131,7 +162,7 @@ def open_splits(settings: DataSettings) -> Splits:
 def _open_held_out(settings: SourceSettings) -> Source:
     opener = lookup(SOURCES, settings.source, "data.held_out.source")
     source: Source = opener(settings, "val") or opener(settings, "train")
-    return Selected(source, np.arange(len(source))[: settings.val_limit], settings.label_map, class_words(settings))
+    return Selected(source, AllBut(_at_most(settings.val_limit, len(source))), settings.label_map, class_words(settings))
 
 
 def _open_source(settings: SourceSettings, *, share: bool) -> Opened:
@@ -139,19 +170,24 @@ def _open_source(settings: SourceSettings, *, share: bool) -> Opened:
     opener = lookup(SOURCES, settings.source, "data.source")
     train: Source = opener(settings, "train")
     val: Source | None = opener(settings, "val")
-    train_indices, val_indices = np.arange(len(train)), np.arange(len(val or ()))
+    held = NONE
+    val_indices: AllBut | Positions = AllBut(_at_most(settings.val_limit, len(val or ())))
     if val is None and share and settings.val_share:
         shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "hold-out")).permutation(len(train))
-        held = max(1, round(settings.val_share * len(train)))
-        val, val_indices, train_indices = train, np.sort(shuffled[:held]), np.sort(shuffled[held:])
+        held = np.sort(shuffled[: max(1, round(settings.val_share * len(train)))])
+        val, val_indices = train, held[: settings.val_limit]
     if val is not None and train.classes != val.classes:
         raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
-    words = class_words(settings)
+    words, images = class_words(settings), len(train) - len(held)
     return Opened(
-        Selected(train, train_indices[: settings.limit], settings.label_map, words),
-        None if val is None else Selected(val, val_indices[: settings.val_limit], settings.label_map, words),
-        len(train_indices),
+        Selected(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words),
+        None if val is None else Selected(val, val_indices, settings.label_map, words),
+        images,
     )
+
+
+def _at_most(limit: int | None, count: int) -> int:
+    return count if limit is None else min(limit, count)
 
 
 def _say_counts(settings: Sequence[PartSettings], parts: Sequence[Opened]) -> None:

@@ -155,7 +155,7 @@ def test_hostile_member_names_write_nothing_anywhere(tmp_path: Path, cache: Path
     source = shards(hostile)
     assert [pixels for pixels, _, _ in content(source)] == [picture(seed).tobytes() for seed in range(4)]
     assert {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents)} == before
-    assert {path.suffix for path in cache.rglob("*")} == {".tar", ".json"}
+    assert {path.suffix for path in cache.rglob("*")} == {".tar", ".index"}
     assert all(path.parent == cache for path in cache.rglob("*"))
 
 

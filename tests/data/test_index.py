@@ -1,0 +1,307 @@
+"""The index of a data set: what it says, when it is made again, who makes it, and what it costs a worker."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eva_mim.config import UserError, digest
+from eva_mim.data import ColumnSettings, DataSettings
+from eva_mim.data import shards as shards_module
+from eva_mim.data.folder import SUFFIXES, FolderSource
+from eva_mim.data.index import Index, Texts, cache_folder, read_index, write_index
+from eva_mim.data.lists import open_list
+from eva_mim.data.shards import ShardSource
+from eva_mim.data.splits import AllBut, Selected
+from tests.conftest import REPOSITORY, make_folder, make_shards, picture, png, write_tar
+from tests.tiny import environment
+
+TREE = ["b/2.png", "b/10.PNG", "b.png", "b-1/x.jpg", "a/c/d/e.webp", "a/c.png", "a/c-d.png", "ü/é ñ.jpeg", "z/.hidden.bmp", "a.b/c.tif"]
+OTHERS = ["b/2.txt", "b/notes", "z/.png", "a/c/list.csv"]
+
+
+def settle(root: Path) -> None:
+    """Let the tree be an hour old: an index of folders that changed just now is not trusted."""
+    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        os.utime(folder, (os.stat(folder).st_mtime - 3600,) * 2)
+
+
+def keys(source: FolderSource | ShardSource) -> list[str]:
+    return [source.key(index) for index in range(len(source))]
+
+
+def made(capsys: pytest.CaptureFixture[str]) -> int:
+    """How many indexes were made since the last call."""
+    return capsys.readouterr().err.count("  indexed ")
+
+
+# ---- what it says
+
+
+def test_a_tree_is_listed_as_pathlib_sorts_it(tmp_path: Path) -> None:
+    for name in TREE + OTHERS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()  # not an image
+    found = [path for path in sorted(tmp_path.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    expected = [path.relative_to(tmp_path).as_posix() for path in found]
+    assert sorted(expected) == sorted(TREE)
+    source = FolderSource(tmp_path, None)
+    assert keys(source) == expected
+    assert source.fingerprint == digest(expected)
+    assert source.stems() == [path.relative_to(tmp_path).with_suffix("").as_posix() for path in found]
+
+
+def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(png(picture(3)))
+    source = FolderSource(tmp_path, None)
+    assert source.key(0) == name
+    assert source.read(0).image.tobytes() == picture(3).tobytes()
+
+
+def test_images_beside_class_folders_are_strangers(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"a": 1, "": 2, "b": 1})
+    with pytest.raises(UserError, match=r": 00000\.png, 00001\.png: not among the 2 training classes"):
+        FolderSource(tmp_path, ("a", "b"))
+
+
+def test_texts_of_any_kind_come_back(tmp_path: Path) -> None:
+    given = ["", "a", "é\n", "", "\udce9", "\ud800", "𝄞" * 9, ""]
+    texts = Texts()
+    for text in given:
+        texts.add(text)
+    index = write_index(tmp_path / "x.index", _content(texts))
+    assert index.texts("t") == given
+    assert index["t.ends"].dtype == np.uint32
+
+
+def _content(texts: Texts, fingerprint: str = "one") -> shards_module.Content:
+    return shards_module.Content(texts.columns("t"), {"fingerprint": fingerprint})
+
+
+# ---- when it is made again
+
+
+def test_a_folder_is_walked_again_only_when_it_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path, {"a/deep": 2, "b": 1})
+    settle(tmp_path)
+    first = keys(FolderSource(tmp_path, None))
+    assert made(capsys) == 1
+    assert keys(FolderSource(tmp_path, None)) == first
+    assert made(capsys) == 0
+    for change in ("a/deep/new.png", "a/empty/", "b/other.png"):
+        if change.endswith("/"):
+            (tmp_path / change).mkdir()
+        else:
+            (tmp_path / change).write_bytes(png(picture(0)))
+        expected = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+        assert keys(FolderSource(tmp_path, None)) == expected
+        assert made(capsys) == 1
+    (tmp_path / "a/deep/00000.png").unlink()
+    assert len(FolderSource(tmp_path, None)) == len(expected) - 1
+
+
+def test_a_change_within_the_clock_of_the_file_system_is_seen(tmp_path: Path) -> None:
+    """The folder keeps its time, as with a file that came in the same tick as the walk."""
+    make_folder(tmp_path, {"": 1})
+    assert len(FolderSource(tmp_path, None)) == 1
+    before = tmp_path.stat().st_mtime_ns
+    (tmp_path / "more.png").write_bytes(png(picture(1)))
+    os.utime(tmp_path, ns=(before, before))
+    assert len(FolderSource(tmp_path, None)) == 2
+
+
+def test_a_rewritten_shard_is_read_again_and_the_others_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [make_shards(tmp_path, f"x-{number}.tar", first=3 * number, count=3).parent / f"x-{number}.tar" for number in range(3)]
+    names = tuple("abc")
+    first = ShardSource(paths, names)
+    assert made(capsys) == 1
+    assert ShardSource(paths, names).fingerprint == first.fingerprint
+    assert made(capsys) == 0
+    times = {path.name: path.stat().st_mtime_ns for path in cache_folder().iterdir()}
+    make_shards(tmp_path, "x-1.tar", first=100, count=4)
+    second = ShardSource(paths, names)
+    assert made(capsys) == 1
+    assert len(second) == 10
+    assert [second.read(index).image.tobytes() for index in (2, 3, 6, 7)] == [picture(n).tobytes() for n in (2, 100, 103, 6)]
+    assert second.fingerprint != first.fingerprint
+    changed = [path for path in cache_folder().iterdir() if times.get(path.name) != path.stat().st_mtime_ns]
+    assert len(changed) == 2  # of this shard, and of all
+
+
+def test_a_changed_list_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path, {"i": 3})
+    settings = DataSettings(source="list", root=tmp_path, train="a.csv", columns=ColumnSettings(captions="said"))
+    (tmp_path / "a.csv").write_text("image,said\ni/00001.png,one\n")
+    source = open_list(settings, "train")
+    assert source is not None
+    assert source.read(0).captions == ("one",)
+    assert made(capsys) == 1
+    assert open_list(settings, "train") is not None
+    assert made(capsys) == 0
+    (tmp_path / "a.csv").write_text("image,said\ni/00001.png,one\ni/00002.png,two\n")
+    source = open_list(settings, "train")
+    assert source is not None
+    assert [source.read(index).captions for index in range(2)] == [("one",), ("two",)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty"])
+def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
+    make_folder(tmp_path, {"": 5})
+    settle(tmp_path)
+    path = FolderSource(tmp_path, None).index.path
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-3], "header": b"\xff" * 8 + whole[8:], "empty": b""}[damage])
+    assert read_index(path) is None
+    assert keys(FolderSource(tmp_path, None)) == [f"{number:05d}.png" for number in range(5)]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "data", {"": 1})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVA_MIM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="set EVA_MIM_CACHE to"):
+        FolderSource(tmp_path / "data", None)
+
+
+# ---- shards
+
+
+def test_names_that_stand_twice_in_a_shard_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(picture(1))), ("b.png", png(picture(2))), ("a.png", png(picture(3)))])
+    source = ShardSource([path], None)
+    assert [source.read(index).image.tobytes() for index in range(2)] == [picture(3).tobytes(), picture(2).tobytes()]
+    assert "1 members have the name of another one" in capsys.readouterr().err
+
+
+def test_a_member_too_large_for_a_picture_is_a_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "MAX_MEMBER_BYTES", 10_000)
+    path = write_tar(tmp_path / "x.tar", [("a.png", bytes(10_001)), ("b.png", png(picture(2)))])
+    source = ShardSource([path], None)
+    with pytest.raises(ValueError, match="no image member"):
+        source.read(0)
+    assert source.read(1).image.tobytes() == picture(2).tobytes()
+
+
+def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
+    for number in range(6):
+        make_shards(tmp_path, f"x-{number}.tar", first=number, count=1)
+    source = ShardSource(sorted(tmp_path.glob("*.tar")), None)
+    for index in (0, 5, 3, 3, 1, 0, 4, 2):
+        assert source.read(index).image.tobytes() == picture(index).tobytes()
+        opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        assert sum(name.startswith(str(tmp_path)) for name in opened) <= 2
+
+
+# ---- which records are used
+
+
+def test_all_but_a_few(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        total = int(generator.integers(1, 40))
+        left_out = np.sort(generator.permutation(total)[: generator.integers(0, total + 1)])
+        expected = np.setdiff1d(np.arange(total), left_out)
+        found = AllBut(len(expected), left_out)
+        assert [int(found[place]) for place in range(len(found))] == expected.tolist()
+        assert found[np.arange(len(found))].tolist() == expected.tolist()
+
+
+def test_a_selection_keeps_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of all positions, as it was when they were held in memory."""
+    monkeypatch.setattr("eva_mim.data.splits.CHUNK", 3)
+    source = FolderSource(make_folder(tmp_path, {"a": 4, "b": 7}), ("a", "b"))
+    kept = np.array([0, 1, 3, 4, 5, 6, 8, 9, 10], dtype=np.int64)
+    for groups in (None, {"y": ["b"], "x": ["a"]}):
+        found = Selected(source, AllBut(9, np.array([2, 7])), groups).fingerprint
+        assert found == digest([source.fingerprint, kept.tobytes().hex(), groups])
+
+
+# ---- processes
+
+
+def test_a_worker_is_handed_the_path_of_the_index(tmp_path: Path) -> None:
+    source = FolderSource(make_folder(tmp_path, {"a": 300}, size=(1, 1)), ("a",))
+    sent = pickle.dumps(source)
+    assert len(sent) < 1000 < source.index.path.stat().st_size
+    there = pickle.loads(sent)
+    assert keys(there) == keys(source)
+    with pytest.raises(ValueError, match="read-only"):
+        there.index["name"][0] = 0
+
+
+def test_an_index_that_became_another_one_is_refused(tmp_path: Path) -> None:
+    texts = Texts()
+    texts.add("a")
+    sent = pickle.dumps(write_index(tmp_path / "x.index", _content(texts, "one")))
+    assert isinstance(pickle.loads(sent), Index)
+    write_index(tmp_path / "x.index", _content(texts, "two"))
+    with pytest.raises(UserError, match="the data set changed"):
+        pickle.loads(sent)
+
+
+RANKS = """
+import os, sys, time
+import torch
+from eva_mim import distributed
+from eva_mim.config import UserError
+from eva_mim.data import folder
+from pathlib import Path
+
+root, own = Path(sys.argv[1]), sys.argv[2:]
+if own:  # another host: a cache of its own, and its first process
+    os.environ["EVA_MIM_CACHE"] += os.environ["RANK"]
+    os.environ["LOCAL_RANK"] = "0"
+distributed.setup(torch.device("cpu"))
+walk = folder._scan
+def counted(root):
+    time.sleep(1)
+    sys.stdout.write(f"walked {distributed.rank()}\\n")
+    if own and own[0] == "differ" and distributed.rank():
+        (root / "more.png").write_bytes(b"")
+    return walk(root)
+folder._scan = counted
+try:
+    source = folder.FolderSource(root, None)
+    sys.stdout.write(f"rank {distributed.rank()} has {len(source)}: {source.key(1)}\\n")
+except UserError as error:
+    sys.stdout.write(f"refused {distributed.rank()}: {error}\\n")
+distributed.leave_group()
+"""
+
+
+def ranks(*arguments: str) -> list[str]:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c"]
+    done = subprocess.run([*line, RANKS, *arguments], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.splitlines())
+
+
+@pytest.mark.slow
+def test_one_rank_makes_the_index_and_all_read_it(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"a": 2})
+    settle(root)
+    both = ["rank 0 has 2: a/00001.png", "rank 1 has 2: a/00001.png"]
+    assert ranks(str(root)) == [*both, "walked 0"]
+    assert ranks(str(root)) == both
+    assert ranks(str(root), "hosts") == [*both, "walked 0", "walked 1"]
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_rank_stops_all(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    first, second, walked = ranks(str(tmp_path / "empty"))
+    assert first.startswith(f"refused 0: {tmp_path}/empty: no images here")
+    assert second.startswith(f"refused 1: rank 0: {tmp_path}/empty: no images here")
+    assert walked == "walked 0"
+    root = make_folder(tmp_path / "data", {"a": 2})
+    found = ranks(str(root), "differ")
+    assert sum("hosts see different files" in line for line in found) == 2
