@@ -36,8 +36,10 @@ class Source(Protocol):
 
     classes: tuple[str, ...] | None
     """Class names by label, or None when the images carry no labels."""
-    fingerprint: str
-    """Changes when the records or their order change."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the records or their order change."""
 
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...

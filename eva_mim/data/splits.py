@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,11 +56,16 @@ class Selected:
         self._source, self._indices = source, indices
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
-        self.fingerprint = _fingerprint(source.fingerprint, indices, label_map)
+        self._label_map = label_map
         if words is not None:
             if len(words) != len(self.classes or ()):
                 raise UserError(f"data.class_names: {len(words)} names for {len(self.classes or ())} classes")
             self.classes = words
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the source and the choice; it takes a second for 14 million, and few ask."""
+        return _fingerprint(self._source.fingerprint, self._indices, self._label_map)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -93,10 +99,14 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], templates: Sequence[str]):
         self.parts = [(len(source), weight) for source, weight in zip(sources, weights, strict=True)]
-        self.fingerprint = digest([source.fingerprint for source in sources])
         self.classes = sources[0].classes if len({source.classes for source in sources}) == 1 else None
         self._sources, self._templates = sources, templates
         self._ends = np.cumsum([len(source) for source in sources])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all parts."""
+        return digest([source.fingerprint for source in self._sources])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eva_mim.cli import main
 from eva_mim.config import UserError, digest
 from eva_mim.data import ColumnSettings, DataSettings
 from eva_mim.data import shards as shards_module
@@ -18,11 +19,12 @@ from eva_mim.data.folder import SUFFIXES, FolderSource
 from eva_mim.data.index import Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.lists import open_list
 from eva_mim.data.shards import ShardSource
-from eva_mim.data.splits import AllBut, Selected
+from eva_mim.data.splits import AllBut, Selected, open_splits
 from tests.conftest import REPOSITORY, make_folder, make_shards, picture, png, write_tar
-from tests.tiny import environment
+from tests.tiny import environment, write_recipe
 
-TREE = ["b/2.png", "b/10.PNG", "b.png", "b-1/x.jpg", "a/c/d/e.webp", "a/c.png", "a/c-d.png", "ü/é ñ.jpeg", "z/.hidden.bmp", "a.b/c.tif"]
+TREE = ["b/2.png", "b/10.PNG", "b.png", "b-1/x.jpg", "a/c/d/e.webp", "a/c.png", "a/c-d.png", "ü/é ñ.jpeg", "z/.hidden.bmp",
+        "a.b/c.tif"]
 OTHERS = ["b/2.txt", "b/notes", "z/.png", "a/c/list.csv"]
 
 
@@ -119,7 +121,7 @@ def test_a_change_within_the_clock_of_the_file_system_is_seen(tmp_path: Path) ->
 
 
 def test_a_rewritten_shard_is_read_again_and_the_others_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = [make_shards(tmp_path, f"x-{number}.tar", first=3 * number, count=3).parent / f"x-{number}.tar" for number in range(3)]
+    paths = [make_shards(tmp_path, f"x-{number}.tar", first=3 * number, count=3) for number in range(3)]
     names = tuple("abc")
     first = ShardSource(paths, names)
     assert made(capsys) == 1
@@ -279,8 +281,10 @@ distributed.leave_group()
 
 
 def ranks(*arguments: str) -> list[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c"]
-    done = subprocess.run([*line, RANKS, *arguments], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
+    done = subprocess.run(
+        [*line, "-c", RANKS, *arguments], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return sorted(done.stdout.splitlines())
 
@@ -305,3 +309,34 @@ def test_a_failure_of_one_rank_stops_all(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", {"a": 2})
     found = ranks(str(root), "differ")
     assert sum("hosts see different files" in line for line in found) == 2
+
+
+# ---- the command
+
+
+def test_the_command_makes_the_index_that_a_run_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "train", {"ant": 3, "bee": 2})
+    make_folder(tmp_path / "val", {"bee": 1})
+    settle(tmp_path)
+    assert main(["data", "index", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("  indexed ") == 2
+    assert [line.split() for line in told.out.splitlines()] == [
+        ["train", "5", "images,", "2", "classes:", "ant,", "bee"], ["val", "1", "images,", "2", "classes:", "ant,", "bee"]
+    ]
+    splits = open_splits(DataSettings(root=tmp_path, train="train", val="val"))
+    assert (len(splits.train), len(splits.val)) == (5, 1)
+    assert made(capsys) == 0
+    recipe = write_recipe(tmp_path, {"data": {"root": str(tmp_path), "train": "train"}, "run": {"epochs": 3}})
+    assert main(["data", "index", str(recipe), "data.val=val"]) == 0
+    assert capsys.readouterr().out == told.out
+    assert main(["data", "index", str(recipe), "data.root=/nonexistent"]) == 2
+    assert "/nonexistent/train is not a folder" in capsys.readouterr().err
+
+
+def test_the_command_knows_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path, "a.tar", count=4)
+    make_shards(tmp_path, "b.tar.gz", count=3)
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    assert main(["data", "index", str(tmp_path), "data.classes=classes.txt"]) == 0
+    assert capsys.readouterr().out.split() == ["train", "7", "images,", "3", "classes:", "x,", "y,", "z"]
