@@ -26,7 +26,8 @@ SUMMARIES = {
 }
 OTHERS = {
     "teacher": "eva_mim.teacher_check", "data": "eva_mim.data_commands", "labels": "eva_mim.label_check",
-    "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay", "inspect": "eva_mim.convert.inspect", "convert": "eva_mim.convert.command",
+    "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay", "inspect": "eva_mim.convert.inspect",
+    "convert": "eva_mim.convert.command",
 }
 """Commands that are no stages: modules with `main(argv)`."""
 

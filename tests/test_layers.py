@@ -26,7 +26,9 @@ LAYERS = {
          "whole", "zeroshot"],
         RUN,
     ),
-    **dict.fromkeys(["cli", "data_commands", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS),
+    **dict.fromkeys(
+        ["cli", "data_commands", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS
+    ),
 }
 """First part of the module name below eva_mim -> layer: a file imports from its own layer and from lower ones."""
 ARCHITECTURES = "eva_mim.students.small"

@@ -112,7 +112,7 @@ def main() -> int:
         used = {kind: [value for name, value in found if name == kind] for kind in ("seconds", "without", "with")}
         more, seconds = (sum(used["with"]) - sum(used["without"])) / 1e9, max(used["seconds"])
         sys.stdout.write(f"{images} images, file of {size / 1e6:.0f} MB: opened in {seconds:.2f} s; "
-                         f"{more:.3f} GB for {options.ranks} ranks x (1 + {options.workers} workers), an epoch's order included\n")
+                         f"{more:.3f} GB for {options.ranks} ranks x (1 + {options.workers} workers), with an epoch's order\n")
         return int(more > options.bound or seconds > 2)
     finally:
         shutil.rmtree(base)
