@@ -62,7 +62,8 @@ def rank(root: Path, workers: int, barrier: Barrier, results: Any) -> None:
             began = time.perf_counter()
             splits = open_splits(DataSettings(root=root, val_share=0.02))
             results.put(("seconds", time.perf_counter() - began))
-            GlobalOrder(len(splits.train), seed=0, global_batch=4096, micro_batch=4096).global_step(0)
+            order = GlobalOrder(len(splits.train), seed=0, global_batch=4096, micro_batch=4096)  # kept, as by a loader
+            order.global_step(0)
         processes = [context.Process(target=worker, args=(splits, barrier, results)) for _ in range(workers)]
         for process in processes:
             process.start()
