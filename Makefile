@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip's CPU build of torch is enough here; override to install from elsewhere, e.g. PIP_ARGS="--index-url ..."
 PIP_ARGS ?=
 
-.PHONY: install demo test lint smoke clean
+.PHONY: install demo test lint smoke soak clean
 
 install: $(VENV)/.installed
 demo: $(VENV)/.installed
@@ -16,6 +16,11 @@ test: $(VENV)/.installed-test
 
 smoke: $(VENV)/.installed-test
 	$(BIN)/python -m tools.cifar10_smoke
+
+# Kills a run 40 times. SOAK="--minutes 3 run.epochs=8" is the short form that CI calls.
+SOAK ?=
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m tools.soak $(SOAK)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

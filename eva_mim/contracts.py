@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -177,6 +176,18 @@ class Rates(NamedTuple):
     """For groups with `decays` 1."""
 
 
+class Part(NamedTuple):
+    """Tensors that make one file of a checkpoint, whole and in fp32 however they are kept in memory. Every rank calls `read` and
+    `put`, for the same names in the same order."""
+
+    kinds: dict[str, tuple[str, tuple[int, ...]]]
+    """Name -> torch's dtype, shape; the same on every rank."""
+    read: Callable[[str], Tensor]
+    """A whole tensor."""
+    put: Callable[[str, Tensor], None]
+    """Takes this rank's share of a whole tensor, which is on the CPU."""
+
+
 class Engine(Protocol):
     """Makes a task run: forward, backward, optimizer, on one process or many."""
 
@@ -201,8 +212,9 @@ class Engine(Protocol):
     def loss_scale(self) -> float:
         """What the loss is multiplied by before the backward pass (1 but for fp16)."""
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint holds of it: `module` (all of the state dict), each moment of the optimizer under the parameters'
+        names, and `counts`. Every rank must call."""
 
 
 class TrainData(Protocol):

@@ -134,3 +134,15 @@ def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
         if fault is not None:
             raise UserError(f"rank {number}: {fault}")
     return {number: value for number, (did, value, _) in enumerate(heard) if did}
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Let the main rank work; every rank gets what it returns, or its UserError. An OSError becomes one."""
+
+    def told() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
+
+    return agreed(told, is_main())[0]

@@ -40,6 +40,15 @@ def fsync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a rename is safe from a power cut only after this."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def sha256(path: Path) -> str:
     """Of a file's content."""
     total = hashlib.sha256()

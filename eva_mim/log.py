@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from itertools import pairwise
@@ -31,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 class RunLog:
-    """Metrics of one run. On resume the records after `step` are cut off, so that curves never overlap."""
+    """Metrics of one run. On resume the records after `step` are cut off, in TensorBoard too, so that curves never overlap."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
@@ -46,7 +47,7 @@ class RunLog:
         self._file = self.path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
         """Append one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
@@ -61,6 +62,12 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """To the disk: a checkpoint shall not be ahead of the curves."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """Flush both files."""

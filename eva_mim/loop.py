@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from eva_mim import checkpoint
+from eva_mim import snapshot
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Engine, Evaluator, Task, TrainData
+from eva_mim.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
 from eva_mim.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from eva_mim.dump import write_dump
 from eva_mim.engine import RunSettings
 from eva_mim.log import RunLog, duration, say
-from eva_mim.meter import Meter, Window
+from eva_mim.meter import Meter, Row, Window
 from eva_mim.optim import OptimSettings, rates_at
 from eva_mim.phases import Stopwatch, measuring, phase
 from eva_mim.rng import derive, seed_all
 from eva_mim.stability import Detours, SkipStreak, SpikeAlarm
 
-EMA = "ema.pt"
+EMA = "ema"
 MIN_BROKEN = 10
 """Fewer broken images than this never stop a run, whatever their share."""
 
@@ -72,11 +72,13 @@ class Loop:
         self.total = run.steps(self.steps_per_epoch)
         self.ema = self._make_ema()
         self.detours = Detours(out, is_main())
-        self.step = self._resume()
         self.norm_statistics = [buffer for name, buffer in engine.module.named_buffers()
                                 if name.endswith(("running_mean", "running_var"))]
         self.alarm, self.stopwatch = SpikeAlarm(), Stopwatch(device.type == "cuda")
         self.broken = self.skipped = 0
+        self.window: list[Row] = []
+        self.owes_evaluation = False
+        self.step = self._resume()
         self.metrics: dict[str, float] = {}
         self.owes_checkpoint = False
 
@@ -90,6 +92,8 @@ class Loop:
         self.meter = Meter(self.stopwatch)
         self.engine.module.train()
         with caught_signals() as caught, measuring(self.stopwatch):
+            if self.owes_evaluation:
+                self._evaluate()
             while self.step < self.total:
                 self._train(caught)
         if not self.metrics:  # resumed after the last step: the figures were not kept in memory
@@ -100,7 +104,7 @@ class Loop:
     def _train(self, caught: list[int]) -> None:
         """Steps until the end, or until the run has been put back to an earlier checkpoint."""
         streak, recent = SkipStreak(), deque[tuple[int, int]](maxlen=self.run.max_skips)
-        self.meter = Meter(self.stopwatch)
+        self.meter = Meter(self.stopwatch, self.window)
         for data_step, batches in self._loaded():
             streak.note(self._one_step(batches))
             recent.append((self.step - 1, data_step))
@@ -110,14 +114,15 @@ class Loop:
                 return self._rewind(list(recent), batches)
             due = self.step % self.run.log_every == 0 or self.step == self.total
             stop = caught[0] if caught and world_size() == 1 else 0
-            if due or stop:
+            if due:
                 self._write()
                 stop = self._agree(caught) if world_size() > 1 else stop
+            self.owes_evaluation = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
             if stop:
                 self._save(streak)
                 self.log.close()
                 raise Interrupted(stop)
-            if self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch):
+            if self.owes_evaluation:
                 self._evaluate()
             if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
                 self._save(streak)
@@ -172,10 +177,9 @@ class Loop:
         }
         self.log.write("train", self.step, samples, values | {f"time_{name}": share for name, share in window.shares.items()})
         self._say(values, window)
-        seen = samples - self.first * self.run.global_batch
-        if self.broken > max(MIN_BROKEN, self.parts.max_broken * seen):
+        if self.broken > max(MIN_BROKEN, self.parts.max_broken * samples):
             raise UserError(
-                f"{self.broken} of {seen} images are broken, more than data.max_broken={self.parts.max_broken:.2%}; "
+                f"{self.broken} of {samples} images are broken, more than data.max_broken={self.parts.max_broken:.2%}; "
                 f"the last: {(faults or ['on another rank'])[-1]}"
             )
 
@@ -196,7 +200,7 @@ class Loop:
     def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
         """Back to the last checkpoint, without the data of the `bad` (step, data step)s; or stop with a dump of the last one."""
         first, last = bad[0][1], bad[-1][1]
-        found = checkpoint.latest(self.out)
+        found = snapshot.newest(self.out)
         if found is None or self.detours.rewinds >= self.run.max_rewinds:
             why = "and there is no checkpoint to rewind to" if found is None else (
                 f"after {self.detours.rewinds} rewinds (a larger run.max_rewinds goes on around them)")
@@ -222,6 +226,7 @@ class Loop:
         took = time.perf_counter() - began
         say(f"  held out, epoch {self.step / self.steps_per_epoch:g}: {text}  ({duration(took)})")
         self.meter.started += took
+        self.owes_evaluation = False
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -258,15 +263,21 @@ class Loop:
         if self.owes_checkpoint:
             return
         self._average_norm_statistics()
+        self.log.flush()
+        facts = {
+            "window": self.meter.rows(self.device),
+            "broken": self.broken + self.meter.broken_everywhere(self.device),
+            "skipped": self.skipped,
+            "alarm": self.alarm.state(),
+            "owes_evaluation": self.owes_evaluation,
+        }
+        snapshot.save(self.out, self.step, self._parts(), facts, keep_last=self.run.keep_last, keep_every=self.run.keep_every)
 
-        def extra(folder: Path) -> None:
-            if self.ema is not None:
-                torch.save(self.ema.module.state_dict(), folder / EMA)
-
-        checkpoint.save(self.out, self.step, self.engine, extra, self.run.keep_last)
+    def _parts(self) -> dict[str, Part]:
+        return self.engine.parts() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
 
     def _resume(self) -> int:
-        found = checkpoint.latest(self.out)
+        found = snapshot.newest(self.out)
         if found is None:
             self.detours.forget()
             return 0
@@ -274,9 +285,10 @@ class Loop:
         return self._restore(*found)
 
     def _restore(self, step: int, folder: Path) -> int:
-        self.engine.load(folder)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(torch.load(folder / EMA, map_location=self.device, weights_only=True))
+        facts = snapshot.load(folder, self._parts())
+        self.window, self.broken, self.skipped = facts["window"], facts["broken"], facts["skipped"]
+        self.owes_evaluation = facts["owes_evaluation"]
+        self.alarm.restore(facts["alarm"])
         self.step = step
         return step
 

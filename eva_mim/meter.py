@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from eva_mim.contracts import StepOutput
 from eva_mim.distributed import all_reduce_sum, world_size
 from eva_mim.phases import Stopwatch
+
+Row = dict[str, float]
+"""Figures of a step by name."""
 
 
 @dataclass(frozen=True)
@@ -27,39 +31,42 @@ class Window:
 
 
 class Meter:
-    """One window."""
+    """One window. `earlier` are rows of a window that a stopped run had begun."""
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
+    def __init__(self, stopwatch: Stopwatch, earlier: Sequence[Row] = ()) -> None:
+        self._stopwatch, self._earlier = stopwatch, earlier
         self.started = time.perf_counter()
         self.images = 0
         self.outputs: list[StepOutput] = []
         self.broken: list[str] = []
 
+    def rows(self, device: torch.device) -> list[Row]:
+        """Loss and metrics of each step, means over ranks. Waits for the device; every rank must call."""
+        steps = [{"loss": output.loss} | output.metrics for output in self.outputs]
+        if not steps:
+            return list(self._earlier)
+        local = torch.stack([value.float() for step in steps for value in step.values()])
+        values = iter((all_reduce_sum(local.to(device, torch.float64)) / world_size()).tolist())
+        return [*self._earlier, *({name: next(values) for name in step} for step in steps)]
+
+    def broken_everywhere(self, device: torch.device) -> int:
+        """Broken images on all ranks. Every rank must call."""
+        return int(all_reduce_sum(torch.tensor(len(self.broken), device=device)))
+
     def read(self, device: torch.device) -> Window:
         """Close the window: the one point where the host waits for the device."""
-        names = sorted({name for output in self.outputs for name in output.metrics} - {"skipped"})
-        skipped = torch.stack([output.metrics["skipped"] for output in self.outputs])
-        losses = torch.stack([output.loss.float() for output in self.outputs])
-        means = [_mean_of_taken(losses, skipped)]
-        for name in names:
-            steps = [i for i, output in enumerate(self.outputs) if name in output.metrics]
-            values = torch.stack([self.outputs[i].metrics[name].float() for i in steps])
-            means.append(values[-1] if name == "loss_scale" else _mean_of_taken(values, skipped[steps]))
-        norms = torch.stack([output.metrics["grad_norm"].float() for output in self.outputs])
-        means.append(torch.where(skipped > 0, 0.0, norms).max())
-        row = torch.stack([*means, skipped.sum(), losses.new_tensor(float(len(self.broken)))])
-        total = all_reduce_sum(torch.cat([row, losses]).to(device, torch.float64)).tolist()
-        world = world_size()
-        result = {name: value / world for name, value in zip(["loss", *names, "grad_norm_max", "skipped"], total, strict=False)}
-        result["broken"] = total[len(row) - 1]
+        rows = self.rows(device)
+        # A skipped step has no finite values; they would hide those of the others.
+        taken = [row for row in rows if not row["skipped"]]
+        means = {}
+        for name in sorted({name for row in rows for name in row} - {"skipped"}):
+            values = [row[name] for row in taken if name in row]
+            means[name] = sum(values) / len(values) if values else math.nan
+        if "loss_scale" in means:
+            means["loss_scale"] = rows[-1]["loss_scale"]
+        means["grad_norm_max"] = max((row["grad_norm"] for row in taken), default=0.0)
+        means["skipped"] = float(len(rows) - len(taken))
+        means["broken"] = float(self.broken_everywhere(device))
         elapsed = time.perf_counter() - self.started
         shares = {name: seconds / elapsed for name, seconds in self._stopwatch.take().items()}
-        return Window(result, [value / world for value in total[len(row):]], shares, self.images / elapsed)
-
-
-def _mean_of_taken(values: Tensor, skipped: Tensor) -> Tensor:
-    """A skipped step has no finite values; they would hide those of the others."""
-    taken = skipped == 0
-    total = torch.where(taken, values, 0.0).sum() / taken.sum().clamp(min=1)
-    return torch.where(taken.any(), total, float("nan"))
+        return Window(means, [row["loss"] for row in rows], shares, self.images / elapsed)

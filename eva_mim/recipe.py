@@ -13,11 +13,13 @@ from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
 
 RUNTIME = {
-    "run": ["log_every", "checkpoint_every", "keep_last", "max_rewinds", "device"],
+    "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "device", "engine", "zero_stage",
+            "micro_batch"],
     "data": ["workers", "expected"],
     "contrastive": ["chunk"],
 }
-"""Settings that no result depends on: a run may be resumed with other values."""
+"""Settings that decide no result, or only where it is computed: a run may be resumed with other values. Rounding differs with the
+latter, and what draws by rank or micro-batch (drop path, mixup)."""
 
 
 class HandOverSettings(Settings):

@@ -123,6 +123,14 @@ class SpikeAlarm:
     def __init__(self) -> None:
         self.mean, self.variance, self.seen, self.spikes = 0.0, 0.0, 0, 0
 
+    def state(self) -> list[float]:
+        """For a checkpoint."""
+        return [self.mean, self.variance, self.seen, self.spikes]
+
+    def restore(self, state: list[Any]) -> None:
+        """What `state` gave."""
+        self.mean, self.variance, self.seen, self.spikes = state
+
     def feed(self, losses: list[float]) -> list[float]:
         """The losses among these that are spikes; steps that were not finite count as none."""
         found = []

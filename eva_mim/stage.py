@@ -94,7 +94,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
     device, built = prepare(recipe, build)
-    begun = _record(plan, built)
+    begun = _record(plan, built, recipe)
     if has_checkpoint(out):
         _same_classes(out, record, built)
     if is_main():  # from here on the folder belongs to this run
@@ -182,7 +182,7 @@ def _same_classes(out: Path, record: dict[str, Any], built: Built) -> None:
         raise UserError(f"{out} was begun with another list of classes; the data now has {describe(built.classes)}")
 
 
-def _record(plan: Plan, built: Built) -> dict[str, Any]:
+def _record(plan: Plan, built: Built, recipe: Recipe) -> dict[str, Any]:
     return {
         "program": plan.program,
         "identity": plan.identity,
@@ -191,6 +191,7 @@ def _record(plan: Plan, built: Built) -> dict[str, Any]:
         "parents": plan.parents,
         "versions": {"eva_mim": eva_mim.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "processes": world_size(),
+        "computed": {name: getattr(recipe.run, name) for name in ("engine", "zero_stage", "micro_batch")},
         "classes_sha256": class_hash(built.classes) if built.classes else None,
     }
 

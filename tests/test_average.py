@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tiny import CLASSIFY, run, write_recipe
 
@@ -21,8 +22,8 @@ def test_the_average_follows_its_recurrence(tmp_path: Path, warmup: bool) -> Non
     assert len(folders) == 8
     average: dict[str, torch.Tensor] = {}
     for step, folder in enumerate(folders, 1):
-        weights = torch.load(folder / "engine.pt", weights_only=True)["module"]
-        found = torch.load(folder / "ema.pt", weights_only=True)
+        weights = load_file(folder / "module.safetensors")
+        found = load_file(folder / "ema.safetensors")
         rate = min(decay, 1 - step ** (-2 / 3)) if warmup else decay
         average = {n: rate * average[n] + (1 - rate) * value for n, value in weights.items()} if average else weights
         for name, value in found.items():

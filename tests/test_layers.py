@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
          "program", "recipe", "meter", "stability", "diagnose", "dump", "convert", "heads", "variants", "accuracy",
-         "whole", "zeroshot"],
+         "whole", "zeroshot", "snapshot"],
         RUN,
     ),
     **dict.fromkeys(
@@ -34,7 +34,7 @@ LAYERS = {
 ARCHITECTURES = "eva_mim.students.small"
 """Names of timm models, registered by its import. The teachers need them as much as the students do."""
 LIBRARIES = {
-    "deepspeed": {"eva_mim.engine.deepspeed"},
+    "deepspeed": {"eva_mim.engine.deepspeed", "eva_mim.engine.fragments"},
     "open_clip": {
         "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive", "eva_mim.convert.architecture",
         "eva_mim.data.names", "eva_mim.zeroshot",
@@ -92,7 +92,7 @@ def ours(module: str) -> bool:
 
 def test_imports_are_seen() -> None:
     """The parser of this file finds what is there."""
-    assert "eva_mim.checkpoint" in imports(MODULES["eva_mim.loop"])  # from eva_mim import checkpoint
+    assert "eva_mim.snapshot" in imports(MODULES["eva_mim.loop"])  # from eva_mim import snapshot
     assert "deepspeed" in imports(MODULES["eva_mim.engine.deepspeed"])  # inside a function
     assert "eva_mim.stage" in imports(MODULES["pretrain.mim"])  # for type checking
     assert len(FILES) > 40

@@ -77,7 +77,7 @@ def test_half_written_checkpoint_is_not_believed(tmp_path: Path) -> None:
     run("classify", recipe, tmp_path / "run")
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000004", "step-00000008"]
-    with (folders[1] / "engine.pt").open("rb+") as file:
+    with (folders[1] / "exp_avg.safetensors").open("rb+") as file:
         file.truncate(1000)
     found = checkpoint.latest(tmp_path / "run")
     assert found is not None
@@ -103,9 +103,9 @@ def test_teacher_is_in_no_checkpoint(tmp_path: Path) -> None:
     """What a run saves is the student: as many weights, under its names."""
     run("mim", write_recipe(tmp_path, MIM), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "lineage.json").read_text())
-    state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000008" / "engine.pt", weights_only=True)
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "module.safetensors")
     trunk = load_file(tmp_path / "run" / "model.safetensors")
     head = load_file(tmp_path / "run" / "head.safetensors")
-    assert state["module"].keys() == {f"trunk.{name}" for name in trunk} | head.keys()
+    assert state.keys() == {f"trunk.{name}" for name in trunk} | head.keys()
     assert head.keys() == {"mask_token", "head.weight", "head.bias"}
     assert len(record["teacher"]["sha256"]) == 64

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from eva_mim.convert.formats import read_json
-from eva_mim.convert.reading import ENGINE_FILE, FOLDER_FILES
+from eva_mim.convert.reading import ENGINE_FILE, FOLDER_FILES, MODULE_FILE
 
 MAX_DESCRIPTION = 10_000_000
 """Bytes of a config.json or lineage.json; one with the names of 21,841 classes has 1,000,000."""
-STANDARD = (*FOLDER_FILES, ENGINE_FILE, "head.safetensors")
+STANDARD = (*FOLDER_FILES, MODULE_FILE, ENGINE_FILE, "head.safetensors")
 """Names of weight files that a folder is made for."""
 MAX_BATCH = 250
 """Images in one forward pass of an evaluation, at most."""
@@ -96,7 +96,8 @@ def precision_of(found: Description) -> str:
 
 def batch_of(found: Description) -> int:
     """Images that went through a network of ours at once; 64 for anything else."""
-    batch = number(found.record, "settings", "run", "micro_batch") or number(found.record, "settings", "run", "global_batch")
+    places = (("computed", "micro_batch"), ("settings", "run", "micro_batch"), ("settings", "run", "global_batch"))
+    batch = next((size for place in places if (size := number(found.record, *place))), None)
     return min(MAX_BATCH, int(batch or 64))
 
 

@@ -38,8 +38,8 @@ FOLDER_FILES = (
 )
 """Weights of a folder, the first that exists: ours and timm's, open_clip's, transformers'."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-ENGINE_FILE, ENGINE_FOLDER = "engine.pt", "engine"
-"""Of a run's checkpoint: the local engine's, and DeepSpeed's."""
+MODULE_FILE, ENGINE_FILE, ENGINE_FOLDER = "module.safetensors", "engine.pt", "engine"
+"""Of a run's checkpoint: the weights; and as earlier versions wrote it, the local engine's file and DeepSpeed's folder."""
 MAX_NAME = 500
 """Characters of a tensor's name."""
 MAX_SHARING = 16
@@ -206,7 +206,9 @@ def _open_folder(folder: Path, container: str | None) -> Checkpoint:
     if (folder / ENGINE_FILE).is_file():
         _complete(folder)
         return _checked(_open_file(folder / ENGINE_FILE, container))
-    named = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    if (folder / MODULE_FILE).is_file():
+        _complete(folder)
+    named = [folder / name for name in (*FOLDER_FILES, MODULE_FILE) if (folder / name).is_file()]
     if container is not None:
         named = [path for path in files if path.stem == container] or named
     if chosen := named or (files if len(files) == 1 else []):

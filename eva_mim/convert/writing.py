@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,8 @@ from eva_mim.convert.formats import SAFETENSORS
 from eva_mim.convert.known import DTYPES, STORAGES
 from eva_mim.convert.tensors import contiguous
 
+Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name -> torch's dtype, shape."""
 FLOATING = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 """What weights can be written as."""
 ALIGNMENT = 64
@@ -37,24 +40,42 @@ def write_safetensors(
 ) -> None:
     """A safetensors file (8 bytes length, JSON header, data), and `format: pt` in its metadata.
 
-    `dtype`: torch's name of what floating tensors are written as; others stay as they are. Wide elements come before narrow
-    ones, as the library that reads them needs every tensor aligned. Raises UserError for element types that the format lacks,
-    and for a full disk; then, and when it is interrupted, nothing is left behind and an older file stays.
+    `dtype`: torch's name of what floating tensors are written as; others stay as they are. Raises UserError for element types
+    that the format lacks, and for a full disk; then, and when it is interrupted, nothing is left behind and an older file stays.
     """
     kinds = _kinds(weights, dtype, set(SAFETENSORS.values()))
+    named = {name: (kind, tuple(weights[name].shape)) for name, kind in kinds.items()}
+    stream_safetensors(path, named, (weights[name] for name in in_file_order(named)), metadata=metadata)
+
+
+def in_file_order(kinds: Kinds) -> list[str]:
+    """Wide elements come before narrow ones, as the library that reads them needs every tensor aligned."""
+    return sorted(kinds, key=lambda name: -DTYPES[kinds[name][0]])
+
+
+def bytes_of(kinds: Kinds) -> int:
+    """Of all elements."""
+    return sum(math.prod(shape) * DTYPES[kind] for kind, shape in kinds.values())
+
+
+def stream_safetensors(
+    path: Path, kinds: Kinds, values: Iterable[Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_safetensors` of tensors that come one by one, `in_file_order`."""
     tags = {kind: tag for tag, kind in SAFETENSORS.items()}
-    names = sorted(kinds, key=lambda name: -DTYPES[kinds[name]])
     header: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
-    end = 0
+    names, end = in_file_order(kinds), 0
     for name in names:
-        start, end = end, end + weights[name].numel() * DTYPES[kinds[name]]
-        header[name] = {"dtype": tags[kinds[name]], "shape": list(weights[name].shape), "data_offsets": [start, end]}
+        kind, shape = kinds[name]
+        start, end = end, end + bytes_of({name: kinds[name]})
+        header[name] = {"dtype": tags[kind], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with _replacing(path, 8 + len(text) + end) as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            file.write(_content(weights[name], kinds[name]))
+        for name, value in zip(names, values, strict=True):
+            assert tuple(value.shape) == kinds[name][1], name
+            file.write(_content(value, kinds[name][0]))
 
 
 def write_torch(path: Path, weights: Mapping[str, Tensor], *, container: str | None = None, dtype: str | None = None) -> None:

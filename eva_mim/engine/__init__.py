@@ -49,7 +49,9 @@ class RunSettings(Settings):
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; default one epoch."""
     keep_last: int = Field(2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Besides these, checkpoints whose step is a multiple of this are kept for good; null keeps none."""
 
     def steps(self, steps_per_epoch: int) -> int:
         """Of the whole run."""

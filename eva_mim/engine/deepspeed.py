@@ -1,4 +1,5 @@
-"""Any number of processes through DeepSpeed, ZeRO 0 to 3, on GPUs (nccl) or CPUs (gloo). The only file that imports it."""
+"""Any number of processes through DeepSpeed, ZeRO 0 to 3, on GPUs (nccl) or CPUs (gloo). Imported here and in
+`fragments.py` alone."""
 
 from __future__ import annotations
 
@@ -8,16 +9,15 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Rates, StepOutput, Task
+from eva_mim.contracts import Batch, Part, Rates, StepOutput, Task
 from eva_mim.distributed import is_main, local_rank, rank, world_size
 from eva_mim.engine import RunSettings
+from eva_mim.engine.holdings import Holdings
 from eva_mim.engine.step import (
     LossScale,
     autocast,
@@ -31,8 +31,6 @@ from eva_mim.engine.step import (
 )
 from eva_mim.optim import OptimSettings, check_sharding, parameter_groups
 from eva_mim.phases import phase
-
-TAG = "engine"
 
 
 class DeepSpeedEngine:
@@ -89,6 +87,10 @@ class DeepSpeedEngine:
         self._optimizer.torch_autocast_gradscaler = None
         self._zero, self._device = run.zero_stage, device
         self.module: nn.Module = self._engine.module
+        from eva_mim.engine.fragments import Fragments
+
+        whole = self.module, self._watched, self._scale
+        self._holdings = Fragments(*whole, self._optimizer, run.zero_stage) if run.zero_stage else Holdings(*whole)
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
@@ -152,16 +154,6 @@ class DeepSpeedEngine:
         """See `contracts.Engine`."""
         return float(self._scale.value)
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own files below `folder`; every rank must call."""
-        state = {"loss_scale": self._scale.state()}
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Raises UserError when nothing was restored."""
-        if not (folder / TAG).is_dir():
-            raise UserError(f"{folder} was not written by run.engine=deepspeed; resume it with the engine that wrote it")
-        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise UserError(f"{folder}: DeepSpeed could not load its checkpoint (written with another number of processes?)")
-        self._scale.restore(state["loss_scale"])
+    def parts(self) -> dict[str, Part]:
+        """See `contracts.Engine`. DeepSpeed's own checkpoints belong to one stage and one number of processes."""
+        return self._holdings.parts()

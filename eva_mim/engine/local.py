@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Rates, StepOutput, Task
+from eva_mim.contracts import Batch, Part, Rates, StepOutput, Task
 from eva_mim.distributed import world_size
 from eva_mim.engine import RunSettings
+from eva_mim.engine.holdings import Holdings
 from eva_mim.engine.step import (
     LossScale,
     autocast,
@@ -26,8 +26,6 @@ from eva_mim.engine.step import (
 )
 from eva_mim.optim import OptimSettings, parameter_groups
 from eva_mim.phases import phase
-
-STATE = "engine.pt"
 
 
 class LocalEngine:
@@ -42,6 +40,7 @@ class LocalEngine:
         self._scale = LossScale(run.precision, device)
         groups = parameter_groups(student, optim)
         self._optimizer = build_optimizer(groups, optim)
+        self._holdings = Holdings(self.module, self._optimizer, self._scale)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
@@ -81,18 +80,6 @@ class LocalEngine:
         """See `contracts.Engine`."""
         return float(self._scale.value)
 
-    def save(self, folder: Path) -> None:
-        """Weights, optimizer state and loss scale into `folder`."""
-        state = {
-            "module": self.module.state_dict(), "optimizer": self._optimizer.state_dict(), "loss_scale": self._scale.state(),
-        }
-        torch.save(state, folder / STATE)
-
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Raises UserError for another engine's checkpoint."""
-        if not (folder / STATE).exists():
-            raise UserError(f"{folder} was not written by run.engine=local; resume it with the engine that wrote it")
-        state = torch.load(folder / STATE, map_location=self._device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scale.restore(state["loss_scale"])
+    def parts(self) -> dict[str, Part]:
+        """See `contracts.Engine`."""
+        return self._holdings.parts()

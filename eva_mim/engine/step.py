@@ -98,8 +98,21 @@ class Watched(torch.optim.Optimizer):
     """1 where the step is left out."""
     grad_scale: Tensor | None = None
     """Gradients are divided by it."""
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    """What it remembers of each tensor."""
+    counts = True
+    """It also remembers the number of updates that were taken, as "step"."""
     _squares: list[Tensor]
     """[2] squared norms of each tensor's update and of the tensor before it."""
+
+    def begun(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its record of a tensor, made as for a first update where there is none."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state.update({moment: torch.zeros_like(parameter) for moment in self.moments})
+            if self.counts:
+                state["step"] = torch.zeros((), device=parameter.device)
+        return state
 
     def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
         """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
@@ -167,9 +180,7 @@ class WatchedLamb(Watched):
                     self._update(group, parameter)
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        if not state:
-            state.update(step=p.new_zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state, (beta1, beta2) = self.begun(p), group["betas"]
         done, gradient = self._given(p)
         state["step"] += done
         state["exp_avg"].lerp_(gradient, (1 - beta1) * done)
@@ -195,6 +206,8 @@ class WatchedLars(Watched):
     Not timm's own class: that cannot leave a step out, and adds 1e-8 to norms that are divided by.
     """
 
+    moments, counts = ("moved",), False
+
     def __init__(self, groups: list[dict[str, Any]], settings: LarsSettings, lr: float):
         super().__init__(groups, {"lr": lr})
         self._momentum, self._trust = settings.momentum, settings.trust
@@ -209,9 +222,7 @@ class WatchedLars(Watched):
                     self._update(group, parameter)
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
-        state = self.state[p]
-        if not state:
-            state["moved"] = torch.zeros_like(p)
+        state = self.begun(p)
         done, gradient = self._given(p)
         update, before = gradient.add(p, alpha=group["weight_decay"]), p.norm()
         if p.ndim > 1:

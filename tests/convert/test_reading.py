@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eva_mim import checkpoint
+from eva_mim import checkpoint, snapshot
 from eva_mim.config import UserError
 from eva_mim.convert.known import HARMLESS
 from eva_mim.convert.reading import Checkpoint, open_checkpoint
@@ -288,39 +289,49 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.pt")
 
 
-class Engine:
-    """Saves as the local engine does."""
+def write_earlier(out: Path, step: int, value: Tensor) -> None:
+    """A checkpoint of the local engine as earlier versions wrote it."""
+    folder = checkpoint.folder_of(out, step)
+    folder.mkdir(parents=True)
+    torch.save({"module": {"a": value}, "optimizer": {"state": {}}, "loss_scale": {"value": 1.0}}, folder / "engine.pt")
+    manifest = {"step": step, "files": {"engine.pt": (folder / "engine.pt").stat().st_size}}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
-    def __init__(self, weights: dict[str, Tensor]):
-        self.weights = weights
 
-    def save(self, folder: Path) -> None:
-        torch.save({"module": self.weights, "optimizer": {"state": {}}, "loss_scale": {"value": 1.0}}, folder / "engine.pt")
+def write_present(out: Path, step: int, value: Tensor) -> None:
+    """A checkpoint with weights, a moment and an average."""
+    parts = {name: snapshot.kept_here({"a": value + place}) for place, name in enumerate(("module", "exp_avg", "ema"))}
+    snapshot.save(out, step, parts, {}, keep_last=3)
 
 
-def test_a_run_s_newest_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("write", "file"), [(write_earlier, "engine.pt"), (write_present, "exp_avg.safetensors")])
+def test_a_run_s_newest_whole_checkpoint(tmp_path: Path, write: Callable[[Path, int, Tensor], None], file: str) -> None:
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, Engine({"a": torch.full((2,), float(step))}), lambda _: None, keep_last=3)
+        write(tmp_path, step, torch.full((2,), float(step)))
     broken = checkpoint.folder_of(tmp_path, 3)
-    (broken / "engine.pt").write_bytes(b"x")
+    (broken / file).write_bytes(b"x")
     for path in (tmp_path, tmp_path / "checkpoints"):
         assert open_checkpoint(path)["a"].tolist() == [2, 2]
     assert open_checkpoint(checkpoint.folder_of(tmp_path, 1))["a"].tolist() == [1, 1]
     with pytest.raises(UserError, match="not whole"):
         open_checkpoint(broken)
+    if write is write_present:
+        assert open_checkpoint(tmp_path, "ema")["a"].tolist() == [4, 4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int) -> None:
-    """Two real processes; what the run exported at its end is in the last checkpoint, bit for bit."""
-    overrides = ["run.engine=deepspeed", f"run.zero_stage={stage}", "run.epochs=1"]
-    tiny.run("mim", tiny.write_recipe(tmp_path, tiny.MIM), tmp_path / "run", *overrides, processes=2)
-    wanted = {f"trunk.{name}": value for name, value in load_file(tmp_path / "run" / "model.safetensors").items()}
-    wanted |= load_file(tmp_path / "run" / "head.safetensors")
-    opened: Checkpoint = open_checkpoint(tmp_path / "run" / "checkpoints")
+    """Two real processes; earlier versions kept such a folder in theirs."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.convert.zero_run"]
+    subprocess.run([*line, str(stage), str(tmp_path)], env=tiny.environment(), check=True, capture_output=True, timeout=400)
+    wanted = load_file(tmp_path / "wanted.safetensors")
+    opened: Checkpoint = open_checkpoint(tmp_path / "engine")
     assert opened.kind == ("DeepSpeed ZeRO 0" if stage == 0 else f"DeepSpeed ZeRO {stage}, 2 ranks")
     same(dict(sorted(opened.items())), dict(sorted(wanted.items())))
+    size = {str(path.relative_to(tmp_path)): path.stat().st_size for path in (tmp_path / "engine").iterdir()}
+    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({"step": 1, "files": size}))
+    assert open_checkpoint(tmp_path).kind == opened.kind
 
 
 def test_what_may_be_in_a_pickle_runs_nothing() -> None:

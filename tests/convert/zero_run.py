@@ -1,0 +1,59 @@
+"""`torchrun -m tests.convert.zero_run STAGE FOLDER`: one step, then DeepSpeed's own checkpoint, and whole weights beside it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+import eva_mim.students.small  # noqa: F401
+from eva_mim.contracts import Rates, StepOutput
+from eva_mim.distributed import is_main, leave_group, setup
+from eva_mim.engine import RunSettings, build_engine
+from eva_mim.optim import OptimSettings
+
+
+class Classifier(torch.nn.Module):
+    """A tiny trunk with a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = timm.create_model("vit_nano_patch4_32", num_classes=3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, 32, 32] -> [B, 3]."""
+        logits: torch.Tensor = self.trunk(images)
+        return logits
+
+
+class Squares:
+    """The mean square of the logits of random images."""
+
+    def prepare(self, student: torch.nn.Module, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        return batches
+
+    def loss(self, student: torch.nn.Module, batch: torch.Tensor) -> StepOutput:
+        return StepOutput(student(batch).square().mean(), {})
+
+    def terms(self, batch: torch.Tensor) -> None:
+        return None
+
+
+def main(stage: int, folder: Path) -> None:
+    setup(torch.device("cpu"))
+    torch.manual_seed(0)
+    run = RunSettings(epochs=1, global_batch=4, engine="deepspeed", zero_stage=stage, precision="fp32")
+    engine = build_engine(Classifier(), run, OptimSettings(lr=1e-3, layer_decay=0.8), torch.device("cpu"))
+    engine.step(Squares(), [torch.randn(2, 3, 32, 32)], Rates(1e-3, 0.05))
+    engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    weights = dict(engine.weights())
+    if is_main():
+        save_file(weights, folder / "wanted.safetensors")
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
