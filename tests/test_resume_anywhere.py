@@ -23,7 +23,7 @@ LAMB = MIM | {"optim": MIM["optim"] | {"optimizer": "lamb"}}
 PARTS = ("module", "exp_avg", "exp_avg_sq", "counts")
 CLOCK = ("time", "images_per_s")
 ROUNDING = 1e-5
-"""Largest difference of an fp32 loss of order 1 (the issue's; measured: 1.2e-7)."""
+"""Largest difference of an fp32 loss of order 1."""
 
 
 def stopped_after(step: int, source: Path, out: Path) -> Path:

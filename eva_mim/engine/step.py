@@ -159,7 +159,22 @@ class WatchedAdamW(Watched, torch.optim.AdamW):
         return torch.stack([(before - p).square_().sum() * done, before.square_().sum()])
 
 
-class WatchedLamb(Watched):
+class TensorByTensor(Watched):
+    """An optimizer whose step is a rule for each whole tensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter)
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        raise NotImplementedError
+
+
+class WatchedLamb(TensorByTensor):
     """LAMB, step by step as timm's `Lamb` with limits on the trust ratio (see `LambSettings`).
 
     Not timm's own class: that counts its steps on the host, and cannot leave one out without waiting for the device.
@@ -170,14 +185,6 @@ class WatchedLamb(Watched):
         super().__init__(groups, {**options, "capturable": True})
         self._trust, self._adapt_all = settings.trust, settings.adapt == "all"
         self._squares = []
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter)
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
         state, (beta1, beta2) = self.begun(p), group["betas"]
@@ -200,7 +207,7 @@ class WatchedLamb(Watched):
             self._squares.append(torch.stack([rate * length, before]).square_())
 
 
-class WatchedLars(Watched):
+class WatchedLars(TensorByTensor):
     """LARS, step by step as in MoCo v3 and MAE (see `LarsSettings`).
 
     Not timm's own class: that cannot leave a step out, and adds 1e-8 to norms that are divided by.
@@ -212,14 +219,6 @@ class WatchedLars(Watched):
         super().__init__(groups, {"lr": lr})
         self._momentum, self._trust = settings.momentum, settings.trust
         self._squares = []
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter)
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
         state = self.begun(p)
