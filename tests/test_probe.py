@@ -336,14 +336,14 @@ def accuracy(out: Path, tree: dict[str, Any]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
-def test_two_processes_find_what_one_finds(tmp_path: Path, probe: dict[str, Any], cached: bool) -> None:
+def test_two_processes_find_what_one_finds(tmp_path: Path, probe: dict[str, Any], cached: bool, cache: Path) -> None:
     """Losses, every figure and the result; and the result is a classifier of timm's with the headline's accuracy."""
     tree = probe | {"run": RUN | {"epochs": 3}, "probe": {"cached": cached, "lrs": LRS, "select": 0.25}}
     tree["optim"] = OPTIM | {"optimizer": "lars", "lr": 1.0}
     recipe = write_recipe(tmp_path, tree)
     run("probe", recipe, tmp_path / "one")
     if cached:  # else the second run would read what the first has made
-        (tmp_path / "cache" / "features").rename(tmp_path / "features of one process")
+        (cache / "features").rename(tmp_path / "features of one process")
     run("probe", recipe, tmp_path / "two", "run.engine=deepspeed", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     one, two = (json.loads((tmp_path / name / "lineage.json").read_text())["metrics"] for name in ("one", "two"))
@@ -360,7 +360,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, probe: dict[str, Any]
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
 def test_a_killed_sweep_on_features_ends_bit_for_bit_like_an_undisturbed_one(
-    tmp_path: Path, probe: dict[str, Any], optimizer: str
+    tmp_path: Path, probe: dict[str, Any], optimizer: str, cache: Path
 ) -> None:
     """The averaged weights as well; the second start reads the features of the first."""
     tree = probe | {"run": RUN | {"epochs": 60, "checkpoint_every": 3, "ema_decay": 0.9, "evaluate_every": 20}}
@@ -368,7 +368,7 @@ def test_a_killed_sweep_on_features_ends_bit_for_bit_like_an_undisturbed_one(
     run("probe", recipe, tmp_path / "straight")
     assert stop_at(8, signal.SIGKILL, "probe", recipe, tmp_path / "stopped") == -9
     run("probe", recipe, tmp_path / "stopped")
-    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
+    assert len(list((cache / "features").iterdir())) == 2
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "straight")) == 180
     assert len(records(tmp_path / "stopped", "start")) == 2

@@ -379,7 +379,7 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / f"{name}.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of its 4 images can be read"):
         sample_images((16, 24), tmp_path)
-    with pytest.raises(UserError, match="no images here"):
+    with pytest.raises(UserError, match="nothing: cannot be read: No such file"):
         sample_images((16, 24), tmp_path / "nothing")
 
 
