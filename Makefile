@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test
 smoke: $(VENV)/.installed-test
 	$(BIN)/python -m tools.cifar10_smoke
 
-# Kills a run 40 times. SOAK="--minutes 3 run.epochs=8" is the short form that CI calls.
+# Kills a run 40 times. SOAK="--kills 8 --minutes 10 run.epochs=4" is the short form that CI calls.
 SOAK ?=
 soak: $(VENV)/.installed-test
 	$(BIN)/python -m tools.soak $(SOAK)

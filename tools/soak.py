@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{'all':<28} {hits.total():>5}   {runs} runs of {steps} steps, {time.time() - began:.0f} s, seed {options.seed}\n")
     if not runs:
         failed = True
-        say("no time was left for a kill: give more --minutes, or fewer steps (run.epochs=8)\n")
+        say("no time was left for a kill: give more --minutes, or fewer steps (run.epochs=4)\n")
     if options.out is None and not failed:
         shutil.rmtree(folder)
     return int(failed)
