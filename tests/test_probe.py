@@ -88,8 +88,10 @@ def test_settings_that_do_not_go_together_are_refused(probe: dict[str, Any], cha
 
 def test_a_shared_view_goes_with_features_that_depend_on_it(probe: dict[str, Any]) -> None:
     """crop_pct is of the held-out view; one learning rate may be clipped."""
-    parse(StageRecipe, probe | {"view": {"crop_pct": 0.875}}, "recipe")
-    parse(StageRecipe, probe | {"probe": {"cached": True}, "optim": OPTIM | {"clip_grad": 1.0}}, "recipe")
+    viewed = parse(StageRecipe, probe | {"view": {"crop_pct": 0.875}}, "recipe")
+    assert (viewed.view.crop_pct, viewed.probe.cached) == (0.875, True)
+    one = parse(StageRecipe, probe | {"probe": {"cached": True}, "optim": OPTIM | {"clip_grad": 1.0}}, "recipe")
+    assert (one.lrs, one.optim.clip_grad) == ((OPTIM["lr"],), 1.0)
 
 
 def test_what_is_set_aside_is_not_learned_from() -> None:
