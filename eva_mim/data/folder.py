@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.decode import SUFFIXES, decoded, read_file
 from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SETTLED_NS = 2 * 10**9
 """An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
 keep times by steps of up to 2 seconds)."""
@@ -64,8 +63,7 @@ class FolderSource:
         """Decode one file as RGB. Raises what Pillow raises."""
         key = self.key(index)
         path = self.folder / key
-        with Image.open(path) as image:
-            pixels = image.convert("RGB")
+        pixels = decoded(read_file(path))
         label = self._labels[self.index["folder"][index]] if self.classes else None
         return Sample(key, pixels, label, self.captions[index] if self.captions else self._beside(path))
 

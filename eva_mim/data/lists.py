@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import ColumnSettings, SourceSettings
 from eva_mim.data.captions import as_captions
+from eva_mim.data.decode import decoded, read_file
 from eva_mim.data.index import Content, Index, Texts, narrow, open_index, say_indexed
 from eva_mim.data.names import class_file
 from eva_mim.files import sha256
@@ -56,10 +56,8 @@ class ListSource:
     def read(self, index: int) -> Sample:
         """Decode one file as RGB. Raises what Pillow raises."""
         key = self.key(index)
-        with Image.open(self._folder / key) as image:
-            pixels = image.convert("RGB")
         label = self._labels[self.index["label"][index]] if self._labels else None
-        return Sample(key, pixels, label, self._captions(index) if self._captioned else ())
+        return Sample(key, decoded(read_file(self._folder / key)), label, self._captions(index) if self._captioned else ())
 
     def _captions(self, index: int) -> tuple[str, ...]:
         ends = self.index["captions"]

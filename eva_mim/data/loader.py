@@ -24,6 +24,7 @@ from eva_mim.data.names import filled
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.distributed import rank, world_size
 from eva_mim.log import say
+from eva_mim.phases import phase
 from eva_mim.rng import derive
 
 REPLACEMENTS = 20
@@ -82,7 +83,8 @@ class Reader(Dataset["Item | str | Failure"]):
         made, purpose = self.preparation, "view" if self.preparation.training else "held-out"
         rng = random.Random(derive(made.seed, purpose, place.epoch, index))
         views = made.view(sample.image, rng)
-        masked = torch.from_numpy(made.mask(rng)) if made.mask else None
+        with phase("mask"):
+            masked = torch.from_numpy(made.mask(rng)) if made.mask else None
         texts = made.tokenize(self._captions(sample, rng)) if made.tokenize else None
         return Item(index, views, masked, sample.label, texts, broken)
 

@@ -7,7 +7,6 @@ shards of a split are joined in one index. Nothing is ever written under a name 
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import tarfile
 import time
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.decode import SUFFIXES, decoded
 from eva_mim.data.index import (
+    VERSION,
     Column,
     Content,
     Index,
@@ -38,8 +38,9 @@ from eva_mim.data.index import (
 )
 from eva_mim.data.names import class_file, class_words
 from eva_mim.log import say
+from eva_mim.phases import phase
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 FIELDS = {"image": IMAGES, "text": ("txt",), "described": ("json",)}
 """Columns of the index -> extensions, of which the first that a record has is taken."""
 BLOCK = 512
@@ -89,11 +90,11 @@ class ShardSource:
 
     def read(self, index: int) -> Sample:
         """Decode one record as RGB. Raises ValueError for a record without image or with a label that does not fit."""
-        content = self._bytes(index, "image")
+        with phase("read"):
+            content = self._bytes(index, "image")
         if content is None:
             raise ValueError("no image member")
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = image.convert("RGB")
+        pixels = decoded(content)
         label = int(self.index["label"][index]) if self.classes else NO_LABEL
         if label == NO_NUMBER or (self.classes and label >= len(self.classes)):
             raise ValueError(f"its label is none of the {len(self.classes or ())} classes")
@@ -154,7 +155,7 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
 
 def _cached(path: Path, suffix: str) -> Path:
     stat = path.stat()
-    return cache_folder() / f"{digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])[:24]}{suffix}"
+    return cache_folder() / f"{digest([VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns])[:24]}{suffix}"
 
 
 def _unpacked(path: Path) -> Path:

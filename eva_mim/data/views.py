@@ -18,6 +18,7 @@ from torchvision import transforms
 
 from eva_mim.config import UserError
 from eva_mim.data import ViewSettings
+from eva_mim.phases import phase
 from eva_mim.rng import isolated
 
 CROP_TRIES = 10
@@ -48,13 +49,15 @@ class TrainView:
         seed = rng.getrandbits(62)
         views = []
         for size in self.sizes:
-            # Cropped first: with resize(box=...) the filter would reach over the edge of the crop.
-            view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
-            if mirror:
-                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            with phase("crop and resize"):
+                # Cropped first: with resize(box=...) the filter would reach over the edge of the crop.
+                view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+                if mirror:
+                    view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             with isolated(seed) if self._augment else nullcontext():  # timm and torchvision draw from the global generators
                 for augment in self._augment:
-                    view = augment(view)
+                    with phase("augment"):
+                        view = augment(view)
             views.append(to_tensor(view))
         if self._erase is not None and rng.random() < self.settings.erase:
             with isolated(rng.getrandbits(62)):
@@ -74,7 +77,12 @@ class EvalView:
         side = min(width, height) * self.crop_pct
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-        return [to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box)) for size in self.sizes]
+        views = []
+        for size in self.sizes:
+            with phase("crop and resize"):
+                view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            views.append(to_tensor(view))
+        return views
 
 
 def crop_box(
@@ -97,7 +105,8 @@ def crop_box(
 
 def to_tensor(image: Image.Image) -> Tensor:
     """[3, H, W] uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    with phase("to tensor"):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _augmentations(settings: ViewSettings) -> list[Augment]:
