@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
+from eva_mim.contracts import Sample
 from eva_mim.phases import phase
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Files that are images, in folders and in shards."""
 MAX_FILE_BYTES = 2**30
 """A larger file is no picture; reading it would take the memory of every worker."""
+
+
+class Raw(NamedTuple):
+    """One record as it lies on the disk."""
+
+    key: str
+    content: bytes
+    """Of the image file."""
+    label: int | None = None
+    captions: tuple[str, ...] = ()
+
+    def sample(self) -> Sample:
+        """The record with its image decoded. Raises what Pillow raises."""
+        return Sample(self.key, decoded(self.content), self.label, self.captions)
 
 
 def read_file(path: Path) -> bytes:

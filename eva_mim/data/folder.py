@@ -18,7 +18,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import SUFFIXES, decoded, read_file
+from eva_mim.data.decode import SUFFIXES, Raw, read_file
 from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
 
 SETTLED_NS = 2 * 10**9
@@ -61,11 +61,21 @@ class FolderSource:
 
     def read(self, index: int) -> Sample:
         """Decode one file as RGB. Raises what Pillow raises."""
+        return self.raw(index).sample()
+
+    def raw(self, index: int) -> Raw:
+        """Read one file, and its captions. Raises OSError, and ValueError for broken captions."""
         key = self.key(index)
         path = self.folder / key
-        pixels = decoded(read_file(path))
         label = self._labels[self.index["folder"][index]] if self.classes else None
-        return Sample(key, pixels, label, self.captions[index] if self.captions else self._beside(path))
+        return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(path))
+
+    def class_counts(self) -> Column | None:
+        """Images of each class."""
+        if self.classes is None:
+            return None
+        label = np.array([-1 if one is None else one for one in self._labels])
+        return np.bincount(label[self.index["folder"]], minlength=len(self.classes))
 
     def stems(self) -> list[str]:
         """The files' paths below the folder without their last suffix: what a caption file calls them."""

@@ -19,8 +19,8 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import ColumnSettings, SourceSettings
 from eva_mim.data.captions import as_captions
-from eva_mim.data.decode import decoded, read_file
-from eva_mim.data.index import Content, Index, Texts, narrow, open_index, say_indexed
+from eva_mim.data.decode import Raw, read_file
+from eva_mim.data.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
 from eva_mim.data.names import class_file
 from eva_mim.files import sha256
 from eva_mim.labels import known_as
@@ -55,9 +55,20 @@ class ListSource:
 
     def read(self, index: int) -> Sample:
         """Decode one file as RGB. Raises what Pillow raises."""
-        key = self.key(index)
+        return self.raw(index).sample()
+
+    def raw(self, index: int) -> Raw:
+        """Read one file. Raises OSError."""
         label = self._labels[self.index["label"][index]] if self._labels else None
-        return Sample(key, decoded(read_file(self._folder / key)), label, self._captions(index) if self._captioned else ())
+        captions = self._captions(index) if self._captioned else ()
+        return Raw(self.key(index), read_file(self._folder / self.key(index)), label, captions)
+
+    def class_counts(self) -> Column | None:
+        """Images of each class."""
+        if self._labels is None:
+            return None
+        found = np.bincount(self.index["label"], minlength=len(self._labels))
+        return np.bincount(self._labels, found, minlength=len(self.classes or ())).astype(np.int64)
 
     def _captions(self, index: int) -> tuple[str, ...]:
         ends = self.index["captions"]

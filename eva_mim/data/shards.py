@@ -22,7 +22,7 @@ from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import SUFFIXES, decoded
+from eva_mim.data.decode import SUFFIXES, Raw
 from eva_mim.data.index import (
     VERSION,
     Column,
@@ -90,16 +90,24 @@ class ShardSource:
 
     def read(self, index: int) -> Sample:
         """Decode one record as RGB. Raises ValueError for a record without image or with a label that does not fit."""
+        return self.raw(index).sample()
+
+    def raw(self, index: int) -> Raw:
+        """Read one record. Raises ValueError as `read` does."""
         with phase("read"):
             content = self._bytes(index, "image")
         if content is None:
             raise ValueError("no image member")
-        pixels = decoded(content)
         label = int(self.index["label"][index]) if self.classes else NO_LABEL
         if label == NO_NUMBER or (self.classes and label >= len(self.classes)):
             raise ValueError(f"its label is none of the {len(self.classes or ())} classes")
         captions = self.captions[index] if self.captions else self._own_captions(index)
-        return Sample(self.key(index), pixels, label if label != NO_LABEL else None, captions)
+        return Raw(self.key(index), content, label if label != NO_LABEL else None, captions)
+
+    def class_counts(self) -> Column | None:
+        """Images of each class."""
+        labels = self.index["label"]
+        return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
     def keys(self) -> list[str]:
         """The records' keys as a caption file has them: without their shard."""
