@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
 
 from eva_mim.config import UserError, few
+from eva_mim.contracts import Bands
 from eva_mim.convert.deferred import real
 from eva_mim.data import SceneSettings
 from eva_mim.data.folder import FolderSource
@@ -217,7 +218,7 @@ def sample_images(size: tuple[int, int], folder: Path | None = None, count: int 
     every time. Raises UserError for a folder without a readable picture.
     """
 
-    def pixels(picture: Image) -> Tensor:
+    def pixels(picture: Image | Bands) -> Tensor:
         return to_tensor(picture.resize((size[1], size[0]), Resampling.BICUBIC))
 
     if folder is None:

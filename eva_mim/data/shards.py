@@ -20,9 +20,9 @@ import numpy as np
 
 from eva_mim.config import UserError, digest
 from eva_mim.contracts import Sample
-from eva_mim.data import SourceSettings
+from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import SUFFIXES, Raw
+from eva_mim.data.decode import ARRAYS, SUFFIXES, Raw
 from eva_mim.data.index import (
     VERSION,
     Column,
@@ -40,7 +40,7 @@ from eva_mim.data.names import class_file, class_words
 from eva_mim.log import say
 from eva_mim.phases import phase
 
-IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
+IMAGES = tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS)
 FIELDS = {"image": IMAGES, "text": ("txt",), "described": ("json",)}
 """Columns of the index -> extensions, of which the first that a record has is taken."""
 BLOCK = 512
@@ -69,11 +69,13 @@ NOWHERE = Member(0, 0)
 class ShardSource:
     """Records of several shards, in the order of the sorted file names."""
 
-    def __init__(self, paths: list[Path], classes: tuple[str, ...] | None, caption_lines: bool = False):
+    def __init__(
+        self, paths: list[Path], classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB
+    ):
         """Every rank must call."""
         self.classes = classes
         self.captions: CaptionFile | None = None
-        self._caption_lines = caption_lines
+        self._caption_lines, self._pixels = caption_lines, pixels
         self._names = [path.name for path in paths]
         self.index = shards_index(paths)
         self._ends: list[int] = self.index["shards"].tolist()
@@ -89,8 +91,9 @@ class ShardSource:
         return f"{self._names[self._shard(index)]}/{self.index.text('key', index)}"
 
     def read(self, index: int) -> Sample:
-        """Decode one record as RGB. Raises ValueError for a record without image or with a label that does not fit."""
-        return self.raw(index).sample()
+        """Decode one record. Raises ValueError for a record without image or with a label that does not fit, and what
+        `decode.decoded` raises."""
+        return self.raw(index).sample(self._pixels)
 
     def raw(self, index: int) -> Raw:
         """Read one record. Raises ValueError as `read` does."""
@@ -155,7 +158,7 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     paths = sorted(root.glob(pattern or "*.tar*"))
     if not paths:
         raise UserError(f"data.{split}: no shard matches {root / (pattern or '*.tar*')}")
-    source = ShardSource(paths, class_file(settings) or class_words(settings), settings.caption_lines)
+    source = ShardSource(paths, class_file(settings) or class_words(settings), settings.caption_lines, settings.pixels)
     source.check_labels(str(settings.classes or settings.class_names))
     source.captions = open_captions(settings, split, source.keys, f"records of {root / (pattern or '*.tar*')}")
     return source
