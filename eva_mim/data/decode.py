@@ -50,7 +50,7 @@ class Raw(NamedTuple):
 
 def suffixes(pixels: Pixels) -> tuple[str, ...]:
     """Files of a folder that are images."""
-    return SUFFIXES if pixels == RGB else SUFFIXES + ARRAYS
+    return SUFFIXES if pixels in (RGB, RGB._replace(window=OPEN)) else SUFFIXES + ARRAYS
 
 
 def read_file(path: Path) -> bytes:
@@ -85,15 +85,13 @@ def planes(content: bytes, channels: int) -> list[Plane]:
                 raise ValueError(f"{image.width} x {image.height} pixels of {channels} channels are too many")
             if (found := _by_pillow(image, channels)) is not None:
                 return found
-            fault = f"{image.format} of mode {image.mode}; data.channels={channels} cannot be read from it"
+            fault = f"a {image.format} of mode {image.mode} does not give data.channels={channels}"
             if _would_be_cut(image):
-                fault = "16 bits a colour, which Pillow cuts to 8; save it as TIFF or .npy"
+                fault = f"a {image.format} of 16 bits a colour, of which Pillow keeps 8"
     except UnidentifiedImageError:
-        fault = ""
-        if not content.startswith(TIFF):
-            raise
+        fault = "Pillow cannot read it"
     if content.startswith(TIFF):
-        return _of_array(_tiff(content), channels)
+        return _of_array(_tiff(content, fault), channels)
     raise ValueError(fault)
 
 
@@ -149,12 +147,12 @@ def _npy(content: bytes) -> Plane:
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
-def _tiff(content: bytes) -> Plane:
+def _tiff(content: bytes, fault: str) -> Plane:
     """[H, W, channels] or [H, W] of a TIFF that Pillow does not read. Raises ValueError, and what tifffile raises."""
     try:
         import tifffile
     except ImportError:
-        raise ValueError("Pillow does not read the channels of this TIFF; pip install tifffile, which does") from None
+        raise ValueError(f"{fault}; tifffile may: pip install 'eva-mim[tiff]'") from None
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series = file.series[0]
         axes, shape = series.axes, series.shape

@@ -18,7 +18,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Sample
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import Raw, read_file, suffixes
+from eva_mim.data.decode import ARRAYS, Raw, read_file, suffixes
 from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
 
 SETTLED_NS = 2 * 10**9
@@ -149,7 +149,8 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
         for name in item.names:
             names.add(name)
     if not len(names):
-        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))})")
+        more = "" if set(ARRAYS) <= set(images) else "; .npy count where data.channels or data.window is set"
+        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))}{more})")
     fingerprint.update(b"]")
     say_indexed(str(root), len(names), time.monotonic() - began)
     own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64)}

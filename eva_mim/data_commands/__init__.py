@@ -18,9 +18,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     index.add_argument("what", metavar="RECIPE|FOLDER", help="a recipe, or a folder with images, class folders or tar shards")
     index.add_argument("overrides", nargs="*", metavar="data.a=b", help="settings to change, by dotted name")
+    stats = commands.add_parser(
+        "stats", help="mean and std of each channel, as settings; a window for images of more than 8 bits",
+        description="Measure mean and std of each channel on training images and print them as settings; for images of more than "
+        "8 bits also propose data.window.",
+    )
+    stats.add_argument("what", metavar="RECIPE|FOLDER", help="as for index")
+    stats.add_argument("overrides", nargs="*", metavar="data.a=b", help="such as data.channels=4")
+    stats.add_argument("--images", type=int, default=5000, metavar="N", help="drawn as training draws them (default 5000)")
+    stats.add_argument("--processes", type=int, metavar="N", help="default one a core")
     options = parser.parse_args(argv)
 
     def work() -> None:
+        if options.command == "stats":
+            from eva_mim.data_commands.stats import stats as measure
+
+            measure(options.what, options.overrides, images=options.images, processes=options.processes)
+            return
         from eva_mim.data_commands.index import describe
 
         describe(options.what, options.overrides)
