@@ -85,10 +85,8 @@ def with_window(settings: DataSettings, window: Window) -> DataSettings:
 
 
 def proposed(values: npt.NDArray[np.float32]) -> Window:
-    """The window between two percentiles: whole numbers where the values are. Raises UserError where they are the same."""
-    low, high = (float(value) for value in np.percentile(values, PERCENTILES))
-    if (values == values.round()).all():
-        low, high = float(np.floor(low)), float(np.ceil(high))
+    """The window between two percentiles, which are values themselves. Raises UserError where they are the same."""
+    low, high = (float(value) for value in np.percentile(values, PERCENTILES, method="nearest"))
     if low == high:
         raise UserError(f"nearly all values are {low:g}: there is no window to propose; set data.window")
     return low, high
