@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from eva_mim.registry import PROGRAMS, lookup
 from eva_mim.rng import derive, seed_all
 
 Weights = dict[str, Tensor]
+LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
+"""Whose versions results depend on."""
 
 
 @dataclass
@@ -100,6 +103,8 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     if has_checkpoint(out):
         _same_classes(out, record, built)
         _same_data(out, record, built)
+        if changed := differences(begun["versions"] | record["versions"], begun["versions"]):
+            say(f"  begun with other versions, so that it may not go on bit for bit: {', '.join(changed)}")
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
@@ -202,12 +207,17 @@ def _record(plan: Plan, built: Built, recipe: Recipe) -> dict[str, Any]:
         "finished": False,
         "settings": plan.settings,
         "parents": plan.parents,
-        "versions": {"eva_mim": eva_mim.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": _versions(),
         "processes": world_size(),
         "computed": {name: getattr(recipe.run, name) for name in ("engine", "zero_stage", "micro_batch")},
         "data": built.data,
         "classes_sha256": class_hash(built.classes) if built.classes else None,
     }
+
+
+def _versions() -> dict[str, str]:
+    own = {"eva_mim": eva_mim.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: version(name) for name in LIBRARIES}
 
 
 def _subfolder(out: Path, name: str) -> Path:

@@ -115,9 +115,12 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
     assert newest is not None
     assert f"init_from={newest[1]}" in refused.stderr
     (root / "ant" / "new.png").unlink()
+    record = tmp_path / "run" / "lineage.json"
+    record.write_text(record.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     assert main(["data", "verify", str(root), "--out", str(tmp_path / "list.json")]) == 0
     listed = f"data.quarantine={tmp_path / 'list.json'}"
     assert stop_at(int(newest[0]) + 4, signal.SIGTERM, "classify", recipe, tmp_path / "run", listed) == 75
+    assert json.loads(record.read_text())["versions"]["torch"] == torch.__version__
 
 
 def test_teacher_is_in_no_checkpoint(tmp_path: Path) -> None:
