@@ -75,6 +75,32 @@ def decoded(content: bytes, pixels: Pixels = RGB) -> Image.Image | Bands:
         return Image.merge("RGB", bands) if pixels == RGB else Bands(bands)
 
 
+class Header(NamedTuple):
+    """What an image file says about itself."""
+
+    width: int
+    height: int
+    format: str
+    """Pillow's name, or NPY."""
+    mode: str
+    """Pillow's, or such as "13 x uint16"."""
+
+
+def header(content: bytes) -> Header:
+    """Nothing is decoded that Pillow can read. Raises as `decoded` does."""
+    array = content.startswith(NPY)
+    try:
+        if not array:
+            with Image.open(io.BytesIO(content)) as image:
+                return Header(image.width, image.height, str(image.format), image.mode)
+    except UnidentifiedImageError:
+        if not content.startswith(TIFF):
+            raise
+    pixels = _npy(content) if array else _tiff(content, "Pillow cannot read it")
+    height, width, channels = (*pixels.shape, 1)[:3] if pixels.ndim > 1 else (0, 0, 0)
+    return Header(width, height, "NPY" if array else "TIFF", f"{channels} x {pixels.dtype}")
+
+
 def planes(content: bytes, channels: int) -> list[Plane]:
     """The channels of an image file with the numbers that it holds. Raises as `decoded` does."""
     if content.startswith(NPY):

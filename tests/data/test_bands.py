@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 import struct
 import sys
 import zlib
@@ -16,16 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from eva_mim.cli import main
 from eva_mim.config import UserError, parse
 from eva_mim.contracts import Bands
 from eva_mim.data import RGB, Pixels, ViewSettings
-from eva_mim.data.decode import decoded, planes
+from eva_mim.data.decode import decoded, header, planes
 from eva_mim.data.folder import FolderSource, open_folder
 from eva_mim.data.lists import open_list
-from eva_mim.data.shards import open_shards
+from eva_mim.data.shards import ShardSource, open_shards
 from eva_mim.data.views import EvalView, TrainView
 from eva_mim.pixels import normalise
 from finetune.classify import StageRecipe as ClassifyRecipe
@@ -103,6 +105,43 @@ def test_the_numbers_are_those_of_the_file(name: str) -> None:
     assert np.array_equal(np.stack(found, axis=2), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("npy", (30, 20, "NPY", "5 x uint16")), ("npy, [H, W]", (30, 20, "NPY", "1 x uint16")),
+        ("png, 16 bits", (30, 20, "PNG", "I;16")), ("tiff, chunky", (30, 20, "TIFF", "5 x uint16")),
+        ("tiff, RGB of 16 bits", (30, 20, "TIFF", "RGB")),
+    ],
+)
+def test_a_header_says_what_a_file_is(name: str, said: tuple[int, int, str, str]) -> None:
+    assert header(FILES[name][0]()) == said
+    for broken in (b"", b"nothing", npy(numbers(5))[:-1]):
+        with pytest.raises((ValueError, OSError)):
+            header(broken)
+
+
+@pytest.mark.slow
+def test_bands_are_packed_and_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards hold the files as they are; the contact sheet shows the first three channels."""
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / "data" / f"{number}.npy").write_bytes(npy(numbers(5) + number))
+    settings = ["data.channels=5", "data.window=[0, 4000]", "--processes", "1"]
+    assert main(["data", "pack", str(tmp_path / "data"), *settings, "--out", str(tmp_path / "shards"), "--keep-order"]) == 0
+    source = ShardSource([tmp_path / "shards" / "train-000000.tar"], None, pixels=Pixels(5, (0, 4000)))
+    assert [source.raw(number).content for number in range(3)] == [npy(numbers(5) + number) for number in range(3)]
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "data"), *settings, "--out", str(tmp_path / "sheets")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"format +NPY 100.0%\n +mode +5 x uint16 100.0%", said)
+    sheet = Image.open(tmp_path / "sheets" / "train.png")
+    shown = (255 * numbers(5, "float64")[:, :, :3] / 4000).round().astype(np.uint8)
+    tile = ImageOps.contain(Image.fromarray(shown), (144, 144))
+    left, top = 4, 4 + (144 - tile.height) // 2
+    found = sheet.crop((left, top, left + tile.width, top + tile.height))
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(tile).astype(int)).max() <= 2  # rounded before and after
+
+
 def test_a_window_spreads_values_over_the_range_of_pixels() -> None:
     found = decoded(npy(numbers(5)), Pixels(5, (300, 3300)))
     assert isinstance(found, Bands)
@@ -132,7 +171,7 @@ def test_eight_bit_images_become_rgb_or_grey_as_pillow_makes_them(mode: str) -> 
     assert again.tobytes() == plain.tobytes()
 
 
-def header(shape: tuple[int, ...], descr: str = "<u2") -> bytes:
+def claiming(shape: tuple[int, ...], descr: str = "<u2") -> bytes:
     """A .npy file that says it is so large and holds 100 bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -152,7 +191,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
     "words": (lambda: npy(np.array([["a"]])), Pixels(1, (0, 1)), r"\[1, 1, 1\] of <U1 is no image"),
     "no pixels": (lambda: npy(numbers(5)[:0]), Pixels(5, (0, 1)), r"\[0, 30, 5\] of uint16 is no image"),
     "pickled": (lambda: npy(np.array([[{}]], dtype=object)), Pixels(1), r"are no array \[1, 1\] of object"),
-    "a bomb": (lambda: header((2**20, 2**20, 5)), Pixels(5), r"100 bytes are no array \[1048576, 1048576, 5\] of uint16"),
+    "a bomb": (lambda: claiming((2**20, 2**20, 5)), Pixels(5), r"100 bytes are no array \[1048576, 1048576, 5\] of uint16"),
     "cut": (lambda: npy(numbers(5))[:-1], Pixels(5), r"5999 bytes are no array"),
     "too large": (lambda: saved(Image.new("1", (9000, 9000)), "png"), Pixels(4), r"9000 x 9000 pixels of 4 channels"),
 }  # fmt: skip
