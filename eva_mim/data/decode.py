@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from eva_mim.contracts import Bands, Sample
-from eva_mim.data import RGB, Pixels
+from eva_mim.data import MAX_CHANNELS, RGB, Pixels
 from eva_mim.phases import phase
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -179,13 +180,18 @@ def _tiff(content: bytes, fault: str) -> Plane:
         import tifffile
     except ImportError:
         raise ValueError(f"{fault}; tifffile may: pip install 'eva-mim[tiff]'") from None
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
-        series = file.series[0]
-        axes, shape = series.axes, series.shape
-        if len(axes) > 3 or not {"Y", "X"} <= set(axes) or math.prod(shape) > MAX_VALUES:
-            raise ValueError(f"a TIFF with axes {axes} of {list(shape)} is no image with channels, or is too large")
-        array: Plane = series.asarray(maxworkers=1)
-    return np.moveaxis(array, (axes.index("Y"), axes.index("X")), (0, 1))
+    # By pages: what tifffile calls series may take in other files, which the metadata of this one names.
+    with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
+        first = file.pages.first
+        pages = [page for page in islice(file.pages, MAX_CHANNELS + 1) if page.shape == first.shape]
+        if first.axes not in ("YX", "YXS", "SYX") or (len(pages) > 1 and first.axes != "YX"):
+            raise ValueError(f"a TIFF of {len(pages)} pages with axes {first.axes} is no image with channels")
+        if math.prod(first.shape) * len(pages) > MAX_VALUES:
+            raise ValueError(f"{len(pages)} pages of {list(first.shape)} are too many values")
+        arrays = [page.asarray(maxworkers=1) for page in pages]
+    if len(arrays) > 1:
+        return np.stack(arrays, axis=2)
+    return np.moveaxis(arrays[0], 0, 2) if first.axes == "SYX" else arrays[0]
 
 
 def _of_array(array: Plane, channels: int) -> list[Plane]:

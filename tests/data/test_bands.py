@@ -92,6 +92,8 @@ FILES: dict[str, tuple[Callable[[], bytes], Array]] = {
         lambda: tiff(numbers(5), photometric="minisblack", planarconfig="contig", compression="zlib"), numbers(5)),
     "tiff, planar": (
         lambda: tiff(np.moveaxis(numbers(5), 2, 0), photometric="minisblack", planarconfig="separate"), numbers(5)),
+    "tiff, a page a channel, by tifffile": (
+        lambda: tiff(numbers(5, "float64").transpose(2, 0, 1), photometric="minisblack", bigtiff=True), numbers(5, "float64")),
     "tiff, RGB of 16 bits": (lambda: tiff(numbers(3), photometric="rgb"), numbers(3)),
     "tiff, RGB and infrared": (lambda: tiff(numbers(4), photometric="rgb"), numbers(4)),
     "tiff, the same of 8 bits": (lambda: tiff(numbers(4, "uint8"), photometric="rgb"), numbers(4, "uint8")),
@@ -193,6 +195,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], Pixels, str]] = {
     "pickled": (lambda: npy(np.array([[{}]], dtype=object)), Pixels(1), r"are no array \[1, 1\] of object"),
     "a bomb": (lambda: claiming((2**20, 2**20, 5)), Pixels(5), r"100 bytes are no array \[1048576, 1048576, 5\] of uint16"),
     "cut": (lambda: npy(numbers(5))[:-1], Pixels(5), r"5999 bytes are no array"),
+    "pages of RGB": (
+        lambda: tiff(np.stack([numbers(5)[:, :, :3]] * 2), photometric="rgb"), Pixels(6, (0, 9)), r"2 pages with axes YXS"),
     "too large": (lambda: saved(Image.new("1", (9000, 9000)), "png"), Pixels(4), r"9000 x 9000 pixels of 4 channels"),
 }  # fmt: skip
 
@@ -212,6 +216,26 @@ def test_what_cannot_be_read_says_why(name: str) -> None:
     make, wanted, said = BROKEN[name]
     with pytest.raises(ValueError, match=said):
         decoded(make(), wanted)
+
+
+def test_a_tiff_does_not_name_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata of an OME-TIFF say that its second channel lies in another file, which is there."""
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite(tmp_path / "secret.tif", numbers(2)[:, :, 1], metadata=None)
+    planes_of = "".join(
+        f'<TiffData IFD="0" FirstC="{channel}" PlaneCount="1"><UUID FileName="{file}">urn:uuid:{channel}</UUID></TiffData>'
+        for channel, file in enumerate(("own.tif", str(tmp_path / "secret.tif")))
+    )
+    xml = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
+        '<Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="30" SizeY="20" SizeC="2" SizeZ="1" SizeT="1">'
+        f"<Channel ID='Channel:0:0'/><Channel ID='Channel:0:1'/>{planes_of}</Pixels></Image></OME>"
+    )
+    content = tiff(numbers(2)[:, :, 0], description=xml, metadata=None, photometric="minisblack", bigtiff=True)
+    with pytest.raises(ValueError, match=r"data\.channels=2"):
+        decoded(content, Pixels(2, (0, 1)))
 
 
 def test_every_cut_of_an_array_is_refused_without_a_crash() -> None:
