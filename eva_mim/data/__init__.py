@@ -66,6 +66,8 @@ class SourceSettings(Settings):
     """The same for the images of `val`, when they are not in `captions`."""
     caption_lines: bool = False
     """folder, shards: KEY.txt holds one caption a line, not one caption."""
+    bad_shards: Literal["refuse", "skip"] = "refuse"
+    """shards: a damaged one is named, and the run refused ("refuse") or made without it ("skip")."""
     columns: ColumnSettings = ColumnSettings()
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training images."""

@@ -19,7 +19,7 @@ from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.decode import SUFFIXES, Raw, read_file
-from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
+from eva_mim.data.index import Column, Content, Index, Progress, Texts, open_index, say_indexed
 
 SETTLED_NS = 2 * 10**9
 """An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
@@ -135,7 +135,7 @@ def _scan(root: Path) -> Content:
     """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
     began, made = time.monotonic(), time.time_ns()
     names, folders, numbers, changed = Texts(), Texts(), array("I"), array("q")
-    fingerprint, todo = hashlib.sha256(), list[str | _Images]([""])
+    fingerprint, todo, progress = hashlib.sha256(), list[str | _Images]([""]), Progress(f"walking {root}, images so far")
     while todo:
         item = todo.pop()
         if isinstance(item, str):
@@ -146,6 +146,7 @@ def _scan(root: Path) -> Content:
         paths = json.dumps([os.path.join(item.path, name) for name in item.names])[1:-1]
         fingerprint.update(((", " if len(names) else "[") + paths).encode())
         numbers.extend([item.folder] * len(item.names))
+        progress.advance(len(item.names))
         for name in item.names:
             names.add(name)
     if not len(names):

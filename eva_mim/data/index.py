@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import socket
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,12 @@ from eva_mim.distributed import agreed, is_main, local_rank
 from eva_mim.files import fsync
 from eva_mim.log import duration, say
 
-VERSION = 2
+VERSION = 3
 """Part of every name: another layout of columns is another file."""
 DTYPES = {"U8": np.uint8, "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64}
 """safetensors' names of the types that columns have."""
+SAY_EVERY = 10.0
+"""Seconds between lines of progress."""
 Column = npt.NDArray[Any]
 
 
@@ -157,6 +160,22 @@ def cache_folder() -> Path:
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; set EVA_MIM_CACHE to a folder that can be written") from None
     return folder
+
+
+class Progress:
+    """Says now and then how far a long work has come."""
+
+    def __init__(self, what: str, total: int | None = None):
+        self._what, self._total, self._done = what, total, 0
+        self._began = self._told = time.monotonic()
+
+    def advance(self, more: int = 1) -> None:
+        """So many more are done."""
+        self._done += more
+        if (now := time.monotonic()) - self._told >= SAY_EVERY:
+            of = "" if self._total is None else f" of {self._total}"
+            say(f"  {self._what}: {self._done}{of} after {duration(now - self._began)}")
+            self._told = now
 
 
 def say_indexed(what: str, records: int, seconds: float) -> None:

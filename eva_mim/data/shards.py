@@ -1,83 +1,64 @@
 """Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt KEY.json`), read by offset in any order.
 
-A `.tar.gz` is unpacked once into the cache folder, since gzip cannot be read from the middle. Each shard is indexed once, and the
-shards of a split are joined in one index. Nothing is ever written under a name that an archive chose.
+Each shard is indexed once (`tars.py`), and the shards of a split are joined in one index. Compressed ones are unpacked before
+(`unpack.py`). Nothing is ever written under a name that an archive chose.
 """
 
 from __future__ import annotations
 
-import gzip
+import json
+import multiprocessing
 import os
-import tarfile
+import signal
 import time
-import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
-from eva_mim.config import UserError, digest
+from eva_mim.config import UserError, digest, few
 from eva_mim.contracts import Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import SUFFIXES, Raw
-from eva_mim.data.index import (
-    VERSION,
-    Column,
-    Content,
-    Index,
-    Texts,
-    cache_folder,
-    narrow,
-    open_index,
-    read_index,
-    say_indexed,
-    write_index,
-)
+from eva_mim.data.decode import Raw
+from eva_mim.data.index import Column, Content, Index, Progress, narrow, open_index, say_indexed
 from eva_mim.data.names import class_file, class_words
+from eva_mim.data.tars import BLOCK, NO_LABEL, NO_NUMBER, BadShard, Shard, found, tar_index
+from eva_mim.data.unpack import hold, make_room, plain, unpack
 from eva_mim.log import say
 from eva_mim.phases import phase
 
-IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
-FIELDS = {"image": IMAGES, "text": ("txt",), "described": ("json",)}
-"""Columns of the index -> extensions, of which the first that a record has is taken."""
-BLOCK = 512
-"""Everything in a tar begins at a multiple of this many bytes; its first block is a header, so that 0 stands for "not there"."""
-MAX_MEMBER_BYTES = 2**30
-"""A member that is larger is no picture, label or caption, and counts as not there."""
-NO_NUMBER, NO_LABEL = -2, -1
-"""Labels in the index: a KEY.cls that is no number, and no KEY.cls."""
 MAX_OPEN = 128
 """Shards that a process holds open; systems allow about a thousand files."""
-MAX_UNPACKED_RATIO = 100
-"""A tar of small images packs about 8 : 1, most of it padding; gzip itself stops at 1032 : 1, and a bomb is near that."""
-MAX_UNPACKED_BYTES = 64 * 2**30
-
-
-class Member(NamedTuple):
-    """Where one field of a record lies in its shard, in bytes."""
-
-    offset: int
-    size: int
-
-
-NOWHERE = Member(0, 0)
+SHARDS_A_PROCESS = 4
+"""Fewer shards to index are not worth another process."""
+MAX_PROCESSES = 16
 
 
 class ShardSource:
     """Records of several shards, in the order of the sorted file names."""
 
-    def __init__(self, paths: list[Path], classes: tuple[str, ...] | None, caption_lines: bool = False):
-        """Every rank must call."""
+    def __init__(
+        self, paths: Sequence[Path], classes: tuple[str, ...] | None, caption_lines: bool = False, skip_bad: bool = False
+    ):
+        """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
         self.classes = classes
         self.captions: CaptionFile | None = None
         self._caption_lines = caption_lines
-        self._names = [path.name for path in paths]
-        self.index = shards_index(paths)
+        shards = [found(path) for path in paths]
+        self._held = hold(shards)
+        self.index = shards_index(shards, skip_bad)
+        if left_out := json.loads(self.index.facts["left_out"]):
+            names = few(shards[number].name for number in left_out)
+            say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {paths[0].parent} are left out: {names}")
         self._ends: list[int] = self.index["shards"].tolist()
-        self._tars = [plain_tar(path) for path in paths]
+        self._names = [shard.name for shard in shards]
+        self._tars = [found(plain(shard)) if shard.packed and number not in left_out else shard
+                      for number, shard in enumerate(shards)]
         self._open: dict[tuple[int, int], BinaryIO] = {}
         self.fingerprint = self.index.facts["fingerprint"]
 
@@ -132,15 +113,26 @@ class ShardSource:
         block = int(self.index[field][index]) if field in self.index else 0
         if not block:
             return None
-        place = os.getpid(), self._shard(index)  # a forked worker must not share a file position
+        number, size = self._shard(index), int(self.index[f"{field}.size"][index])
+        content = os.pread(self._opened(number).fileno(), size, block * BLOCK)
+        if len(content) < size:
+            raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
+        return content
+
+    def _opened(self, number: int) -> BinaryIO:
+        place = os.getpid(), number  # a forked worker must not share a file position
         if place not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[place] = self._tars[place[1]].open("rb")
-        return os.pread(self._open[place].fileno(), int(self.index[f"{field}.size"][index]), block * BLOCK)
+            self._open[place] = self._tars[number].path.open("rb")
+        file, tar = self._open[place], self._tars[number]
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (tar.size, tar.changed):
+            raise UserError(f"{tar.path}: has changed since this run opened it; start the run again, which indexes it anew")
+        return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_held": None}
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
@@ -155,125 +147,93 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     paths = sorted(root.glob(pattern or "*.tar*"))
     if not paths:
         raise UserError(f"data.{split}: no shard matches {root / (pattern or '*.tar*')}")
-    source = ShardSource(paths, class_file(settings) or class_words(settings), settings.caption_lines)
+    classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
+    source = ShardSource(paths, classes, settings.caption_lines, skip_bad)
     source.check_labels(str(settings.classes or settings.class_names))
     source.captions = open_captions(settings, split, source.keys, f"records of {root / (pattern or '*.tar*')}")
     return source
 
 
-def _cached(path: Path, suffix: str) -> Path:
-    stat = path.stat()
-    return cache_folder() / f"{digest([VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns])[:24]}{suffix}"
-
-
-def _unpacked(path: Path) -> Path:
-    """`path` itself, or for `.gz` where its unpacked copy lies or will lie."""
-    return _cached(path, ".tar") if path.name.endswith((".gz", ".tgz")) else path
-
-
-def plain_tar(path: Path) -> Path:
-    """`path` itself, or its unpacked copy in the cache for `.gz`. Raises UserError for a broken or absurd archive."""
-    target = _unpacked(path)
-    if target.exists():
-        return target
-    limit = min(MAX_UNPACKED_BYTES, path.stat().st_size * MAX_UNPACKED_RATIO + 2**20)
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with gzip.open(path) as packed, temporary.open("wb") as plain:
-            while block := packed.read(2**20):
-                limit -= len(block)
-                if limit < 0:
-                    raise UserError(f"{path}: unpacks to an absurd size; refused")
-                plain.write(block)
-        temporary.replace(target)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .tar.gz: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def shards_index(paths: list[Path]) -> Index:
-    """The indexes of shards joined: their columns one after another, and where each shard ends (`shards`). Raises UserError."""
-
-    def stamp() -> str:
-        return digest([(path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+def shards_index(shards: Sequence[Shard], skip_bad: bool) -> Index:
+    """The indexes of shards joined: their columns one after another, and where each shard ends (`shards`). Numbers of bad ones
+    are the fact "left_out". Raises UserError."""
+    folder = shards[0].path.parent
+    stamp = digest([(shard.size, shard.changed) for shard in shards])
 
     def fresh(index: Index) -> bool:
-        return index.facts["stamp"] == stamp() and all(_unpacked(path).exists() for path in paths)
+        left_out = json.loads(index.facts["left_out"])
+        used = [shard for number, shard in enumerate(shards) if number not in left_out]
+        return index.facts["stamp"] == stamp and all(plain(shard).exists() for shard in used)
 
     def make() -> Content:
-        began, now = time.monotonic(), stamp()
-        parts = [shard_index(plain_tar(path)) for path in paths]
-        columns = {"shards": narrow(np.cumsum([len(part["image"]) for part in parts]))}
-        columns |= {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
-        for field in ("text", "described"):
-            if any(part[field].any() for part in parts):
-                columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
-        starts = np.cumsum([0] + [len(part["key"]) for part in parts])
-        columns["key.ends"] = narrow(
-            np.concatenate([part["key.ends"] + start for part, start in zip(parts, starts[:-1], strict=True)])
-        )
+        began = time.monotonic()
+        bad = _index_each(shards)
+        if bad and (not skip_bad or len(bad) == len(shards)):
+            hint = "mend or remove them, or set data.bad_shards=skip to go on without them"
+            raise UserError("\n".join([*list(bad.values())[:5], f"{len(bad)} of {len(shards)} shards cannot be used; {hint}"]))
+        parts = {number: tar_index(shard, plain(shard)) for number, shard in enumerate(shards) if number not in bad}
+        columns = _joined(list(parts.values()))
+        sizes = [len(parts[number]["image"]) if number in parts else 0 for number in range(len(shards))]
+        columns["shards"] = narrow(np.cumsum(sizes))
+        used = [shards[number] for number in parts]
         if not columns["image"].any():
-            names = ", ".join(path.name for path in paths[:3])
-            raise UserError(f"{paths[0].parent}: no images in {names} (members KEY.jpg, KEY.png)")
-        if repeated := sum(int(part.facts["repeated"]) for part in parts):
-            say(f"  {paths[0].parent}: {repeated} members have the name of another one in their shard; the last one counts")
-        say_indexed(f"{len(paths)} shards in {paths[0].parent}", len(columns["image"]), time.monotonic() - began)
-        fingerprint = digest([(path.name, path.stat().st_size) for path in paths])
-        return Content(columns, {"fingerprint": fingerprint, "stamp": now})
+            raise UserError(f"{folder}: no images in {few((shard.name for shard in used), 3)} (members KEY.jpg, KEY.png)")
+        if empty := [shards[number].name for number, part in parts.items() if not len(part["image"])]:
+            say(f"  {folder}: {len(empty)} of {len(shards)} shards hold no records: {few(empty)}")
+        if repeated := sum(int(part.facts["repeated"]) for part in parts.values()):
+            say(f"  {folder}: {repeated} members have the name of another one in their shard; the last one counts")
+        say_indexed(f"{len(used)} shards in {folder}", len(columns["image"]), time.monotonic() - began)
+        fingerprint = digest([(shard.name, shard.size) for shard in used])
+        return Content(columns, {"fingerprint": fingerprint, "stamp": stamp, "left_out": json.dumps(sorted(bad))})
 
-    return open_index(["shards", [str(path.resolve()) for path in paths]], fresh, make, f"{paths[0].parent}/{paths[0].name}, ...")
-
-
-def shard_index(tar: Path) -> Index:
-    """The index of a plain tar: `key` of each record, block and size of its fields, `label`. Raises UserError."""
-    target = _cached(tar, ".index")
-    stored = read_index(target)
-    return stored if stored is not None else write_index(target, _read_shard(tar))
+    name = ["shards", [str(shard.path.resolve()) for shard in shards], skip_bad]
+    return open_index(name, fresh, make, f"{folder}/{shards[0].name}, ...")
 
 
-def _read_shard(tar: Path) -> Content:
-    records: dict[str, dict[str, Member]] = {}
-    labels: dict[str, int] = {}
-    repeated = 0
-    for name, member, archive in _members(tar):
-        folder, slash, file = name.rpartition("/")
-        stem, dot, extension = file.partition(".")
-        if dot:
-            key, extension = folder + slash + stem, extension.lower()
-            fields = records.setdefault(key, {})
-            repeated += extension in fields
-            fields[extension] = member if member.size <= MAX_MEMBER_BYTES else NOWHERE
-            if extension == "cls":
-                labels[key] = _number(os.pread(archive, min(member.size, 100), member.offset))
-    keys, columns = Texts(), dict[str, Column]()
-    for key in records:
-        keys.add(key)
-    for field in ("image", "text", "described"):
-        taken = [next((members[e] for e in FIELDS[field] if e in members), NOWHERE) for members in records.values()]
-        columns[field] = np.array([member.offset // BLOCK for member in taken], np.uint32)
-        columns[f"{field}.size"] = np.array([member.size for member in taken], np.uint32)
-    columns["label"] = np.array([labels.get(key, NO_LABEL) for key in records], np.int32)
-    return Content(columns | keys.columns("key"), {"fingerprint": tar.name, "repeated": str(repeated)})
+def _joined(parts: Sequence[Index]) -> dict[str, Column]:
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
+    for field in ("text", "described"):
+        if any(part[field].any() for part in parts):
+            columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
+    starts = np.cumsum([0] + [len(part["key"]) for part in parts])
+    columns["key.ends"] = narrow(
+        np.concatenate([part["key.ends"] + start for part, start in zip(parts, starts[:-1], strict=True)])
+    )
+    return columns
 
 
-def _members(tar: Path) -> Iterator[tuple[str, Member, int]]:
-    """Name and place of each file in a tar, and the open tar's number. Raises UserError."""
-    end = 0
+def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
+    """Unpack and index every shard for which that has not been done, in several processes. By number, what is wrong with the bad
+    ones. Raises UserError."""
+    make_room(shards)
+    progress, bad = Progress(f"indexing shards in {shards[0].path.parent}", len(shards)), dict[int, str]()
+    for number, fault in enumerate(_each(shards)):
+        progress.advance()
+        if fault is not None:
+            bad[number] = fault
+    return bad
+
+
+def _each(shards: Sequence[Shard]) -> Iterator[str | None]:
+    processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)), len(shards) // SHARDS_A_PROCESS)
+    if processes < 2:
+        yield from map(_fault, shards)
+        return
+    # Spawned: a fork of a process with threads may hang.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _ignore_interrupts) as pool:
+        try:
+            yield from pool.map(_fault, shards)
+        except BrokenProcessPool:
+            raise UserError(f"{shards[0].path.parent}: a process that indexed shards was killed (for lack of memory?)") from None
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fault(shard: Shard) -> str | None:
     try:
-        with tarfile.open(tar, "r:") as archive, tar.open("rb") as raw:
-            for member in archive:
-                end = member.offset_data + member.size
-                if member.isfile():
-                    yield member.name, Member(member.offset_data, member.size), raw.fileno()
-            raw.seek(-(-end // BLOCK) * BLOCK)
-            if raw.read(BLOCK).strip(b"\0"):
-                raise tarfile.ReadError("damaged or cut header")
-    except tarfile.TarError as error:
-        raise UserError(f"{tar}: not a readable tar: {error}") from None
-
-
-def _number(text: bytes) -> int:
-    """A class number as it is written, up to 2^31."""
-    return int(text) if text.strip().isdigit() and len(text.strip()) < 10 else NO_NUMBER
+        tar_index(shard, unpack(shard))
+    except BadShard as error:
+        return str(error)
+    return None

@@ -184,7 +184,7 @@ def test_names_that_stand_twice_in_a_shard_are_counted(tmp_path: Path, capsys: p
 
 
 def test_a_member_too_large_for_a_picture_is_a_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr("eva_mim.data.tars.MAX_MEMBER_BYTES", 10_000)
     path = write_tar(tmp_path / "x.tar", [("a.png", bytes(10_001)), ("b.png", png(picture(2)))])
     source = ShardSource([path], None)
     with pytest.raises(ValueError, match="no image member"):
