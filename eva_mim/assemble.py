@@ -22,7 +22,7 @@ from eva_mim.recipe import Recipe
 
 
 def batch_cut(run: RunSettings) -> dict[str, int]:
-    """How an order of samples is cut into this rank's micro-batches: the arguments of `GlobalOrder`."""
+    """How an order of samples is cut into this rank's micro-batches: arguments of `GlobalOrder`."""
     micro = run.micro_batch or max(1, run.global_batch // world_size())
     return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
 
@@ -38,7 +38,10 @@ def train_loader(
 ) -> TrainLoader:
     """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
     run, cut = recipe.run, batch_cut(recipe.run)
-    order = MixedOrder(source.parts, **cut) if isinstance(source, Mixture) else GlobalOrder(len(source), **cut)
+    if isinstance(source, Mixture):
+        order: GlobalOrder = MixedOrder(source.parts, **cut)
+    else:
+        order = GlobalOrder(len(source), **cut, blocks=source.blocks)
     made = Preparation(TrainView(view, sizes, pixels), run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
     return TrainLoader(source, made, order, recipe.data.workers)
 

@@ -68,6 +68,9 @@ class SourceSettings(Settings):
     """folder, shards: KEY.txt holds one caption a line, not one caption."""
     bad_shards: Literal["refuse", "skip"] = "refuse"
     """shards: a damaged one is named, and the run refused ("refuse") or made without it ("skip")."""
+    shuffle_gb: Annotated[float, Field(gt=0.0)] = 8.0
+    """shards: so many 10^9 bytes of them are shuffled together, which the host's memory should hold. Data that is no larger is
+    shuffled as a whole; of larger data blocks are permuted, and records within so many blocks, so that reading is sequential."""
     columns: ColumnSettings = ColumnSettings()
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training images."""

@@ -29,6 +29,8 @@ keep times by steps of up to 2 seconds)."""
 class FolderSource:
     """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
 
+    blocks = None
+
     def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False):
         """Every rank must call."""
         self.folder = folder

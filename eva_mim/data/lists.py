@@ -34,6 +34,8 @@ PROBED = 100
 class ListSource:
     """The images of one list, in its order. Keys are their paths as the list has them."""
 
+    blocks = None
+
     def __init__(self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None):
         """`classes`: names by label; the label column holds names, or numbers where no value is a name. Every rank must call.
         Raises UserError."""

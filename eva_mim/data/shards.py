@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from eva_mim.config import UserError, digest, few
-from eva_mim.contracts import Sample
+from eva_mim.contracts import Blocks, Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.decode import Raw
@@ -34,6 +35,8 @@ from eva_mim.phases import phase
 
 MAX_OPEN = 128
 """Shards that a process holds open; systems allow about a thousand files."""
+POOLED = MAX_OPEN // 2
+"""Blocks that are shuffled together: loader processes may be at the end of one pool and at the start of the next."""
 SHARDS_A_PROCESS = 4
 """Fewer shards to index are not worth another process."""
 MAX_PROCESSES = 16
@@ -48,6 +51,7 @@ class ShardSource:
         """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
         self.classes = classes
         self.captions: CaptionFile | None = None
+        self.blocks: Blocks | None = None
         self._caption_lines = caption_lines
         shards = [found(path) for path in paths]
         self._held = hold(shards)
@@ -60,6 +64,7 @@ class ShardSource:
         self._tars = [found(plain(shard)) if shard.packed and number not in left_out else shard
                       for number, shard in enumerate(shards)]
         self._open: dict[tuple[int, int], BinaryIO] = {}
+        self._asked: dict[int, None] = {}
         self.fingerprint = self.index.facts["fingerprint"]
 
     def __len__(self) -> int:
@@ -75,6 +80,7 @@ class ShardSource:
 
     def raw(self, index: int) -> Raw:
         """Read one record. Raises ValueError as `read` does."""
+        self._read_ahead(index)
         with phase("read"):
             content = self._bytes(index, "image")
         if content is None:
@@ -103,6 +109,16 @@ class ShardSource:
             raise UserError(f"data.classes: {setting} has {len(self.classes)} names, but {self.key(int(wrong[0]))} has "
                             f"{'a label that is no number' if label == NO_NUMBER else f'label {label}'}")
 
+    def cut(self, pool: float) -> Blocks | None:
+        """Blocks of which `POOLED` have `pool` bytes, each within a shard; None where all shards together have no more."""
+        sizes, ends = np.array([tar.size for tar in self._tars]), np.array([0, *self._ends])
+        if sizes.sum() <= pool:
+            return None
+        pieces = np.ceil(sizes * POOLED / pool).astype(int)
+        cuts = [np.linspace(start, end, count + 1)[1:].round() for start, end, count in zip(ends, ends[1:], pieces, strict=False)]
+        found = np.unique(np.concatenate(cuts).astype(np.int64))
+        return Blocks(found[found > 0], POOLED)
+
     def _own_captions(self, index: int) -> tuple[str, ...]:
         return record_captions(self._bytes(index, "text"), self._bytes(index, "described"), self._caption_lines)
 
@@ -119,6 +135,22 @@ class ShardSource:
             raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
         return content
 
+    def _read_ahead(self, index: int) -> None:
+        """Ask the system, once a block and process, to read a block in sequence into its page cache, which processes share."""
+        if self.blocks is None or sys.platform != "linux":
+            return
+        block = int(np.searchsorted(self.blocks.ends, index, side="right"))
+        if block in self._asked:
+            return
+        while len(self._asked) >= 2 * POOLED:
+            self._asked.pop(next(iter(self._asked)))
+        self._asked[block] = None
+        first, last = int(self.blocks.ends[block - 1]) if block else 0, int(self.blocks.ends[block]) - 1
+        places, sizes = self.index["image"], self.index["image.size"]
+        start, end = int(places[first]) * BLOCK, int(places[last]) * BLOCK + int(sizes[last])
+        if end > start:
+            os.posix_fadvise(self._opened(self._shard(index)).fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
     def _opened(self, number: int) -> BinaryIO:
         place = os.getpid(), number  # a forked worker must not share a file position
         if place not in self._open:
@@ -132,7 +164,7 @@ class ShardSource:
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}, "_held": None}
+        return {**self.__dict__, "_open": {}, "_asked": {}, "_held": None}
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
@@ -150,6 +182,7 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
     source = ShardSource(paths, classes, settings.caption_lines, skip_bad)
     source.check_labels(str(settings.classes or settings.class_names))
+    source.blocks = source.cut(settings.shuffle_gb * 1e9)
     source.captions = open_captions(settings, split, source.keys, f"records of {root / (pattern or '*.tar*')}")
     return source
 
