@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import math
 import os
 import shutil
 import tempfile
@@ -38,7 +39,7 @@ def unpack(shard: Shard) -> Path:
     target = plain(shard)
     if target.exists():
         return target
-    left = min(limit(), shard.size * MAX_RATIO + 2**20)
+    left = min(limit(), most_bytes(shard))
     copy, temporary = _locked(".unpacking")
     try:
         with copy, gzip.open(shard.path) as packed:
@@ -128,12 +129,19 @@ def make_room(shards: Sequence[Shard]) -> None:
 
 
 def unpacked_size(shard: Shard) -> int:
-    """Bytes of its copy as gzip's last four bytes tell them, modulo 2^32: the smallest such size that is not below the packed one
-    (less a tenth, for what does not pack). At least that much, where a file has several members. RFC 1952, 2.3.1."""
+    """Bytes of its copy, as gzip's last four bytes tell them (RFC 1952, 2.3.1): modulo 2^32, and of the last member alone: it
+    may be more. Images hardly pack: a size far below the packed one has lost multiples of 2^32."""
     with shard.path.open("rb") as file:
         file.seek(max(0, shard.size - 4))
         told = int.from_bytes(file.read(4), "little")
-    return told + max(0, -(-(int(shard.size * 0.9) - told) // 2**32)) * 2**32
+    if shard.size < 2**31:
+        return max(shard.size, min(told, most_bytes(shard)))
+    return told + max(0, math.ceil((shard.size * 0.9 - told) / 2**32)) * 2**32
+
+
+def most_bytes(shard: Shard) -> int:
+    """More than a shard of images can have when it is unpacked."""
+    return shard.size * MAX_RATIO + 2**20
 
 
 def _in_use(folder: Path) -> set[Path]:
