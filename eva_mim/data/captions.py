@@ -85,7 +85,7 @@ def _key(line: bytes, where: str) -> str:
         key = value["key"]
     except KeyError:
         raise UserError(f'{where}: no "key"') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a line of captions: {error}") from None
     if not isinstance(key, str):
         raise UserError(f"{where}: the key must be a text, not {key!r}")

@@ -121,8 +121,8 @@ def _members(shard: Shard, tar: Path) -> Iterator[tuple[str, Member, int]]:
         with tar.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:", tarinfo=_Header) as archive:
             before = -1
             while (member := archive.next()) is not None:
-                if archive.offset <= before or archive.offset > MAX_TAR_BYTES:
-                    raise tarfile.ReadError(f"a header leads to byte {archive.offset}")
+                if member.size < 0 or not before < archive.offset <= MAX_TAR_BYTES:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes before byte {archive.offset}")
                 before = archive.offset
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                 if member.isfile() and not member.issparse():
