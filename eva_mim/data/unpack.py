@@ -37,7 +37,7 @@ def plain(shard: Shard) -> Path:
 def unpack(shard: Shard) -> Path:
     """`plain` of a shard, where it now lies. Raises BadShard for a broken or absurd archive, UserError when the disk fails."""
     target = plain(shard)
-    if target.exists():
+    if not shard.packed or target.exists():
         return target
     left = min(limit(), most_bytes(shard))
     copy, temporary = _locked(".unpacking")

@@ -173,6 +173,24 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         FolderSource(tmp_path / "data", None)
 
 
+def test_long_work_says_how_far_it_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one process (3 shards) and in several (9); a quick one says nothing but its end."""
+    make_folder(tmp_path / "f", {"a": 3, "b": 4})
+    many = [make_shards(tmp_path / "s", f"{number}.tar", count=1, first=number) for number in range(9)]
+    ShardSource(many[:2], None)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr("eva_mim.data.index.SAY_EVERY", 0.0)
+    FolderSource(tmp_path / "f", None)
+    walk = [line for line in capsys.readouterr().err.splitlines() if "walking" in line]
+    assert walk == [f"  walking {tmp_path}/f, images so far: {count} after 0s" for count in (3, 7)]
+    for count in (3, 9):
+        ShardSource(many[:count], None)
+        told = [line.partition(" after ")[0] for line in capsys.readouterr().err.splitlines() if "indexing" in line]
+        assert told == [f"  indexing shards in {tmp_path}/s: {done} of {count}" for done in range(1, count + 1)]
+
+
 # ---- shards
 
 
