@@ -46,7 +46,8 @@ class SourceSettings(Settings):
     """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
     .parquet)."""
     root: Path | None = None
-    """Folder of the dataset. A list may name no image outside it."""
+    """Folder of the dataset. A list may name no image outside it. shards: may be a URL, such as s3://bucket/folder, for which
+    fsspec's driver must be installed (s3fs, gcsfs, aiohttp)."""
     train: str | None = None
     """folder: sub-folder with the training images; shards: file pattern such as "train-*.tar"; list: the list's file."""
     val: str | None = None

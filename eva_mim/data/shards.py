@@ -1,35 +1,33 @@
 """Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt KEY.json`), read by offset in any order.
 
-Each shard is indexed once (`tars.py`), and the shards of a split are joined in one index. Compressed ones are unpacked before
-(`unpack.py`). Nothing is ever written under a name that an archive chose.
+Each shard is indexed once (`tars.py`), and the shards of a split are joined in one index (`joined.py`). Compressed ones are
+unpacked before (`unpack.py`). Nothing is ever written under a name that an archive chose.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from eva_mim.config import UserError, digest, few
+from eva_mim.config import UserError, few
 from eva_mim.contracts import Blocks, Sample
 from eva_mim.data import SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.decode import Raw
-from eva_mim.data.index import Column, Content, Index, Progress, narrow, open_index, say_indexed
+from eva_mim.data.index import Column
+from eva_mim.data.joined import shards_index
 from eva_mim.data.names import class_file, class_words
-from eva_mim.data.tars import BLOCK, NO_LABEL, NO_NUMBER, BadShard, Shard, found, tar_index
-from eva_mim.data.unpack import hold, make_room, plain, unpack
+from eva_mim.data.remote import as_url, listed, read_range
+from eva_mim.data.tars import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
+from eva_mim.data.unpack import hold, unpack
+from eva_mim.distributed import agreed, is_main
 from eva_mim.log import say
 from eva_mim.phases import phase
 
@@ -37,34 +35,33 @@ MAX_OPEN = 128
 """Shards that a process holds open; systems allow about a thousand files."""
 POOLED = MAX_OPEN // 2
 """Blocks that are shuffled together: loader processes may be at the end of one pool and at the start of the next."""
-SHARDS_A_PROCESS = 4
-"""Fewer shards to index are not worth another process."""
-MAX_PROCESSES = 16
+MAX_TOGETHER = 2**22
+"""Bytes of a record that are asked for at once by URL, though others may lie between its fields."""
 
 
 class ShardSource:
     """Records of several shards, in the order of the sorted file names."""
 
     def __init__(
-        self, paths: Sequence[Path], classes: tuple[str, ...] | None, caption_lines: bool = False, skip_bad: bool = False
+        self, paths: Sequence[Path | Shard], classes: tuple[str, ...] | None, caption_lines: bool = False, skip_bad: bool = False
     ):
         """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
         self.classes = classes
         self.captions: CaptionFile | None = None
         self.blocks: Blocks | None = None
         self._caption_lines = caption_lines
-        shards = [found(path) for path in paths]
+        shards = [found(path) if isinstance(path, Path) else path for path in paths]
         self._held = hold(shards)
         self.index = shards_index(shards, skip_bad)
         if left_out := json.loads(self.index.facts["left_out"]):
             names = few(shards[number].name for number in left_out)
-            say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {paths[0].parent} are left out: {names}")
+            say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {shards[0].folder} are left out: {names}")
         self._ends: list[int] = self.index["shards"].tolist()
         self._names = [shard.name for shard in shards]
-        self._tars = [found(plain(shard)) if shard.packed and number not in left_out else shard
-                      for number, shard in enumerate(shards)]
+        self._tars = [shard if number in left_out else unpack(shard) for number, shard in enumerate(shards)]
         self._open: dict[tuple[int, int], BinaryIO] = {}
         self._asked: dict[int, None] = {}
+        self._last: tuple[int, int, bytes] | None = None
         self.fingerprint = self.index.facts["fingerprint"]
 
     def __len__(self) -> int:
@@ -130,14 +127,29 @@ class ShardSource:
         if not block:
             return None
         number, size = self._shard(index), int(self.index[f"{field}.size"][index])
-        content = os.pread(self._opened(number).fileno(), size, block * BLOCK)
+        if self._tars[number].remote:
+            content = self._fetched(index, number, block * BLOCK, size)
+        else:
+            content = os.pread(self._opened(number).fileno(), size, block * BLOCK)
         if len(content) < size:
             raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
         return content
 
+    def _fetched(self, index: int, number: int, start: int, size: int) -> bytes:
+        """By URL: fields of a record that lie together come with one request."""
+        if self._last is None or self._last[0] != index:
+            fields = [field for field in FIELDS if field in self.index and self.index[field][index]]
+            starts = [int(self.index[field][index]) * BLOCK for field in fields]
+            ends = [first + int(self.index[f"{field}.size"][index]) for field, first in zip(fields, starts, strict=True)]
+            if max(ends) - min(starts) > MAX_TOGETHER:
+                return read_range(self._tars[number].place, start, start + size)
+            self._last = index, min(starts), read_range(self._tars[number].place, min(starts), max(ends))
+        _, first, content = self._last
+        return content[start - first : start - first + size]
+
     def _read_ahead(self, index: int) -> None:
         """Ask the system, once a block and process, to read a block in sequence into its page cache, which processes share."""
-        if self.blocks is None or sys.platform != "linux":
+        if self.blocks is None or self._tars[self._shard(index)].remote or sys.platform != "linux":
             return
         block = int(np.searchsorted(self.blocks.ends, index, side="right"))
         if block in self._asked:
@@ -156,15 +168,15 @@ class ShardSource:
         if place not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[place] = self._tars[number].path.open("rb")
+            self._open[place] = self._tars[number].open()
         file, tar = self._open[place], self._tars[number]
         stat = os.fstat(file.fileno())
-        if (stat.st_size, stat.st_mtime_ns) != (tar.size, tar.changed):
-            raise UserError(f"{tar.path}: has changed since this run opened it; start the run again, which indexes it anew")
+        if (stat.st_size, str(stat.st_mtime_ns)) != tar[1:]:
+            raise UserError(f"{tar.place}: has changed since this run opened it; start the run again, which indexes it anew")
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}, "_asked": {}, "_held": None}
+        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_held": None}
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
@@ -172,13 +184,11 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     root, pattern = settings.own_root, settings.train if split == "train" else settings.val
     if pattern is None and split == "val":
         return None
-    if not root.is_dir():
-        raise UserError(f"data.root: {root} is not a folder")
-    if Path(pattern or "").is_absolute():
-        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
-    paths = sorted(root.glob(pattern or "*.tar*"))
+    paths = _find(root, pattern or "*.tar*", split)
     if not paths:
-        raise UserError(f"data.{split}: no shard matches {root / (pattern or '*.tar*')}")
+        raise UserError(f"data.{split}: no shard matches {as_url(root) or root}/{pattern or '*.tar*'}")
+    if as_url(root) is not None:
+        _refuse_names_by_url(settings)
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
     source = ShardSource(paths, classes, settings.caption_lines, skip_bad)
     source.check_labels(str(settings.classes or settings.class_names))
@@ -187,86 +197,19 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     return source
 
 
-def shards_index(shards: Sequence[Shard], skip_bad: bool) -> Index:
-    """The indexes of shards joined: their columns one after another, and where each shard ends (`shards`). Numbers of bad ones
-    are the fact "left_out". Raises UserError."""
-    folder = shards[0].path.parent
-    stamp = digest([(shard.size, shard.changed) for shard in shards])
-
-    def fresh(index: Index) -> bool:
-        left_out = json.loads(index.facts["left_out"])
-        used = [shard for number, shard in enumerate(shards) if number not in left_out]
-        return index.facts["stamp"] == stamp and all(plain(shard).exists() for shard in used)
-
-    def make() -> Content:
-        began = time.monotonic()
-        bad = _index_each(shards)
-        if bad and (not skip_bad or len(bad) == len(shards)):
-            hint = "mend or remove them, or set data.bad_shards=skip to go on without them"
-            raise UserError("\n".join([*list(bad.values())[:5], f"{len(bad)} of {len(shards)} shards cannot be used; {hint}"]))
-        parts = {number: tar_index(shard, plain(shard)) for number, shard in enumerate(shards) if number not in bad}
-        columns = _joined(list(parts.values()))
-        sizes = [len(parts[number]["image"]) if number in parts else 0 for number in range(len(shards))]
-        columns["shards"] = narrow(np.cumsum(sizes))
-        used = [shards[number] for number in parts]
-        if not columns["image"].any():
-            raise UserError(f"{folder}: no images in {few((shard.name for shard in used), 3)} (members KEY.jpg, KEY.png)")
-        if empty := [shards[number].name for number, part in parts.items() if not len(part["image"])]:
-            say(f"  {folder}: {len(empty)} of {len(shards)} shards hold no records: {few(empty)}")
-        if repeated := sum(int(part.facts["repeated"]) for part in parts.values()):
-            say(f"  {folder}: {repeated} members have the name of another one in their shard; the last one counts")
-        say_indexed(f"{len(used)} shards in {folder}", len(columns["image"]), time.monotonic() - began)
-        fingerprint = digest([(shard.name, shard.size) for shard in used])
-        return Content(columns, {"fingerprint": fingerprint, "stamp": stamp, "left_out": json.dumps(sorted(bad))})
-
-    name = ["shards", [str(shard.path.resolve()) for shard in shards], skip_bad]
-    return open_index(name, fresh, make, f"{folder}/{shards[0].name}, ...")
+def _find(root: Path, pattern: str, split: str) -> Sequence[Path | Shard]:
+    if Path(pattern).is_absolute():
+        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
+    if (url := as_url(root)) is not None:
+        return agreed(lambda: [Shard(*file) for file in listed(url, pattern)], is_main())[0]
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is not a folder")
+    return sorted(root.glob(pattern))
 
 
-def _joined(parts: Sequence[Index]) -> dict[str, Column]:
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
-    for field in ("text", "described"):
-        if any(part[field].any() for part in parts):
-            columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
-    starts = np.cumsum([0] + [len(part["key"]) for part in parts])
-    columns["key.ends"] = narrow(
-        np.concatenate([part["key.ends"] + start for part, start in zip(parts, starts[:-1], strict=True)])
-    )
-    return columns
-
-
-def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
-    """Unpack and index every shard for which that has not been done, in several processes. By number, what is wrong with the bad
-    ones. Raises UserError."""
-    make_room(shards)
-    progress, bad = Progress(f"indexing shards in {shards[0].path.parent}", len(shards)), dict[int, str]()
-    for number, fault in enumerate(_each(shards)):
-        progress.advance()
-        if fault is not None:
-            bad[number] = fault
-    return bad
-
-
-def _each(shards: Sequence[Shard]) -> Iterator[str | None]:
-    processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)), len(shards) // SHARDS_A_PROCESS)
-    if processes < 2:
-        yield from map(_fault, shards)
-        return
-    # Spawned: a fork of a process with threads may hang.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _ignore_interrupts) as pool:
-        try:
-            yield from pool.map(_fault, shards)
-        except BrokenProcessPool:
-            raise UserError(f"{shards[0].path.parent}: a process that indexed shards was killed (for lack of memory?)") from None
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _fault(shard: Shard) -> str | None:
-    try:
-        tar_index(shard, unpack(shard))
-    except BadShard as error:
-        return str(error)
-    return None
+def _refuse_names_by_url(settings: SourceSettings) -> None:
+    names = {"classes": settings.classes, "captions": settings.captions, "val_captions": settings.val_captions,
+             "class_names": None if settings.class_names == "imagenet" else settings.class_names}
+    for setting, name in names.items():
+        if name is not None and not Path(name).is_absolute():
+            raise UserError(f"data.{setting}: {name} must be the absolute path of a file here, since data.root is a URL")

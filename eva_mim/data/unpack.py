@@ -21,41 +21,49 @@ from typing import BinaryIO
 
 from eva_mim.config import UserError
 from eva_mim.data.index import cache_folder
-from eva_mim.data.tars import BadShard, Shard
+from eva_mim.data.tars import BadShard, Shard, found
 
 MAX_RATIO = 100
 """A tar of small images packs about 8 : 1, most of it padding; gzip itself stops at 1032 : 1, and a bomb is near that."""
+DOWNLOAD_AHEAD = 2**23
+"""Bytes read at once by URL."""
 DEFAULT_GB = 200
 """Of all copies together, in 10^9 bytes; the environment variable EVA_MIM_UNPACKED_GB sets another limit."""
 
 
-def plain(shard: Shard) -> Path:
-    """The shard itself, or where its unpacked copy lies or will lie."""
-    return shard.cached(".tar") if shard.packed else shard.path
+def copy_of(shard: Shard) -> Path:
+    """Where the unpacked copy of a compressed shard lies or will lie."""
+    return shard.cached(".tar")
 
 
-def unpack(shard: Shard) -> Path:
-    """`plain` of a shard, where it now lies. Raises BadShard for a broken or absurd archive, UserError when the disk fails."""
-    target = plain(shard)
-    if not shard.packed or target.exists():
-        return target
+def ready(shard: Shard) -> bool:
+    """It can be read by offset now."""
+    return not shard.packed or copy_of(shard).exists()
+
+
+def unpack(shard: Shard) -> Shard:
+    """The shard itself, or its copy, where it now lies. Raises BadShard for a broken or absurd archive, UserError when the disk
+    fails."""
+    target = copy_of(shard)
+    if ready(shard):
+        return found(target) if shard.packed else shard
     left = min(limit(), most_bytes(shard))
     copy, temporary = _locked(".unpacking")
     try:
-        with copy, gzip.open(shard.path) as packed:
+        with copy, shard.open(DOWNLOAD_AHEAD) as file, gzip.GzipFile(fileobj=file) as packed:
             while block := _next(packed, shard):
                 left -= len(block)
                 if left < 0:
-                    raise BadShard(f"{shard.path}: unpacks to an absurd size; refused")
+                    raise BadShard(f"{shard.place}: unpacks to an absurd size; refused")
                 copy.write(block)
             copy.flush()
             os.fsync(copy.fileno())
             temporary.replace(target)
     except OSError as error:
-        raise UserError(f"{shard.path}: cannot be unpacked into {target.parent}: {error.strerror or error}") from None
+        raise UserError(f"{shard.place}: cannot be unpacked into {target.parent}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return target
+    return found(target)
 
 
 def _locked(suffix: str) -> tuple[BinaryIO, Path]:
@@ -72,7 +80,7 @@ def _next(packed: BinaryIO | gzip.GzipFile, shard: Shard) -> bytes:
     try:
         return packed.read(2**20)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadShard(f"{shard.path}: not a readable .tar.gz: {error}") from None
+        raise BadShard(f"{shard.place}: not a readable .tar.gz: {error}") from None
 
 
 def limit() -> int:
@@ -89,7 +97,7 @@ def limit() -> int:
 
 def hold(shards: Sequence[Shard]) -> BinaryIO | None:
     """Keep the copies of these shards, also those still to be made, as long as the returned file is open here or in a child."""
-    copies = [plain(shard) for shard in shards if shard.packed]
+    copies = [copy_of(shard) for shard in shards if shard.packed]
     if not copies:
         return None
     for copy in copies:
@@ -103,13 +111,13 @@ def hold(shards: Sequence[Shard]) -> BinaryIO | None:
 
 def make_room(shards: Sequence[Shard]) -> None:
     """Remove old copies until those of these shards fit. Raises UserError, with the sizes, when they never will."""
-    copies = {plain(shard): shard for shard in shards if shard.packed}
+    copies = {copy_of(shard): shard for shard in shards if shard.packed}
     missing = [shard for copy, shard in copies.items() if not copy.exists()]
     if not missing:
         return
     folder, allowed = cache_folder(), limit()
     needed, kept = sum(map(unpacked_size, missing)), sum(copy.stat().st_size for copy in copies if copy.exists())
-    where = f"{missing[0].path.parent}: {len(copies)} compressed shards"
+    where = f"{missing[0].folder}: {len(copies)} compressed shards"
     if needed + kept > allowed:
         raise UserError(f"{where} take about {_gb(needed + kept)} unpacked, more than the {_gb(allowed)} of EVA_MIM_UNPACKED_GB; "
                         "set it higher, or unpack them yourself (gunzip) and use the .tar files")
@@ -131,7 +139,7 @@ def make_room(shards: Sequence[Shard]) -> None:
 def unpacked_size(shard: Shard) -> int:
     """Bytes of its copy, as gzip's last four bytes tell them (RFC 1952, 2.3.1): modulo 2^32, and of the last member alone: it
     may be more. Images hardly pack: a size far below the packed one has lost multiples of 2^32."""
-    with shard.path.open("rb") as file:
+    with shard.open(4) as file:
         file.seek(max(0, shard.size - 4))
         told = int.from_bytes(file.read(4), "little")
     if shard.size < 2**31:

@@ -16,7 +16,7 @@ from eva_mim.config import UserError, digest
 from eva_mim.data import ColumnSettings, DataSettings
 from eva_mim.data import shards as shards_module
 from eva_mim.data.folder import SUFFIXES, FolderSource
-from eva_mim.data.index import Index, Texts, cache_folder, read_index, write_index
+from eva_mim.data.index import Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.lists import open_list
 from eva_mim.data.shards import ShardSource
 from eva_mim.data.splits import AllBut, Selected, open_splits
@@ -84,8 +84,8 @@ def test_texts_of_any_kind_come_back(tmp_path: Path) -> None:
     assert index["t.ends"].dtype == np.uint32
 
 
-def _content(texts: Texts, fingerprint: str = "one") -> shards_module.Content:
-    return shards_module.Content(texts.columns("t"), {"fingerprint": fingerprint})
+def _content(texts: Texts, fingerprint: str = "one") -> Content:
+    return Content(texts.columns("t"), {"fingerprint": fingerprint})
 
 
 # ---- when it is made again

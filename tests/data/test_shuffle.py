@@ -17,6 +17,7 @@ from eva_mim.data.loader import TrainLoader
 from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart, permuted
 from eva_mim.data.shards import ShardSource, open_shards
 from eva_mim.data.splits import AllBut, Selected, open_splits
+from eva_mim.data.tars import Shard
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import batches, images, seen
 from tests.data.test_loader import assert_equal_steps
@@ -212,18 +213,18 @@ def test_ranks_and_workers_read_every_record_once_also_from_fewer_shards(
 
 def test_a_process_opens_a_shard_once_a_pool(twelve: ShardSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """And asks once for all of it, from its first picture to its last."""
-    ahead, opens, advise, opener = list[tuple[int, int]](), list[str](), os.posix_fadvise, Path.open
+    ahead, opens, advise, opener = list[tuple[int, int]](), list[str](), os.posix_fadvise, Shard.open
 
-    def counted_open(path: Path, *arguments: Any, **more: Any) -> Any:
-        opens.append(path.name)
-        return opener(path, *arguments, **more)
+    def counted_open(shard: Shard) -> Any:
+        opens.append(shard.name)
+        return opener(shard)
 
     def counted_advise(file: int, start: int, length: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
         ahead.append((start, length))
         advise(file, start, length, advice)
 
-    monkeypatch.setattr(Path, "open", counted_open)
+    monkeypatch.setattr(Shard, "open", counted_open)
     monkeypatch.setattr(os, "posix_fadvise", counted_advise)
     epoch = list(loaded(twelve).steps(0, 12))
     assert seen([batch for step in epoch for batch in step]) == set(range(72))

@@ -213,7 +213,7 @@ def test_a_cut_tar_is_refused(tmp_path: Path, where: str) -> None:
     path = write_tar(tmp_path / "x.tar", [(f"{i}.png", bytes(700)) for i in range(4)])  # 512 + 1024 bytes a record
     path.write_bytes(path.read_bytes()[: 2 * 1536 + (900 if where == "data" else 100)])
     with pytest.raises(UserError, match=r"x\.tar"):
-        tar_index(found(path), path)
+        tar_index(found(path), found(path))
 
 
 def test_patterns_and_archives_without_pictures_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from eva_mim.config import UserError
 from eva_mim.data.shards import ShardSource
 from eva_mim.data.tars import found
-from eva_mim.data.unpack import hold, limit, make_room, plain, unpack, unpacked_size
+from eva_mim.data.unpack import copy_of, hold, limit, make_room, unpack, unpacked_size
 from tests.conftest import REPOSITORY, picture, png, write_tar
 
 SIZE = 102_400
@@ -90,10 +90,10 @@ def test_copies_used_longest_ago_make_room(tmp_path: Path, cache: Path, monkeypa
         time.sleep(0.01)
     open_shards(paths["a"])
     open_shards(paths["d"])
-    assert {name for name, path in paths.items() if plain(found(path)).exists()} == {"a", "c", "d"}
+    assert {name for name, path in paths.items() if copy_of(found(path)).exists()} == {"a", "c", "d"}
     again = open_shards(paths["b"])
     assert again.read(0).image.tobytes() == picture(1).tobytes()
-    assert {name for name, path in paths.items() if plain(found(path)).exists()} == {"a", "d", "b"}
+    assert {name for name, path in paths.items() if copy_of(found(path)).exists()} == {"a", "d", "b"}
 
 
 def test_what_this_run_uses_is_never_removed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,13 +132,13 @@ def test_what_another_process_uses_stays_until_it_is_dead(
         assert other.stdout.readline() == "open\n"
         with pytest.raises(UserError, match="other runs use"):
             ShardSource([two], None)
-        assert plain(found(one)).exists()
+        assert copy_of(found(one)).exists()
     finally:
         other.kill()
         other.wait()
     assert list(cache.glob("*.use"))  # what a killed process leaves is in nobody's way
     open_shards(two)
-    assert not plain(found(one)).exists()
+    assert not copy_of(found(one)).exists()
 
 
 KILLED = """
@@ -166,7 +166,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_believed(tmp_path: Path, ca
     assert copies(cache) == 0
     source = open_shards(path)
     assert source.read(0).image.tobytes() == picture(1).tobytes()
-    assert plain(found(path)).read_bytes() == gzip.decompress(path.read_bytes())
+    assert copy_of(found(path)).read_bytes() == gzip.decompress(path.read_bytes())
     assert not half.exists()
 
 
@@ -184,7 +184,7 @@ def test_a_copy_in_the_making_is_left_to_its_maker(tmp_path: Path, cache: Path) 
 
 def test_holding_marks_a_copy_as_used_and_does_not_change_it(tmp_path: Path) -> None:
     one = found(shard(tmp_path, "one"))
-    copy = unpack(one)
+    copy = Path(unpack(one).place)
     os.utime(copy, ns=(10**18, 10**18))
     before = copy.stat().st_mtime_ns
     held = hold([one])
