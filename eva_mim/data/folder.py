@@ -7,6 +7,7 @@ import json
 import os
 import time
 from array import array
+from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -79,9 +80,9 @@ class FolderSource:
         label = np.array([-1 if one is None else one for one in self._labels])
         return np.bincount(label[self.index["folder"]], minlength=len(self.classes))
 
-    def stems(self) -> list[str]:
+    def stems(self) -> Iterator[str]:
         """The files' paths below the folder without their last suffix: what a caption file calls them."""
-        return [os.path.splitext(self.key(index))[0] for index in range(len(self))]
+        return (os.path.splitext(self.key(index))[0] for index in range(len(self)))
 
     def _beside(self, path: Path) -> tuple[str, ...]:
         files = (path.with_suffix(suffix) for suffix in (".txt", ".json"))
@@ -101,7 +102,7 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
         raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
     source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines)
-    source.captions = open_captions(settings, split, source.stems, f"images in {folder}")
+    source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
     return source
 
 

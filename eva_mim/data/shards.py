@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,9 +93,9 @@ class ShardSource:
         labels = self.index["label"]
         return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
-    def keys(self) -> list[str]:
+    def keys(self) -> Iterator[str]:
         """The records' keys as a caption file has them: without their shard."""
-        return self.index.texts("key")
+        return (self.index.text("key", index) for index in range(len(self)))
 
     def check_labels(self, setting: str) -> None:
         """A class list that does not fit is found now and not in the third epoch. Raises UserError."""
@@ -193,7 +193,8 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     source = ShardSource(paths, classes, settings.caption_lines, skip_bad)
     source.check_labels(str(settings.classes or settings.class_names))
     source.blocks = source.cut(settings.shuffle_gb * 1e9)
-    source.captions = open_captions(settings, split, source.keys, f"records of {root / (pattern or '*.tar*')}")
+    records = f"records of {as_url(root) or root}/{pattern or '*.tar*'}"
+    source.captions = open_captions(settings, split, source.keys, source.index.facts["stamp"], records)
     return source
 
 

@@ -57,7 +57,7 @@ def test_a_tree_is_listed_as_pathlib_sorts_it(tmp_path: Path) -> None:
     source = FolderSource(tmp_path, None)
     assert keys(source) == expected
     assert source.fingerprint == digest(expected)
-    assert source.stems() == [path.relative_to(tmp_path).with_suffix("").as_posix() for path in found]
+    assert list(source.stems()) == [path.relative_to(tmp_path).with_suffix("").as_posix() for path in found]
 
 
 def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
