@@ -40,7 +40,7 @@ SECONDS = 120
 """For all examples of a test; an endless loop ends here."""
 MEGABYTES = 600
 """That the largest size of the process may grow by."""
-FUZZ = settings(max_examples=150, derandomize=True, deadline=5000, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +225,8 @@ def test_index_files(home: Path, data: st.DataObject) -> None:
 
 # ---- lists
 
+DEEP = b"[" * 100_000
+"""Deeper than Python's readers go."""
 JSONL = b'{"image": "a.png", "label": "x", "said": ["one", "two"]}\n{"image": "b.png", "label": "y", "said": "three"}\n'
 CSV = b'image,label,said\na.png,x,"one, two"\nb.png,y,three\n'
 
@@ -248,7 +250,9 @@ LISTS: dict[str, Callable[[], bytes]] = {
 @FUZZ
 @given(data=st.data())
 def test_lists(home: Path, suffix: str, data: st.DataObject) -> None:
-    folder = fresh(home, f"list.{suffix}", data.draw(fed(LISTS[suffix]())))
+    whole = LISTS[suffix]()
+    special = st.sampled_from([DEEP, whole.replace(b"image", b"\x80mage"), whole.replace(b"a.png", b"a\0png")])
+    folder = fresh(home, f"list.{suffix}", data.draw(st.one_of(fed(whole), special)))
     for number, name in enumerate("ab"):
         (folder / f"{name}.png").write_bytes(png(picture(number, (8, 6))))
     label, captions = (data.draw(st.sampled_from([None, name])) for name in ("label", "said"))
@@ -266,7 +270,6 @@ json_values = st.recursive(
 caption_lines = st.fixed_dictionaries(
     {}, optional={"key": st.one_of(st.sampled_from(["a", "b"]), json_values), "captions": json_values, "caption": json_values}
 )
-DEEP = b"[" * 100_000
 
 
 @FUZZ

@@ -203,9 +203,9 @@ def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
         raise UserError(f"{path}: Parquet needs pyarrow; install it with: pip install 'eva-mim[parquet]'") from None
     try:
         file = parquet.ParquetFile(path)
-    except (ArrowException, OSError) as error:
+        names = list(file.schema_arrow.names)
+    except (ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
-    names = list(file.schema_arrow.names)
 
     def rows() -> Rows:
         try:
