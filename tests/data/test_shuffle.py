@@ -21,6 +21,7 @@ from eva_mim.data.tars import Shard
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import batches, images, seen
 from tests.data.test_loader import assert_equal_steps
+from tests.tiny import CLASSIFY, RUN, losses, run, write_recipe
 from tools.shuffle_cost import blocks_of, cost
 
 
@@ -269,3 +270,27 @@ def test_pools_save_opens_and_seeks(tmp_path: Path) -> None:
     assert found is not None
     assert expected is not None
     assert found.ends.tolist() == expected.ends.tolist()
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_of_all_kinds_is_the_same_on_two_processes(tmp_path: Path) -> None:
+    """Plain, compressed, empty and damaged shards in small pools: from the command to its losses."""
+    root = tmp_path / "data"
+    for number in range(6):
+        make_shards(root, f"{number}.tar{'.gz' if number % 2 else ''}", count=16, first=16 * number)
+    write_tar(root / "6.tar", [])
+    (root / "7.tar").write_bytes(b"damaged")
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    data = {"source": "shards", "root": str(root), "classes": "classes.txt", "val_share": 0.25, "shuffle_gb": 1e-4,
+            "bad_shards": "skip"}
+    recipe = write_recipe(tmp_path, CLASSIFY | {"data": data | {"workers": 2}, "run": RUN | {"global_batch": 12, "epochs": 1}})
+    alone = run("classify", recipe, tmp_path / "one")
+    assert "data.bad_shards: 1 of 8 shards in" in alone.stderr
+    assert "1 of 8 shards hold no records: 6.tar" in alone.stderr
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 6
+    run("classify", recipe, tmp_path / "two", "run.engine=deepspeed", "data.workers=1", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-5)  # sums over ranks are rounded in another order
+    refused = run("classify", recipe, tmp_path / "three", "data.bad_shards=refuse", "run.engine=deepspeed", processes=2, code=1)
+    assert "7.tar: not a readable tar: " in refused.stderr
+    assert "1 of 8 shards cannot be used; mend or remove them, or set data.bad_shards=skip" in refused.stderr
