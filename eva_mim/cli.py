@@ -17,7 +17,8 @@ SUMMARIES = {
     "probe": "linear probe on frozen features",
     "pipeline": "all stages of a pipeline file, in order",
     "teacher": "look at a teacher before training with it",
-    "data": "index a data set before training on it",
+    "data": "index, inspect, verify or pack a data set before training on it",
+    "bench": "how fast the data loader is, and where its time goes",
     "labels": "name the class list of a dataset or a checkpoint",
     "evaluate": "measure a checkpoint again, or on ImageNet's variants",
     "replay": "run the last step of a diverged run again",
@@ -25,7 +26,8 @@ SUMMARIES = {
     "convert": "write a checkpoint for another program, with a proof",
 }
 OTHERS = {
-    "teacher": "eva_mim.teacher_check", "data": "eva_mim.data_commands", "labels": "eva_mim.label_check",
+    "teacher": "eva_mim.teacher_check", "data": "eva_mim.data_commands", "bench": "eva_mim.bench",
+    "labels": "eva_mim.label_check",
     "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay", "inspect": "eva_mim.convert.inspect",
     "convert": "eva_mim.convert.command",
 }

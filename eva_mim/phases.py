@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ from typing import Any
 class Stopwatch:
     """Sums seconds by phase. On CUDA a pair of events marks a phase; they are read when the sums are asked for."""
 
-    def __init__(self, cuda: bool = False):
-        self.cuda = cuda
+    def __init__(self, cuda: bool = False, clock: Callable[[], float] = time.perf_counter):
+        self.cuda, self._clock = cuda, clock
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, Any, Any]] = []
 
@@ -20,11 +20,11 @@ class Stopwatch:
     def __call__(self, name: str) -> Iterator[None]:
         """Time a block."""
         if not self.cuda:
-            started = time.perf_counter()
+            started = self._clock()
             try:
                 yield
             finally:
-                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+                self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - started
             return
         import torch
 

@@ -15,7 +15,7 @@ from eva_mim.optim import OptimSettings, check_sharding
 RUNTIME = {
     "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "device", "engine", "zero_stage",
             "micro_batch"],
-    "data": ["workers", "expected"],
+    "data": ["workers", "expected", "quarantine"],
     "contrastive": ["chunk"],
 }
 """Settings that decide no result, or only where it is computed: a run may be resumed with other values. Rounding differs with the

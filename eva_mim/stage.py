@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from eva_mim.registry import PROGRAMS, lookup
 from eva_mim.rng import derive, seed_all
 
 Weights = dict[str, Tensor]
+LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
+"""Whose versions results depend on."""
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Built:
     parts: Parts
     export: Callable[[Path, Weights], None]
     """Writes model.safetensors and whatever else the next stage or a user opens."""
+    data: dict[str, Any]
+    """`Splits.facts`: a run goes on with the records that it began with."""
     classes: tuple[str, ...] | None = None
     grid: list[int] | None = None
     seeded: KeyReport | None = None
@@ -97,6 +102,9 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     begun = _record(plan, built, recipe)
     if has_checkpoint(out):
         _same_classes(out, record, built)
+        _same_data(out, record, built)
+        if changed := differences(begun["versions"] | record["versions"], begun["versions"]):
+            say(f"  begun with other versions, so that it may not go on bit for bit: {', '.join(changed)}")
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
@@ -182,6 +190,16 @@ def _same_classes(out: Path, record: dict[str, Any], built: Built) -> None:
         raise UserError(f"{out} was begun with another list of classes; the data now has {describe(built.classes)}")
 
 
+def _same_data(out: Path, record: dict[str, Any], built: Built) -> None:
+    """Raise UserError where records came or went: the order of samples would be another one."""
+    begun, now = record.get("data"), built.data
+    if begun and begun["sha256"] != now["sha256"]:
+        counts = [f"{facts['train']} training and {facts['val']} held-out images" for facts in (begun, now)]
+        raise UserError(f"{out} was begun with {counts[0]}; since then the data has changed (now {counts[1]}), and the run "
+                        "would not go on with the same samples. Bring the data back, or start another run from these weights: "
+                        f"--out ANOTHER init_from={checkpoint.whole(out)[0][1]}")
+
+
 def _record(plan: Plan, built: Built, recipe: Recipe) -> dict[str, Any]:
     return {
         "program": plan.program,
@@ -189,11 +207,17 @@ def _record(plan: Plan, built: Built, recipe: Recipe) -> dict[str, Any]:
         "finished": False,
         "settings": plan.settings,
         "parents": plan.parents,
-        "versions": {"eva_mim": eva_mim.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": _versions(),
         "processes": world_size(),
         "computed": {name: getattr(recipe.run, name) for name in ("engine", "zero_stage", "micro_batch")},
+        "data": built.data,
         "classes_sha256": class_hash(built.classes) if built.classes else None,
     }
+
+
+def _versions() -> dict[str, str]:
+    own = {"eva_mim": eva_mim.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: version(name) for name in LIBRARIES}
 
 
 def _subfolder(out: Path, name: str) -> Path:

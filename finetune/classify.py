@@ -107,6 +107,7 @@ def build_classifier(
     return Built(
         parts_of(recipe, student, splits, device),
         export,
+        splits.facts(),
         classes=classes,
         grid=grid_of(student.trunk),
         seeded=seeded,

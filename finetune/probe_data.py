@@ -20,6 +20,7 @@ from eva_mim.distributed import all_reduce_sum, rank, world_size
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate import ProbeEvaluator
 from eva_mim.features import ridge_accuracy
+from eva_mim.files import sha256
 from eva_mim.kernels import choose_kernels
 from eva_mim.log import say
 from eva_mim.loop import MIN_BROKEN, Parts
@@ -87,6 +88,7 @@ def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device:
     facts = {
         "weights": student.fingerprint(),
         "images": source.fingerprint,
+        "quarantine": None if recipe.data.quarantine is None else sha256(recipe.data.quarantine),
         # Files of the same names may lie in two folders.
         "roots": [str(Path(root).resolve()) for root in roots],
         "student": recipe.student.model_dump(mode="json", include={"name", "image_size", "patch_size", "global_pool"}),

@@ -117,6 +117,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     return Built(
         Parts(ImageText(student, Contrastive(recipe.contrastive)), train, evaluator, recipe.data.max_broken),
         export,
+        splits.facts(),
         classes=splits.train.classes,
         grid=grid_of(student.trunk),
         seeded=seeded,

@@ -110,6 +110,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,
+        splits.facts(),
         grid=grid_of(student.trunk),
         seeded=seed_from(recipe, student.trunk),
         teacher=teacher,

@@ -27,7 +27,8 @@ LAYERS = {
         RUN,
     ),
     **dict.fromkeys(
-        ["cli", "data_commands", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"], PROGRAMS
+        ["cli", "bench", "data_commands", "teacher_check", "label_check", "reevaluate", "replay", "pretrain", "finetune"],
+        PROGRAMS,
     ),
 }
 """First part of the module name below eva_mim -> layer: a file imports from its own layer and from lower ones."""
@@ -46,7 +47,7 @@ LIGHT = [
     "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
     "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.teacher_check", "eva_mim.reevaluate",
     "eva_mim.replay", "eva_mim.labels", "eva_mim.label_check", "eva_mim.convert.inspect", "eva_mim.convert.reading",
-    "eva_mim.convert.command", "eva_mim.data_commands",
+    "eva_mim.convert.command", "eva_mim.data_commands", "eva_mim.bench",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70

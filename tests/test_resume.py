@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim import checkpoint
+from eva_mim.cli import main
+from tests.conftest import make_folder, picture, png
 from tests.tiny import CLASSIFY, CLIP, MIM, command, environment, losses, records, run, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -97,6 +99,28 @@ def test_finished_stage_is_not_run_again_and_other_settings_are_refused(tmp_path
     assert "optim.lr: 0.002 -> 0.5" in other.stderr
     assert "Traceback" not in other.stderr
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    """One more image is another order of all. A list of broken ones that comes in mid-run changes nothing."""
+    root = make_folder(tmp_path / "data", {"ant": 40, "bee": 40}, size=(32, 32))
+    recipe = write_recipe(tmp_path, CLASSIFY | {
+        "data": {"source": "folder", "root": str(root), "val_share": 0.2}, "run": CLASSIFY["run"] | {"epochs": 200},
+    })
+    assert stop_at(4, signal.SIGTERM, "classify", recipe, tmp_path / "run") == 75
+    (root / "ant" / "new.png").write_bytes(png(picture(99, (32, 32))))
+    refused = run("classify", recipe, tmp_path / "run", code=2)
+    assert "begun with 64 training and 16 held-out images; since then the data has changed (now 65 " in refused.stderr
+    newest = checkpoint.latest(tmp_path / "run")
+    assert newest is not None
+    assert f"init_from={newest[1]}" in refused.stderr
+    (root / "ant" / "new.png").unlink()
+    record = tmp_path / "run" / "lineage.json"
+    record.write_text(record.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    assert main(["data", "verify", str(root), "--out", str(tmp_path / "list.json")]) == 0
+    listed = f"data.quarantine={tmp_path / 'list.json'}"
+    assert stop_at(int(newest[0]) + 4, signal.SIGTERM, "classify", recipe, tmp_path / "run", listed) == 75
+    assert json.loads(record.read_text())["versions"]["torch"] == torch.__version__
 
 
 def test_teacher_is_in_no_checkpoint(tmp_path: Path) -> None:

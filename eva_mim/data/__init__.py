@@ -122,6 +122,9 @@ class DataSettings(SourceSettings):
     "simple" (7), those of CLIP's authors for ImageNet as open_clip has them."""
     expected: int | None = Field(None, ge=1)
     """Number of training images that the recipe was written for; a source with another number is refused."""
+    quarantine: Path | None = None
+    """Records that are not read: the list that `eva-mim data verify` writes. Each is replaced like a broken one, by the same
+    sample, but not counted."""
     workers: int = Field(1, ge=0)
     """Loader processes of each rank; no result depends on it."""
     max_broken: Share = 0.01

@@ -22,6 +22,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Sample, Source
 from eva_mim.data.masking import Mask
 from eva_mim.data.names import filled
+from eva_mim.data.quarantine import Quarantined
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.distributed import rank, world_size
 from eva_mim.log import say
@@ -69,7 +70,8 @@ class Preparation:
 
 
 class Reader(Dataset["Item | str | Failure"]):
-    """Place -> Item; every random choice comes from (seed, epoch, index). A broken held-out record -> its fault."""
+    """Place -> Item; every random choice comes from (seed, epoch, index). A broken held-out record -> its fault, "" where it is
+    in quarantine."""
 
     def __init__(self, source: Source, preparation: Preparation):
         self.source, self.preparation = source, preparation
@@ -83,7 +85,7 @@ class Reader(Dataset["Item | str | Failure"]):
     def _item(self, place: Place) -> Item | str:
         sample, index, broken = self._read(place)
         if sample is None:
-            return broken[0]
+            return broken[0] if broken else ""
         made, purpose = self.preparation, "view" if self.preparation.training else "held-out"
         rng = random.Random(derive(made.seed, purpose, place.epoch, index))
         views = made.view(sample.image, rng)
@@ -93,7 +95,7 @@ class Reader(Dataset["Item | str | Failure"]):
         return Item(index, views, masked, sample.label, texts, broken)
 
     def _read(self, place: Place) -> tuple[Sample | None, int, tuple[str, ...]]:
-        index, broken, last = place.index, list[str](), Exception()
+        index, broken, last = place.index, list[str](), ""
         rng = random.Random(derive(self.preparation.seed, "replacement", place.epoch, place.index))
         for _ in range(REPLACEMENTS):
             try:
@@ -102,13 +104,16 @@ class Reader(Dataset["Item | str | Failure"]):
                 return sample, index, tuple(broken)
             except UserError:  # more than a record is lost
                 raise
+            except Quarantined as reason:  # was counted when the list was made
+                last = f"{self.source.key(index)}: {reason}"
             except Exception as error:  # a record may be broken in any way; it is counted and named, never hidden
-                last = error
-                broken.append(f"{self.source.key(index)}: {type(error).__name__}: {error}")
-                if not self.preparation.training:
-                    return None, index, tuple(broken)
-                index = rng.randrange(len(self.source))
-        raise UserError(f"{REPLACEMENTS} broken records in a row; the last: {broken[-1]}{_gone(last)}")
+                last = f"{self.source.key(index)}: {type(error).__name__}: {error}"
+                broken.append(last)
+                last += _gone(error)
+            if not self.preparation.training:
+                return None, index, tuple(broken)
+            index = rng.randrange(len(self.source))
+        raise UserError(f"{REPLACEMENTS} broken records in a row; the last: {last}")
 
     def _check_captions(self, sample: Sample) -> None:
         if self.preparation.tokenize is None:
@@ -140,7 +145,7 @@ def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
     if failures := [item for item in read if isinstance(item, Failure)]:
         return failures[0]
     items = [item for item in read if isinstance(item, Item)]
-    faults = [item for item in read if isinstance(item, str)]
+    faults = [item for item in read if isinstance(item, str) and item]
     if not items:
         return faults
     first = items[0]
@@ -239,9 +244,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
-        whole, lost = False, 0
+        whole, lost, faults = False, 0, list[str]()
         for batch in _batches(self._reader, places, self._workers):
-            faults = batch.broken if isinstance(batch, Batch) else batch
+            faults = list(batch.broken) if isinstance(batch, Batch) else batch
             for fault in sorted(set(faults) - self._named)[: max(0, MAX_NAMED - len(self._named))]:
                 say(f"  broken held-out image left out: {fault}")
             self._named.update(faults)
@@ -252,4 +257,5 @@ class EvalLoader:
                 whole = True
                 yield batch
         if not whole:
-            raise UserError(f"none of {len(self._indices)} held-out images can be used; the first: {faults[0]}")
+            raise UserError(f"none of {len(self._indices)} held-out images can be used; the first: "
+                            f"{(faults or ['in quarantine'])[0]}")

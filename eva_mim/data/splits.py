@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from eva_mim.config import UserError, digest
 from eva_mim.contracts import Blocks, Sample, Source
 from eva_mim.data import DataSettings, PartSettings, SourceSettings
 from eva_mim.data.names import class_words, filled, prompt_templates
+from eva_mim.data.quarantine import Quarantine, Quarantined, read_quarantine
 from eva_mim.data.sampler import MixedPart
 from eva_mim.labels import known_as
 from eva_mim.log import say
@@ -59,8 +61,10 @@ class Selected:
         indices: AllBut | Positions,
         label_map: dict[str, list[str]] | None,
         words: tuple[str, ...] | None = None,
+        quarantined: Mapping[int, str] = MappingProxyType({}),
     ):
-        self._source, self._indices = source, indices
+        """`quarantined`: position in `source` -> why it is not read."""
+        self._source, self._indices, self._quarantined = source, indices, dict(quarantined)
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
         self._label_map = label_map
@@ -80,7 +84,7 @@ class Selected:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the source and the choice; it takes a second for 14 million, and few ask."""
+        """Of the source and the choice; it takes a second for 14 million."""
         return _fingerprint(self._source.fingerprint, self._indices, self._label_map)
 
     def __len__(self) -> int:
@@ -90,7 +94,11 @@ class Selected:
         return self._source.key(int(self._indices[index]))
 
     def read(self, index: int) -> Sample:
-        sample = self._source.read(int(self._indices[index]))
+        """Raises Quarantined, and what the source raises."""
+        position = int(self._indices[index])
+        if position in self._quarantined:
+            raise Quarantined(self._quarantined[position])
+        sample = self._source.read(position)
         if self._labels is not None and sample.label is not None:
             sample = sample._replace(label=self._labels[sample.label])
         return sample
@@ -153,6 +161,10 @@ class Splits(NamedTuple):
     train: Source
     val: Source
 
+    def facts(self) -> dict[str, Any]:
+        """What makes two runs see the same records in the same order."""
+        return {"train": len(self.train), "val": len(self.val), "sha256": digest([self.train.fingerprint, self.val.fingerprint])}
+
 
 class Opened(NamedTuple):
     """One source: `images` is its number of training images before a limit."""
@@ -165,8 +177,9 @@ class Opened(NamedTuple):
 def open_splits(settings: DataSettings) -> Splits:
     """Both sources. Raises UserError for a missing folder, an empty one, class lists that differ, or an unexpected number."""
     share = settings.held_out is None
+    listed = None if settings.quarantine is None else read_quarantine(settings.quarantine)
     sources: Sequence[SourceSettings] = settings.mixture or [settings]
-    parts = [_open_source(source, share=share) for source in sources]
+    parts = [_open_source(source, listed, share=share) for source in sources]
     images = sum(part.images for part in parts)
     if settings.expected not in (None, images):
         raise UserError(
@@ -176,7 +189,7 @@ def open_splits(settings: DataSettings) -> Splits:
         )
     held_out = [part.val for part in parts if part.val is not None]
     if settings.held_out is not None:
-        held_out = [_open_held_out(settings.held_out)]
+        held_out = [_open_held_out(settings.held_out, listed)]
     if not held_out:
         raise UserError(f"data.val: no held-out images; give {'a part ' if settings.mixture else ''}val, a val_share above 0, or "
                         "data.held_out")
@@ -189,13 +202,18 @@ def open_splits(settings: DataSettings) -> Splits:
     )
 
 
-def _open_held_out(settings: SourceSettings) -> Source:
+def _open_held_out(settings: SourceSettings, listed: Quarantine | None) -> Source:
     opener = lookup(SOURCES, settings.source, "data.held_out.source")
     source: Source = opener(settings, "val") or opener(settings, "train")
-    return Selected(source, AllBut(_at_most(settings.val_limit, len(source))), settings.label_map, class_words(settings))
+    every = AllBut(_at_most(settings.val_limit, len(source)))
+    return Selected(source, every, settings.label_map, class_words(settings), _quarantined(source, listed, settings))
 
 
-def _open_source(settings: SourceSettings, *, share: bool) -> Opened:
+def _quarantined(source: Source, listed: Quarantine | None, settings: SourceSettings) -> dict[int, str]:
+    return {} if listed is None else listed.reasons(source, str(settings.root))
+
+
+def _open_source(settings: SourceSettings, listed: Quarantine | None, *, share: bool) -> Opened:
     """`share`: its `val_share` is held out where it has no `val`."""
     opener = lookup(SOURCES, settings.source, "data.source")
     train: Source = opener(settings, "train")
@@ -209,11 +227,12 @@ def _open_source(settings: SourceSettings, *, share: bool) -> Opened:
     if val is not None and train.classes != val.classes:
         raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
     words, images = class_words(settings), len(train) - len(held)
-    return Opened(
-        Selected(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words),
-        None if val is None else Selected(val, val_indices, settings.label_map, words),
-        images,
-    )
+    reasons = _quarantined(train, listed, settings)
+    chosen = Selected(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words, reasons)
+    if val is None:
+        return Opened(chosen, None, images)
+    reasons = reasons if val is train else _quarantined(val, listed, settings)
+    return Opened(chosen, Selected(val, val_indices, settings.label_map, words, reasons), images)
 
 
 def _at_most(limit: int | None, count: int) -> int:

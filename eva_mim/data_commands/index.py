@@ -28,14 +28,19 @@ def describe(what: str, overrides: Sequence[str] = ()) -> None:
 
 def read_data(what: str, overrides: Sequence[str]) -> DataSettings:
     """The settings of a recipe's data, or those that fit a folder: shards where tars lie in it, else images. Raises UserError."""
+    tree = {name: section for name, section in read_tree(what).items() if name == "data"}
+    return parse(DataOnly, override(tree, overrides), what).data
+
+
+def read_tree(what: str) -> dict[str, Any]:
+    """A recipe, or the one that fits a folder. Raises UserError."""
     folder = Path(what)
     if not folder.is_dir():
-        tree: dict[str, Any] = {"data": read_yaml(what).get("data") or {}}
-        return parse(DataOnly, override(tree, overrides), what).data
+        return read_yaml(what)
     data: dict[str, Any] = {"source": "shards" if any(folder.glob("*.tar*")) else "folder", "root": what}
     if data["source"] == "folder" and (folder / "train").is_dir():
         data |= {split: split for split in ("train", "val") if (folder / split).is_dir()}
-    return parse(DataOnly, override({"data": data}, overrides), what).data
+    return {"data": data}
 
 
 def every_split(settings: DataSettings) -> Iterator[tuple[str, Source]]:

@@ -1,0 +1,127 @@
+"""Work on the records of a source in several processes, with progress; a record that takes its process down is named."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Source
+from eva_mim.log import duration, say
+
+R = TypeVar("R")
+Work = Callable[[Any, range], R]
+"""(source, positions) -> result; a function at the top of a module, since processes get its name."""
+SAY_EVERY = 30.0
+"""Seconds between lines where stderr is no terminal."""
+AHEAD = 4
+"""Ranges on their way for each process."""
+
+_source: Any = None
+
+
+class Crew:
+    """Processes that have a source open."""
+
+    def __init__(self, source: Source, processes: int | None = None):
+        """`processes`: default one a core."""
+        self._source, self._processes = source, processes or cores()
+        self._pool = self._fresh()
+
+    def _fresh(self) -> ProcessPoolExecutor:
+        # Spawned: a fork of a process with threads may hang.
+        return ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"), _hold, (self._source,))
+
+    def each(
+        self, work: Work[R], ranges: Iterable[range], crashed: Callable[[int], R] | None = None
+    ) -> Iterator[tuple[range, R]]:
+        """The result of each range, in order. Where a process dies (in a decoder, for lack of memory), the records in question
+        are taken one by one, and `crashed` gives the result of each that ends its process again; without it, UserError."""
+        left, waiting = iter(ranges), deque[tuple[range, Future[R]]]()
+        while True:
+            while len(waiting) < AHEAD * self._processes and (more := next(left, None)) is not None:
+                waiting.append((more, self._submit(work, more)))
+            if not waiting:
+                return
+            records, future = waiting.popleft()
+            try:
+                yield records, future.result()
+            except BrokenProcessPool:
+                if crashed is None:
+                    raise UserError(f"a process died (killed, or out of memory?) near record {records.start}") from None
+                for one in records:
+                    yield range(one, one + 1), self._alone(work, one, crashed)
+                waiting = deque((other, self._submit(work, other)) for other, _ in waiting)
+
+    def _submit(self, work: Work[R], records: range) -> Future[R]:
+        try:
+            return self._pool.submit(_call, work, records)
+        except BrokenProcessPool:
+            self._pool.shutdown()
+            self._pool = self._fresh()
+            return self._pool.submit(_call, work, records)
+
+    def _alone(self, work: Work[R], record: int, crashed: Callable[[int], R]) -> R:
+        try:
+            return self._submit(work, range(record, record + 1)).result()
+        except BrokenProcessPool:
+            return crashed(record)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _hold(source: Source) -> None:
+    global _source  # one a process
+    _source = source
+
+
+def _call(work: Work[R], records: range) -> R:
+    return work(_source, records)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chunks(first: int, last: int, size: int) -> Iterator[range]:
+    """first .. last - 1 in ranges of at most `size`."""
+    return (range(start, min(start + size, last)) for start in range(first, last, size))
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Gives a function that takes how many more are done: a bar on a terminal, elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total, completed=done)
+            yield lambda more: bar.advance(task, more)
+        return
+    began = told = time.monotonic()
+    first = done
+
+    def advance(more: int) -> None:
+        nonlocal done, told
+        done += more
+        if (now := time.monotonic()) - told > SAY_EVERY:
+            speed = (done - first) / (now - began)
+            say(f"  {what}: {done} of {total}, {speed:.1f}/s  left {duration((total - done) / speed)}")
+            told = now
+
+    yield advance

@@ -1,0 +1,87 @@
+"""`eva-mim data verify`: decode every image of a data set and list those that are broken."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Source
+from eva_mim.data.quarantine import Checked, Fault, Quarantine, read_quarantine
+from eva_mim.data_commands.crew import Crew, chunks, progress
+from eva_mim.data_commands.index import every_split, read_data
+from eva_mim.log import duration, say
+
+CHUNK = 64
+"""Records that a process takes at once."""
+KEEP_EVERY = 30.0
+"""Seconds between writings of the list, from which an interrupted run goes on."""
+SHOWN = 3
+
+
+def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None = None) -> None:
+    """Decode all records of every split and write the list. Sources that are on it already, with the same records, are not
+    decoded again. Raises UserError."""
+    settings = read_data(what, overrides)
+    listed = read_quarantine(out) if out.exists() else Quarantine(out, {})
+    _write(listed)  # a place that cannot be written is found before the work
+    for name, source in every_split(settings):
+        _check(name, source, listed, processes)
+        _report(name, listed.sources[source.fingerprint])
+    if any(one.broken for one in listed.sources.values()):
+        sys.stdout.write(f"\ntrain without them: data.quarantine={out}\n")
+
+
+def _check(name: str, source: Source, listed: Quarantine, processes: int | None) -> None:
+    known = listed.sources.get(source.fingerprint, Checked(name, len(source), 0, {}))
+    began = kept = time.monotonic()
+    first = checked = known.checked
+    broken = dict(known.broken)
+    if checked == len(source):
+        say(f"  {name}: checked before; to decode it again, remove {listed.path}")
+
+    def crashed(record: int) -> dict[int, Fault]:
+        return {record: Fault(source.key(record), "its decoder crashed")}
+
+    with Crew(source, processes) as crew, progress(f"decoding {name}", len(source), checked) as advance:
+        for records, faults in crew.each(decode, chunks(checked, len(source), CHUNK), crashed):
+            broken |= faults
+            checked = records.stop
+            advance(len(records))
+            if time.monotonic() - kept > KEEP_EVERY or checked == len(source):
+                listed.sources[source.fingerprint] = Checked(name, len(source), checked, broken)
+                _write(listed)
+                kept = time.monotonic()
+    if (seconds := time.monotonic() - began) and checked > first:
+        say(f"  {name}: {checked - first} images in {duration(seconds)}, {(checked - first) / seconds:.1f} images/s")
+
+
+def decode(source: Source, records: range) -> dict[int, Fault]:
+    """The faults of some records."""
+    faults = {}
+    for record in records:
+        try:
+            source.read(record)
+        except Exception as error:  # a record may be broken in any way
+            faults[record] = Fault(source.key(record), f"{type(error).__name__}: {error}")
+    return faults
+
+
+def _write(listed: Quarantine) -> None:
+    try:
+        listed.write()
+    except OSError as error:
+        raise UserError(f"--out {listed.path}: {error.strerror}") from None
+
+
+def _report(name: str, checked: Checked) -> None:
+    share = len(checked.broken) / max(1, checked.records)
+    sys.stdout.write(f"{name:<20} {checked.records:>10} images, {len(checked.broken)} broken ({share:.3%})\n")
+    kinds = Counter(fault.reason.partition(":")[0] for fault in checked.broken.values())
+    for kind, count in kinds.most_common():
+        sys.stdout.write(f"  {count:>8} {kind}\n")
+        shown = [fault for fault in checked.broken.values() if fault.reason.startswith(kind)][:SHOWN]
+        sys.stdout.writelines(f"           {fault.key}: {fault.reason[:200]}\n" for fault in shown)

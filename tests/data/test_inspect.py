@@ -1,0 +1,108 @@
+"""What `eva-mim data inspect` and `eva-mim bench data` say, against counts made another way."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eva_mim.cli import main
+from eva_mim.data_commands.inspect import COLUMNS, LINE, TILE, spread
+from tests.conftest import make_folder, make_shards, picture, png, write_tar
+
+
+def table(text: str, row: str) -> list[float]:
+    """The numbers of a row."""
+    (line,) = re.findall(rf"^  {row} +(.*)$", text, re.MULTILINE)
+    return [float(value) for value in line.split()]
+
+
+def test_sizes_formats_and_classes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_folder(tmp_path / "data", {"ant": 1, "bee": 40, "cow": 9}, (48, 30))
+    for number in range(30):
+        buffer = io.BytesIO()
+        picture(number, (20 + number, 64)).convert("L").save(buffer, "jpeg")
+        (root / "cow" / f"more-{number}.jpg").write_bytes(buffer.getvalue())
+    (root / "empty").mkdir()
+    (root / "bee" / "bad.png").write_bytes(b"?")
+    assert main(["data", "inspect", str(root), "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    files = sorted(root.rglob("*.[pj][np]g"))
+    opened = [Image.open(path) for path in files if path.name != "bad.png"]
+    sizes = [path.stat().st_size for path in files if path.name != "bad.png"]
+    for row, values in {"width": [one.width for one in opened], "height": [one.height for one in opened],
+                        "short side": [min(one.size) for one in opened], "bytes": sizes}.items():
+        assert table(said, row) == [float(f"{value:.0f}") for value in np.percentile(values, (0, 5, 50, 95, 100))]
+    assert "train: 81 images\n" in said
+    assert "looked at 81, 1 unreadable" in said
+    assert "bee/bad.png: UnidentifiedImageError" in said
+    assert "PNG 62.5%  JPEG 37.5%" in said
+    assert "RGB 62.5%  L 37.5%" in said
+    assert "4 classes, 1 empty; the others have 1 to 41 images, median 39" in said
+    bars = re.findall(r"^    (\w+) +(\d+) ?(#*)$", said, re.MULTILINE)
+    assert [(name, int(count), len(bar)) for name, count, bar in bars] == [
+        ("bee", 41, 40), ("cow", 39, round(40 * 39 / 41)), ("ant", 1, 1), ("empty", 0, 0)]
+
+
+def test_captions_are_counted_in_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = []
+    for number, captions in enumerate((["one two three"], ["a", "b c"], [])):
+        members += [(f"{number}.png", png(picture(number))), (f"{number}.cls", b"0")]
+        if captions:
+            members.append((f"{number}.json", ('{"captions": ["' + '", "'.join(captions) + '"]}').encode()))
+    write_tar(tmp_path / "train-0.tar", members)
+    main(["data", "inspect", str(tmp_path), "--processes", "1"])
+    assert "captions     0 to 2 an image, 2.0 words each; 33.3% of the images have none" in capsys.readouterr().out
+
+
+def test_so_many_are_looked_at_spread_over_the_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(5):
+        make_shards(tmp_path, f"train-{number}.tar", count=64, first=64 * number)
+    main(["data", "inspect", str(tmp_path), "--images", "128", "--processes", "1"])
+    assert "looked at 128, 0 unreadable" in capsys.readouterr().out
+    assert spread(5, 2) == [0, 4]
+    assert spread(5, 5) == [0, 1, 2, 3, 4]
+
+
+def test_a_contact_sheet_shows_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_folder(tmp_path / "data", {"ant": 6, "bee": 7}, (TILE, TILE))
+    (root / "bee" / "00003.png").write_bytes(b"?")
+    main(["data", "inspect", str(root), "--out", str(tmp_path / "sheets"), "--processes", "1"])
+    assert f"contact sheet: {tmp_path / 'sheets' / 'train.png'}" in capsys.readouterr().out
+    sheet = Image.open(tmp_path / "sheets" / "train.png")
+    for number in range(13):
+        left, top = 4 + number % COLUMNS * (TILE + 4), 4 + number // COLUMNS * (TILE + LINE + 4)
+        tile = sheet.crop((left, top, left + TILE, top + TILE))
+        expected = picture(number, (TILE, TILE)) if number != 9 else Image.new("RGB", (TILE, TILE), "white")
+        assert tile.tobytes() == expected.tobytes()
+        label = np.asarray(sheet.crop((left, top + TILE, left + TILE, top + TILE + LINE)).convert("L"))
+        assert label.min() < 100  # something is written there
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_phases_add_up_to_the_whole(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if kind == "folder":
+        make_folder(tmp_path, {"": 70}, (64, 48))
+    else:
+        make_shards(tmp_path, count=70)
+    line = ["bench", "data", str(tmp_path), "--size", "32", "--patch", "8", "--workers", "0", "--seconds", "0.3",
+            "data.val_share=0.1", "view.randaugment=rand-m5"]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    phases = ["read", "decode", "crop and resize", "augment", "to tensor", "mask", "collate", "other"]
+    spent = {phase: table(said, phase)[0] for phase in phases}
+    assert sum(spent.values()) == pytest.approx(table(said, "all CPU time")[0], abs=0.005)
+    assert min(spent.values()) > 0
+    done = int(re.findall(r"63 images; (\d+) of them in one process", said)[0])  # type: ignore[arg-type]
+    assert done % 63 == 0  # whole batches: the set is smaller than one of 64
+    rate = float(re.findall(r"^ +0 +([\d.]+) ", said, re.MULTILINE)[0])
+    assert f"a GPU that takes 1,000 images/s needs {1000 / rate:.1f} such workers" in said
+
+
+def test_a_grid_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "data", str(tmp_path), "--size", "30", "--patch", "8"]) == 2
+    assert "--size 30 is not a multiple of --patch 8" in capsys.readouterr().err
