@@ -15,7 +15,8 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,14 +67,20 @@ def unpack(shard: Shard) -> Shard:
     return found(target)
 
 
-def _locked(suffix: str) -> tuple[BinaryIO, Path]:
-    """A new file of the cache that this process has locked. It gets its suffix only then: without a lock it is left behind."""
-    number, name = tempfile.mkstemp(dir=cache_folder())
-    file = os.fdopen(number, "w+b")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    path = Path(name + suffix)
-    os.rename(name, path)
-    return file, path
+def _locked(suffix: str, content: bytes = b"") -> tuple[BinaryIO, Path]:
+    """A new file of the cache that this process has locked. It gets its suffix only then: without a lock it is left behind.
+    Raises UserError."""
+    folder = cache_folder()
+    try:
+        number, name = tempfile.mkstemp(dir=folder)
+        file = os.fdopen(number, "w+b")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(content)
+        file.flush()
+        os.rename(name, name + suffix)
+    except OSError as error:
+        raise UserError(f"{folder}: no file can be locked here ({error.strerror}); set EVA_MIM_CACHE to another folder") from None
+    return file, Path(name + suffix)
 
 
 def _next(packed: BinaryIO | gzip.GzipFile, shard: Shard) -> bytes:
@@ -100,12 +107,10 @@ def hold(shards: Sequence[Shard]) -> BinaryIO | None:
     copies = [copy_of(shard) for shard in shards if shard.packed]
     if not copies:
         return None
-    for copy in copies:
-        if copy.exists():  # what was used last, also where a disk does not keep times of access
-            os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
-    held, _ = _locked(".use")
-    held.write("\n".join(copy.name for copy in copies).encode())
-    held.flush()
+    _in_use(cache_folder())  # lists of dead processes go
+    held, _ = _locked(".use", "\n".join(copy.name for copy in copies).encode())
+    for copy, stat in _stats(copies).items():  # what was used last, also where a disk does not keep times of access
+        os.utime(copy, ns=(time.time_ns(), stat.st_mtime_ns))
     return held
 
 
@@ -116,13 +121,13 @@ def make_room(shards: Sequence[Shard]) -> None:
     if not missing:
         return
     folder, allowed = cache_folder(), limit()
-    needed, kept = sum(map(unpacked_size, missing)), sum(copy.stat().st_size for copy in copies if copy.exists())
+    needed, kept = sum(map(unpacked_size, missing)), sum(stat.st_size for stat in _stats(copies).values())
     where = f"{missing[0].folder}: {len(copies)} compressed shards"
     if needed + kept > allowed:
         raise UserError(f"{where} take about {_gb(needed + kept)} unpacked, more than the {_gb(allowed)} of EVA_MIM_UNPACKED_GB; "
                         "set it higher, or unpack them yourself (gunzip) and use the .tar files")
     in_use = _in_use(folder) | copies.keys()
-    others = {path: path.stat() for path in folder.glob("*.tar")}
+    others = _stats(folder.glob("*.tar"))
     total = sum(stat.st_size for stat in others.values())
     for path in sorted(others, key=lambda path: others[path].st_atime_ns):
         if total + needed > allowed and path not in in_use:
@@ -150,6 +155,15 @@ def unpacked_size(shard: Shard) -> int:
 def most_bytes(shard: Shard) -> int:
     """More than a shard of images can have when it is unpacked."""
     return shard.size * MAX_RATIO + 2**20
+
+
+def _stats(paths: Iterable[Path]) -> dict[Path, os.stat_result]:
+    """Of those that are there; another process may just have removed one."""
+    stats = dict[Path, os.stat_result]()
+    for path in paths:
+        with suppress(FileNotFoundError):
+            stats[path] = path.stat()
+    return stats
 
 
 def _in_use(folder: Path) -> set[Path]:

@@ -137,8 +137,10 @@ def test_what_another_process_uses_stays_until_it_is_dead(
         other.kill()
         other.wait()
     assert list(cache.glob("*.use"))  # what a killed process leaves is in nobody's way
-    open_shards(two)
+    source = open_shards(two)
     assert not copy_of(found(one)).exists()
+    assert len(list(cache.glob("*.use"))) == 1
+    assert source._held is not None
 
 
 KILLED = """
