@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eva_mim.config import parse
 from eva_mim.contracts import Blocks
 from eva_mim.data import DataSettings
 from eva_mim.data import shards as shards_module
 from eva_mim.data.loader import TrainLoader
 from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart, permuted
 from eva_mim.data.shards import ShardSource, open_shards
-from eva_mim.data.splits import AllBut, Selected, open_splits
+from eva_mim.data.splits import AllBut, Mixture, Selected, open_splits
 from eva_mim.data.tars import Shard
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import batches, images, seen
@@ -163,6 +164,28 @@ def test_small_data_keep_their_order_of_before(tmp_path: Path) -> None:
     train, _ = open_splits(DataSettings(source="shards", root=tmp_path, val_share=0.2))
     assert train.blocks is None
     assert permuted(24, np.random.default_rng(7), train.blocks).tolist() == np.random.default_rng(7).permutation(24).tolist()
+
+
+def test_a_mixture_keeps_the_blocks_of_its_parts(tmp_path: Path) -> None:
+    make_shards(tmp_path / "a", "a.tar", count=20)
+    make_shards(tmp_path / "b", "b.tar", count=12)
+    size = (tmp_path / "a" / "a.tar").stat().st_size
+    parts: list[dict[str, Any]] = [{"source": "shards", "root": tmp_path / "a", "shuffle_gb": 4 * size / 1e9, "val_share": 0.25},
+             {"source": "shards", "root": tmp_path / "b"}]
+    train, _ = open_splits(parse(DataSettings, {"mixture": parts}, "recipe"))
+    assert isinstance(train, Mixture)
+    assert train.parts[1] == MixedPart(12, 1.0, None)
+    cut = train.parts[0].blocks
+    assert cut is None  # a pool would hold all of it
+    parts[0]["shuffle_gb"] = size / 1e9 / 2
+    train, _ = open_splits(parse(DataSettings, {"mixture": parts}, "recipe"))
+    assert isinstance(train, Mixture)
+    cut = train.parts[0].blocks
+    assert cut is not None
+    assert cut.ends[-1] == 15
+    order = MixedOrder(train.parts, seed=0, global_batch=12, micro_batch=12)
+    places = {place.index for step in range(2) for place in order.global_step(step)}
+    assert len(places) == 24  # 12 turns of each part, no image twice
 
 
 # ---- real shards through the real loader
