@@ -7,7 +7,6 @@ comes, which matters where each shard is of one class or web site. A block is re
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from eva_mim.contracts import Blocks
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.shards import MAX_OPEN, POOLED
+from eva_mim.data.shards import MAX_OPEN, cut_shards
 
 WORKERS, BATCH = 8, 1024
 
@@ -35,15 +34,6 @@ class Cost(NamedTuple):
     """From which a batch of `BATCH` comes."""
 
 
-def blocks_of(shards: int, records: int, size: int, pool: float) -> Blocks | None:
-    """As `ShardSource.cut` makes them of equal shards."""
-    if shards * records * size <= pool:
-        return None
-    pieces = math.ceil(records * size * POOLED / pool)
-    within = np.linspace(0, records, pieces + 1)[1:].round().astype(np.int64)
-    return Blocks(np.concatenate([shard * records + within for shard in range(shards)]), POOLED)
-
-
 def reads(order: npt.NDArray[np.int64], blocks: Blocks | None) -> Iterator[tuple[int, int]]:
     """(first, end) of the records that the disk reads: each alone, or its block when that is first met."""
     if blocks is None:
@@ -54,13 +44,13 @@ def reads(order: npt.NDArray[np.int64], blocks: Blocks | None) -> Iterator[tuple
         if block not in asked:
             asked[block] = None
             yield int(blocks.ends[block - 1]) if block else 0, int(blocks.ends[block])
-        while len(asked) > 2 * POOLED:
+        while len(asked) > 2 * blocks.pooled:
             asked.popitem(last=False)
 
 
 def cost(shards: int, records: int, size: int, pool: float, steps: int = 400) -> Cost:
     """Of the first `steps` batches, for the first of `WORKERS` processes that take turns with batches."""
-    blocks = blocks_of(shards, records, size, pool)
+    blocks = cut_shards([records * size] * shards, [records * (shard + 1) for shard in range(shards)], pool)
     order = GlobalOrder(shards * records, seed=0, global_batch=BATCH, micro_batch=BATCH, blocks=blocks)
     batches = [np.array([place.index for place in order.global_step(step)]) for step in range(steps)]
     own = np.concatenate(batches[::WORKERS])
@@ -84,7 +74,7 @@ def main() -> int:
     """A line for each size of pool."""
     shards, records, kilobytes = (int(text) for text in sys.argv[1:4]) if len(sys.argv) > 3 else (500, 10_000, 100)
     sys.stdout.write(f"{shards} shards of {records} records of {kilobytes} kB\n")
-    for pool in (1, 8, 32, math.inf):
+    for pool in (1, 8, 32, float("inf")):
         found = cost(shards, records, kilobytes * 1000, pool * 1e9)
         disk = f"{found.opened:6.1f} opens, {found.seeks:6.1f} seeks over {found.sought / 1e9:6.0f} GB for 1,000 samples"
         sys.stdout.write(f"pools of {pool:>3} GB: {disk}; a batch of {BATCH} is from {found.shards:.0f} shards\n")

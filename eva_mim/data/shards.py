@@ -7,6 +7,7 @@ unpacked before (`unpack.py`). Nothing is ever written under a name that an arch
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from bisect import bisect_right
@@ -31,12 +32,26 @@ from eva_mim.distributed import agreed, is_main
 from eva_mim.log import say
 from eva_mim.phases import phase
 
-MAX_OPEN = 128
-"""Shards that a process holds open; systems allow about a thousand files."""
-POOLED = MAX_OPEN // 2
-"""Blocks that are shuffled together: loader processes may be at the end of one pool and at the start of the next."""
+MAX_OPEN = 512
+"""Shards that a process holds open; systems allow about a thousand files. Two pools fit: a loader process may be at the end of
+one and at the start of the next."""
+BLOCKS = 64
+"""In a pool, of large shards: each is read in sequence, and a batch is from about so many places."""
 MAX_TOGETHER = 2**22
 """Bytes of a record that are asked for at once by URL, though others may lie between its fields."""
+
+
+def cut_shards(sizes: Sequence[int], ends: Sequence[int], pool: float) -> Blocks | None:
+    """Blocks for a shuffle in pools of so many bytes, from the shards' bytes and the ends of their records; None where it is all
+    one pool. A block lies in one shard and has at most a `BLOCKS`th of a pool; small shards make more blocks of less."""
+    total = sum(sizes)
+    if total <= pool:
+        return None
+    pieces = [math.ceil(size * BLOCKS / pool) for size in sizes]
+    cuts = [np.linspace(start, end, count + 1)[1:].round() for start, end, count in zip([0, *ends], ends, pieces, strict=False)]
+    found = np.unique(np.concatenate(cuts).astype(np.int64))
+    found = found[found > 0]
+    return Blocks(found, max(1, min(MAX_OPEN // 2, round(len(found) * pool / total))))
 
 
 class ShardSource:
@@ -107,14 +122,8 @@ class ShardSource:
                             f"{'a label that is no number' if label == NO_NUMBER else f'label {label}'}")
 
     def cut(self, pool: float) -> Blocks | None:
-        """Blocks of which `POOLED` have `pool` bytes, each within a shard; None where all shards together have no more."""
-        sizes, ends = np.array([tar.size for tar in self._tars]), np.array([0, *self._ends])
-        if sizes.sum() <= pool:
-            return None
-        pieces = np.ceil(sizes * POOLED / pool).astype(int)
-        cuts = [np.linspace(start, end, count + 1)[1:].round() for start, end, count in zip(ends, ends[1:], pieces, strict=False)]
-        found = np.unique(np.concatenate(cuts).astype(np.int64))
-        return Blocks(found[found > 0], POOLED)
+        """`cut_shards` of its own."""
+        return cut_shards([tar.size for tar in self._tars], self._ends, pool)
 
     def _own_captions(self, index: int) -> tuple[str, ...]:
         return record_captions(self._bytes(index, "text"), self._bytes(index, "described"), self._caption_lines)
@@ -154,7 +163,7 @@ class ShardSource:
         block = int(np.searchsorted(self.blocks.ends, index, side="right"))
         if block in self._asked:
             return
-        while len(self._asked) >= 2 * POOLED:
+        while len(self._asked) >= 2 * self.blocks.pooled:
             self._asked.pop(next(iter(self._asked)))
         self._asked[block] = None
         first, last = int(self.blocks.ends[block - 1]) if block else 0, int(self.blocks.ends[block]) - 1
