@@ -92,8 +92,8 @@ class ShardSource:
 
     def raw(self, index: int) -> Raw:
         """Read one record. Raises ValueError as `read` does."""
-        self._read_ahead(index)
         with phase("read"):
+            self._read_ahead(index)
             content = self._bytes(index, "image")
         if content is None:
             raise ValueError("no image member")
