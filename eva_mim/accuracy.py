@@ -46,6 +46,8 @@ class Finished(nn.Module):
         config = self.trunk.pretrained_cfg
         if config["interpolation"] != "bicubic":
             raise UserError(f"{folder}: its images are resized by {config['interpolation']!r}; only bicubic is known here")
+        if config["input_size"][0] != 3:
+            raise UserError(f"{folder}: it is for images of {config['input_size'][0]} channels; these test sets are RGB")
         self.image_size, self.crop_pct = int(config["input_size"][-1]), float(config["crop_pct"])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.classes = _classes(folder, found, self.trunk.num_classes, classes)

@@ -1,8 +1,9 @@
 """The words of the project: what crosses a function boundary. The file to read first.
 
 Shape legend, used in every docstring: B images, H x W pixels, N patches (N = grid rows x grid columns), M predicted
-patches of the whole batch, D student width, C target width, K classes, L text tokens.
-Pixels travel as uint8 and each network normalises them with its own mean and std, so that one crop serves them all.
+patches of the whole batch, D student width, C target width, K classes, L text tokens; `channels` is 3 for RGB.
+Pixels travel as uint8 (as float32 from 0 to 255 where `data.window` makes them) and each network normalises them with its
+own mean and std, so that one crop serves them all.
 """
 
 from __future__ import annotations
@@ -15,18 +16,44 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling, Transpose
     from torch import Tensor, nn
 
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
 
 
+@dataclass(frozen=True)
+class Bands:
+    """A picture of other pixels than 8-bit RGB: a Pillow image for each channel, of one size and of mode "L", or "F" with values
+    from 0 to 255. What is done to it, Pillow does to each."""
+
+    each: tuple[Image, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.each[0].size
+
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        """As Pillow's, and so are the others."""
+        return Bands(tuple(band.crop(box) for band in self.each))
+
+    def resize(
+        self, size: tuple[int, int], resample: Resampling, box: tuple[float, float, float, float] | None = None
+    ) -> Bands:
+        return Bands(tuple(band.resize(size, resample, box) for band in self.each))
+
+    def transpose(self, method: Transpose) -> Bands:
+        return Bands(tuple(band.transpose(method) for band in self.each))
+
+
 class Sample(NamedTuple):
     """One record of a source, before any view is taken."""
 
     key: str
-    image: Image
+    image: Image | Bands
+    """An `Image` is 8-bit RGB."""
     label: int | None = None
     captions: tuple[str, ...] = ()
     """All of them; "" where a caption has no text."""
@@ -67,9 +94,9 @@ class Batch:
     index: Tensor
     """[B] int64, position of each image in its source."""
     images: Tensor
-    """[B, 3, H, W] uint8, the student's view."""
+    """[B, channels, H, W] uint8, or float32 from 0 to 255: the student's view."""
     teacher_images: Tensor | None = None
-    """[B, 3, H', W'] uint8, the same crop at the teacher's size; None when that is the student's size."""
+    """[B, channels, H', W'] of the same type, the same crop at the teacher's size; None when that is the student's size."""
     masked: Tensor | None = None
     """[B, N] bool, True where the student does not see the patch."""
     target_index: Tensor | None = None

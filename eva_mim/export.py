@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eva_mim.files import write_json, write_weights
 from eva_mim.handover import WEIGHTS
 from eva_mim.students import TrunkSettings
+from eva_mim.students.trunk import mean_std
 
 
 def write_timm(
@@ -26,6 +27,7 @@ def write_timm(
     pretrained: Any = trunk.pretrained_cfg
     size = settings.image_size or pretrained["input_size"][-1]
     arguments: dict[str, Any] = settings.timm_options()
+    mean, std = mean_std(trunk, settings)
     if global_pool is not None and hasattr(trunk, "num_prefix_tokens"):
         arguments["global_pool"] = global_pool
     config: dict[str, Any] = {
@@ -34,13 +36,14 @@ def write_timm(
         "num_features": trunk.num_features,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [settings.channels, size, size],
             "num_classes": len(classes) if classes else 0,
-            "mean": list(pretrained["mean"]),
-            "std": list(pretrained["std"]),
+            "mean": list(mean),
+            "std": list(std),
             "interpolation": "bicubic",
             "crop_pct": crop_pct,
-            "first_conv": pretrained["first_conv"],
+            # Without it timm takes the kernel as it is; it cannot adapt another than of RGB, and would start it anew.
+            "first_conv": pretrained["first_conv"] if settings.channels == 3 else None,
             "classifier": pretrained["classifier"],
             "pool_size": pretrained["pool_size"],
         },

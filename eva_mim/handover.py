@@ -16,7 +16,7 @@ from eva_mim.contracts import Grid
 from eva_mim.convert.deferred import real
 from eva_mim.convert.names import unshare_relative, with_norm
 from eva_mim.convert.report import KeyReport
-from eva_mim.convert.resize import resize_trunk
+from eva_mim.convert.resize import adapt_kernel, resize_trunk
 from eva_mim.convert.source import Source, content_hash, read_source
 from eva_mim.recipe import HandOverSettings
 
@@ -89,7 +89,8 @@ def seed_trunk(
 ) -> KeyReport:
     """Copy a parent's weights into a timm model, in place.
 
-    Positions, patch kernel and the norm behind mean pooling follow the rules of `settings`; one table of relative positions for
+    Positions, patch kernel and the norm behind mean pooling follow the rules of `settings`; a kernel of RGB is made one for other
+    channels by timm's rule; one table of relative positions for
     all blocks is copied to each where the trunk has one a block. The head is kept when `classes` equals the parent's class list
     and is new otherwise; norms inside attention that the parent lacks are new. Raises UserError, before anything is copied, when
     another tensor is missing, left over or of another shape: that is another architecture.
@@ -139,6 +140,7 @@ def _fitted(
             given = done.weights
             for name in done.report.ignored:
                 report.note(report.ignored, name, done.report.reasons[name])
+    _adapt_channels(trunk, state, given, report, parent.path)
     embed: Any = getattr(trunk, "patch_embed", None)
     grid, kernel = getattr(embed, "grid_size", None), state.get("patch_embed.proj.weight")
     if grid is None:
@@ -157,8 +159,29 @@ def _fitted(
         patch=(kernel.shape[2], kernel.shape[3]) if kernel is not None and kernel.ndim == 4 else None,
     )
     for name in resized.resized:
-        report.note(report.resized, name, resized.reasons[name])
+        if name in report.resized:  # for its channels
+            report.reasons[name] += f"; {resized.reasons[name]}"
+        else:
+            report.note(report.resized, name, resized.reasons[name])
     return given, report
+
+
+def _adapt_channels(
+    trunk: nn.Module, state: Mapping[str, Tensor], given: dict[str, Tensor], report: KeyReport, path: Path
+) -> None:
+    """Put kernels for the trunk's channels, of the layers that timm says see the images, in the place of those in `given`."""
+    config: Any = getattr(trunk, "pretrained_cfg", None) or {}
+    first = config.get("first_conv") or ()
+    for name in (f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first)):
+        if not (name in given and name in state) or given[name].ndim != 4 or given[name].shape[1] == state[name].shape[1]:
+            continue
+        old, channels = given[name], state[name].shape[1]
+        try:
+            given[name] = adapt_kernel(real(old), channels)
+        except UserError as error:
+            raise UserError(f"init_from: {path}: {error}") from None
+        rule = "summed" if channels == 1 else f"repeated and scaled by 3/{channels}"
+        report.note(report.resized, name, f"{list(old.shape)} to {list(given[name].shape)}, the kernel of RGB {rule} (timm)")
 
 
 def _why_fresh(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """[B, 3, H, W] uint8 or float in 0..255 -> float32 (x / 255 - mean) / std, channels last in memory (the faster
-    layout for convolutions, on CPUs by a quarter)."""
+    """[B, channels, H, W] uint8 or float in 0..255 -> float32 (x / 255 - mean) / std, channels last in memory (the
+    faster layout for convolutions, on CPUs by a quarter)."""
     scale, shift = _scale_and_shift(mean, std, images.device)
     pixels = images.to(memory_format=torch.channels_last).float()
     return pixels / scale - shift

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from eva_mim.config import Settings
-from eva_mim.data import DataSettings
+from eva_mim.data import DataSettings, ViewSettings
 from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
+from eva_mim.students import TrunkSettings
 
 RUNTIME = {
     "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "device", "engine", "zero_stage",
@@ -46,8 +47,26 @@ class Recipe(Settings):
     """Folder of an earlier stage, or any checkpoint that `eva-mim inspect` knows: the trunk starts from its weights."""
     hand_over: HandOverSettings = HandOverSettings()
     data: DataSettings
+    student: TrunkSettings
+    view: ViewSettings = ViewSettings()
     run: RunSettings
     optim: OptimSettings
+
+    @model_validator(mode="after")
+    def _student_takes_the_images(self) -> Recipe:
+        channels = self.data.channels_of_all
+        if self.student.channels != channels:
+            raise ValueError(f"data.channels={channels} needs {channels} values of student.mean and student.std, which are for "
+                             f"{self.student.channels} channels; `eva-mim data stats RECIPE` prints them")
+        return self
+
+    @model_validator(mode="after")
+    def _augmentations_are_for_colours(self) -> Recipe:
+        for name in ("randaugment", "jitter", "grayscale"):
+            if (value := getattr(self.view, name)) and not self.data.plain:
+                raise ValueError(f"view.{name}={value} is for 8-bit RGB images; leave it out with data.channels other than 3 or "
+                                 "data.window")
+        return self
 
     @model_validator(mode="after")
     def _optimizer_sees_whole_tensors(self) -> Recipe:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from eva_mim.contracts import Teacher
+    from eva_mim.contracts import Bands, Teacher
 
 PICTURES = 32
 """Pictures looked at."""
@@ -57,7 +57,7 @@ def check(options: argparse.Namespace) -> None:
 
     shown, pictures = pictures_of(options.images)
     seed_all(0)  # for a teacher with random weights
-    teacher, device = build_teacher(settings), pick_device("auto")
+    teacher, device = build_teacher(settings.model_copy(update={"bands": None})), pick_device("auto")
     _print(_facts(settings, teacher) | {"pictures": shown})
     if options.student is not None:
         student = {"name": options.student, "image_size": options.student_image_size}
@@ -86,7 +86,7 @@ def teacher_settings(text: str, overrides: Sequence[str]) -> TeacherSettings:
     return parse(TeacherSettings, override(tree, overrides), text)
 
 
-def pictures_of(folder: Path | None) -> tuple[str, list[Image]]:
+def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:
     """What was taken, in words, and at most 32 pictures, evenly spread. Raises UserError for an unusable folder."""
     if folder is None:
         from eva_mim.data.scenes import SceneSource
@@ -110,7 +110,7 @@ def pictures_of(folder: Path | None) -> tuple[str, list[Image]]:
     return f"{count} of the {len(source)} in {folder}", pictures
 
 
-def measure(teacher: Teacher, pictures: Sequence[Image], device: torch.device) -> dict[str, float]:
+def measure(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.device) -> dict[str, float]:
     """Figures of the features. Raises UserError for features that are not finite.
 
     `norm_mean`, `norm_sd`, `norm_min`, `norm_max`: lengths of the patch features. `cosine_of_mean`: mean cosine of the patch
@@ -157,7 +157,7 @@ def measure(teacher: Teacher, pictures: Sequence[Image], device: torch.device) -
     }
 
 
-def _crops(teacher: Teacher, pictures: Sequence[Image], device: torch.device) -> tuple[float, float]:
+def _crops(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.device) -> tuple[float, float]:
     """Mean cosine of the summaries of two random crops: of one image, and of different images."""
     import torch
     from torch.nn import functional as F

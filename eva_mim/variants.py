@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import ImageOps
-
 from eva_mim.config import UserError, digest, few
 from eva_mim.contracts import Sample, Source
 from eva_mim.data.folder import FolderSource
@@ -59,7 +57,9 @@ class Labelled:
         """Decode one file as RGB, without its border. Raises what Pillow raises."""
         place, label = self._chosen[index]
         sample = self._files.read(place)
-        return sample._replace(image=ImageOps.crop(sample.image, self._border), label=label)
+        (width, height), border = sample.image.size, self._border
+        inner = sample.image.crop((border, border, width - border, height - border))
+        return sample._replace(image=inner, label=label)
 
 
 def open_variant(name: str, folder: Path, own: tuple[str, ...]) -> Variant:

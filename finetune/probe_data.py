@@ -91,7 +91,10 @@ def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device:
         "quarantine": None if recipe.data.quarantine is None else sha256(recipe.data.quarantine),
         # Files of the same names may lie in two folders.
         "roots": [str(Path(root).resolve()) for root in roots],
-        "student": recipe.student.model_dump(mode="json", include={"name", "image_size", "patch_size", "global_pool"}),
+        "pixels": [part.pixels for part in recipe.data.sources.values()],
+        "student": recipe.student.model_dump(
+            mode="json", include={"name", "image_size", "patch_size", "global_pool", "mean", "std"}
+        ),
         "crop_pct": recipe.view.crop_pct,
         "precision": recipe.run.precision,
         "device": device.type,

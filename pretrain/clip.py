@@ -47,6 +47,14 @@ class StageRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _student_takes_the_images(self) -> StageRecipe:
+        for setting, channels in (("data.channels", self.data.channels_of_all), ("student.mean", self.student.channels)):
+            if channels != 3:
+                raise ValueError(f"{setting} is for {channels} channels: open_clip builds image towers for 3 alone; take RGB, or "
+                                 "learn from a teacher or labels instead (mim, classify)")
+        return self
+
+    @model_validator(mode="after")
     def _locked_image_tower_is_trained(self) -> StageRecipe:
         if self.student.lock_image and self.init_from is None:
             raise ValueError("student.lock_image=true keeps a trained trunk as it is; set init_from")

@@ -86,7 +86,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
-    teacher = build_teacher(recipe.teacher)
+    teacher = build_teacher(recipe.teacher, recipe.data.channels_of_all)
     student = build_masked_student(recipe.student, teacher.width, recipe.mask)
     initialise(student, recipe.student.init)
     task = MaskedFeatures(student, teacher, objective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,6 +71,53 @@ def test_the_weights_are_the_parents_bit_for_bit(tmp_path: Path, name: str, bare
     seed(child, folder)
     with torch.no_grad():
         assert torch.equal(child.eval()(images), parent.eval()(images))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize(("name", "kernel"), [("vit_nano_patch4_32", "patch_embed.proj"), ("convnet_nano_32", "stem.conv")])
+def test_a_kernel_of_rgb_becomes_one_for_other_channels_as_timm_makes_it(
+    tmp_path: Path, name: str, kernel: str, channels: int
+) -> None:
+    """Against timm's own loading of the file into a model with so many channels."""
+    file = write_stage(tmp_path / "parent", trunk(1, name)) / "model.safetensors"
+    pretrained = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    theirs = timm.create_model(name, in_chans=channels, num_classes=0, **pretrained)
+    report, state = seed(trunk(2, name, in_chans=channels), file)
+    assert all(torch.equal(value, state[key]) for key, value in theirs.state_dict().items())
+    assert state[f"{kernel}.weight"].shape[1] == channels
+    assert report.resized == [f"{kernel}.weight"]
+    assert "the kernel of RGB " + ("summed" if channels == 1 else f"repeated and scaled by 3/{channels}") in report.reasons[
+        f"{kernel}.weight"]
+    assert len(report.loaded) == len(state) - 1
+    assert not report.new + report.ignored
+
+
+def test_a_grey_image_is_the_same_to_the_summed_kernel(tmp_path: Path) -> None:
+    parent, child = trunk(1).eval(), trunk(2, in_chans=1).eval()
+    seed(child, write_stage(tmp_path / "parent", parent))
+    grey = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(child(grey), parent(grey.expand(-1, 3, -1, -1)), atol=1e-4)
+
+
+def test_channels_and_patch_size_change_together(tmp_path: Path) -> None:
+    """First the channels, then the patch; the report says both."""
+    parent = trunk(1)
+    report, state = seed(trunk(2, in_chans=5, patch_size=8), write_stage(tmp_path / "parent", parent, grid=[8, 8]))
+    kernel = parent.state_dict()["patch_embed.proj.weight"]
+    wanted = resample_patch_embed(kernel.repeat(1, 2, 1, 1)[:, :5] * 3 / 5, [8, 8])
+    assert torch.allclose(state["patch_embed.proj.weight"], wanted, atol=1e-5)
+    assert report.resized.count("patch_embed.proj.weight") == 1
+    assert re.search(r"repeated and scaled by 3/5 \(timm\); .*pseudo-inverse", report.reasons["patch_embed.proj.weight"])
+
+
+@pytest.mark.parametrize(("old", "new"), [(5, 3), (1, 3), (4, 5)])
+def test_a_kernel_of_other_channels_is_not_made_one_of_rgb(tmp_path: Path, old: int, new: int) -> None:
+    folder, child = write_stage(tmp_path / "parent", trunk(1, in_chans=old)), trunk(2, in_chans=new)
+    before = {name: value.clone() for name, value in child.state_dict().items()}
+    with pytest.raises(UserError, match=rf"the patch kernel is for images of {old} channels and cannot be made one for {new},"):
+        seed(child, folder)
+    assert all(torch.equal(value, before[name]) for name, value in child.state_dict().items())
 
 
 def test_timm_itself_reads_the_same_weights(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ class Architecture:
         model: Any = on_meta(self.name, self.arguments)
         own = {key: model.pretrained_cfg.get(key) for key in ("first_conv", "classifier", "pool_size")}
         count = self.arguments["num_classes"]
-        pixels = {"input_size": [3, *self.image_size], "mean": list(self.mean), "std": list(self.std)}
+        if len(self.mean) != 3:
+            own["first_conv"] = None  # as in `export.write_timm`
+        pixels = {"input_size": [len(self.mean), *self.image_size], "mean": list(self.mean), "std": list(self.std)}
         config: dict[str, Any] = {
             "architecture": self.name.partition(".")[0],
             "num_classes": count,

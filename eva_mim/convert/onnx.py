@@ -40,17 +40,17 @@ class _Graph(nn.Module):
 
 
 @torch.no_grad()  # with gradients the exporter takes another kernel of attention in its second pass, and fails on Beit
-def export(module: Any, path: Path, image_size: tuple[int, int], *, opset: int = OPSET) -> list[Path]:
+def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: int = 3, opset: int = OPSET) -> list[Path]:
     """Write a float32 model of timm's or open_clip's, and give the files written: one, or two above 1 GiB (the weights beside).
 
-    Inputs: `image` [B, 3, H, W] normalised float32 and, for a CLIP model, `text` [T, L] int64; B and T are free. Outputs: those
-    of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError without the
+    Inputs: `image` [B, channels, H, W] normalised float32 and, for a CLIP model, `text` [T, L] int64; B and T are free. Outputs:
+    those of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError without the
     libraries, and for a model that cannot be exported.
     """
     _require("onnx", "onnxscript")
     import onnx
 
-    examples: dict[str, Tensor] = {"image": torch.zeros(2, 3, *image_size)}
+    examples: dict[str, Tensor] = {"image": torch.zeros(2, channels, *image_size)}
     free = {"image": {0: torch.export.Dim("images")}}
     if hasattr(module, "encode_text"):
         examples["text"] = torch.zeros(3, module.context_length, dtype=torch.long)
@@ -80,7 +80,7 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, opset: int =
 
 
 def runner(path: Path, threads: int = 1) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
-    """(normalised images [B, 3, H, W], token ids [T, L] or None) -> what `parity.outputs` gives, by onnxruntime on the CPU."""
+    """(normalised images [B, channels, H, W], token ids [T, L] or None) -> what `parity.outputs` gives, by onnxruntime."""
     _require("onnxruntime")
     import onnxruntime  # type: ignore[import-untyped]
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
 
 from eva_mim.config import UserError, few
+from eva_mim.contracts import Bands
 from eva_mim.convert.deferred import real
 from eva_mim.data import SceneSettings
 from eva_mim.data.folder import FolderSource
@@ -210,21 +211,22 @@ def _difference(source: Tensor, result: Tensor) -> Difference:
     return Difference(tuple(source.shape), largest, float(one.abs().max()), float(cosine.min()), broken)
 
 
-def sample_images(size: tuple[int, int], folder: Path | None = None, count: int = 4) -> Tensor:
-    """[B, 3, H, W] uint8 of `size` (H, W), in RGB, resized bicubically.
+def sample_images(size: tuple[int, int], folder: Path | None = None, count: int = 4, channels: int = 3) -> Tensor:
+    """[B, channels, H, W] uint8 of `size` (H, W), resized bicubically: red, green, blue, and the same again.
 
     The first readable pictures below the folder, by path; without a folder half drawn scenes and half uniform noise, the same
     every time. Raises UserError for a folder without a readable picture.
     """
 
-    def pixels(picture: Image) -> Tensor:
-        return to_tensor(picture.resize((size[1], size[0]), Resampling.BICUBIC))
+    def pixels(picture: Image | Bands) -> Tensor:
+        colours = to_tensor(picture.resize((size[1], size[0]), Resampling.BICUBIC))
+        return colours[[channel % 3 for channel in range(channels)]]
 
     if folder is None:
         scenes = SceneSource(SceneSettings(size=max(size)), "val")
         drawn = torch.stack([pixels(scenes.read(index).image) for index in range((count + 1) // 2)])
         seeded = torch.Generator().manual_seed(derive(0, "parity images"))
-        noise = torch.randint(256, (count - len(drawn), 3, *size), generator=seeded, dtype=torch.uint8)
+        noise = torch.randint(256, (count - len(drawn), channels, *size), generator=seeded, dtype=torch.uint8)
         return torch.cat([drawn, noise])
     source, read = FolderSource(folder, None), list[Tensor]()
     for index in range(len(source)):

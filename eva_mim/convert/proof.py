@@ -97,7 +97,8 @@ def _runs(model: str) -> Iterator[None]:
 def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
     """Normalised images, and token ids for a text tower."""
     found, text = model.architecture, model.family.text if model.family and model.trunk else None
-    pixels = normalise(sample_images(found.image_size, images, IMAGES), found.mean, found.std)
+    sampled = sample_images(found.image_size, images, IMAGES, channels=len(found.mean))
+    pixels = normalise(sampled, found.mean, found.std)
     return pixels, sample_tokens(text.context, text.vocabulary, IMAGES) if text else None
 
 

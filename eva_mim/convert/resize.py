@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from timm.layers import resample_patch_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,7 +45,7 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, *, prefix: int, rule: 
 
 
 def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], rule: KernelRule) -> Tensor:
-    """[D, 3, h', w'] of [D, 3, h, w].
+    """[D, channels, h', w'] of [D, channels, h, w].
 
     `bicubic`: the original's 14 to 16, plain interpolation of each kernel without a correction of its gain (its sum grows with
     the area). `pseudo-inverse`: timm's, by FlexiViT: the resized kernel answers to a resized patch as the old one to the patch.
@@ -55,6 +56,19 @@ def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], rule: KernelRule)
         resampled: Tensor = resample_patch_embed(kernel, list(size))
         return resampled
     return F.interpolate(kernel.float(), size=size, mode="bicubic", align_corners=False).to(kernel.dtype)
+
+
+def adapt_kernel(kernel: Tensor, channels: int) -> Tensor:
+    """[D, channels, h, w] of [D, 3, h, w] by timm's rule: for one channel the sum of the three, which answers to a grey image as
+    they did; else they are repeated in their order and scaled by 3 / channels. Raises UserError for a kernel of other channels.
+    """
+    if kernel.shape[1] == channels:
+        return kernel
+    if kernel.shape[1] != 3:
+        raise UserError(f"the patch kernel is for images of {kernel.shape[1]} channels and cannot be made one for {channels}, as "
+                        "one of RGB can; set data.channels, student.mean and student.std as it was trained with")
+    adapted: Tensor = adapt_input_conv(channels, kernel)
+    return adapted
 
 
 def resize_relative(table: Tensor, old: Grid, new: Grid) -> Tensor:

@@ -160,7 +160,7 @@ def _onnx(model: Model, path: Path, dtype: str | None) -> KeyReport:
     built = model.built()
     weights = {name: value.float() if value.is_floating_point() else value for name, value in model.weights.items()}
     built.load_state_dict({name: real(value) for name, value in weights.items()}, assign=True)
-    export(built, path, model.architecture.image_size)
+    export(built, path, model.architecture.image_size, channels=len(model.architecture.mean))
     return KeyReport()
 
 

@@ -18,6 +18,7 @@ from eva_mim.convert.describe import Description, at, number, text
 from eva_mim.convert.families import Family
 from eva_mim.convert.layout import Shape
 from eva_mim.convert.tables import Rope
+from eva_mim.data import MAX_CHANNELS
 
 FORBIDDEN = frozenset(inspect.signature(timm.create_model).parameters) | frozenset(
     inspect.signature(build_model_with_cfg).parameters
@@ -101,7 +102,9 @@ def read_told(found: Description) -> Told:
     name, arguments = found.architecture, own if isinstance(own, dict) else {}
     if name is None and text(student, "name"):
         name = text(student, "name")
-        sizes = {"img_size": at(student, "image_size"), "patch_size": at(student, "patch_size")}
+        sizes = {
+            "img_size": at(student, "image_size"), "patch_size": at(student, "patch_size"), "in_chans": _channels(student, "mean")
+        }
         arguments = {key: value for key, value in sizes.items() if value is not None}
     heads = size = words = quick = None
     if hub := found.transformers:  # what its configuration leaves out is as transformers has it by itself
@@ -118,6 +121,7 @@ def read_told(found: Description) -> Told:
             quick = config.get("quick_gelu") is True
     places: list[tuple[Any, str]] = [
         (at(found.config, "pretrained_cfg"), ""), (at(found.open_clip, "preprocess_cfg"), ""), (found.preprocessor, "image_"),
+        (student, ""),
     ]
     mean, std = (
         next((pixels for tree, stem in places if (pixels := _pixels(tree, stem + key))), None) for key in ("mean", "std")
@@ -155,8 +159,14 @@ def read_clip_config(model: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _channels(tree: Any, name: str) -> int | None:
+    """How many values a list has."""
+    values = at(tree, name)
+    return len(values) if isinstance(values, list) and 0 < len(values) <= MAX_CHANNELS else None
+
+
 def _pixels(tree: Any, name: str) -> Pixels | None:
-    values = [number(tree, name, channel) for channel in range(3)]
+    values = [number(tree, name, channel) for channel in range(_channels(tree, name) or 3)]
     if name.endswith("std") and any(value is not None and value <= 0 for value in values):
         raise UserError(f"{name}: {values} beside the source; a standard deviation is above 0")
     return tuple(value for value in values if value is not None) if None not in values else None

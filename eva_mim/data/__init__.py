@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,19 @@ from eva_mim.config import Settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
+MAX_CHANNELS = 512
+"""Hyperspectral cameras have 200 to 400."""
+
+
+class Pixels(NamedTuple):
+    """What an image file is decoded into."""
+
+    channels: int = 3
+    window: tuple[float, float] | None = None
+
+
+RGB = Pixels()
+"""8 bits of red, green and blue."""
 
 
 class SceneSettings(Settings):
@@ -73,6 +86,12 @@ class SourceSettings(Settings):
     """shards: so many 10^9 bytes of them are shuffled together, which the host's memory should hold. Data that is no larger is
     shuffled as a whole; of larger data blocks are permuted, and records within so many blocks, so that reading is sequential."""
     columns: ColumnSettings = ColumnSettings()
+    channels: int = Field(3, ge=1, le=MAX_CHANNELS)
+    """Channels of an image. 3: RGB, into which everything is converted; 1: grey, into which colours are; other numbers: the
+    channels of the file, which must be so many. See docs/data.md."""
+    window: tuple[float, float] | None = None
+    """[low, high] for images of more than 8 bits: values between are spread over 0 to 255, others are cut off, and nothing is
+    rounded. `eva-mim data stats` proposes one."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training images."""
     val_limit: int | None = Field(None, ge=1)
@@ -85,6 +104,19 @@ class SourceSettings(Settings):
         if self.root is None:
             raise ValueError(f"data.root must be given when data.source is {self.source!r}")
         return self.root
+
+    @property
+    def pixels(self) -> Pixels:
+        """What its images are decoded into."""
+        return Pixels(self.channels, self.window)
+
+    @model_validator(mode="after")
+    def _pixels_are_there(self) -> SourceSettings:
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError(f"data.window={list(self.window)} must rise")
+        if self.source == "scenes" and self.pixels != RGB:
+            raise ValueError("data.channels and data.window: the built-in scenes are 8-bit RGB; leave both out")
+        return self
 
     @model_validator(mode="after")
     def _captions_of_a_split(self) -> SourceSettings:
@@ -138,6 +170,33 @@ class DataSettings(SourceSettings):
                 raise ValueError(f"data.{own[0]} belongs to one source: set it in the parts of data.mixture")
         elif self.source != "scenes":
             _ = self.own_root
+        return self
+
+    @property
+    def sources(self) -> dict[str, SourceSettings]:
+        """Dotted path -> each source that images come from; training first."""
+        mixed = {f"data.mixture.{number}": part for number, part in enumerate(self.mixture or ())}
+        found: dict[str, SourceSettings] = {**mixed} or {"data": self}
+        return found if self.held_out is None else found | {"data.held_out": self.held_out}
+
+    @property
+    def channels_of_all(self) -> int:
+        """Channels of every image, whatever its source."""
+        return next(iter(self.sources.values())).channels
+
+    @property
+    def plain(self) -> bool:
+        """All images are 8-bit RGB."""
+        return all(source.pixels == RGB for source in self.sources.values())
+
+    @model_validator(mode="after")
+    def _channels_are_the_same(self) -> DataSettings:
+        (first, one), *others = self.sources.items()
+        for path, other in others:
+            if other.channels != one.channels:
+                raise ValueError(f"{path}.channels={other.channels} must be the {one.channels} of {first}.channels")
+            if path != "data.held_out" and (other.window is None) != (one.window is None):
+                raise ValueError(f"{path}.window and {first}.window: either all parts have one, or none: a batch has one type")
         return self
 
     @model_validator(mode="after")

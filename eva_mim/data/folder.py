@@ -17,9 +17,9 @@ import numpy as np
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Sample
-from eva_mim.data import SourceSettings
+from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import SUFFIXES, Raw, read_file
+from eva_mim.data.decode import ARRAYS, Raw, read_file, suffixes
 from eva_mim.data.index import Column, Content, Index, Progress, Texts, open_index, say_indexed
 
 SETTLED_NS = 2 * 10**9
@@ -32,13 +32,13 @@ class FolderSource:
 
     blocks = None
 
-    def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False):
+    def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB):
         """Every rank must call."""
         self.folder = folder
         self.classes = classes
         self.captions: CaptionFile | None = None
-        self._caption_lines = caption_lines
-        self.index = folder_index(folder)
+        self._caption_lines, self._pixels = caption_lines, pixels
+        self.index = folder_index(folder, suffixes(pixels))
         self._folders = self.index.texts("folders")
         self.fingerprint = self.index.facts["fingerprint"]
         label = {name: number for number, name in enumerate(classes or ())}
@@ -63,8 +63,8 @@ class FolderSource:
         return os.path.join(self._folders[self.index["folder"][index]], self.index.text("name", index))
 
     def read(self, index: int) -> Sample:
-        """Decode one file as RGB. Raises what Pillow raises."""
-        return self.raw(index).sample()
+        """Decode one file. Raises what `decode.decoded` raises."""
+        return self.raw(index).sample(self._pixels)
 
     def raw(self, index: int) -> Raw:
         """Read one file, and its captions. Raises OSError, and ValueError for broken captions."""
@@ -101,7 +101,7 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
     if settings.train is None and (root / "train").is_dir():
         raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
-    source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines)
+    source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines, settings.pixels)
     source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
     return source
 
@@ -113,9 +113,9 @@ def class_folders(folder: Path) -> tuple[str, ...] | None:
     return tuple(names) or None
 
 
-def folder_index(folder: Path) -> Index:
-    """Columns: `name` of each image and number of its `folder`; path and change time of all `folders`, in the order in which they
-    are met, which is that of sorted paths. Raises UserError."""
+def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
+    """Of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of all
+    `folders`, in the order in which they are met, which is that of sorted paths. Raises UserError."""
 
     def fresh(index: Index) -> bool:
         if int(index.facts["made"]) - int(index["changed"].max()) < SETTLED_NS:
@@ -123,7 +123,7 @@ def folder_index(folder: Path) -> Index:
         times = zip(index.texts("folders"), index["changed"].tolist(), strict=True)
         return all(_changed(folder / name) == changed for name, changed in times)
 
-    return open_index(["folder", str(folder.resolve()), sorted(SUFFIXES)], fresh, lambda: _scan(folder), str(folder))
+    return open_index(["folder", str(folder.resolve()), sorted(images)], fresh, lambda: _scan(folder, images), str(folder))
 
 
 class _Images(NamedTuple):
@@ -134,7 +134,7 @@ class _Images(NamedTuple):
     names: list[str]
 
 
-def _scan(root: Path) -> Content:
+def _scan(root: Path, images: tuple[str, ...]) -> Content:
     """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
     began, made = time.monotonic(), time.time_ns()
     names, folders, numbers, changed = Texts(), Texts(), array("I"), array("q")
@@ -144,7 +144,7 @@ def _scan(root: Path) -> Content:
         if isinstance(item, str):
             folders.add(item)
             changed.append(_changed(root / item))  # before the names are read: a later change is seen
-            todo += reversed(_contents(root, item, len(changed) - 1))
+            todo += reversed(_contents(root, item, len(changed) - 1, images))
             continue
         paths = json.dumps([os.path.join(item.path, name) for name in item.names])[1:-1]
         fingerprint.update(((", " if len(names) else "[") + paths).encode())
@@ -153,7 +153,8 @@ def _scan(root: Path) -> Content:
         for name in item.names:
             names.add(name)
     if not len(names):
-        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
+        more = "" if set(ARRAYS) <= set(images) else "; .npy count where data.channels or data.window is set"
+        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))}{more})")
     fingerprint.update(b"]")
     say_indexed(str(root), len(names), time.monotonic() - began)
     own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64)}
@@ -161,7 +162,7 @@ def _scan(root: Path) -> Content:
                    {"fingerprint": fingerprint.hexdigest(), "made": str(made)})
 
 
-def _contents(root: Path, path: str, number: int) -> list[str | _Images]:
+def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> list[str | _Images]:
     """Sub-folders and images of a folder in the order of their names. Raises UserError."""
     try:
         with os.scandir(root / path) as entries:
@@ -173,8 +174,8 @@ def _contents(root: Path, path: str, number: int) -> list[str | _Images]:
         names = [name for name, _ in group]
         if is_folder:
             contents += [os.path.join(path, name) for name in names]
-        elif images := [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]:
-            contents.append(_Images(number, path, images))
+        elif chosen := [name for name in names if os.path.splitext(name)[1].lower() in images]:
+            contents.append(_Images(number, path, chosen))
     return contents
 
 

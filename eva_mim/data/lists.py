@@ -17,7 +17,7 @@ import numpy as np
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Sample
-from eva_mim.data import ColumnSettings, SourceSettings
+from eva_mim.data import RGB, ColumnSettings, Pixels, SourceSettings
 from eva_mim.data.captions import as_captions
 from eva_mim.data.decode import Raw, read_file
 from eva_mim.data.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
@@ -36,10 +36,12 @@ class ListSource:
 
     blocks = None
 
-    def __init__(self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None):
+    def __init__(
+        self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None, pixels: Pixels = RGB
+    ):
         """`classes`: names by label; the label column holds names, or numbers where no value is a name. Every rank must call.
         Raises UserError."""
-        self.classes = classes if columns.label is not None else None
+        self.classes, self._pixels = classes if columns.label is not None else None, pixels
         self.index = list_index(path, root, columns)
         self.fingerprint = self.index.facts["fingerprint"]
         self._folder, self._captioned = path.parent, bool(caption_columns(columns))
@@ -56,8 +58,8 @@ class ListSource:
         return self.index.text("image", index)
 
     def read(self, index: int) -> Sample:
-        """Decode one file as RGB. Raises what Pillow raises."""
-        return self.raw(index).sample()
+        """Decode one file. Raises what `decode.decoded` raises."""
+        return self.raw(index).sample(self._pixels)
 
     def raw(self, index: int) -> Raw:
         """Read one file. Raises OSError."""
@@ -87,7 +89,7 @@ def open_list(settings: SourceSettings, split: str) -> ListSource | None:
     classes, root = class_file(settings), settings.own_root
     if classes is None and settings.columns.label is not None:  # the training list alone decides the labels
         classes = sorted_names(root / settings.train, list_index(root / settings.train, root, settings.columns), settings.columns)
-    return ListSource(root / name, root, settings.columns, classes)
+    return ListSource(root / name, root, settings.columns, classes, settings.pixels)
 
 
 def list_index(path: Path, root: Path, columns: ColumnSettings) -> Index:

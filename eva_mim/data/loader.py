@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Sample, Source
+from eva_mim.contracts import Bands, Batch, Sample, Source
 from eva_mim.data.masking import Mask
 from eva_mim.data.names import filled
 from eva_mim.data.quarantine import Quarantined
@@ -29,13 +28,16 @@ from eva_mim.log import say
 from eva_mim.phases import phase
 from eva_mim.rng import derive
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 REPLACEMENTS = 20
 """Other samples tried in place of a broken one before the run stops."""
 
 MAX_NAMED = 100
 """Broken held-out images that are named, each once."""
 
-View = Callable[[Image.Image, random.Random], list[Tensor]]
+View = Callable[["Image | Bands", random.Random], list[Tensor]]
 Tokenize = Callable[[list[str]], Tensor]
 
 

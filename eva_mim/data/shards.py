@@ -19,7 +19,7 @@ import numpy as np
 
 from eva_mim.config import UserError, few
 from eva_mim.contracts import Blocks, Sample
-from eva_mim.data import SourceSettings
+from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.decode import Raw
 from eva_mim.data.index import Column
@@ -58,13 +58,14 @@ class ShardSource:
     """Records of several shards, in the order of the sorted file names."""
 
     def __init__(
-        self, paths: Sequence[Path | Shard], classes: tuple[str, ...] | None, caption_lines: bool = False, skip_bad: bool = False
+        self, paths: Sequence[Path | Shard], classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB,
+        skip_bad: bool = False,
     ):
         """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
         self.classes = classes
         self.captions: CaptionFile | None = None
         self.blocks: Blocks | None = None
-        self._caption_lines = caption_lines
+        self._caption_lines, self._pixels = caption_lines, pixels
         shards = [found(path) if isinstance(path, Path) else path for path in paths]
         self._held = hold(shards)
         self.index = shards_index(shards, skip_bad)
@@ -87,8 +88,9 @@ class ShardSource:
         return f"{self._names[self._shard(index)]}/{self.index.text('key', index)}"
 
     def read(self, index: int) -> Sample:
-        """Decode one record as RGB. Raises ValueError for a record without image or with a label that does not fit."""
-        return self.raw(index).sample()
+        """Decode one record. Raises ValueError for a record without image or with a label that does not fit, and what
+        `decode.decoded` raises."""
+        return self.raw(index).sample(self._pixels)
 
     def raw(self, index: int) -> Raw:
         """Read one record. Raises ValueError as `read` does."""
@@ -199,7 +201,7 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     if as_url(root) is not None:
         _refuse_names_by_url(settings)
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
-    source = ShardSource(paths, classes, settings.caption_lines, skip_bad)
+    source = ShardSource(paths, classes, settings.caption_lines, settings.pixels, skip_bad)
     source.check_labels(str(settings.classes or settings.class_names))
     source.blocks = source.cut(settings.shuffle_gb * 1e9)
     records = f"records of {as_url(root) or root}/{pattern or '*.tar*'}"

@@ -16,11 +16,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from eva_mim.config import UserError, digest
-from eva_mim.data.decode import SUFFIXES
+from eva_mim.data.decode import ARRAYS, SUFFIXES
 from eva_mim.data.index import VERSION, Column, Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.remote import Reading
 
-FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES), "text": ("txt",), "described": ("json",)}
+FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",)}
 """Columns of the index -> extensions, of which the first that a record has is taken."""
 BLOCK = 512
 """Everything in a tar begins at a multiple of this many bytes; its first block is a header, so that 0 stands for "not there"."""

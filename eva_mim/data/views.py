@@ -1,4 +1,4 @@
-"""From a picture to uint8 pixels: one crop box an image, resized once for each size that is asked for."""
+"""From a picture to pixels: one crop box an image, resized once for each size that is asked for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from eva_mim.config import UserError
+from eva_mim.contracts import Bands
 from eva_mim.data import ViewSettings
 from eva_mim.phases import phase
 from eva_mim.rng import isolated
@@ -33,7 +34,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 class TrainView:
     """Random resized crop, mirror, and the augmentations that are asked for; the same crop at every size.
 
-    `pixels` are the student's mean and std: erased pixels are noise as the student sees it.
+    `pixels` are the student's mean and std: erased pixels are noise as the student sees it. Augmentations are for RGB alone.
     """
 
     def __init__(self, settings: ViewSettings, sizes: Sequence[int], pixels: Statistics | None = None):
@@ -42,8 +43,8 @@ class TrainView:
         self._augment = _augmentations(settings)
         self._erase = _erasing(pixels) if settings.erase and pixels else None
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
-        """[3, size, size] uint8 for each distinct size, in order."""
+    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> list[Tensor]:
+        """[channels, size, size] for each distinct size, in order, as `to_tensor` says."""
         box = crop_box(image.size, self.settings.crop_scale, self.settings.crop_ratio, rng)
         mirror = rng.random() < self.settings.flip
         seed = rng.getrandbits(62)
@@ -57,7 +58,7 @@ class TrainView:
             with isolated(seed) if self._augment else nullcontext():  # timm and torchvision draw from the global generators
                 for augment in self._augment:
                     with phase("augment"):
-                        view = augment(view)
+                        view = augment(view)  # type: ignore[arg-type]  # settings refuse them for `Bands`
             views.append(to_tensor(view))
         if self._erase is not None and rng.random() < self.settings.erase:
             with isolated(rng.getrandbits(62)):
@@ -71,8 +72,8 @@ class EvalView:
     def __init__(self, sizes: Sequence[int], crop_pct: float = 1.0):
         self.sizes, self.crop_pct = list(dict.fromkeys(sizes)), crop_pct
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
-        """[3, size, size] uint8 for each distinct size; draws nothing."""
+    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> list[Tensor]:
+        """[channels, size, size] for each distinct size, as `to_tensor` says; draws nothing."""
         width, height = image.size
         side = min(width, height) * self.crop_pct
         left, top = (width - side) / 2, (height - side) / 2
@@ -103,9 +104,11 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] uint8."""
+def to_tensor(image: Image.Image | Bands) -> Tensor:
+    """[channels, H, W] uint8, or float32 from 0 to 255 of bands that are."""
     with phase("to tensor"):
+        if isinstance(image, Bands):  # a bicubic filter leaves the range, and Pillow cuts off whole numbers alone
+            return torch.from_numpy(np.stack([np.asarray(band) for band in image.each]).clip(0, 255))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -119,13 +122,15 @@ def _augmentations(settings: ViewSettings) -> list[Augment]:
 
 
 def _erasing(pixels: Statistics) -> Callable[[Tensor], Tensor]:
-    """[3, H, W] uint8 -> the same with a rectangle of normal noise, as it is after normalising (cut at 0 and 255)."""
+    """[channels, H, W] as `to_tensor` gives them -> the same with a rectangle of normal noise, as it is after normalising (cut at
+    0 and 255)."""
     erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
     mean, std = (255 * torch.tensor(values)[:, None, None] for values in pixels)
 
     def erased(view: Tensor) -> Tensor:
         noisy: Tensor = erase((view - mean) / std)
-        return (noisy * std + mean).round().clamp(0, 255).to(torch.uint8)
+        filled = (noisy * std + mean).clamp(0, 255)
+        return filled if view.is_floating_point() else filled.round().to(torch.uint8)
 
     return erased
 

@@ -12,6 +12,7 @@ from eva_mim.program import guard
 COMMANDS = {
     "index": "make the index that every run opens, where there is none or a stale one, and say what is in the data",
     "inspect": "counts, sizes, classes, captions, and a contact sheet",
+    "stats": "mean and std of each channel, as settings; a window for images of more than 8 bits",
     "verify": "decode every image and list the broken ones for data.quarantine; an interrupted check goes on",
     "pack": "write tar shards; an interrupted command goes on",
 }
@@ -39,6 +40,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "inspect":
         parser.add_argument("--images", type=_positive, default=2000, help="looked at, spread over each split (default 2000)")
         parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a contact sheet of each split there")
+    elif command == "stats":
+        parser.add_argument("--images", type=_positive, default=5000, help="drawn as training draws them (default 5000)")
     elif command == "verify":
         parser.add_argument("--out", type=Path, default=Path("quarantine.json"), help="the list (default quarantine.json)")
     elif command == "pack":
@@ -65,6 +68,10 @@ def _work(command: str, options: argparse.Namespace) -> None:
         from eva_mim.data_commands.inspect import inspect
 
         inspect(what, overrides, images=options.images, out=options.out, processes=options.processes)
+    elif command == "stats":
+        from eva_mim.data_commands.stats import stats
+
+        stats(what, overrides, images=options.images, processes=options.processes)
     elif command == "verify":
         from eva_mim.data_commands.verify import verify
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import textwrap
 from collections import Counter
@@ -14,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Sample, Source
+from eva_mim.contracts import Bands, Sample, Source
+from eva_mim.data.decode import header
 from eva_mim.data_commands.crew import Crew, chunks, progress
 from eva_mim.data_commands.index import every_split, read_data
 from eva_mim.labels import spoken
@@ -61,10 +61,9 @@ def look(source: Any, places: range) -> list[Look | str]:
     for record in places:
         try:
             raw = source.raw(record)
-            with Image.open(io.BytesIO(raw.content)) as image:
-                words = sum(len(text.split()) for text in raw.captions)
-                kind = str(image.format), image.mode
-                found.append(Look(image.width, image.height, len(raw.content), *kind, len(raw.captions), words))
+            image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
+            size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
+            found.append(Look(*size, *kind, len(raw.captions), words))
         except Exception as error:  # a record may be broken in any way
             found.append(f"{source.key(record)}: {type(error).__name__}: {error}")
     return found
@@ -136,7 +135,7 @@ def _write_sheet(source: Source, path: Path) -> Path:
         left, top = 4 + number % COLUMNS * (TILE + 4), 4 + number // COLUMNS * (TILE + LINE + 4)
         try:
             sample = source.read(place)
-            tile = ImageOps.contain(sample.image, (TILE, TILE))
+            tile = ImageOps.contain(_as_colours(sample.image), (TILE, TILE))
             sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
             text = _words(sample, source.classes)
         except Exception as error:  # a record may be broken in any way
@@ -152,6 +151,14 @@ def _write_sheet(source: Source, path: Path) -> Path:
     except OSError as error:
         raise UserError(f"--out {path.parent}: {error.strerror}") from None
     return path
+
+
+def _as_colours(image: Image.Image | Bands) -> Image.Image:
+    """Of other channels the first three, or the first in grey."""
+    if not isinstance(image, Bands):
+        return image
+    bands = [band.convert("L") for band in image.each]
+    return Image.merge("RGB", bands[:3] if len(bands) >= 3 else bands[:1] * 3)
 
 
 def _words(sample: Sample, classes: Sequence[str] | None) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from eva_mim.config import UserError, few
 from eva_mim.data import DataSettings
-from eva_mim.data.decode import Raw
+from eva_mim.data.decode import Raw, header
 from eva_mim.data.index import Column
 from eva_mim.data.quarantine import read_quarantine
 from eva_mim.data_commands.crew import Crew, progress
@@ -28,8 +27,8 @@ from eva_mim.rng import derive
 
 FORMAT = "eva-mim pack 1"
 PLAN, CLASSES = "pack.json", "classes.txt"
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
-"""Pillow's names of formats -> members of a shard."""
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "NPY": "npy"}
+"""Formats -> members of a shard."""
 MIN_BROKEN = 10
 """Fewer unreadable records in a shard than this never stop the command."""
 
@@ -161,9 +160,8 @@ def _not_too_many(faults: list[str], records: int, share: float) -> None:
 
 
 def _members(raw: Raw) -> Iterator[tuple[str, bytes]]:
-    """Extension and content of each member of a record. Raises what Pillow raises for something that is no image."""
-    with Image.open(io.BytesIO(raw.content)) as image:  # the header alone
-        yield EXTENSIONS[str(image.format)], raw.content
+    """Extension and content of each member of a record. Raises what `decode.header` raises for something that is no image."""
+    yield EXTENSIONS[header(raw.content).format], raw.content
     if raw.label is not None:
         yield "cls", str(raw.label).encode()
     told: dict[str, Any] = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})

@@ -52,11 +52,31 @@ class TrunkSettings(Settings):
     stop_grad_conv1); EVA's classifiers freeze it (0)."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    mean: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None = None
+    """Mean of each channel, of pixels between 0 and 1, as `eva-mim data stats` prints it: as many as `data.channels`. Default the
+    architecture's own, of RGB."""
+    std: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
+    """Standard deviation of each channel."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return 3 if self.mean is None else len(self.mean)
 
     def timm_options(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model` that describe the architecture."""
-        options = {"img_size": self.image_size, "patch_size": self.patch_size}
+        options = {
+            "img_size": self.image_size, "patch_size": self.patch_size, "in_chans": None if self.channels == 3 else self.channels
+        }
         return {name: value for name, value in options.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _mean_and_std_are_a_pair(self) -> TrunkSettings:
+        mean, std = (None if values is None else len(values) for values in (self.mean, self.std))
+        if mean != std:
+            raise ValueError(f"student.mean has {mean or 'no'} values and student.std {std or 'none'}; give one of each for each "
+                             "channel: `eva-mim data stats` prints them")
+        return self
 
 
 class InitSettings(Settings):

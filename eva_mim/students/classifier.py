@@ -23,7 +23,7 @@ class Classifier(nn.Module):
         options = {"global_pool": settings.global_pool} if has_tokens(settings) else {}
         self.trunk = build_trunk(settings, num_classes=classes, **options)
         self.image_size = input_size(self.trunk, settings)
-        self.mean, self.std = mean_std(self.trunk)
+        self.mean, self.std = mean_std(self.trunk, settings)
         head = self.trunk.get_classifier()  # type: ignore[operator]
         with torch.no_grad():
             for parameter in head.parameters():

@@ -43,7 +43,7 @@ class ClipStudent(nn.Module):
             raise UserError(f"student.patch_dropout={settings.patch_dropout}: {settings.name} cannot leave out patches; set it "
                             "to 0")
         self.image_size = own
-        self.mean, self.std = mean_std(probe)
+        self.mean, self.std = mean_std(probe, settings)
         source = text_source(settings.text)
         self.config: dict[str, Any] = {
             "embed_dim": settings.embed_dim,

@@ -40,7 +40,7 @@ class PatchStudent(nn.Module):
         self.grid: Grid = (embed.grid_size[0], embed.grid_size[1])
         self.patches = self.grid[0] * self.grid[1]
         self.prefix: int = self.trunk.num_prefix_tokens
-        self.mean, self.std = mean_std(self.trunk)
+        self.mean, self.std = mean_std(self.trunk, settings)
         if settings.positions == "sincos":
             self._fix_positions(settings)
 

@@ -73,7 +73,7 @@ def input_size(trunk: nn.Module, settings: TrunkSettings) -> int:
     return int(settings.image_size or config["input_size"][-1])
 
 
-def mean_std(trunk: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The architecture's own mean and std."""
+def mean_std(trunk: nn.Module, settings: TrunkSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of the settings, else the architecture's own."""
     config: Any = trunk.pretrained_cfg
-    return tuple(config["mean"]), tuple(config["std"])
+    return settings.mean or tuple(config["mean"]), settings.std or tuple(config["std"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eva_mim.config import Settings
 from eva_mim.registry import TEACHERS, lookup
@@ -31,9 +31,28 @@ class TeacherSettings(Settings):
     """Put the output through the network's last norm (pixels: normalise each patch)."""
     project: bool | None = None
     """Put each patch through CLIP's projection into the shared space; default where the network has one."""
+    bands: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    """Which channels of the images it sees, counted from 0: of the 13 of Sentinel-2, [3, 2, 1] are red, green and blue. Default
+    all, where it sees as many; one that sees three sees the one of grey images three times."""
+    mean: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None = None
+    """pixels: mean of each channel, as `student.mean`; default ImageNet's, of RGB. A network has its own."""
+    std: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
+    """pixels: standard deviation of each channel."""
+
+    @model_validator(mode="after")
+    def _a_network_has_its_own(self) -> TeacherSettings:
+        if self.kind != "pixels" and (self.mean or self.std):
+            raise ValueError(f"teacher.mean and teacher.std are for teacher.kind=pixels; {self.name} has its own, leave them out")
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ValueError(f"teacher.mean has {len(self.mean or ())} values, teacher.std {len(self.std or ())}; give both for "
+                             "each channel")
+        return self
 
 
-def build_teacher(settings: TeacherSettings) -> Teacher:
-    """The teacher, frozen, on the CPU. Raises UserError for an unknown name, missing weights or an unusable trunk."""
+def build_teacher(settings: TeacherSettings, channels: int = 3) -> Teacher:
+    """The teacher of images with so many channels, frozen, on the CPU. Raises UserError for an unknown name, missing weights, an
+    unusable trunk, and channels that do not fit."""
     teacher: Teacher = lookup(TEACHERS, settings.kind, "teacher.kind")(settings)
-    return teacher
+    from eva_mim.teachers.bands import with_bands
+
+    return with_bands(teacher, settings, channels)

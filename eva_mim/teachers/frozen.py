@@ -24,7 +24,7 @@ class Reading:
     """How features are read off a network: the settings as resolved for it."""
 
     features: Callable[[Tensor], Features]
-    """From normalised pixels [B, 3, S, S]. Layer and norm choose the patches; the summary is always the network's own."""
+    """From normalised pixels [B, channels, S, S]. Layer and norm choose the patches; the summary is always the network's own."""
     layer: int | None = None
     """Block whose output is read, counted from 0; None for a network that is read at its end alone."""
     blocks: int | None = None
@@ -46,7 +46,7 @@ class FrozenTeacher:
         self._reading = reading
         self.image_size, self.mean, self.std = image_size, mean, std
         try:
-            probe = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+            probe = self(torch.zeros(1, len(mean), image_size, image_size, dtype=torch.uint8))
         except (AssertionError, RuntimeError) as error:
             raise UserError(f"teacher.image_size: this {self._kind} cannot take {image_size} px: {error}") from None
         self.grid: Grid = probe.grid
@@ -62,7 +62,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Features of [B, 3, S, S] uint8 pixels."""
+        """Features of [B, channels, S, S] pixels as `pixels.normalise` takes them."""
         return self._reading.features(normalise(images, self.mean, self.std))
 
     def to(self, device: Any) -> FrozenTeacher:

@@ -21,23 +21,24 @@ EPS = 1e-6
 
 
 class PixelTeacher:
-    """Patches of p x p pixels as vectors of 3 p p numbers: row by row, the three colours of a pixel side by side.
+    """Patches of p x p pixels as vectors of channels * p * p numbers: row by row, the colours of a pixel side by side.
 
-    Pixels are first normalised with ImageNet's mean and std, then each patch to mean 0 and (unbiased) variance 1 over all
+    Pixels are first normalised with `mean` and `std`, then each patch to mean 0 and (unbiased) variance 1 over all
     its numbers, as MAE does; with `final_norm` false they stay as they are after the first. The summary is the mean patch.
     """
 
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-
-    def __init__(self, patch: int, image_size: int, normed: bool = True):
-        self.image_size, self.width, self._patch, self._normed = image_size, 3 * patch * patch, patch, normed
+    def __init__(
+        self, patch: int, image_size: int, normed: bool = True, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    ):
+        self.mean, self.std = mean, std
+        self.image_size, self.width, self._patch, self._normed = image_size, len(mean) * patch * patch, patch, normed
         self.grid: Grid = (image_size // patch, image_size // patch)
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of [B, 3, S, S] uint8 pixels."""
+        """Features of [B, channels, S, S] pixels."""
         rows, columns = self.grid
-        cells = normalise(images, self.mean, self.std).reshape(len(images), 3, rows, self._patch, columns, self._patch)
+        cells = normalise(images, self.mean, self.std).reshape(len(images), -1, rows, self._patch, columns, self._patch)
         patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, self.width)
         if self._normed:
             patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + EPS).sqrt()
@@ -82,4 +83,5 @@ def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
         raise UserError(f"teacher.weights: a teacher of pixels has none; leave out {settings.weights!r}")
     block_index(settings, 1)
     with_projection(settings, available=False)
-    return PixelTeacher(patch, settings.image_size, settings.final_norm)
+    mean, std = settings.mean or IMAGENET_DEFAULT_MEAN, settings.std or IMAGENET_DEFAULT_STD
+    return PixelTeacher(patch, settings.image_size, settings.final_norm, mean, std)

@@ -163,20 +163,47 @@ def test_a_classifier_with_its_classes(tmp_path: Path) -> None:
     close(given, images, 1e-5)
 
 
-@pytest.mark.slow
+FIVE = {"mean": (0.1, 0.2, 0.3, 0.4, 0.5), "std": (0.5, 0.4, 0.3, 0.2, 0.1)}
+BANDS = torch.randint(256, (3, 5, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
 @torch.inference_mode()
-def test_a_classifier_of_patches_for_onnxruntime(tmp_path: Path) -> None:
+def test_a_classifier_of_five_channels(tmp_path: Path) -> None:
+    """As a folder and as a file for timm, and under the original names; the tower of transformers is of RGB."""
+    student = classifier_stage(tmp_path / "classify", ClassifierSettings(name="vit_nano_patch4_32", **FIVE))
+    images, answers = normalise(BANDS, student.mean, student.std), student(BANDS)
+    for to in ("hf", "timm"):
+        found, dst = converted(tmp_path / "classify", to, tmp_path)
+        close(eval(found["open_with"], {"timm": timm}).eval()(images), answers, 1e-5)
+        if to == "hf":
+            told = json.loads((dst / "config.json").read_text())["pretrained_cfg"]
+            assert told["input_size"] == [5, 32, 32]
+            assert (told["mean"], told["std"]) == (list(FIVE["mean"]), list(FIVE["std"]))
+    _, original = converted(tmp_path / "classify", "eva", tmp_path)
+    state = torch.load(original, weights_only=True)["module"]
+    assert torch.equal(state["patch_embed.proj.weight"], student.state_dict()["trunk.patch_embed.proj.weight"])
+    masked = MaskedSettings(name="vit_nano_patch4_32", **FIVE)
+    masked_stage(tmp_path / "mim", MaskedStudent(masked, 8), masked)
+    with pytest.raises(UserError, match=r"\[96, 5, 4, 4\] for \[96, 3, 4, 4\]"):
+        converted(tmp_path / "mim", "transformers", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [3, 5])
+@torch.inference_mode()
+def test_a_classifier_of_patches_for_onnxruntime(tmp_path: Path, channels: int) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    student = classifier_stage(tmp_path / "classify", ClassifierSettings(name="vit_nano_patch4_32"))
+    pixels, shown = (FIVE, BANDS) if channels == 5 else ({}, IMAGES)
+    student = classifier_stage(tmp_path / "classify", ClassifierSettings(name="vit_nano_patch4_32", **pixels))
     found, _ = converted(tmp_path / "classify", "onnx", tmp_path)
     session = eval(found["open_with"], {"onnxruntime": onnxruntime})
-    images = normalise(IMAGES, student.mean, student.std)
+    images = normalise(shown, student.mean, student.std)
     for batch in (images, images[:1]):
         said = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": batch.numpy()}), strict=True))
-        close(torch.tensor(said["output"]), student(IMAGES)[: len(batch)], 1e-5)
+        close(torch.tensor(said["output"]), student(shown)[: len(batch)], 1e-5)
     with pytest.raises(Exception, match=r"INVALID_ARGUMENT|Got invalid dimensions"):
-        session.run(None, {"image": torch.zeros(1, 3, 64, 64).numpy()})
+        session.run(None, {"image": torch.zeros(1, channels, 64, 64).numpy()})
 
 
 def test_a_convolutional_stage_goes_to_timm_alone(tmp_path: Path) -> None:

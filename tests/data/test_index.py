@@ -15,7 +15,8 @@ from eva_mim.cli import main
 from eva_mim.config import UserError, digest
 from eva_mim.data import ColumnSettings, DataSettings
 from eva_mim.data import shards as shards_module
-from eva_mim.data.folder import SUFFIXES, FolderSource
+from eva_mim.data.decode import SUFFIXES
+from eva_mim.data.folder import FolderSource
 from eva_mim.data.index import Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.lists import open_list
 from eva_mim.data.shards import ShardSource

@@ -1,0 +1,58 @@
+"""A teacher of images that have other channels than it knows: it is shown some of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eva_mim.config import UserError
+from eva_mim.contracts import Features, Teacher
+
+if TYPE_CHECKING:
+    from eva_mim.teachers import TeacherSettings
+
+
+class BandTeacher:
+    """A teacher that sees the channels `bands` of the images, in this order."""
+
+    def __init__(self, teacher: Teacher, bands: tuple[int, ...]):
+        self._teacher, self.bands = teacher, bands
+        self.image_size, self.grid, self.width = teacher.image_size, teacher.grid, teacher.width
+        self.mean, self.std = teacher.mean, teacher.std
+
+    def __call__(self, images: Tensor) -> Features:
+        """Features of [B, channels, side, side] pixels."""
+        # Slices: an index would be copied to the device in every step.
+        return self._teacher(torch.stack([images[:, band] for band in self.bands], dim=1))
+
+    def to(self, device: Any) -> BandTeacher:
+        """Move the weights."""
+        self._teacher.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        """The network's."""
+        return self._teacher.fingerprint()
+
+    def facts(self) -> dict[str, Any]:
+        """The network's, and the channels that it sees."""
+        return self._teacher.facts() | {"bands": list(self.bands)}
+
+
+def with_bands(teacher: Teacher, settings: TeacherSettings, channels: int) -> Teacher:
+    """The teacher for images of so many channels. Raises UserError where it cannot be told which ones it shall see."""
+    own, bands = len(teacher.mean), settings.bands
+    if bands is None and channels == own:
+        return teacher
+    if bands is None and (channels, own) == (1, 3):
+        bands = (0, 0, 0)
+    if bands is None:
+        more = ", or give teacher.mean and teacher.std for all" if settings.kind == "pixels" else ""
+        raise UserError(f"teacher.bands: the images have {channels} channels and {settings.name} sees {own}; name those, counted "
+                        f"from 0{more}")
+    if len(bands) != own or max(bands) >= channels:
+        raise UserError(f"teacher.bands={list(bands)}: {settings.name} sees {own} channels, and those of the images are 0 to "
+                        f"{channels - 1}")
+    return BandTeacher(teacher, bands)
