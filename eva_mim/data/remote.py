@@ -68,9 +68,14 @@ def _file(system: Any, name: str, about: dict[str, Any]) -> RemoteFile:
 
 def read_range(url: str, start: int, end: int) -> bytes:
     """Bytes start .. end - 1 of a file, fewer where it ends. Raises OSError where it is not there or not to be read, UserError
-    when its place does not answer."""
+    when its place does not answer, or not with a range."""
+    if end <= start:
+        return b""
     system, path = _system(url)
     content: bytes = _persistent(lambda: system.cat_file(path, start=start, end=end), url)
+    if len(content) > end - start:
+        raise UserError(f"{url}: its server answers with {len(content)} bytes where {end - start} were asked for: it knows no "
+                        "ranges; copy the shards to a disk")
     return content
 
 

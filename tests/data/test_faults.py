@@ -283,6 +283,9 @@ def test_names_and_links_that_leave_the_shard_lead_nowhere(tmp_path: Path, worke
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "plain.png" if name == "own.png" else str(secret)
             archive.addfile(info)
+        info = tarfile.TarInfo("holes.png")
+        info.type, info.size = tarfile.GNUTYPE_SPARSE, len(content)
+        archive.addfile(info, io.BytesIO(content))
     root = tmp_path / "shards"
     root.mkdir()
     (root / "x.tar").write_bytes(buffer.getvalue())

@@ -36,8 +36,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.requests, self.bytes = Counter[str](), 0
-        self.fail, self.hang = 0, 0.0
-        """So many further requests are answered with an error; every answer waits so many seconds."""
+        self.fail, self.hang, self.whole = 0, 0.0, False
+        """So many further requests are answered with an error; every answer waits so many seconds; ranges are not understood."""
 
     def handle_error(self, *_: Any) -> None:
         """A client that did not wait is no news."""
@@ -61,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         whole = (self.server.folder / name).read_bytes()
         start, end = self.headers["Range"].removeprefix("bytes=").split("-")
+        if self.server.whole:
+            return self.answer(200, whole)
         return self.answer(206, whole[int(start) : int(end) + 1])
 
     def answer(self, code: int, body: bytes) -> None:
@@ -217,6 +219,22 @@ def test_a_server_that_hangs_is_not_waited_for(server: Server, monkeypatch: pyte
     with pytest.raises(UserError, match=r"no answer in 3 attempts of up to 0\.4 s; the last: TimeoutError"):
         batches(source, workers, 1000, disturb)
     assert time.monotonic() - began < 20  # 3 x 0.4 s, and not 30
+
+
+def test_a_server_without_ranges_is_refused(server: Server) -> None:
+    """It answers with the whole file, of which the beginning would be taken for the middle."""
+    make_shards(server.folder, "x.tar", count=40)
+    server.whole = True
+    with pytest.raises(UserError, match=r"x\.tar: .* \d+ bytes where 65536 were asked for: it knows no ranges"):
+        remote(server)
+
+
+def test_empty_members_are_not_asked_for(server: Server) -> None:
+    write_tar(server.folder / "x.tar", [("a.txt", b""), ("b.png", png(picture(1))), ("b.txt", b"")])
+    source = remote(server)
+    with pytest.raises(ValueError, match="no image member"):
+        source.read(0)
+    assert source.read(1).captions == ("",)
 
 
 def test_a_file_that_is_gone_is_a_broken_record(server: Server) -> None:
