@@ -6,7 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Loop:
         self.broken = self.skipped = 0
         self.window: list[Row] = []
         self.owes_evaluation = False
+        self.writer = snapshot.Writer(out, keep_last=run.keep_last, keep_every=run.keep_every)
         self.step = self._resume()
         self.metrics: dict[str, float] = {}
         self.owes_checkpoint = False
@@ -91,11 +92,12 @@ class Loop:
         self.log.write("start", self.step, self.step * self.run.global_batch, {})
         self.meter = Meter(self.stopwatch)
         self.engine.module.train()
-        with caught_signals() as caught, measuring(self.stopwatch):
+        with closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
             if self.owes_evaluation:
                 self._evaluate()
             while self.step < self.total:
                 self._train(caught)
+            self.writer.finish()
         if not self.metrics:  # resumed after the last step: the figures were not kept in memory
             self._evaluate()
         self.log.close()
@@ -113,13 +115,13 @@ class Loop:
             if streak.length >= self.run.max_skips:
                 return self._rewind(list(recent), batches)
             due = self.step % self.run.log_every == 0 or self.step == self.total
-            stop = caught[0] if caught and world_size() == 1 else 0
             if due:
                 self._write()
-                stop = self._agree(caught) if world_size() > 1 else stop
+            stop = self._agree(caught) if due or world_size() == 1 else 0
             self.owes_evaluation = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
             if stop:
                 self._save(streak)
+                self.writer.finish()
                 self.log.close()
                 raise Interrupted(stop)
             if self.owes_evaluation:
@@ -193,13 +195,20 @@ class Loop:
             f"({shares})  left {duration(left)}")
 
     def _agree(self, caught: list[int]) -> int:
-        flag = torch.tensor(caught[0] if caught else 0, device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        """The signal that any rank has caught, or 0. Raises UserError where the main rank could not write its checkpoint."""
+        flag = torch.tensor([caught[0] if caught else 0, self.writer.failed()])
+        if world_size() > 1:
+            flag = flag.to(self.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        stop, failed = flag.tolist()
+        if failed:
+            self.writer.finish()
+        return int(stop)
 
     def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
         """Back to the last checkpoint, without the data of the `bad` (step, data step)s; or stop with a dump of the last one."""
         first, last = bad[0][1], bad[-1][1]
+        self.writer.finish()
         found = snapshot.newest(self.out)
         if found is None or self.detours.rewinds >= self.run.max_rewinds:
             why = "and there is no checkpoint to rewind to" if found is None else (
@@ -262,16 +271,17 @@ class Loop:
         self.owes_checkpoint = self.step < self.total and not streak.clean()
         if self.owes_checkpoint:
             return
-        self._average_norm_statistics()
-        self.log.flush()
-        facts = {
-            "window": self.meter.rows(self.device),
-            "broken": self.broken + self.meter.broken_everywhere(self.device),
-            "skipped": self.skipped,
-            "alarm": self.alarm.state(),
-            "owes_evaluation": self.owes_evaluation,
-        }
-        snapshot.save(self.out, self.step, self._parts(), facts, keep_last=self.run.keep_last, keep_every=self.run.keep_every)
+        with phase("checkpoint"):
+            self._average_norm_statistics()
+            self.log.flush()
+            facts = {
+                "window": self.meter.rows(self.device),
+                "broken": self.broken + self.meter.broken_everywhere(self.device),
+                "skipped": self.skipped,
+                "alarm": self.alarm.state(),
+                "owes_evaluation": self.owes_evaluation,
+            }
+            self.writer.save(self.step, self._parts(), facts)
 
     def _parts(self) -> dict[str, Part]:
         return self.engine.parts() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})

@@ -301,7 +301,7 @@ def write_earlier(out: Path, step: int, value: Tensor) -> None:
 def write_present(out: Path, step: int, value: Tensor) -> None:
     """A checkpoint with weights, a moment and an average."""
     parts = {name: snapshot.kept_here({"a": value + place}) for place, name in enumerate(("module", "exp_avg", "ema"))}
-    snapshot.save(out, step, parts, {}, keep_last=3)
+    tiny.save(out, step, parts, {}, keep_last=3)
 
 
 @pytest.mark.parametrize(("write", "file"), [(write_earlier, "engine.pt"), (write_present, "exp_avg.safetensors")])
