@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -31,6 +32,12 @@ def guard(work: Callable[[], Any]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror}; make room, then the same command goes on from "
+                         "the last checkpoint\n")
         return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
