@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+
+class LostProcess(Exception):
+    """Another process of the run has gone, or does not answer in time."""
 
 
 def rank() -> int:
@@ -42,13 +46,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def setup(device: torch.device) -> None:
-    """Join the process group when a launcher started more than one process. Idempotent."""
+def setup(device: torch.device, minutes: float = 30.0) -> None:
+    """Join the process group when a launcher started more than one process, or give it another patience: processes wait for each
+    other for so many minutes at most."""
     import torch.distributed as dist
 
+    patience = timedelta(minutes=minutes)
     if world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=patience)
+    elif dist.is_initialized():
+        dist.set_timeout(patience)
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,6 +73,23 @@ def grouped() -> bool:
     import torch.distributed as dist
 
     return dist.is_initialized()
+
+
+@contextmanager
+def losses_told(place: Callable[[], str] = str) -> Iterator[None]:
+    """Raises LostProcess where a collective breaks inside; its text has `place()`, where the run was. With nccl torch's watchdog
+    may end the process first."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch" not in sys.modules:
+            raise
+        from torch.distributed import DistError
+
+        if not isinstance(error, DistError) and "gloo/" not in str(error):
+            raise
+        why = str(error).split("] ", 1)[-1].split(". This is")[0]
+        raise LostProcess(f"rank {rank()}{place()}: another process has gone or does not answer ({why})") from error
 
 
 def barrier() -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eva_mim import snapshot
+from eva_mim import checkpoint, snapshot
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
-from eva_mim.distributed import all_reduce_sum, barrier, is_main, rank, world_size
+from eva_mim.distributed import all_reduce_sum, barrier, is_main, losses_told, rank, world_size
 from eva_mim.dump import write_dump
 from eva_mim.engine import RunSettings
 from eva_mim.log import RunLog, duration, say
@@ -24,19 +23,12 @@ from eva_mim.meter import Meter, Row, Window
 from eva_mim.optim import OptimSettings, rates_at
 from eva_mim.phases import Stopwatch, measuring, phase
 from eva_mim.rng import derive, seed_all
+from eva_mim.signals import Interrupted, caught_signals
 from eva_mim.stability import Detours, SkipStreak, SpikeAlarm
 
 EMA = "ema"
 MIN_BROKEN = 10
 """Fewer broken images than this never stop a run, whatever their share."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run after a checkpoint. `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 class Diverged(Exception):
@@ -84,7 +76,7 @@ class Loop:
         self.owes_checkpoint = False
 
     def __call__(self) -> Trained:
-        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged."""
+        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged, LostProcess."""
         self.started, self.first = time.perf_counter(), self.step
         say(f"  {self.total} steps of {self.run.global_batch} images, {self.steps_per_epoch} an epoch"
             + (f"; going on from step {self.first}" if self.first else ""))
@@ -92,14 +84,14 @@ class Loop:
         self.log.write("start", self.step, self.step * self.run.global_batch, {})
         self.meter = Meter(self.stopwatch)
         self.engine.module.train()
-        with closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
+        with losses_told(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
             if self.owes_evaluation:
                 self._evaluate()
             while self.step < self.total:
                 self._train(caught)
             self.writer.finish()
-        if not self.metrics:  # resumed after the last step: the figures were not kept in memory
-            self._evaluate()
+            if not self.metrics:  # resumed after the last step: the figures were not kept in memory
+                self._evaluate()
         self.log.close()
         return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
 
@@ -128,6 +120,11 @@ class Loop:
                 self._evaluate()
             if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
                 self._save(streak)
+
+    def _place(self) -> str:
+        found = checkpoint.latest(self.out)
+        saved = f"the checkpoint of step {found[0]}" if found else "no checkpoint"
+        return f" in step {self.step}, with {saved} and run.timeout_minutes={self.run.timeout_minutes:g}"
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total
@@ -301,29 +298,3 @@ class Loop:
         self.alarm.restore(facts["alarm"])
         self.step = step
         return step
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of dying; a second Ctrl-C is Python's again."""
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        if is_main():
-            say(f"  {signal.Signals(number).name}: ending this step, then writing a checkpoint")
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    try:
-        before = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not in the main thread
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-

@@ -89,10 +89,12 @@ class Soak:
         if kind == "between steps":
             _wait(process, lambda: time.time() > begun + 1.5 * chance)
         elif kind in (HALF, FULL):
+            if kind == FULL:
+                _wait(process, lambda: bool(_newest(checkpoints)))
             for _ in range(draw.randrange(3)):
                 before = _newest(checkpoints)
                 _wait(process, lambda before=before: _newest(checkpoints) != before)  # type: ignore[misc]
-            _wait(process, lambda: _half_written(checkpoints))
+            _wait(process, lambda: _half_written(checkpoints, launched))
             time.sleep(0.01 * chance)
         if kind == FULL and process.poll() is None:
             return self._filled(process, out, checkpoints)
@@ -102,7 +104,7 @@ class Soak:
         for number in _family(process.pid):
             os.kill(number, signal.SIGKILL)
         process.wait()
-        return HALF if _half_written(checkpoints) else "while saving" if kind == HALF else kind
+        return HALF if _half_written(checkpoints, launched) else "while saving" if kind == HALF else kind
 
     def _filled(self, process: subprocess.Popen[bytes], out: Path, checkpoints: Path) -> str | None:
         """The disk is full until the run stops."""
@@ -116,7 +118,7 @@ class Soak:
         text = (out / "soak.log").read_bytes()[said:].decode()
         if process.returncode not in self._stopped or "was not saved" not in text or "Traceback" in text.split("error: ")[0]:
             _check(process.returncode, out)
-        if _half_written(checkpoints) or snapshot.newest(out) is None:
+        if any(checkpoints.glob("tmp-*")) or snapshot.newest(out) is None:
             sys.exit(f"{out}: a full disk has cost more than one checkpoint")
         return FULL
 
@@ -150,8 +152,13 @@ def _newest(checkpoints: Path) -> str:
     return max((path.name for path in checkpoints.glob("step-*")), default="")
 
 
-def _half_written(checkpoints: Path) -> bool:
-    return any(checkpoints.glob("tmp-*"))
+def _half_written(checkpoints: Path, launched: float) -> bool:
+    """By this process, not by one that was killed before."""
+    times = []
+    for path in checkpoints.glob("tmp-*"):
+        with suppress(OSError):  # renamed meanwhile
+            times.append(path.stat().st_mtime)
+    return any(time > launched for time in times)
 
 
 def _family(number: int) -> list[int]:
