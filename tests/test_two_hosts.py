@@ -153,6 +153,7 @@ def test_who_is_left_stops_and_the_run_goes_on_exactly(
                 assert f"error: rank {rank} in step " in line
                 assert f"and run.timeout_minutes={PATIENCE / 60:g}: another process has gone or does not answer" in line
                 assert fault != "hang" or "Timed out" in line
+                assert rank or not list((out / "checkpoints").glob("tmp-*"))  # what was being written has been written
     finally:
         for process in processes:
             process.kill()
