@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
-"""After so long without a sign of the others a rank gives up: in a collective, and where it waits for their work."""
 BEAT = timedelta(seconds=10)
 """Between signs of life of a rank that works while others wait."""
 _turns = itertools.count()
+_patience = timedelta(minutes=30)
+
+
+class LostProcess(Exception):
+    """Another process of the run has gone, or does not answer in time."""
 
 
 def rank() -> int:
@@ -50,13 +53,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def setup(device: torch.device) -> None:
-    """Join the process group when a launcher started more than one process. Idempotent."""
+def setup(device: torch.device, minutes: float = 30.0) -> None:
+    """Join the process group when a launcher started more than one process, or give it another patience: after so many minutes
+    without a sign of the others a process gives up, in a collective and where it waits for their work."""
+    global _patience  # there is one group as well
     import torch.distributed as dist
 
+    _patience = timedelta(minutes=minutes)
     if world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=_patience)
+    elif dist.is_initialized():
+        dist.set_timeout(_patience)
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,6 +81,23 @@ def grouped() -> bool:
     import torch.distributed as dist
 
     return dist.is_initialized()
+
+
+@contextmanager
+def losses_told(place: Callable[[], str] = str) -> Iterator[None]:
+    """Raises LostProcess where a collective breaks inside; its text has `place()`, where the run was. With nccl torch's watchdog
+    may end the process first."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch" not in sys.modules:
+            raise
+        from torch.distributed import DistError
+
+        if not isinstance(error, DistError) and "gloo/" not in str(error):
+            raise
+        why = str(error).split("] ", 1)[-1].split(". This is")[0]
+        raise LostProcess(f"rank {rank()}{place()}: another process has gone or does not answer ({why})") from error
 
 
 def barrier() -> None:
@@ -121,7 +146,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
     """By rank, what `work` says on the ranks where it is `mine` to do, while the others wait. Every rank must call; without a
     group it is this process's alone. The work may take longer than a collective may: its process shows that it lives. A failure
-    is raised on every rank, elsewhere as UserError."""
+    is raised on every rank, elsewhere as UserError; LostProcess, when a rank is gone."""
     if world_size() == 1 or not grouped():
         return {rank(): work()} if mine else {}
     import torch
@@ -173,13 +198,14 @@ def _alive(turn: int) -> Iterator[None]:
 
 
 def _meet(turn: int) -> None:
-    """Wait until every rank is here, as long as somebody works. Raises UserError after `TIMEOUT` without a sign of life."""
+    """Wait until every rank is here, as long as somebody works. Raises LostProcess where nobody shows life for too long."""
     import torch.distributed as dist
 
     try:
         _wait(_store(), f"agreed/{turn}", f"agreed/{turn - 1}")
     except dist.DistNetworkError as error:
-        raise UserError(f"the process that keeps the group together (rank 0, or its launcher) is gone: {error}") from None
+        gone = "the process that keeps the group together (rank 0, or its launcher) is gone"
+        raise LostProcess(f"rank {rank()}: {gone}: {error}") from None
 
 
 def _wait(store: Any, turn: str, before: str) -> None:
@@ -193,9 +219,9 @@ def _wait(store: Any, turn: str, before: str) -> None:
         time.sleep(min(1.0, 0.001 + (time.monotonic() - began) / 20))
         if (now := store.add(f"{turn}/beats", 0)) != beats:
             beats, moved = now, time.monotonic()
-        elif time.monotonic() - moved > TIMEOUT.total_seconds():
-            raise UserError(f"only {store.add(f'{turn}/here', 0)} of {world_size()} processes came this far, and the others gave "
-                            f"no sign of life for {TIMEOUT.total_seconds():.0f} s")
+        elif time.monotonic() - moved > _patience.total_seconds():
+            here = f"rank {rank()}: only {store.add(f'{turn}/here', 0)} of {world_size()} processes came this far"
+            raise LostProcess(f"{here}, and the others gave no sign of life for {_patience.total_seconds():.0f} s")
 
 
 def on_main(work: Callable[[], T]) -> T:

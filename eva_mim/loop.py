@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eva_mim import snapshot
+from eva_mim import checkpoint, snapshot
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
-from eva_mim.distributed import all_reduce_sum, barrier, is_main, rank, world_size
+from eva_mim.distributed import all_reduce_sum, barrier, is_main, losses_told, rank, world_size
 from eva_mim.dump import write_dump
 from eva_mim.engine import RunSettings
 from eva_mim.log import RunLog, duration, say
@@ -24,19 +23,12 @@ from eva_mim.meter import Meter, Row, Window
 from eva_mim.optim import OptimSettings, rates_at
 from eva_mim.phases import Stopwatch, measuring, phase
 from eva_mim.rng import derive, seed_all
+from eva_mim.signals import Interrupted, caught_signals
 from eva_mim.stability import Detours, SkipStreak, SpikeAlarm
 
 EMA = "ema"
 MIN_BROKEN = 10
 """Fewer broken images than this never stop a run, whatever their share."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run after a checkpoint. `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 class Diverged(Exception):
@@ -78,12 +70,13 @@ class Loop:
         self.broken = self.skipped = 0
         self.window: list[Row] = []
         self.owes_evaluation = False
+        self.writer = snapshot.Writer(out, keep_last=run.keep_last, keep_every=run.keep_every)
         self.step = self._resume()
         self.metrics: dict[str, float] = {}
         self.owes_checkpoint = False
 
     def __call__(self) -> Trained:
-        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged."""
+        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged, LostProcess."""
         self.started, self.first = time.perf_counter(), self.step
         say(f"  {self.total} steps of {self.run.global_batch} images, {self.steps_per_epoch} an epoch"
             + (f"; going on from step {self.first}" if self.first else ""))
@@ -91,13 +84,14 @@ class Loop:
         self.log.write("start", self.step, self.step * self.run.global_batch, {})
         self.meter = Meter(self.stopwatch)
         self.engine.module.train()
-        with caught_signals() as caught, measuring(self.stopwatch):
+        with losses_told(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
             if self.owes_evaluation:
                 self._evaluate()
             while self.step < self.total:
                 self._train(caught)
-        if not self.metrics:  # resumed after the last step: the figures were not kept in memory
-            self._evaluate()
+            self.writer.finish()
+            if not self.metrics:  # resumed after the last step: the figures were not kept in memory
+                self._evaluate()
         self.log.close()
         return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
 
@@ -113,19 +107,24 @@ class Loop:
             if streak.length >= self.run.max_skips:
                 return self._rewind(list(recent), batches)
             due = self.step % self.run.log_every == 0 or self.step == self.total
-            stop = caught[0] if caught and world_size() == 1 else 0
             if due:
                 self._write()
-                stop = self._agree(caught) if world_size() > 1 else stop
+            stop = self._agree(caught) if due or world_size() == 1 else 0
             self.owes_evaluation = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
             if stop:
                 self._save(streak)
+                self.writer.finish()
                 self.log.close()
                 raise Interrupted(stop)
             if self.owes_evaluation:
                 self._evaluate()
             if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
                 self._save(streak)
+
+    def _place(self) -> str:
+        found = checkpoint.latest(self.out)
+        saved = f"the checkpoint of step {found[0]}" if found else "no checkpoint"
+        return f" in step {self.step}, with {saved} and run.timeout_minutes={self.run.timeout_minutes:g}"
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total
@@ -193,13 +192,20 @@ class Loop:
             f"({shares})  left {duration(left)}")
 
     def _agree(self, caught: list[int]) -> int:
-        flag = torch.tensor(caught[0] if caught else 0, device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        """The signal that any rank has caught, or 0. Raises UserError where the main rank could not write its checkpoint."""
+        flag = torch.tensor([caught[0] if caught else 0, self.writer.failed()])
+        if world_size() > 1:
+            flag = flag.to(self.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        stop, failed = flag.tolist()
+        if failed:
+            self.writer.finish()
+        return int(stop)
 
     def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
         """Back to the last checkpoint, without the data of the `bad` (step, data step)s; or stop with a dump of the last one."""
         first, last = bad[0][1], bad[-1][1]
+        self.writer.finish()
         found = snapshot.newest(self.out)
         if found is None or self.detours.rewinds >= self.run.max_rewinds:
             why = "and there is no checkpoint to rewind to" if found is None else (
@@ -262,16 +268,17 @@ class Loop:
         self.owes_checkpoint = self.step < self.total and not streak.clean()
         if self.owes_checkpoint:
             return
-        self._average_norm_statistics()
-        self.log.flush()
-        facts = {
-            "window": self.meter.rows(self.device),
-            "broken": self.broken + self.meter.broken_everywhere(self.device),
-            "skipped": self.skipped,
-            "alarm": self.alarm.state(),
-            "owes_evaluation": self.owes_evaluation,
-        }
-        snapshot.save(self.out, self.step, self._parts(), facts, keep_last=self.run.keep_last, keep_every=self.run.keep_every)
+        with phase("checkpoint"):
+            self._average_norm_statistics()
+            self.log.flush()
+            facts = {
+                "window": self.meter.rows(self.device),
+                "broken": self.broken + self.meter.broken_everywhere(self.device),
+                "skipped": self.skipped,
+                "alarm": self.alarm.state(),
+                "owes_evaluation": self.owes_evaluation,
+            }
+            self.writer.save(self.step, self._parts(), facts)
 
     def _parts(self) -> dict[str, Part]:
         return self.engine.parts() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
@@ -291,29 +298,3 @@ class Loop:
         self.alarm.restore(facts["alarm"])
         self.step = step
         return step
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of dying; a second Ctrl-C is Python's again."""
-    caught: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(number)
-        if is_main():
-            say(f"  {signal.Signals(number).name}: ending this step, then writing a checkpoint")
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    try:
-        before = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not in the main thread
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-

@@ -167,7 +167,8 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     from eva_mim.stage import make_plan, run_stage
     from eva_mim.summary import write_summary
 
-    setup(pick_device(planned[0].recipe.run.device))  # ranks look at folders together, so they need their barrier now
+    first = planned[0].recipe.run
+    setup(pick_device(first.device), first.timeout_minutes)  # ranks look at folders together, so they need their barrier now
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
         record = read_record(stage.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -12,25 +13,37 @@ from pathlib import Path
 from typing import Any
 
 from eva_mim.config import UserError, override, parse, read_yaml
-from eva_mim.distributed import leave_group
+from eva_mim.distributed import LostProcess, leave_group, losses_told, world_size
 from eva_mim.recipe import Recipe
 
 USER_ERROR = 2
 INTERRUPTED = 130
 DIVERGED = 3
 """The gradient stayed non-finite after every rewind; the text names the dump."""
+LOST = 69
+"""EX_UNAVAILABLE: another process has gone or does not answer. What it said itself tells whether to start the command again."""
 REQUEUE = 75
 """EX_TEMPFAIL: SIGTERM, SIGUSR1 or SIGUSR2 ended the run after a checkpoint; start the same command again."""
 
 
 def guard(work: Callable[[], Any]) -> int:
-    """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 3 (diverged), 75 (requeue) or
-    130 (Ctrl-C)."""
+    """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 3 (diverged), 69 (another process is
+    lost), 75 (requeue) or 130 (Ctrl-C)."""
     try:
-        work()
+        with losses_told():
+            work()
+    except LostProcess as error:
+        sys.stderr.write(f"error: {error}; if it was a fault of its host, the same command goes on from the last checkpoint\n")
+        return LOST
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror}; make room, then the same command goes on from "
+                         "the last checkpoint\n")
         return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -53,7 +66,7 @@ def leave(code: int) -> None:
         leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if "RANK" in os.environ and code else sys.exit(code)
+    os._exit(code) if code and (world_size() > 1 or "RANK" in os.environ) else sys.exit(code)
 
 
 def stage_parser(program: str, summary: str) -> argparse.ArgumentParser:

@@ -14,8 +14,8 @@ from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.students import TrunkSettings
 
 RUNTIME = {
-    "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "device", "engine", "zero_stage",
-            "micro_batch"],
+    "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "timeout_minutes", "device",
+            "engine", "zero_stage", "micro_batch"],
     "data": ["workers", "expected", "quarantine"],
     "contrastive": ["chunk"],
 }

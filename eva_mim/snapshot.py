@@ -1,16 +1,21 @@
-"""Checkpoints of a run: whole tensors under their names, one in memory at a time; the same for every engine, ZeRO stage and
-number of processes. Written beside their final name, renamed when they are on the disk, pruned afterwards; checked when read."""
+"""Checkpoints of a run: whole tensors under their names, the same for every engine, ZeRO stage and number of processes.
+Written beside their final name while training goes on, renamed when they are on the disk, then pruned; checked when read."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,13 +23,17 @@ from eva_mim.checkpoint import MANIFEST, file_of, folder_of, latest, read_manife
 from eva_mim.config import UserError, few
 from eva_mim.contracts import Part
 from eva_mim.convert.reading import Checkpoint, open_checkpoint
-from eva_mim.convert.writing import bytes_of, in_file_order, stream_safetensors
+from eva_mim.convert.writing import Kinds, bytes_of, in_file_order, stream_safetensors
 from eva_mim.distributed import is_main, on_main, world_size
 from eva_mim.files import flush_folder, sha256, write_json
 from eva_mim.log import say
 
 ROUNDING = 1e-9
 """Relative difference of a norm in fp64 by the order of its sum."""
+ROOM = 0.5
+"""Share of the free memory that the copy of a checkpoint may take; training needs some as well."""
+Values = Mapping[str, Iterable[Tensor]]
+"""Part -> its tensors `in_file_order`."""
 
 
 def kept_here(tensors: Mapping[str, Tensor]) -> Part:
@@ -37,26 +46,81 @@ def kept_here(tensors: Mapping[str, Tensor]) -> Part:
     return Part(kinds, lambda name: tensors[name], put)
 
 
-def save(
-    out: Path, step: int, parts: Mapping[str, Part], facts: Mapping[str, Any], *, keep_last: int, keep_every: int | None = None
-) -> Path:
-    """Save on all ranks. `facts` are plain values for `load` to give back. Raises UserError on every rank, for a full disk for
-    example; then the checkpoints from before are as they were, and nothing is left of this one."""
-    target = folder_of(out, step)
-    temporary = target.with_name(f"tmp-{target.name}")
-    try:
-        on_main(partial(_begin, temporary, sum(bytes_of(part.kinds) for part in parts.values())))
-        norms = {name: _write(temporary / file_of(name), part) for name, part in parts.items()}
-        manifest = {"step": step, "processes": world_size(), "norms": norms, "facts": dict(facts)}
-        on_main(partial(_finish, temporary, target, manifest))
-    except UserError as error:
+class Writer:
+    """Saves a run's checkpoints, one at a time: each is copied to the main rank's memory, and a thread writes it from there.
+    Where the copy does not fit, training is held until the checkpoint is written. Every rank has one and calls alike."""
+
+    def __init__(self, out: Path, *, keep_last: int, keep_every: int | None = None):
+        self._write = partial(_write, out, keep_last=keep_last, keep_every=keep_every)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._end: Future[None] | None = None
+        self._step: int | None = None
+        """Of the checkpoint that is being written; `_end` tells the main rank what became of it."""
+        self._told = False
+
+    def save(self, step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> None:
+        """Begin a checkpoint, after the one before has been written. When this returns the tensors may change. `facts` are plain
+        values for `load` to give back. Raises what `finish` raises."""
+        self.finish(held=True)
+        kinds = {name: part.kinds for name, part in parts.items()}
+        manifest = {"step": step, "processes": world_size(), "facts": dict(facts)}
+        work = partial(self._write, manifest, kinds)
+        values: Values = {name: _whole(part) for name, part in parts.items()}
+        copied = on_main(partial(self._fits, sum(map(bytes_of, kinds.values()))))
         if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        before = latest(out)
-        stays = "there is no checkpoint" if before is None else f"the checkpoint of step {before[0]} is whole"
-        raise UserError(f"step {step} was not saved: {error}\n  {stays}; the same command goes on from there") from None
-    on_main(partial(_prune, target, keep_last, keep_every))
-    return target
+            if copied:
+                values = {name: [value.to("cpu", copy=True) for value in tensors] for name, tensors in values.items()}
+            self._end = self._thread.submit(work, values) if copied else _at_once(work, values)
+        for tensors in values.values():  # reading takes every rank, also where the main rank has stopped writing
+            deque(tensors, maxlen=0)
+        self._step = step
+        if not copied:
+            self.finish()
+
+    def failed(self) -> bool:
+        """The checkpoint came to a bad end, which `finish` would tell. Never waits; only the main rank knows."""
+        return self._end is not None and self._end.done() and self._end.exception() is not None
+
+    def finish(self, *, held: bool = False) -> None:
+        """Wait for the checkpoint that is being written. Raises UserError on every rank where it could not be, for a full disk
+        for example; then the checkpoints from before are as they were, and nothing is left of it. `held`: training waits."""
+        step, self._step = self._step, None
+        if step is not None:
+            on_main(partial(self._wait, step, held))
+
+    def close(self) -> None:
+        """Wait, on this rank alone and whatever becomes of it."""
+        self._thread.shutdown()
+
+    def _wait(self, step: int, held: bool) -> None:
+        assert self._end is not None
+        end, self._end, began = self._end, None, time.perf_counter()
+        end.result()
+        if held and (waited := time.perf_counter() - began) > 1:
+            say(f"  training waited {waited:.1f} s for the checkpoint of step {step} to be written; "
+                "with a larger run.checkpoint_every it does not")
+
+    def _fits(self, need: int) -> bool:
+        free = available_memory()
+        fits = need <= ROOM * free
+        if not fits and not self._told:
+            self._told = True
+            say(f"  training is held while a checkpoint is written: a copy takes {need:,} bytes of memory, and {free:,} are free")
+        return fits
+
+
+def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take, of the machine and of its control groups (Linux, v2), where cached files count as
+    free."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, IndexError):
+        group = groups / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
+        for folder in (group, *group.parents):
+            if (folder / "memory.max").exists() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+                fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(fields["active_file"]) - int(fields["inactive_file"])
+                free = min(free, int(limit) - used)
+    return free
 
 
 def newest(out: Path) -> tuple[int, Path] | None:
@@ -98,6 +162,36 @@ def load(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     return facts
 
 
+def _write(
+    out: Path, manifest: dict[str, Any], kinds: Mapping[str, Kinds], values: Values, *, keep_last: int, keep_every: int | None
+) -> None:
+    """A checkpoint from its tensors to the pruning of old ones; the main rank's alone. Raises UserError."""
+    step = manifest["step"]
+    target = folder_of(out, step)
+    temporary = target.with_name(f"tmp-{target.name}")
+    try:
+        _begin(temporary, sum(map(bytes_of, kinds.values())))
+        norms = {name: _write_part(temporary / file_of(name), kinds[name], values[name]) for name in kinds}
+        _finish(temporary, target, manifest | {"norms": norms})
+    except (UserError, OSError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = latest(out)
+        stays = "there is no checkpoint" if before is None else f"the checkpoint of step {before[0]} is whole"
+        raise UserError(f"step {step} was not saved: {error}\n  {stays}; the same command goes on from there") from None
+    _prune(target, keep_last, keep_every)
+
+
+def _at_once(work: Callable[[Values], None], values: Values) -> Future[None]:
+    """What a thread would have made of it."""
+    end = Future[None]()
+    try:
+        work(values)
+        end.set_result(None)
+    except Exception as error:
+        end.set_exception(error)
+    return end
+
+
 def _begin(temporary: Path, need: int) -> None:
     """An empty folder on a disk with room for `need` bytes."""
     for stale in temporary.parent.glob("tmp-*"):
@@ -110,33 +204,20 @@ def _begin(temporary: Path, need: int) -> None:
 
 def _whole(part: Part) -> Iterator[Tensor]:
     for name in in_file_order(part.kinds):
-        yield part.read(name).detach().cpu()
+        yield part.read(name).detach()
 
 
-def _write(path: Path, part: Part) -> float:
-    """The part's file; returns the norm of all its elements (on the main rank)."""
-    squares, fault = [0.0], list[UserError]()
+def _write_part(path: Path, kinds: Kinds, values: Iterable[Tensor]) -> float:
+    """The part's file; returns the norm of all its elements."""
+    squares = [0.0]
 
     def noting() -> Iterator[Tensor]:
-        for value in _whole(part):
-            squares.append(_square(value) if is_main() else 0.0)
+        for value in values:
+            squares.append(_square(value))
             yield value
 
-    values = noting()
-    if is_main():
-        try:
-            stream_safetensors(path, part.kinds, values)
-        except UserError as error:
-            fault.append(error)
-    for _ in values:  # reading takes every rank, also where the main rank has stopped writing
-        pass
-    on_main(partial(_raise, fault))
+    stream_safetensors(path, kinds, noting())
     return math.sqrt(sum(squares))
-
-
-def _raise(fault: list[UserError]) -> None:
-    if fault:
-        raise fault[0]
 
 
 def _square(value: Tensor) -> float:

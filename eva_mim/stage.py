@@ -166,7 +166,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
 def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
     """Device, process group, seeds, parts."""
     device = pick_device(recipe.run.device)
-    setup(device)
+    setup(device, recipe.run.timeout_minutes)
     if device.type == "cpu":
         _keep_freed_memory()
     seed_all(derive(recipe.run.seed, "initialisation"))

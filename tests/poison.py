@@ -1,13 +1,15 @@
 """Starts `eva-mim` with poisoned samples: python -m tests.poison 3,17 mim recipe.yaml ... (under torchrun as well).
 
 A micro-batch with one of these samples (or any, for "all") has a NaN loss in mim and clip, and NaN pixels in classify, on
-whichever rank it lies. POISON_SCALE sets the first loss scale of fp16.
+whichever rank it lies. POISON_SCALE sets the first loss scale of fp16, POISON_WINDOW the good steps after which it doubles, and
+POISON_DISK the seconds that a flush to the disk takes.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -40,6 +42,9 @@ def main() -> int:
     MaskedFeatures.loss = ImageText.loss = loss  # type: ignore[method-assign]
     Labels.loss = labels_loss  # type: ignore[method-assign]
     step.SCALE_START = float(os.environ.get("POISON_SCALE", step.SCALE_START))
+    step.SCALE_WINDOW = int(os.environ.get("POISON_WINDOW", step.SCALE_WINDOW))
+    fsync, seconds = os.fsync, float(os.environ.get("POISON_DISK", 0.0))
+    os.fsync = lambda number: (time.sleep(seconds), fsync(number))[1]
     return eva_mim(sys.argv[2:])
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from eva_mim.program import guard
 from tests.conftest import make_shards
 from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, command, environment, records, run, write_recipe
 
@@ -150,3 +152,17 @@ def test_unknown_names_list_known_ones(tmp_path: Path) -> None:
         tmp_path, "classify", CLASSIFY, "data.source=shard", "data.root=."
     )
     assert "near: vit_nano_patch4_32" in refused(tmp_path, "classify", CLASSIFY, "student.name=vit_nano_patch4_33")
+
+
+def test_no_space_left_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever was to be written; other errors of the system stay errors of the program."""
+    assert guard(lambda: Path("/dev/full").write_text("figures")) == 2
+    assert capsys.readouterr().err == (
+        "error: a file: No space left on device; make room, then the same command goes on from the last checkpoint\n")
+    with pytest.raises(IsADirectoryError):
+        guard(lambda: Path("/dev").read_text())
+
+
+def test_only_a_broken_collective_is_a_lost_process() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        guard(lambda: torch.zeros(2).view(3))

@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(
         ["engine", "checkpoint", "evaluate", "loop", "handover", "export", "stage", "pipeline", "summary", "assemble",
          "program", "recipe", "meter", "stability", "diagnose", "dump", "convert", "heads", "variants", "accuracy",
-         "whole", "zeroshot", "snapshot"],
+         "whole", "zeroshot", "snapshot", "signals"],
         RUN,
     ),
     **dict.fromkeys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim.checkpoint import folder_of
+from tests.test_stability import poisoned
 from tests.tiny import MIM, losses, records, run, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -76,6 +78,30 @@ def test_two_processes_go_on_bit_for_bit(tmp_path: Path, tree: dict[str, Any], s
         assert expected.keys() == found.keys()
         different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
         assert not different
+
+
+@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2, 3])
+def test_the_loss_scale_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_stage: int | None) -> None:
+    """fp16 from a scale that overflows, doubling after three good steps and halved by the next overflow: scale, good steps and
+    what is left of forgiveness are those of the undisturbed run, though the process that goes on starts from other ones."""
+    monkeypatch.setenv("POISON_WINDOW", "3")
+    recipe = write_recipe(tmp_path, MIM | {"run": MIM["run"] | {"precision": "fp16", "epochs": 5}})
+    settings = EVERY_STEP if zero_stage is None else [*EVERY_STEP, "run.engine=deepspeed", f"run.zero_stage={zero_stage}"]
+    processes = 1 if zero_stage is None else 2
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    poisoned("none", "mim", recipe, *settings, "--out", straight, processes=processes, scale=2.0**20)
+    scales = [row["loss_scale"] for row in records(straight)]
+    saved = [int(folder.name.removeprefix("step-")) for folder in sorted((straight / "checkpoints").iterdir())]
+    stop = next(step for step in saved if state(straight, step)["counts.loss_scale"][1] == 2)  # two good steps of three
+    assert any(after == 2 * before for before, after in pairwise(scales[stop - 1 :]))
+    assert any(after == before / 2 for before, after in pairwise(scales))
+    stopped_after(stop, straight, again)
+    resumed = poisoned("none", "mim", recipe, *settings, "--out", again, processes=processes, scale=2.0**9)
+    assert f"going on from step {stop}" in resumed.stderr
+    assert figures(again) == figures(straight)
+    for step in (step for step in saved if step > stop):
+        expected, found = state(straight, step), state(again, step)
+        assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
 
 
 def test_a_run_wanders(tmp_path: Path) -> None:

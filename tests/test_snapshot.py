@@ -7,8 +7,12 @@ import math
 import os
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from eva_mim import snapshot
 from eva_mim.checkpoint import MANIFEST, folder_of, is_whole, latest, read_manifest
 from eva_mim.config import UserError
 from eva_mim.contracts import Part
+from eva_mim.convert.writing import stream_safetensors
 from eva_mim.files import sha256
 from tests import tiny
 
@@ -36,7 +41,7 @@ def fresh() -> tuple[dict[str, Part], list[dict[str, Tensor]]]:
 def write(out: Path, step: int, **keep: int) -> Path:
     """A checkpoint of the values above."""
     parts = {"module": snapshot.kept_here(MODULE), "exp_avg": snapshot.kept_here(MOMENT)}
-    return snapshot.save(out, step, parts, {"step": step}, **({"keep_last": 2} | keep))  # type: ignore[arg-type]
+    return tiny.save(out, step, parts, {"step": step}, **({"keep_last": 2} | keep))  # type: ignore[arg-type]
 
 
 def rewrite(folder: Path, file: str, tensors: dict[str, Tensor]) -> None:
@@ -57,6 +62,65 @@ def test_what_is_put_back_is_what_was_saved(tmp_path: Path) -> None:
     norms = read_manifest(folder)["norms"]
     for name, tensors in (("module", MODULE), ("exp_avg", MOMENT)):
         assert norms[name] == pytest.approx(math.sqrt(sum(x * x for value in tensors.values() for x in value.flatten().tolist())))
+
+
+class SlowDisk:
+    """Flushing to it takes until it is told to end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.end, flush = threading.Event(), os.fsync
+        monkeypatch.setattr(os, "fsync", lambda number: (self.end.wait(60), flush(number)))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written are the values of the moment of saving, however the tensors change afterwards; the next save waits."""
+    disk, values = SlowDisk(monkeypatch), {name: value.clone() for name, value in MODULE.items()}
+    parts = {"module": snapshot.kept_here(values), "exp_avg": snapshot.kept_here(MOMENT)}
+    with closing(snapshot.Writer(tmp_path, keep_last=2)) as writer:
+        writer.save(1, parts, {"step": 1})
+        for value in values.values():
+            value += 1
+        assert latest(tmp_path) is None
+        assert list((tmp_path / "checkpoints").glob("step-*")) == []
+        threading.Timer(0.3, disk.end.set).start()
+        began = time.monotonic()
+        writer.save(2, parts, {"step": 2})
+        assert time.monotonic() - began > 0.2
+        assert is_whole(folder_of(tmp_path, 1))
+        writer.finish()
+    for step in (1, 2):
+        fits, held = fresh()
+        assert snapshot.load(folder_of(tmp_path, step), fits) == {"step": step}
+        assert all(torch.equal(held[0][name], value + (step - 1)) for name, value in MODULE.items())
+
+
+def test_without_the_memory_for_a_copy_training_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written when `save` returns, from no thread, and told once."""
+    monkeypatch.setattr(snapshot, "ROOM", 0.0)
+    parts = {"module": snapshot.kept_here(MODULE), "exp_avg": snapshot.kept_here(MOMENT)}
+    before, writer = threading.active_count(), snapshot.Writer(tmp_path, keep_last=2)
+    for step in (1, 2):
+        writer.save(step, parts, {"step": step})
+        assert latest(tmp_path) == (step, folder_of(tmp_path, step))
+    assert threading.active_count() == before
+    assert capsys.readouterr().err.count("training is held while a checkpoint is written: a copy takes 200 bytes of memory") == 1
+    fits, held = fresh()
+    snapshot.load(folder_of(tmp_path, 2), fits)
+    assert all(torch.equal(held[0][name], value) for name, value in MODULE.items())
+
+
+def test_memory_is_that_of_the_machine_or_of_the_control_group(tmp_path: Path) -> None:
+    """Cached files can be given back."""
+    told = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    assert snapshot.available_memory(tmp_path) == pytest.approx(told, rel=0.1)
+    own = tmp_path / Path("/proc/self/cgroup").read_text().split("0::/")[1].split("\n")[0]
+    own.mkdir(parents=True, exist_ok=True)
+    for name, text in {"memory.max": "5000000", "memory.current": "3000000",
+                       "memory.stat": "anon 1\nactive_file 400000\ninactive_file 600000\n"}.items():
+        (own / name).write_text(text)
+    assert snapshot.available_memory(tmp_path) == 3_000_000
 
 
 def test_the_newest_and_every_so_many_steps_are_kept(tmp_path: Path) -> None:
@@ -155,24 +219,32 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, monkeypatch: 
     """Told before anything is written, or in the middle of a file when others fill the disk."""
     values = {"a": torch.ones(20_000)}  # 80 kB
     parts = {"module": snapshot.kept_here(values), "exp_avg": snapshot.kept_here(values)}
-    snapshot.save(small_disk, 1, parts, {}, keep_last=9)
+    tiny.save(small_disk, 1, parts, {}, keep_last=9)
     message = r"(?s)step 2 was not saved: it needs 160,000 bytes, but \d+,\d+ are free in .*the checkpoint of step 1 is whole"
     with pytest.raises(UserError, match=message):
-        snapshot.save(small_disk, 2, parts, {}, keep_last=9)
+        tiny.save(small_disk, 2, parts, {}, keep_last=9)
 
-    def read(name: str) -> Tensor:
+    def slow(path: Path, kinds: Any, content: Any) -> None:
         (small_disk / "filler").write_bytes(bytes(60_000))  # somebody else is faster
-        return values[name]
+        stream_safetensors(path, kinds, content)
 
-    small = {"module": parts["module"]._replace(read=read)}
+    monkeypatch.setattr(snapshot, "stream_safetensors", slow)
+    small = {"module": parts["module"]}
     with pytest.raises(UserError, match=r"(?s)step 2 was not saved: .*needs 80,\d+ bytes, but .* are free.*step 1 is whole"):
-        snapshot.save(small_disk, 2, small, {}, keep_last=9)
+        tiny.save(small_disk, 2, small, {}, keep_last=9)
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
     assert latest(small_disk) == (1, folder_of(small_disk, 1))
     (small_disk / "filler").unlink()
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="step 2 was not saved"):
-        snapshot.save(small_disk, 2, {"module": parts["module"]}, {}, keep_last=9)
+        tiny.save(small_disk, 2, {"module": parts["module"]}, {}, keep_last=9)
+    writer = snapshot.Writer(small_disk, keep_last=9)
+    writer.save(2, {"module": parts["module"]}, {})
+    writer.close()
+    assert writer.failed()
+    with pytest.raises(UserError, match="step 2 was not saved"):  # before it copies anything
+        writer.save(3, {"module": parts["module"]._replace(read=lambda name: pytest.fail("was read"))}, {})
+    assert not writer.failed()
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -193,19 +265,23 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("small_disk", ["14m"], indirect=True)
-def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
-    """Room for two checkpoints of 5.7 MB: the third is not written. With more room the same command ends as it should."""
+def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path, processes: int) -> None:
+    """Room for two checkpoints of 5.7 MB: the third is not written, which every rank tells. With more room the same command ends
+    as it should."""
     recipe = tiny.write_recipe(tmp_path, tiny.MIM)
-    settings = ["run.checkpoint_every=1", "run.keep_last=9"]
-    tiny.run("mim", recipe, tmp_path / "straight", *settings)
-    stopped = tiny.run("mim", recipe, small_disk / "run", *settings, code=2)
-    assert "error: step 3 was not saved: it needs 5," in stopped.stderr
-    assert "the checkpoint of step 2 is whole; the same command goes on from there" in stopped.stderr
+    settings = ["run.checkpoint_every=1", "run.keep_last=9", *(["run.engine=deepspeed"] if processes > 1 else [])]
+    tiny.run("mim", recipe, tmp_path / "straight", *settings, processes=processes)
+    # torchrun has a code of its own for a failed rank
+    stopped = tiny.run("mim", recipe, small_disk / "run", *settings, processes=processes, code=2 if processes == 1 else 1)
+    for rank in range(processes):
+        assert f"error: {'rank 0: ' if rank else ''}step 3 was not saved: it needs 5," in stopped.stderr
+    assert stopped.stderr.count("the checkpoint of step 2 is whole; the same command goes on from there") == processes
     names = sorted(path.name for path in (small_disk / "run" / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002"]
     assert mounted(small_disk, "remount,size=80m")
-    assert "going on from step 2" in tiny.run("mim", recipe, small_disk / "run", *settings).stderr
+    assert "going on from step 2" in tiny.run("mim", recipe, small_disk / "run", *settings, processes=processes).stderr
     assert tiny.losses(small_disk / "run") == tiny.losses(tmp_path / "straight")
     found, wanted = (load_file(out / "model.safetensors") for out in (small_disk / "run", tmp_path / "straight"))
     assert all(torch.equal(found[name], value) for name, value in wanted.items())

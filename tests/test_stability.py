@@ -29,13 +29,13 @@ BATCH, SAMPLES = 24, 96
 
 
 def poisoned(
-    samples: str, *arguments: str | Path, processes: int = 1, code: int = 0, scale: float | None = None
+    samples: str, *arguments: str | Path, processes: int = 1, code: int = 0, scale: float | None = None, disk: float = 0.0
 ) -> subprocess.CompletedProcess[str]:
-    """`eva-mim ARGUMENTS` with these samples poisoned."""
+    """`eva-mim ARGUMENTS` with these samples poisoned, and a disk that takes so many seconds to flush a file."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    surroundings = environment() | ({"POISON_SCALE": str(scale)} if scale else {})
+    surroundings = environment() | {"POISON_DISK": str(disk)} | ({"POISON_SCALE": str(scale)} if scale else {})
     done = subprocess.run(
         [*launcher, "tests.poison", samples, *map(str, arguments)],
         env=surroundings, capture_output=True, text=True, timeout=400,
@@ -248,10 +248,11 @@ def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tmp_path: Path, zero_stage
 
 @pytest.mark.slow
 def test_a_streak_rewinds_and_leaves_its_samples_out(tmp_path: Path) -> None:
-    """Data steps 5 and 6 are bad: back to step 5, on with data step 7. A kill after the rewind changes nothing."""
+    """Data steps 5 and 6 are bad: back to step 5, whose checkpoint is still being written to a slow disk, on with data step 7. A
+    kill after the rewind changes nothing."""
     bad = ",".join(map(str, pair_at_5_and_6()))
     path = recipe(tmp_path, max_skips=2)
-    done = poisoned(bad, "mim", path, "--out", tmp_path / "straight")
+    done = poisoned(bad, "mim", path, "--out", tmp_path / "straight", disk=0.1)
     assert "back to step 5, and data steps 5 to 6 are left out (rewind 1 of at most 3)" in done.stderr
     detours = json.loads((tmp_path / "straight" / "detours.json").read_text())
     assert detours == {"rewinds": 1, "left_out": [[5, 6]]}

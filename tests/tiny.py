@@ -11,6 +11,10 @@ from typing import Any
 
 import yaml
 
+from eva_mim import snapshot
+from eva_mim.checkpoint import folder_of
+from eva_mim.contracts import Part
+
 SCENES = {"source": "scenes", "scenes": {"size": 32, "train": 96, "val": 24, "labels": "coarse"}, "workers": 0}
 OPTIM = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, "layer_decay": 0.8}
 RUN = {"epochs": 2, "global_batch": 24, "precision": "fp32", "log_every": 1, "device": "cpu"}
@@ -69,3 +73,12 @@ def records(out: Path, kind: str = "train") -> list[dict[str, Any]]:
 def losses(out: Path) -> list[float]:
     """Training loss of each step."""
     return [record["loss"] for record in records(out)]
+
+
+def save(out: Path, step: int, parts: dict[str, Part], facts: dict[str, Any], **keep: int) -> Path:
+    """A checkpoint, written to its end."""
+    writer = snapshot.Writer(out, **keep)
+    writer.save(step, parts, facts)
+    writer.close()
+    writer.finish()
+    return folder_of(out, step)

@@ -37,15 +37,15 @@ def read_zero(folder: Path) -> tuple[str, dict[str, Entry], dict[str, Any]]:
         if not optimizers:
             if main.value.get("param_shapes") or len(models) > 1:
                 raise UserError(f"{folder}: the optimizer files, which hold the fp32 weights of ZeRO, are missing; {PLAIN}")
-            entries = main.place({name: value for name, value in main.value["module"].items() if isinstance(value, Stored)})
-            return "DeepSpeed ZeRO 0", entries, main.value
+            return "DeepSpeed ZeRO 0", _module(main), main.value
         stage, parts, paddings = _parts(folder, optimizers)
         shards = [main, *(_open(path) for path in models[1:])] if stage == 3 else [main]
         if stage == 3 and len(shards) != len(parts):
             raise UserError(f"{folder}: {len(shards)} model files for {len(parts)} ranks")
         shapes = [{name: sizes(shape) for name, shape in group.items()} for group in main.value["param_shapes"]]
         trained = _whole(shapes, parts) if stage == 3 else _grouped(shapes, parts, paddings)
-        entries = _buffers(main) | _frozen(shards) | trained
+        # ZeRO 1 keeps what is not trained in the module alone, which is whole but with ZeRO 3.
+        entries = ({} if stage == 3 else _module(main)) | _buffers(main) | _frozen(shards) | trained
         shared = main.value.get("shared_params") or {}
         for name, other in shared.items() if isinstance(shared, dict) else shared:
             entries[_word(name)] = entries[_word(other)]
@@ -102,6 +102,8 @@ def _parts(folder: Path, paths: list[Path]) -> tuple[int, list[list[Piece]], Any
 def _grouped(groups: list[dict[str, tuple[int, ...]]], parts: list[list[Piece]], paddings: Any) -> dict[str, Entry]:
     """ZeRO 1 and 2: a group's parameters lie one behind the other in the vector that the ranks' parts make."""
     entries = {}
+    if len(groups) != len(parts[0]):
+        raise UserError(f"shapes of {len(groups)} groups of parameters, but {len(parts[0])} vectors")
     for number, shapes in enumerate(groups):
         vector, at = [part[number] for part in parts], 0
         for (name, shape), free in zip(shapes.items(), paddings[number] if paddings else [0] * len(shapes), strict=True):
@@ -140,6 +142,11 @@ def _word(value: Any) -> str:
     if type(value) is not str:
         raise TypeError("a name was expected")
     return value
+
+
+def _module(main: TorchFile) -> dict[str, Entry]:
+    """The module itself, in training precision."""
+    return main.place({name: value for name, value in main.value["module"].items() if isinstance(value, Stored)})
 
 
 def _buffers(main: TorchFile) -> dict[str, Entry]:

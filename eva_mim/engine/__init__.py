@@ -46,6 +46,8 @@ class RunSettings(Settings):
     fp16 needs up to 17 to bring its loss scale from 2^16 down to 1."""
     max_rewinds: int = Field(3, ge=0)
     """Rewinds before the run stops with a dump for `eva-mim replay`."""
+    timeout_minutes: float = Field(30.0, gt=0.0)
+    """How long processes wait for a sign of each other before the run stops. One that works while others wait gives signs."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; default one epoch."""
     keep_last: int = Field(2, ge=1)

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=student.to(device), optimizer=self._watched, config=config
         )
+        if world_size() > 1:  # DeepSpeed's own group of all processes, which has torch's default
+            torch.distributed.set_timeout(timedelta(minutes=run.timeout_minutes), self._engine.data_parallel_group)
         # DeepSpeed gives each group of a rank its own loss scale, and these drift apart; ours is one for all.
         self._engine.torch_autocast_z0_gradscaler = None
         self._optimizer.torch_autocast_gradscaler = None

@@ -301,7 +301,7 @@ def write_earlier(out: Path, step: int, value: Tensor) -> None:
 def write_present(out: Path, step: int, value: Tensor) -> None:
     """A checkpoint with weights, a moment and an average."""
     parts = {name: snapshot.kept_here({"a": value + place}) for place, name in enumerate(("module", "exp_avg", "ema"))}
-    snapshot.save(out, step, parts, {}, keep_last=3)
+    tiny.save(out, step, parts, {}, keep_last=3)
 
 
 @pytest.mark.parametrize(("write", "file"), [(write_earlier, "engine.pt"), (write_present, "exp_avg.safetensors")])
@@ -320,11 +320,12 @@ def test_a_run_s_newest_whole_checkpoint(tmp_path: Path, write: Callable[[Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int) -> None:
-    """Two real processes; earlier versions kept such a folder in theirs."""
+@pytest.mark.parametrize(("stage", "frozen"), [(0, []), (1, []), (2, []), (3, []), (1, ["patch_embed"]), (2, ["patch_embed"])])
+def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int, frozen: list[str]) -> None:
+    """Two real processes; earlier versions kept such a folder in theirs. Some parameters may be frozen."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.convert.zero_run"]
-    subprocess.run([*line, str(stage), str(tmp_path)], env=tiny.environment(), check=True, capture_output=True, timeout=400)
+    line += [str(stage), str(tmp_path), *frozen]
+    subprocess.run(line, env=tiny.environment(), check=True, capture_output=True, timeout=400)
     wanted = load_file(tmp_path / "wanted.safetensors")
     opened: Checkpoint = open_checkpoint(tmp_path / "engine")
     assert opened.kind == ("DeepSpeed ZeRO 0" if stage == 0 else f"DeepSpeed ZeRO {stage}, 2 ranks")

@@ -81,6 +81,17 @@ def test_stage_0_and_the_module_itself(tmp_path: Path) -> None:
     assert (opened.kind, opened["a"].dtype) == ("DeepSpeed ZeRO 0", torch.float16)
 
 
+def test_what_is_not_trained_may_lie_in_the_module_alone(tmp_path: Path) -> None:
+    """As DeepSpeed's ZeRO 1 has it; ZeRO 3's module is empty. A group without shapes is not taken from there."""
+    nothing = {"frozen_param_shapes": None, "frozen_param_fragments": None}
+    same(open_checkpoint(write(tmp_path / "a", 1, **nothing)), WHOLE | {"frozen": FROZEN["frozen"].half()})
+    with pytest.raises(UserError, match="no shard holds 'frozen'"):
+        open_checkpoint(write(tmp_path / "b", 3, **nothing))
+    shapes = [{name: value.shape for name, value in GROUPS[0].items()}]
+    with pytest.raises(UserError, match="shapes of 1 groups of parameters, but 2 vectors"):
+        open_checkpoint(write(tmp_path / "c", 1, param_shapes=shapes))
+
+
 def test_the_tag_names_the_folder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, 2)

@@ -1,4 +1,5 @@
-"""`torchrun -m tests.convert.zero_run STAGE FOLDER`: one step, then DeepSpeed's own checkpoint, and whole weights beside it."""
+"""`torchrun -m tests.convert.zero_run STAGE FOLDER [NAME]`: one step, then DeepSpeed's own checkpoint, and whole weights beside
+it. Parameters whose name has NAME are not trained."""
 
 from __future__ import annotations
 
@@ -42,11 +43,14 @@ class Squares:
         return None
 
 
-def main(stage: int, folder: Path) -> None:
+def main(stage: int, folder: Path, frozen: str | None = None) -> None:
     setup(torch.device("cpu"))
     torch.manual_seed(0)
+    student = Classifier()
+    for name, value in student.named_parameters():
+        value.requires_grad_(frozen is None or frozen not in name)
     run = RunSettings(epochs=1, global_batch=4, engine="deepspeed", zero_stage=stage, precision="fp32")
-    engine = build_engine(Classifier(), run, OptimSettings(lr=1e-3, layer_decay=0.8), torch.device("cpu"))
+    engine = build_engine(student, run, OptimSettings(lr=1e-3, layer_decay=0.8), torch.device("cpu"))
     engine.step(Squares(), [torch.randn(2, 3, 32, 32)], Rates(1e-3, 0.05))
     engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
     weights = dict(engine.weights())
@@ -56,4 +60,4 @@ def main(stage: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

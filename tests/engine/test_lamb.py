@@ -20,7 +20,7 @@ from eva_mim.engine.deepspeed import DeepSpeedEngine
 from eva_mim.engine.local import LocalEngine
 from eva_mim.engine.step import LossScale, Watched, WatchedLamb, build_optimizer, clip_and_step, set_rates
 from eva_mim.optim import LambSettings, OptimSettings
-from tests.tiny import CLIP, losses, run, write_recipe
+from tests.tiny import CLIP, losses, run, save, write_recipe
 
 LR, DECAY, BETAS, EPS = 0.03, 0.1, (0.9, 0.999), 1e-6
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(tmp_path: Path, name: Literal["
     whole, first, second = engine(), engine(), engine()
     train(whole, range(5))
     train(first, range(stop))
-    folder = snapshot.save(tmp_path, stop, first.parts(), {}, keep_last=1)
+    folder = save(tmp_path, stop, first.parts(), {}, keep_last=1)
     train(second, range(1))  # what it did before does not matter
     snapshot.load(folder, second.parts())
     train(second, range(stop, 5))

@@ -1,0 +1,166 @@
+"""Two hosts, a process on each: a lost host, a hung one and a cut link end the run on every process that is left, which then goes
+on exactly. The hosts are network namespaces with a cable between them; faults of processes alone are also tried without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import MIM, command, environment, losses, write_recipe
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 15.0
+"""Seconds that processes wait for each other; more than a start takes longer on one host than on the other."""
+RECIPE = MIM | {"run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 2, "epochs": 8, "checkpoint_every": 3,
+                                     "timeout_minutes": PATIENCE / 60}}
+
+
+@dataclass
+class Hosts:
+    """Where the two ranks run."""
+
+    prefixes: tuple[list[str], list[str]]
+    """What a command begins with on each."""
+    address: str
+    """Of the first."""
+    interfaces: tuple[str, str]
+    cut: Callable[[], object]
+    mend: Callable[[], object]
+
+    def start(self, out: Path, recipe: Path) -> list[subprocess.Popen[str]]:
+        """Both ranks, without a launcher; each speaks into a file of its own."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        out.mkdir(exist_ok=True)
+        started = []
+        for rank, prefix in enumerate(self.prefixes):
+            own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": self.address,
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": self.interfaces[rank]}
+            with (out / f"rank-{rank}.log").open("w") as log:
+                line = [*prefix, *command("mim", recipe, out)]
+                started.append(subprocess.Popen(line, env=environment() | own, stdout=log, stderr=log, text=True))
+        return started
+
+    def finish(self, out: Path, recipe: Path) -> str:
+        """To the end; what the main rank says."""
+        codes = [process.wait(200) for process in self.start(out, recipe)]
+        said = (out / "rank-0.log").read_text()
+        assert codes == [0, 0], said + (out / "rank-1.log").read_text()
+        return said
+
+
+ON_ONE_HOST = Hosts(([], []), "127.0.0.1", ("lo", "lo"), lambda: None, lambda: None)
+
+
+def ip(*words: str, check: bool = True) -> bool:
+    """`ip WORDS`; whether it could be done."""
+    return subprocess.run(["ip", *words], capture_output=True, check=check).returncode == 0
+
+
+@pytest.fixture
+def cabled() -> Iterator[Hosts]:
+    """Two network namespaces."""
+    names = [f"eva{os.getpid()}{side}" for side in "ab"]
+    if shutil.which("ip") is None or not ip("netns", "add", names[0], check=False):
+        pytest.skip("network namespaces take `ip` (iproute2) and rights that this process does not have")
+    try:
+        ip("netns", "add", names[1])
+        if not ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1],
+                  check=False):
+            pytest.skip("this kernel has no veth pairs")
+        for number, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"cable{number}")
+            for device in (f"cable{number}", "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        inside = ["ip", "netns", "exec", names[0]], ["ip", "netns", "exec", names[1]]
+        cut, mend = (partial(ip, "-n", names[1], "link", "set", "cable1", state) for state in ("down", "up"))
+        yield Hosts(inside, "10.77.0.1", ("cable0", "cable1"), cut, mend)
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
+
+
+@pytest.fixture
+def one_host() -> Hosts:
+    """Two processes on this one."""
+    return ON_ONE_HOST
+
+
+def until(step: int, out: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for the log line of `step`."""
+    late = time.monotonic() + 120
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count('"train"') >= step):
+        assert time.monotonic() < late
+        assert all(process.poll() is None for process in processes), (out / "rank-0.log").read_text()
+        time.sleep(0.005)
+
+
+def ended(process: subprocess.Popen[str], log: Path) -> str:
+    """A process that has lost the other ends in time, with its exit code and one line; returns the line."""
+    began = time.monotonic()
+    assert process.wait(PATIENCE + 30) == 69, log.read_text()
+    assert time.monotonic() - began < PATIENCE + 5
+    text = log.read_text()
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that was left alone."""
+    folder = tmp_path_factory.mktemp("straight")
+    ON_ONE_HOST.finish(folder / "run", write_recipe(folder, RECIPE))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "lost"),
+    [("one_host", "kill", 1), ("one_host", "hang", 0), ("cabled", "kill", 0), ("cabled", "hang", 1), ("cabled", "cut", None)],
+)
+def test_who_is_left_stops_and_the_run_goes_on_exactly(
+    tmp_path: Path, request: pytest.FixtureRequest, straight: Path, place: str, fault: str, lost: int | None
+) -> None:
+    """A process is killed, or stopped like on a host that hangs; or the link is cut, and neither hears that the other is gone.
+    What hangs is ended by hand, as a scheduler would. Then the same command comes to the end of a run that was left alone."""
+    hosts: Hosts = request.getfixturevalue(place)
+    recipe, out = write_recipe(tmp_path, RECIPE), tmp_path / "run"
+    processes = hosts.start(out, recipe)
+    try:
+        until(8, out, processes)
+        if lost is None:
+            hosts.cut()
+        else:
+            processes[lost].send_signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        for rank, process in enumerate(processes):
+            if rank != lost:
+                line = ended(process, out / f"rank-{rank}.log")
+                assert f"error: rank {rank} in step " in line
+                assert f"and run.timeout_minutes={PATIENCE / 60:g}: another process has gone or does not answer" in line
+                assert fault != "hang" or "Timed out" in line
+                assert rank or not list((out / "checkpoints").glob("tmp-*"))  # what was being written has been written
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(30)
+    hosts.mend()
+    assert "going on from step " in hosts.finish(out, recipe)
+    assert losses(out) == losses(straight)
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (out, straight))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
