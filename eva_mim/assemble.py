@@ -12,8 +12,7 @@ from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
 from eva_mim.data.masking import Mask
 from eva_mim.data.names import prompt_templates
-from eva_mim.data.sampler import GlobalOrder, MixedOrder
-from eva_mim.data.splits import Mixture
+from eva_mim.data.splits import order_of
 from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.distributed import rank, world_size
 from eva_mim.engine import RunSettings
@@ -22,7 +21,7 @@ from eva_mim.recipe import Recipe
 
 
 def batch_cut(run: RunSettings) -> dict[str, int]:
-    """How an order of samples is cut into this rank's micro-batches: the arguments of `GlobalOrder`."""
+    """How an order of samples is cut into this rank's micro-batches: arguments of `GlobalOrder`."""
     micro = run.micro_batch or max(1, run.global_batch // world_size())
     return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
 
@@ -37,9 +36,8 @@ def train_loader(
     pixels: Statistics | None = None,
 ) -> TrainLoader:
     """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
-    run, cut = recipe.run, batch_cut(recipe.run)
-    order = MixedOrder(source.parts, **cut) if isinstance(source, Mixture) else GlobalOrder(len(source), **cut)
-    made = Preparation(TrainView(view, sizes, pixels), run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
+    order = order_of(source, **batch_cut(recipe.run))
+    made = Preparation(TrainView(view, sizes, pixels), recipe.run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
     return TrainLoader(source, made, order, recipe.data.workers)
 
 

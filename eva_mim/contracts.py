@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from PIL.Image import Image, Resampling, Transpose
     from torch import Tensor, nn
 
@@ -57,11 +59,24 @@ class Sample(NamedTuple):
     """All of them; "" where a caption has no text."""
 
 
+class Blocks(NamedTuple):
+    """How records are shuffled that are read best in sequence: blocks are permuted, and records only within a pool of blocks."""
+
+    ends: npt.NDArray[np.int64]
+    """Rising, each after the last record of a block: neighbours on the disk."""
+    pooled: int
+    """Blocks whose records are mixed."""
+
+
 class Source(Protocol):
     """Images by position. `read` may raise anything for a broken record; the loader counts and replaces it."""
 
     classes: tuple[str, ...] | None
     """Class names by label, or None when the images carry no labels."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """None: any order is as good, and all records are shuffled together."""
 
     @property
     def fingerprint(self) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +18,11 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+"""After so long without a sign of the others a rank gives up: in a collective, and where it waits for their work."""
+BEAT = timedelta(seconds=10)
+"""Between signs of life of a rank that works while others wait."""
+_turns = itertools.count()
 
 
 def rank() -> int:
@@ -48,7 +56,7 @@ def setup(device: torch.device) -> None:
 
     if world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
 
 
 def pick_device(name: str) -> torch.device:
@@ -112,7 +120,8 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
     """By rank, what `work` says on the ranks where it is `mine` to do, while the others wait. Every rank must call; without a
-    group it is this process's alone. A failure is raised on every rank, elsewhere as UserError."""
+    group it is this process's alone. The work may take longer than a collective may: its process shows that it lives. A failure
+    is raised on every rank, elsewhere as UserError."""
     if world_size() == 1 or not grouped():
         return {rank(): work()} if mine else {}
     import torch
@@ -120,11 +129,14 @@ def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
 
     said: tuple[bool, T | None, str | None] = (mine, None, None)
     failure: Exception | None = None
+    turn = next(_turns)
     if mine:
         try:
-            said = True, work(), None
+            with _alive(turn):
+                said = True, work(), None
         except Exception as error:
             failure, said = error, (True, None, f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}")
+    _meet(turn)
     heard: list[Any] = [None] * world_size()
     with torch.cuda.device(local_rank()) if dist.get_backend() == "nccl" else nullcontext():
         dist.all_gather_object(heard, said)
@@ -134,6 +146,56 @@ def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
         if fault is not None:
             raise UserError(f"rank {number}: {fault}")
     return {number: value for number, (did, value, _) in enumerate(heard) if did}
+
+
+def _store() -> Any:
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def _alive(turn: int) -> Iterator[None]:
+    """Counts up in the group's store while the block runs."""
+    store, done = _store(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT.total_seconds()):
+            store.add(f"agreed/{turn}/beats", 1)
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        done.set()
+        heart.join()
+
+
+def _meet(turn: int) -> None:
+    """Wait until every rank is here, as long as somebody works. Raises UserError after `TIMEOUT` without a sign of life."""
+    import torch.distributed as dist
+
+    try:
+        _wait(_store(), f"agreed/{turn}", f"agreed/{turn - 1}")
+    except dist.DistNetworkError as error:
+        raise UserError(f"the process that keeps the group together (rank 0, or its launcher) is gone: {error}") from None
+
+
+def _wait(store: Any, turn: str, before: str) -> None:
+    if store.add(f"{turn}/here", 1) == world_size():
+        store.set(f"{turn}/all", "")
+        for name in ("here", "all", "beats"):  # every rank has left that turn
+            store.delete_key(f"{before}/{name}")
+    began = moved = time.monotonic()
+    beats = 0
+    while not store.check([f"{turn}/all"]):
+        time.sleep(min(1.0, 0.001 + (time.monotonic() - began) / 20))
+        if (now := store.add(f"{turn}/beats", 0)) != beats:
+            beats, moved = now, time.monotonic()
+        elif time.monotonic() - moved > TIMEOUT.total_seconds():
+            raise UserError(f"only {store.add(f'{turn}/here', 0)} of {world_size()} processes came this far, and the others gave "
+                            f"no sign of life for {TIMEOUT.total_seconds():.0f} s")
 
 
 def on_main(work: Callable[[], T]) -> T:

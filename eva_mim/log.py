@@ -13,6 +13,9 @@ from typing import Any, TextIO
 
 from eva_mim.distributed import is_main
 
+SAY_EVERY = 10.0
+"""Seconds between lines of progress."""
+
 
 def say(text: str = "", file: TextIO | None = None) -> None:
     """One line to the terminal, from the main rank only."""
@@ -29,6 +32,26 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Says now and then how far a long work has come. `done` of it was done before."""
+
+    def __init__(self, what: str, total: int | None = None, done: int = 0):
+        self._what, self._total, self._done, self._first = what, total, done, done
+        self._began = self._told = time.monotonic()
+
+    def advance(self, more: int = 1) -> None:
+        """So many more are done."""
+        self._done += more
+        if (now := time.monotonic()) - self._told < SAY_EVERY:
+            return
+        self._told, speed = now, (self._done - self._first) / (now - self._began)
+        if self._total is None:
+            say(f"  {self._what}: {self._done} so far, {speed:.1f}/s")
+        else:
+            left = duration((self._total - self._done) / speed) if speed else "unknown"
+            say(f"  {self._what}: {self._done} of {self._total}, {speed:.1f}/s  left {left}")
 
 
 class RunLog:

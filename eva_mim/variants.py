@@ -38,6 +38,7 @@ class Labelled:
     """Images of a folder under labels of a variant; those without one are left out."""
 
     classes: tuple[str, ...] | None = None
+    blocks = None
 
     def __init__(self, files: FolderSource, labels: Sequence[int | None], border: int = 0):
         self._files, self._border = files, border

@@ -59,7 +59,8 @@ class SourceSettings(Settings):
     """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
     .parquet)."""
     root: Path | None = None
-    """Folder of the dataset. A list may name no image outside it."""
+    """Folder of the dataset. A list may name no image outside it. shards: may be a URL, such as s3://bucket/folder, for which
+    fsspec's driver must be installed (s3fs, gcsfs, aiohttp)."""
     train: str | None = None
     """folder: sub-folder with the training images; shards: file pattern such as "train-*.tar"; list: the list's file."""
     val: str | None = None
@@ -79,6 +80,11 @@ class SourceSettings(Settings):
     """The same for the images of `val`, when they are not in `captions`."""
     caption_lines: bool = False
     """folder, shards: KEY.txt holds one caption a line, not one caption."""
+    bad_shards: Literal["refuse", "skip"] = "refuse"
+    """shards: a damaged one is named, and the run refused ("refuse") or made without it ("skip")."""
+    shuffle_gb: Annotated[float, Field(gt=0.0)] = 8.0
+    """shards: so many 10^9 bytes of them are shuffled together, which the host's memory should hold. Data that is no larger is
+    shuffled as a whole; of larger data blocks are permuted, and records within so many blocks, so that reading is sequential."""
     columns: ColumnSettings = ColumnSettings()
     channels: int = Field(3, ge=1, le=MAX_CHANNELS)
     """Channels of an image. 3: RGB, into which everything is converted; 1: grey, into which colours are; other numbers: the

@@ -24,10 +24,8 @@ from eva_mim.data.index import cache_folder
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from eva_mim.files import write_json
-from eva_mim.log import duration, say
+from eva_mim.log import Progress, say
 
-SAY_EVERY = 30
-"""Seconds between lines of progress."""
 ABANDONED = 3600
 """Seconds without a write after which half-made features count as those of a killed run, and are removed."""
 COPY_ROWS = 4096
@@ -97,8 +95,7 @@ def _write_part(
     folder: Path, batches: Iterable[Batch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
 ) -> None:
     """This rank's share, in the order in which it comes."""
-    index, labels, width, seen = list[Tensor](), list[Tensor](), 0, 0
-    started = told = time.monotonic()
+    index, labels, width, progress = list[Tensor](), list[Tensor](), 0, Progress("features, images", images)
     with _part(folder, rank()).open("wb") as file:
         for batch in batches:
             assert batch.labels is not None
@@ -106,11 +103,8 @@ def _write_part(
             rows.tofile(file)
             index.append(batch.index)
             labels.append(batch.labels)
-            seen, width, now = seen + len(rows) * world_size(), rows.shape[1], time.monotonic()
-            if now - told > SAY_EVERY:
-                left = (now - started) / seen * (images - seen)
-                say(f"  features: {seen} of {images} images, {seen / (now - started):.1f} images/s  left {duration(left)}")
-                told = now
+            width = rows.shape[1]
+            progress.advance(len(rows) * world_size())
     torch.save((torch.cat(index), torch.cat(labels), width), _part(folder, rank()).with_suffix(".pt"))
 
 

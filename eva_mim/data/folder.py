@@ -7,6 +7,7 @@ import json
 import os
 import time
 from array import array
+from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,6 +21,7 @@ from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.decode import ARRAYS, Raw, read_file, suffixes
 from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
+from eva_mim.log import Progress
 
 SETTLED_NS = 2 * 10**9
 """An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
@@ -28,6 +30,8 @@ keep times by steps of up to 2 seconds)."""
 
 class FolderSource:
     """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
+
+    blocks = None
 
     def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB):
         """Every rank must call."""
@@ -77,9 +81,9 @@ class FolderSource:
         label = np.array([-1 if one is None else one for one in self._labels])
         return np.bincount(label[self.index["folder"]], minlength=len(self.classes))
 
-    def stems(self) -> list[str]:
+    def stems(self) -> Iterator[str]:
         """The files' paths below the folder without their last suffix: what a caption file calls them."""
-        return [os.path.splitext(self.key(index))[0] for index in range(len(self))]
+        return (os.path.splitext(self.key(index))[0] for index in range(len(self)))
 
     def _beside(self, path: Path) -> tuple[str, ...]:
         files = (path.with_suffix(suffix) for suffix in (".txt", ".json"))
@@ -99,7 +103,7 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
         raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
     source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines, settings.pixels)
-    source.captions = open_captions(settings, split, source.stems, f"images in {folder}")
+    source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
     return source
 
 
@@ -135,7 +139,7 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
     """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
     began, made = time.monotonic(), time.time_ns()
     names, folders, numbers, changed = Texts(), Texts(), array("I"), array("q")
-    fingerprint, todo = hashlib.sha256(), list[str | _Images]([""])
+    fingerprint, todo, progress = hashlib.sha256(), list[str | _Images]([""]), Progress(f"walking {root}, images")
     while todo:
         item = todo.pop()
         if isinstance(item, str):
@@ -146,6 +150,7 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
         paths = json.dumps([os.path.join(item.path, name) for name in item.names])[1:-1]
         fingerprint.update(((", " if len(names) else "[") + paths).encode())
         numbers.extend([item.folder] * len(item.names))
+        progress.advance(len(item.names))
         for name in item.names:
             names.add(name)
     if not len(names):

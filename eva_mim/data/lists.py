@@ -34,6 +34,8 @@ PROBED = 100
 class ListSource:
     """The images of one list, in its order. Keys are their paths as the list has them."""
 
+    blocks = None
+
     def __init__(
         self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None, pixels: Pixels = RGB
     ):
@@ -183,7 +185,7 @@ def _jsonl(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: not a line of JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected {{column: value}}, found {type(row).__name__}")
@@ -203,11 +205,18 @@ def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
         raise UserError(f"{path}: Parquet needs pyarrow; install it with: pip install 'eva-mim[parquet]'") from None
     try:
         file = parquet.ParquetFile(path)
-    except (ArrowException, OSError) as error:
+        names = list(file.schema_arrow.names)
+    except (ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
-    names = list(file.schema_arrow.names)
-    batches = file.iter_batches(columns=[name for name in wanted if name in names])
-    return names, iter(enumerate((row for batch in batches for row in batch.to_pylist()), start=1))
+
+    def rows() -> Rows:
+        try:
+            batches = file.iter_batches(columns=[name for name in wanted if name in names])
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        except (ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+
+    return names, rows()
 
 
 def _inside(value: Any, root: Path, folder: Path, where: str) -> str:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 REPLACEMENTS = 20
 """Other samples tried in place of a broken one before the run stops."""
+
+MAX_NAMED = 100
+"""Broken held-out images that are named, each once."""
 
 View = Callable[["Image | Bands", random.Random], list[Tensor]]
 Tokenize = Callable[[list[str]], Tensor]
@@ -94,21 +98,29 @@ class Reader(Dataset["Item | str | Failure"]):
 
     def _read(self, place: Place) -> tuple[Sample | None, int, tuple[str, ...]]:
         index, broken, last = place.index, list[str](), ""
-        rng = random.Random(derive(self.preparation.seed, "replacement", place.epoch, place.index))
+        others = self._others(place)
         for _ in range(REPLACEMENTS):
             try:
                 sample = self.source.read(index)
                 self._check_captions(sample)
                 return sample, index, tuple(broken)
+            except UserError:  # more than a record is lost
+                raise
             except Quarantined as reason:  # was counted when the list was made
                 last = f"{self.source.key(index)}: {reason}"
             except Exception as error:  # a record may be broken in any way; it is counted and named, never hidden
                 last = f"{self.source.key(index)}: {type(error).__name__}: {error}"
                 broken.append(last)
+                last += _gone(error)
             if not self.preparation.training:
                 return None, index, tuple(broken)
-            index = rng.randrange(len(self.source))
+            index = next(others)
         raise UserError(f"{REPLACEMENTS} broken records in a row; the last: {last}")
+
+    def _others(self, place: Place) -> Iterator[int]:
+        rng = random.Random(derive(self.preparation.seed, "replacement", place.epoch, place.index))
+        while True:
+            yield rng.randrange(len(self.source))
 
     def _check_captions(self, sample: Sample) -> None:
         if self.preparation.tokenize is None:
@@ -126,6 +138,13 @@ class Reader(Dataset["Item | str | Failure"]):
             templates = self.preparation.templates if training else self.preparation.templates[:1]
             texts = [filled(template, self.source.classes[sample.label]) for template in templates]
         return [rng.choice(texts)] if training else texts
+
+
+def _gone(error: Exception) -> str:
+    """Of a file that is not there: the highest folder above it that is not there either."""
+    parents = Path(error.filename).parents if isinstance(error, OSError) and error.filename else ()
+    missing = [folder for folder in parents if not folder.exists()]
+    return f"; {missing[-1]} does not exist: is its disk mounted?" if missing else ""
 
 
 def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
@@ -232,12 +251,15 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
-        whole, faults = False, list[str]()
+        whole, lost, faults = False, 0, list[str]()
         for batch in _batches(self._reader, places, self._workers):
             faults = list(batch.broken) if isinstance(batch, Batch) else batch
-            for fault in sorted(set(faults) - self._named):
+            for fault in sorted(set(faults) - self._named)[: max(0, MAX_NAMED - len(self._named))]:
                 say(f"  broken held-out image left out: {fault}")
             self._named.update(faults)
+            lost = 0 if isinstance(batch, Batch) else lost + len(batch)
+            if lost >= REPLACEMENTS:
+                raise UserError(f"{lost} broken held-out images in a row; the last: {faults[-1]}")
             if isinstance(batch, Batch):
                 whole = True
                 yield batch

@@ -1,4 +1,4 @@
-"""The order of samples: one global permutation an epoch, cut into global batches, then into ranks' micro-batches; and the order
+"""The order of samples: one permutation an epoch, cut into global batches, then into ranks' micro-batches; and the order
 of a mixture of sources."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_mim.config import UserError
+from eva_mim.contracts import Blocks
 from eva_mim.data.index import Column, narrow
 from eva_mim.rng import derive
 
@@ -26,6 +27,22 @@ class Place(NamedTuple):
     index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody wants here
 
 
+def permuted(samples: int, generator: np.random.Generator, blocks: Blocks | None) -> Column:
+    """The numbers below `samples` in a drawn order: any, or pool after pool of blocks, of which each comes once."""
+    if blocks is None:
+        return narrow(generator.permutation(samples))
+    starts = np.concatenate([[0], blocks.ends[:-1]])
+    drawn = generator.permutation(len(blocks.ends))
+    pools = np.array_split(drawn, math.ceil(len(drawn) / blocks.pooled))  # about equal: a small last one would mix badly
+    order, done = np.empty(samples, narrow(blocks.ends).dtype), 0
+    for pool in pools:
+        records = np.concatenate([np.arange(starts[block], blocks.ends[block]) for block in pool])
+        order[done : done + len(records)] = generator.permutation(records)
+        done += len(records)
+    assert done == samples
+    return order
+
+
 class GlobalOrder:
     """Position in the data = steps done. The last, incomplete global batch of an epoch is left out.
 
@@ -33,8 +50,11 @@ class GlobalOrder:
     a step sees the same samples.
     """
 
-    def __init__(self, samples: int, *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1):
-        self.samples, self.seed = samples, seed
+    def __init__(
+        self, samples: int, *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
+        blocks: Blocks | None = None,
+    ):
+        self.samples, self.seed, self.blocks = samples, seed, blocks
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world = rank, world
         if global_batch % (micro_batch * world):
@@ -64,28 +84,36 @@ class GlobalOrder:
     def _permutation(self, epoch: int) -> Column:
         if epoch != self._epoch:
             generator = np.random.default_rng(derive(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, narrow(generator.permutation(self.samples))
+            self._epoch, self._order = epoch, permuted(self.samples, generator, self.blocks)
         return self._order
+
+
+class MixedPart(NamedTuple):
+    """One source of a mixture, as its order needs it."""
+
+    images: int
+    weight: float
+    blocks: Blocks | None = None
 
 
 class MixedOrder(GlobalOrder):
     """The order of a mixture: parts take turns by their weights, and each runs through its own images pass after pass.
 
-    `parts` are (images, weight), one part's indices after another's. Which part stands at a position repeats after as many
+    The indices of the parts come one after another. Which part stands at a position repeats after as many
     positions as the whole-numbered weights sum to; so how far a part has come, and its pass, follow from the position alone.
     `Place.epoch` is the pass. An epoch of the whole is as many images as the parts have; no part starts anew with it, and nothing
     is left out at its end.
     """
 
     def __init__(
-        self, parts: Sequence[tuple[int, float]], *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1
+        self, parts: Sequence[MixedPart], *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1
     ):
-        self._sizes = np.array([images for images, _ in parts])
+        self._parts, self._sizes = parts, np.array([part.images for part in parts])
         super().__init__(
             int(self._sizes.sum()), seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world=world
         )
         self._offsets = np.cumsum(self._sizes) - self._sizes
-        self._weights = np.array(whole_weights([weight for _, weight in parts]))
+        self._weights = np.array(whole_weights([part.weight for part in parts]))
         self._turns = take_turns(self._weights)
         turns = np.eye(len(parts), dtype=np.int64)[self._turns]
         self._turns_before = (np.cumsum(turns, axis=0) - turns)[np.arange(len(turns)), self._turns]
@@ -102,7 +130,7 @@ class MixedOrder(GlobalOrder):
     def _pass(self, part: int, number: int) -> Column:
         if self._orders.get(part, (-1,))[0] != number:
             generator = np.random.default_rng(derive(self.seed, "part-order", part, number))
-            self._orders[part] = number, narrow(generator.permutation(self._sizes[part]))
+            self._orders[part] = number, permuted(self._parts[part].images, generator, self._parts[part].blocks)
         return self._orders[part][1]
 
 

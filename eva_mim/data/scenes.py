@@ -42,6 +42,8 @@ class Thing(NamedTuple):
 class SceneSource:
     """`size` pictures of two things each; the first one gives the label."""
 
+    blocks = None
+
     def __init__(self, settings: SceneSettings, split: str):
         self.settings, self.split = settings, split
         self.fingerprint = digest([settings.model_dump(), split])

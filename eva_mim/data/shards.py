@@ -1,86 +1,83 @@
 """Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt KEY.json`), read by offset in any order.
 
-A `.tar.gz` is unpacked once into the cache folder, since gzip cannot be read from the middle. Each shard is indexed once, and the
-shards of a split are joined in one index. Nothing is ever written under a name that an archive chose.
+Each shard is indexed once (`tars.py`), and the shards of a split are joined in one index (`joined.py`). Compressed ones are
+unpacked before (`unpack.py`). Nothing is ever written under a name that an archive chose.
 """
 
 from __future__ import annotations
 
-import gzip
+import json
+import math
 import os
-import tarfile
-import time
-import zlib
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
-from eva_mim.config import UserError, digest
-from eva_mim.contracts import Sample
+from eva_mim.config import UserError, few
+from eva_mim.contracts import Blocks, Sample
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import ARRAYS, SUFFIXES, Raw
-from eva_mim.data.index import (
-    VERSION,
-    Column,
-    Content,
-    Index,
-    Texts,
-    cache_folder,
-    narrow,
-    open_index,
-    read_index,
-    say_indexed,
-    write_index,
-)
+from eva_mim.data.decode import Raw
+from eva_mim.data.index import Column
+from eva_mim.data.joined import shards_index
 from eva_mim.data.names import class_file, class_words
+from eva_mim.data.remote import as_url, listed, read_range
+from eva_mim.data.tars import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
+from eva_mim.data.unpack import hold, unpack
+from eva_mim.distributed import agreed, is_main
 from eva_mim.log import say
 from eva_mim.phases import phase
 
-IMAGES = tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS)
-FIELDS = {"image": IMAGES, "text": ("txt",), "described": ("json",)}
-"""Columns of the index -> extensions, of which the first that a record has is taken."""
-BLOCK = 512
-"""Everything in a tar begins at a multiple of this many bytes; its first block is a header, so that 0 stands for "not there"."""
-MAX_MEMBER_BYTES = 2**30
-"""A member that is larger is no picture, label or caption, and counts as not there."""
-NO_NUMBER, NO_LABEL = -2, -1
-"""Labels in the index: a KEY.cls that is no number, and no KEY.cls."""
-MAX_OPEN = 128
-"""Shards that a process holds open; systems allow about a thousand files."""
-MAX_UNPACKED_RATIO = 100
-"""A tar of small images packs about 8 : 1, most of it padding; gzip itself stops at 1032 : 1, and a bomb is near that."""
-MAX_UNPACKED_BYTES = 64 * 2**30
+MAX_OPEN = 512
+"""Shards that a process holds open; systems allow about a thousand files. Two pools fit: a loader process may be at the end of
+one and at the start of the next."""
+BLOCKS = 64
+"""In a pool, of large shards: each is read in sequence, and a batch is from about so many places."""
+MAX_TOGETHER = 2**22
+"""Bytes of a record that are asked for at once by URL, though others may lie between its fields."""
 
 
-class Member(NamedTuple):
-    """Where one field of a record lies in its shard, in bytes."""
-
-    offset: int
-    size: int
-
-
-NOWHERE = Member(0, 0)
+def cut_shards(sizes: Sequence[int], ends: Sequence[int], pool: float) -> Blocks | None:
+    """Blocks for a shuffle in pools of so many bytes, from the shards' bytes and the ends of their records; None where it is all
+    one pool. A block lies in one shard and has at most a `BLOCKS`th of a pool; small shards make more blocks of less."""
+    total = sum(sizes)
+    if total <= pool:
+        return None
+    pieces = [math.ceil(size * BLOCKS / pool) for size in sizes]
+    cuts = [np.linspace(start, end, count + 1)[1:].round() for start, end, count in zip([0, *ends], ends, pieces, strict=False)]
+    found = np.unique(np.concatenate(cuts).astype(np.int64))
+    found = found[found > 0]
+    return Blocks(found, max(1, min(MAX_OPEN // 2, round(len(found) * pool / total))))
 
 
 class ShardSource:
     """Records of several shards, in the order of the sorted file names."""
 
     def __init__(
-        self, paths: list[Path], classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB
+        self, paths: Sequence[Path | Shard], classes: tuple[str, ...] | None, caption_lines: bool = False,
+        pixels: Pixels = RGB, *, skip_bad: bool = False,
     ):
-        """Every rank must call."""
+        """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
         self.classes = classes
         self.captions: CaptionFile | None = None
+        self.blocks: Blocks | None = None
         self._caption_lines, self._pixels = caption_lines, pixels
-        self._names = [path.name for path in paths]
-        self.index = shards_index(paths)
+        shards = [found(path) if isinstance(path, Path) else path for path in paths]
+        self._held = hold(shards)
+        self.index = shards_index(shards, skip_bad)
+        if left_out := json.loads(self.index.facts["left_out"]):
+            names = few(shards[number].name for number in left_out)
+            say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {shards[0].folder} are left out: {names}")
         self._ends: list[int] = self.index["shards"].tolist()
-        self._tars = [plain_tar(path) for path in paths]
+        self._names = [shard.name for shard in shards]
+        self._tars = [shard if number in left_out else unpack(shard) for number, shard in enumerate(shards)]
         self._open: dict[tuple[int, int], BinaryIO] = {}
+        self._asked: dict[int, None] = {}
+        self._last: tuple[int, int, bytes] | None = None
         self.fingerprint = self.index.facts["fingerprint"]
 
     def __len__(self) -> int:
@@ -97,6 +94,7 @@ class ShardSource:
 
     def raw(self, index: int) -> Raw:
         """Read one record. Raises ValueError as `read` does."""
+        self._read_ahead(index)
         with phase("read"):
             content = self._bytes(index, "image")
         if content is None:
@@ -112,9 +110,9 @@ class ShardSource:
         labels = self.index["label"]
         return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
-    def keys(self) -> list[str]:
+    def keys(self) -> Iterator[str]:
         """The records' keys as a caption file has them: without their shard."""
-        return self.index.texts("key")
+        return (self.index.text("key", index) for index in range(len(self)))
 
     def check_labels(self, setting: str) -> None:
         """A class list that does not fit is found now and not in the third epoch. Raises UserError."""
@@ -124,6 +122,10 @@ class ShardSource:
             label = int(labels[wrong[0]])
             raise UserError(f"data.classes: {setting} has {len(self.classes)} names, but {self.key(int(wrong[0]))} has "
                             f"{'a label that is no number' if label == NO_NUMBER else f'label {label}'}")
+
+    def cut(self, pool: float) -> Blocks | None:
+        """`cut_shards` of its own."""
+        return cut_shards([tar.size for tar in self._tars], self._ends, pool)
 
     def _own_captions(self, index: int) -> tuple[str, ...]:
         return record_captions(self._bytes(index, "text"), self._bytes(index, "described"), self._caption_lines)
@@ -135,15 +137,57 @@ class ShardSource:
         block = int(self.index[field][index]) if field in self.index else 0
         if not block:
             return None
-        place = os.getpid(), self._shard(index)  # a forked worker must not share a file position
+        number, size = self._shard(index), int(self.index[f"{field}.size"][index])
+        if self._tars[number].remote:
+            content = self._fetched(index, number, block * BLOCK, size)
+        else:
+            content = os.pread(self._opened(number).fileno(), size, block * BLOCK)
+        if len(content) < size:
+            raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
+        return content
+
+    def _fetched(self, index: int, number: int, start: int, size: int) -> bytes:
+        """By URL: fields of a record that lie together come with one request."""
+        if self._last is None or self._last[0] != index:
+            fields = [field for field in FIELDS if field in self.index and self.index[field][index]]
+            starts = [int(self.index[field][index]) * BLOCK for field in fields]
+            ends = [first + int(self.index[f"{field}.size"][index]) for field, first in zip(fields, starts, strict=True)]
+            if max(ends) - min(starts) > MAX_TOGETHER:
+                return read_range(self._tars[number].place, start, start + size)
+            self._last = index, min(starts), read_range(self._tars[number].place, min(starts), max(ends))
+        _, first, content = self._last
+        return content[start - first : start - first + size]
+
+    def _read_ahead(self, index: int) -> None:
+        """Ask the system, once a block and process, to read a block in sequence into its page cache, which processes share."""
+        if self.blocks is None or self._tars[self._shard(index)].remote or sys.platform != "linux":
+            return
+        block = int(np.searchsorted(self.blocks.ends, index, side="right"))
+        if block in self._asked:
+            return
+        while len(self._asked) >= 2 * self.blocks.pooled:
+            self._asked.pop(next(iter(self._asked)))
+        self._asked[block] = None
+        first, last = int(self.blocks.ends[block - 1]) if block else 0, int(self.blocks.ends[block]) - 1
+        places, sizes = self.index["image"], self.index["image.size"]
+        start, end = int(places[first]) * BLOCK, int(places[last]) * BLOCK + int(sizes[last])
+        if end > start:
+            os.posix_fadvise(self._opened(self._shard(index)).fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _opened(self, number: int) -> BinaryIO:
+        place = os.getpid(), number  # a forked worker must not share a file position
         if place not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[place] = self._tars[place[1]].open("rb")
-        return os.pread(self._open[place].fileno(), int(self.index[f"{field}.size"][index]), block * BLOCK)
+            self._open[place] = self._tars[number].open()
+        file, tar = self._open[place], self._tars[number]
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, str(stat.st_mtime_ns)) != tar[1:]:
+            raise UserError(f"{tar.place}: has changed since this run opened it; start the run again, which indexes it anew")
+        return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_held": None}
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
@@ -151,132 +195,33 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     root, pattern = settings.own_root, settings.train if split == "train" else settings.val
     if pattern is None and split == "val":
         return None
-    if not root.is_dir():
-        raise UserError(f"data.root: {root} is not a folder")
-    if Path(pattern or "").is_absolute():
-        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
-    paths = sorted(root.glob(pattern or "*.tar*"))
+    paths = _find(root, pattern or "*.tar*", split)
     if not paths:
-        raise UserError(f"data.{split}: no shard matches {root / (pattern or '*.tar*')}")
-    source = ShardSource(paths, class_file(settings) or class_words(settings), settings.caption_lines, settings.pixels)
+        raise UserError(f"data.{split}: no shard matches {as_url(root) or root}/{pattern or '*.tar*'}")
+    if as_url(root) is not None:
+        _refuse_names_by_url(settings)
+    classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
+    source = ShardSource(paths, classes, settings.caption_lines, settings.pixels, skip_bad=skip_bad)
     source.check_labels(str(settings.classes or settings.class_names))
-    source.captions = open_captions(settings, split, source.keys, f"records of {root / (pattern or '*.tar*')}")
+    source.blocks = source.cut(settings.shuffle_gb * 1e9)
+    records = f"records of {as_url(root) or root}/{pattern or '*.tar*'}"
+    source.captions = open_captions(settings, split, source.keys, source.index.facts["stamp"], records)
     return source
 
 
-def _cached(path: Path, suffix: str) -> Path:
-    stat = path.stat()
-    return cache_folder() / f"{digest([VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns])[:24]}{suffix}"
+def _find(root: Path, pattern: str, split: str) -> Sequence[Path | Shard]:
+    if Path(pattern).is_absolute():
+        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
+    if (url := as_url(root)) is not None:
+        return agreed(lambda: [Shard(*file) for file in listed(url, pattern)], is_main())[0]
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is not a folder")
+    return sorted(root.glob(pattern))
 
 
-def _unpacked(path: Path) -> Path:
-    """`path` itself, or for `.gz` where its unpacked copy lies or will lie."""
-    return _cached(path, ".tar") if path.name.endswith((".gz", ".tgz")) else path
-
-
-def plain_tar(path: Path) -> Path:
-    """`path` itself, or its unpacked copy in the cache for `.gz`. Raises UserError for a broken or absurd archive."""
-    target = _unpacked(path)
-    if target.exists():
-        return target
-    limit = min(MAX_UNPACKED_BYTES, path.stat().st_size * MAX_UNPACKED_RATIO + 2**20)
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with gzip.open(path) as packed, temporary.open("wb") as plain:
-            while block := packed.read(2**20):
-                limit -= len(block)
-                if limit < 0:
-                    raise UserError(f"{path}: unpacks to an absurd size; refused")
-                plain.write(block)
-        temporary.replace(target)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .tar.gz: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def shards_index(paths: list[Path]) -> Index:
-    """The indexes of shards joined: their columns one after another, and where each shard ends (`shards`). Raises UserError."""
-
-    def stamp() -> str:
-        return digest([(path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
-
-    def fresh(index: Index) -> bool:
-        return index.facts["stamp"] == stamp() and all(_unpacked(path).exists() for path in paths)
-
-    def make() -> Content:
-        began, now = time.monotonic(), stamp()
-        parts = [shard_index(plain_tar(path)) for path in paths]
-        columns = {"shards": narrow(np.cumsum([len(part["image"]) for part in parts]))}
-        columns |= {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
-        for field in ("text", "described"):
-            if any(part[field].any() for part in parts):
-                columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
-        starts = np.cumsum([0] + [len(part["key"]) for part in parts])
-        columns["key.ends"] = narrow(
-            np.concatenate([part["key.ends"] + start for part, start in zip(parts, starts[:-1], strict=True)])
-        )
-        if not columns["image"].any():
-            names = ", ".join(path.name for path in paths[:3])
-            raise UserError(f"{paths[0].parent}: no images in {names} (members KEY.jpg, KEY.png)")
-        if repeated := sum(int(part.facts["repeated"]) for part in parts):
-            say(f"  {paths[0].parent}: {repeated} members have the name of another one in their shard; the last one counts")
-        say_indexed(f"{len(paths)} shards in {paths[0].parent}", len(columns["image"]), time.monotonic() - began)
-        fingerprint = digest([(path.name, path.stat().st_size) for path in paths])
-        return Content(columns, {"fingerprint": fingerprint, "stamp": now})
-
-    return open_index(["shards", [str(path.resolve()) for path in paths]], fresh, make, f"{paths[0].parent}/{paths[0].name}, ...")
-
-
-def shard_index(tar: Path) -> Index:
-    """The index of a plain tar: `key` of each record, block and size of its fields, `label`. Raises UserError."""
-    target = _cached(tar, ".index")
-    stored = read_index(target)
-    return stored if stored is not None else write_index(target, _read_shard(tar))
-
-
-def _read_shard(tar: Path) -> Content:
-    records: dict[str, dict[str, Member]] = {}
-    labels: dict[str, int] = {}
-    repeated = 0
-    for name, member, archive in _members(tar):
-        folder, slash, file = name.rpartition("/")
-        stem, dot, extension = file.partition(".")
-        if dot:
-            key, extension = folder + slash + stem, extension.lower()
-            fields = records.setdefault(key, {})
-            repeated += extension in fields
-            fields[extension] = member if member.size <= MAX_MEMBER_BYTES else NOWHERE
-            if extension == "cls":
-                labels[key] = _number(os.pread(archive, min(member.size, 100), member.offset))
-    keys, columns = Texts(), dict[str, Column]()
-    for key in records:
-        keys.add(key)
-    for field in ("image", "text", "described"):
-        taken = [next((members[e] for e in FIELDS[field] if e in members), NOWHERE) for members in records.values()]
-        columns[field] = np.array([member.offset // BLOCK for member in taken], np.uint32)
-        columns[f"{field}.size"] = np.array([member.size for member in taken], np.uint32)
-    columns["label"] = np.array([labels.get(key, NO_LABEL) for key in records], np.int32)
-    return Content(columns | keys.columns("key"), {"fingerprint": tar.name, "repeated": str(repeated)})
-
-
-def _members(tar: Path) -> Iterator[tuple[str, Member, int]]:
-    """Name and place of each file in a tar, and the open tar's number. Raises UserError."""
-    end = 0
-    try:
-        with tarfile.open(tar, "r:") as archive, tar.open("rb") as raw:
-            for member in archive:
-                end = member.offset_data + member.size
-                if member.isfile():
-                    yield member.name, Member(member.offset_data, member.size), raw.fileno()
-            raw.seek(-(-end // BLOCK) * BLOCK)
-            if raw.read(BLOCK).strip(b"\0"):
-                raise tarfile.ReadError("damaged or cut header")
-    except tarfile.TarError as error:
-        raise UserError(f"{tar}: not a readable tar: {error}") from None
-
-
-def _number(text: bytes) -> int:
-    """A class number as it is written, up to 2^31."""
-    return int(text) if text.strip().isdigit() and len(text.strip()) < 10 else NO_NUMBER
+def _refuse_names_by_url(settings: SourceSettings) -> None:
+    names = {"classes": settings.classes, "captions": settings.captions, "val_captions": settings.val_captions,
+             "class_names": None if settings.class_names == "imagenet" else settings.class_names}
+    for setting, name in names.items():
+        if name is not None and not Path(name).is_absolute():
+            raise UserError(f"data.{setting}: {name} must be the absolute path of a file here, since data.root is a URL")

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_mim.config import UserError, digest
-from eva_mim.contracts import Sample, Source
+from eva_mim.contracts import Blocks, Sample, Source
 from eva_mim.data import DataSettings, PartSettings, SourceSettings
 from eva_mim.data.names import class_words, filled, prompt_templates
 from eva_mim.data.quarantine import Quarantine, Quarantined, read_quarantine
+from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart
 from eva_mim.labels import known_as
 from eva_mim.log import say
 from eva_mim.registry import SOURCES, lookup
@@ -44,6 +45,12 @@ class AllBut:
         """The number at a place, or those at several."""
         return number + np.searchsorted(self._before, number, side="right")
 
+    def below(self, bounds: Positions) -> Positions:
+        """How many of them are below each bound."""
+        few = self._before + np.arange(len(self._before))
+        kept: Positions = np.minimum(bounds - np.searchsorted(few, bounds), self._count)
+        return kept
+
 
 class Selected:
     """Some records of a source, with labels regrouped when a map is given, and classes renamed when words are."""
@@ -65,6 +72,15 @@ class Selected:
             if len(words) != len(self.classes or ()):
                 raise UserError(f"data.class_names: {len(words)} names for {len(self.classes or ())} classes")
             self.classes = words
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Those of the source, without the records and blocks that are left out."""
+        if self._source.blocks is None:
+            return None
+        ends, pooled = self._source.blocks
+        kept = self._indices.below(ends) if isinstance(self._indices, AllBut) else np.searchsorted(self._indices, ends)
+        return Blocks(np.unique(kept[kept > 0]), pooled)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,17 +115,21 @@ def _fingerprint(source: str, indices: AllBut | Positions, label_map: dict[str, 
 
 
 class Mixture:
-    """Sources one after another, under one range of indices. `parts`: (images, weight) of each, for the order of training.
+    """Sources one after another, under one range of indices. `parts`: of each what the order of training needs.
 
     Labels stay where all parts have the same classes. Where they differ, an image without captions gets one by each template,
     with its own class's name, since its label says nothing here.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], templates: Sequence[str]):
-        self.parts = [(len(source), weight) for source, weight in zip(sources, weights, strict=True)]
+        self.parts = [MixedPart(len(source), weight, source.blocks) for source, weight in zip(sources, weights, strict=True)]
         self.classes = sources[0].classes if len({source.classes for source in sources}) == 1 else None
         self._sources, self._templates = sources, templates
         self._ends = np.cumsum([len(source) for source in sources])
+
+    @property
+    def blocks(self) -> None:
+        """Those of the parts are in `parts`."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,6 +155,13 @@ class Mixture:
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return part, index - int(self._ends[part]) + len(self._sources[part])
+
+
+def order_of(source: Source, **cut: int) -> GlobalOrder:
+    """The order in which a source's records are trained on; `cut` are arguments of `GlobalOrder`."""
+    if isinstance(source, Mixture):
+        return MixedOrder(source.parts, **cut)
+    return GlobalOrder(len(source), **cut, blocks=source.blocks)
 
 
 class Splits(NamedTuple):

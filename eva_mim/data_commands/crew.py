@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,13 +14,11 @@ from typing import Any, TypeVar
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Source
-from eva_mim.log import duration, say
+from eva_mim.log import Progress
 
 R = TypeVar("R")
 Work = Callable[[Any, range], R]
 """(source, positions) -> result; a function at the top of a module, since processes get its name."""
-SAY_EVERY = 30.0
-"""Seconds between lines where stderr is no terminal."""
 AHEAD = 4
 """Ranges on their way for each process."""
 
@@ -105,23 +102,12 @@ def chunks(first: int, last: int, size: int) -> Iterator[range]:
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Gives a function that takes how many more are done: a bar on a terminal, elsewhere a line now and then."""
     if sys.stderr.isatty():
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total, completed=done)
             yield lambda more: bar.advance(task, more)
         return
-    began = told = time.monotonic()
-    first = done
-
-    def advance(more: int) -> None:
-        nonlocal done, told
-        done += more
-        if (now := time.monotonic()) - told > SAY_EVERY:
-            speed = (done - first) / (now - began)
-            say(f"  {what}: {done} of {total}, {speed:.1f}/s  left {duration((total - done) / speed)}")
-            told = now
-
-    yield advance
+    yield Progress(what, total, done).advance

@@ -64,6 +64,8 @@ def look(source: Any, places: range) -> list[Look | str]:
             image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
             size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
             found.append(Look(*size, *kind, len(raw.captions), words))
+        except UserError:  # more than a record is lost
+            raise
         except Exception as error:  # a record may be broken in any way
             found.append(f"{source.key(record)}: {type(error).__name__}: {error}")
     return found
@@ -138,6 +140,8 @@ def _write_sheet(source: Source, path: Path) -> Path:
             tile = ImageOps.contain(_as_colours(sample.image), (TILE, TILE))
             sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
             text = _words(sample, source.classes)
+        except UserError:  # more than a record is lost
+            raise
         except Exception as error:  # a record may be broken in any way
             text = f"{source.key(place)}: {type(error).__name__}"
         label = Image.new("RGB", (TILE, LINE), "white")  # what is too long ends at its edge

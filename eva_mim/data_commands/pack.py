@@ -135,6 +135,8 @@ def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written
                     continue
                 try:
                     members = list(_members(source.raw(record)))
+                except UserError:  # more than a record is lost
+                    raise
                 except Exception as error:  # a record may be broken in any way
                     faults.append(f"{source.key(record)}: {type(error).__name__}: {error}")
                     _not_too_many(faults, len(places), job.max_broken)

@@ -12,7 +12,7 @@ from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.loader import Preparation, Reader, TrainLoader, collate
 from eva_mim.data.masking import make_mask
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.splits import open_splits
+from eva_mim.data.splits import open_splits, order_of
 from eva_mim.data.views import TrainView
 from eva_mim.data_commands.index import DataOnly, read_tree
 from eva_mim.phases import Stopwatch, measuring, phase
@@ -61,7 +61,7 @@ def read_settings(what: str, overrides: Sequence[str]) -> BenchSettings:
 
 def _order(source: Source) -> GlobalOrder:
     batch = min(BATCH, len(source))
-    return GlobalOrder(len(source), seed=0, global_batch=batch, micro_batch=batch)
+    return order_of(source, seed=0, global_batch=batch, micro_batch=batch)
 
 
 def _by_phase(source: Source, made: Preparation, seconds: float) -> None:

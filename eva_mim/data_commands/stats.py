@@ -14,7 +14,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Bands, Source
 from eva_mim.data import RGB, DataSettings, SourceSettings
 from eva_mim.data.decode import OPEN
-from eva_mim.data.sampler import MixedOrder
+from eva_mim.data.sampler import MixedOrder, MixedPart
 from eva_mim.data.splits import Mixture, Selected, open_splits
 from eva_mim.data_commands.crew import Crew, chunks, progress
 from eva_mim.data_commands.index import read_data
@@ -118,7 +118,7 @@ def measure(settings: DataSettings, images: int, processes: int | None = None) -
 def sample_of(source: Source, count: int) -> Source:
     """The first images of the first epoch: of a mixture, in proportion to the weights. They stand in the order of the disk."""
     count = min(count, len(source))
-    parts = source.parts if isinstance(source, Mixture) else [(len(source), 1.0)]
+    parts = source.parts if isinstance(source, Mixture) else [MixedPart(len(source), 1.0)]
     places = MixedOrder(parts, seed=0, global_batch=count, micro_batch=count).global_step(0)
     return Selected(source, np.sort([place.index for place in places]), None)
 
@@ -130,6 +130,8 @@ def look(source: Source, records: range, most: int) -> list[Seen | str]:
         try:
             image = source.read(record).image
             planes = [np.asarray(band) for band in (image.each if isinstance(image, Bands) else image.split())]
+        except UserError:  # more than a record is lost
+            raise
         except Exception as error:  # a record may be broken in any way
             found.append(f"{source.key(record)}: {type(error).__name__}: {error}")
             continue

@@ -65,6 +65,8 @@ def decode(source: Source, records: range) -> dict[int, Fault]:
     for record in records:
         try:
             source.read(record)
+        except UserError:  # more than a record is lost
+            raise
         except Exception as error:  # a record may be broken in any way
             faults[record] = Fault(source.key(record), f"{type(error).__name__}: {error}")
     return faults

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from eva_mim.config import UserError, parse
 from eva_mim.contracts import Sample, Source
 from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.data.captions import CaptionFile
 from eva_mim.data.loader import EvalLoader, Preparation, TrainLoader
 from eva_mim.data.names import prompt_templates
 from eva_mim.data.sampler import GlobalOrder
@@ -114,6 +117,49 @@ def test_missing_files_and_ambiguous_keys_are_refused(tmp_path: Path) -> None:
         shards(tmp_path, "val", captions="c.jsonl", val="b.tar", val_captions="v.jsonl")
     with pytest.raises(UserError, match=r"data\.val_captions=v\.jsonl needs data\.val"):
         parse(DataSettings, {"source": "shards", "root": tmp_path, "val_captions": "v.jsonl"}, "recipe")
+
+
+def test_the_places_of_the_lines_are_made_once_and_again_when_anything_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(split: str = "train") -> list[tuple[str, ...]]:
+        return captions(shards(tmp_path, split, train="a.tar", val="b.tar", captions="c.jsonl"))
+
+    def made() -> int:
+        return capsys.readouterr().err.count(f"indexed {path}, for ")
+
+    make_shards(tmp_path, "a.tar", count=2)
+    make_shards(tmp_path, "b.tar", count=2, first=2)
+    path = write_lines(tmp_path / "c.jsonl", *({"key": f"{n:05d}", "caption": f"say {n}"} for n in (3, 1, 0, 2)))
+    assert (opened(), opened("val")) == ([("say 0",), ("say 1",)], [("say 2",), ("say 3",)])
+    assert made() == 2
+    source = shards(tmp_path, train="a.tar", captions="c.jsonl")
+    assert made() == 0
+    sent = pickle.dumps(source.captions)  # type: ignore[attr-defined]
+    assert len(sent) < 1000
+    assert pickle.loads(sent)[1] == ("say 1",)
+    write_lines(path, *({"key": f"{n:05d}", "caption": f"told {n}"} for n in range(4)))
+    with pytest.raises(UserError, match=r"c\.jsonl: has changed since this run opened it"):
+        source.read(0)
+    assert opened() == [("told 0",), ("told 1",)]
+    assert made() == 1
+    stat = (tmp_path / "a.tar").stat()
+    make_shards(tmp_path, "a.tar", count=2, first=2)  # other keys, as many bytes
+    assert (tmp_path / "a.tar").stat().st_size == stat.st_size
+    assert opened() == [("told 2",), ("told 3",)]
+    assert made() == 1
+
+
+def test_places_are_those_that_a_dictionary_finds(tmp_path: Path) -> None:
+    """Of 3,000 keys of many kinds in another order, among 500 strangers."""
+    generator = np.random.default_rng(0)
+    keys = [f"{'/' * (n % 3)}é{n}" * (1 + n % 4) for n in range(3500)]
+    rows = [{"key": keys[n], "captions": [f"{n}", "x" * int(generator.integers(1, 50))]} for n in generator.permutation(3500)]
+    path = write_lines(tmp_path / "c.jsonl", *rows)
+    wanted = [keys[n] for n in generator.permutation(3500)[:3000]]
+    found = CaptionFile(path, "data.captions", lambda: wanted, "these", "records")
+    expected = {row["key"]: tuple(row["captions"]) for row in rows}
+    assert [found[record] for record in range(3000)] == [expected[key] for key in wanted]
 
 
 def test_flickr8k_has_five_captions_an_image_in_both_splits(shared: Path) -> None:

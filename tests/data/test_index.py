@@ -17,7 +17,7 @@ from eva_mim.data import ColumnSettings, DataSettings
 from eva_mim.data import shards as shards_module
 from eva_mim.data.decode import SUFFIXES
 from eva_mim.data.folder import FolderSource
-from eva_mim.data.index import Index, Texts, cache_folder, read_index, write_index
+from eva_mim.data.index import Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.lists import open_list
 from eva_mim.data.shards import ShardSource
 from eva_mim.data.splits import AllBut, Selected, open_splits
@@ -58,7 +58,7 @@ def test_a_tree_is_listed_as_pathlib_sorts_it(tmp_path: Path) -> None:
     source = FolderSource(tmp_path, None)
     assert keys(source) == expected
     assert source.fingerprint == digest(expected)
-    assert source.stems() == [path.relative_to(tmp_path).with_suffix("").as_posix() for path in found]
+    assert list(source.stems()) == [path.relative_to(tmp_path).with_suffix("").as_posix() for path in found]
 
 
 def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_texts_of_any_kind_come_back(tmp_path: Path) -> None:
     assert index["t.ends"].dtype == np.uint32
 
 
-def _content(texts: Texts, fingerprint: str = "one") -> shards_module.Content:
-    return shards_module.Content(texts.columns("t"), {"fingerprint": fingerprint})
+def _content(texts: Texts, fingerprint: str = "one") -> Content:
+    return Content(texts.columns("t"), {"fingerprint": fingerprint})
 
 
 # ---- when it is made again
@@ -174,6 +174,25 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         FolderSource(tmp_path / "data", None)
 
 
+def test_long_work_says_how_far_it_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one process (3 shards) and in several (9); a quick one says nothing but its end."""
+    make_folder(tmp_path / "f", {"a": 3, "b": 4})
+    many = [make_shards(tmp_path / "s", f"{number}.tar", count=1, first=number) for number in range(9)]
+    ShardSource(many[:2], None)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr("eva_mim.log.SAY_EVERY", 0.0)
+    FolderSource(tmp_path / "f", None)
+    walk = [line.partition(",")[0] + line.partition(":")[2].partition(",")[0]
+            for line in capsys.readouterr().err.splitlines() if "walking" in line]
+    assert walk == [f"  walking {tmp_path}/f {count} so far" for count in (3, 7)]
+    for count in (3, 9):
+        ShardSource(many[:count], None)
+        told = [line.partition(", ")[0] for line in capsys.readouterr().err.splitlines() if "indexing" in line]
+        assert told == [f"  indexing shards in {tmp_path}/s: {done} of {count}" for done in range(1, count + 1)]
+
+
 # ---- shards
 
 
@@ -185,7 +204,7 @@ def test_names_that_stand_twice_in_a_shard_are_counted(tmp_path: Path, capsys: p
 
 
 def test_a_member_too_large_for_a_picture_is_a_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr("eva_mim.data.tars.MAX_MEMBER_BYTES", 10_000)
     path = write_tar(tmp_path / "x.tar", [("a.png", bytes(10_001)), ("b.png", png(picture(2)))])
     source = ShardSource([path], None)
     with pytest.raises(ValueError, match="no image member"):
@@ -265,12 +284,12 @@ if own:  # another host: a cache of its own, and its first process
     os.environ["LOCAL_RANK"] = "0"
 distributed.setup(torch.device("cpu"))
 walk = folder._scan
-def counted(root):
+def counted(root, *more):
     time.sleep(1)
     sys.stdout.write(f"walked {distributed.rank()}\\n")
     if own and own[0] == "differ" and distributed.rank():
         (root / "more.png").write_bytes(b"")
-    return walk(root)
+    return walk(root, *more)
 folder._scan = counted
 try:
     source = folder.FolderSource(root, None)

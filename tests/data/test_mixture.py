@@ -12,7 +12,7 @@ import torch
 from eva_mim.config import UserError, as_tree, parse
 from eva_mim.data import DataSettings, ViewSettings
 from eva_mim.data.loader import Preparation, TrainLoader
-from eva_mim.data.sampler import MixedOrder, Place, take_turns, whole_weights
+from eva_mim.data.sampler import MixedOrder, MixedPart, Place, take_turns, whole_weights
 from eva_mim.data.splits import Mixture, open_splits
 from eva_mim.data.views import TrainView
 from tests.conftest import make_folder, make_shards, picture
@@ -20,8 +20,12 @@ from tests.conftest import make_folder, make_shards, picture
 PARTS = [(7, 2.0), (30, 1.0), (5, 0.5)]
 
 
+def mixed(parts: list[tuple[int, float]]) -> list[MixedPart]:
+    return [MixedPart(*part) for part in parts]
+
+
 def stream(steps: int, parts: list[tuple[int, float]] = PARTS, **more: Any) -> list[Place]:
-    order = MixedOrder(parts, **{"seed": 1, "global_batch": 6, "micro_batch": 6} | more)
+    order = MixedOrder(mixed(parts), **{"seed": 1, "global_batch": 6, "micro_batch": 6} | more)
     return [place for step in range(steps) for place in order.global_step(step)]
 
 
@@ -61,22 +65,22 @@ def test_each_part_runs_through_its_images_pass_after_pass() -> None:
 
 
 def test_an_epoch_is_as_many_images_as_all_parts() -> None:
-    order = MixedOrder(PARTS, seed=1, global_batch=6, micro_batch=6)
+    order = MixedOrder(mixed(PARTS), seed=1, global_batch=6, micro_batch=6)
     assert (order.samples, order.steps_per_epoch) == (42, 7)
 
 
 def test_a_step_does_not_depend_on_where_one_starts() -> None:
-    whole = MixedOrder(PARTS, seed=1, global_batch=6, micro_batch=6)
+    whole = MixedOrder(mixed(PARTS), seed=1, global_batch=6, micro_batch=6)
     expected = [whole.global_step(step) for step in range(40)]
     for step in (39, 3, 17, 0, 4000, 16):
-        other = MixedOrder(PARTS, seed=1, global_batch=6, micro_batch=6).global_step(step)
+        other = MixedOrder(mixed(PARTS), seed=1, global_batch=6, micro_batch=6).global_step(step)
         assert other == (expected[step] if step < 40 else whole.global_step(step))
 
 
 @pytest.mark.parametrize(("world", "micro"), [(2, 3), (3, 1), (1, 2)])
 def test_ranks_and_accumulation_cut_the_same_step(world: int, micro: int) -> None:
-    whole = MixedOrder(PARTS, seed=1, global_batch=6, micro_batch=6)
-    cuts = [list(MixedOrder(PARTS, seed=1, global_batch=6, micro_batch=micro, rank=rank, world=world).micro_steps(2, 3))
+    whole = MixedOrder(mixed(PARTS), seed=1, global_batch=6, micro_batch=6)
+    cuts = [list(MixedOrder(mixed(PARTS), seed=1, global_batch=6, micro_batch=micro, rank=rank, world=world).micro_steps(2, 3))
             for rank in range(world)]
     assert [place for turn in zip(*cuts, strict=True) for places in turn for place in places] == whole.global_step(2)
 
@@ -137,7 +141,7 @@ def test_equal_classes_keep_their_labels_and_differing_numbers_are_refused(tmp_p
 def test_a_mixture_trains_without_replacement_through_the_loader(tmp_path: Path) -> None:
     train, _ = open_splits(parse(DataSettings, settings(tmp_path), "recipe"))
     assert isinstance(train, Mixture)
-    assert train.parts == [(5, 2.0), (8, 1.0)]
+    assert train.parts == [MixedPart(5, 2.0), MixedPart(8, 1.0)]
 
     def steps(first: int, last: int) -> list[Any]:
         order = MixedOrder(train.parts, seed=1, global_batch=6, micro_batch=6)

@@ -17,8 +17,10 @@ from eva_mim.data import DataSettings, SceneSettings
 from eva_mim.data.folder import open_folder
 from eva_mim.data.names import filled
 from eva_mim.data.scenes import COLOURS, open_scenes
-from eva_mim.data.shards import open_shards, plain_tar, shard_index
+from eva_mim.data.shards import open_shards
 from eva_mim.data.splits import open_splits, regroup
+from eva_mim.data.tars import found, tar_index
+from eva_mim.data.unpack import unpack
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 
@@ -155,7 +157,7 @@ def test_hostile_member_names_write_nothing_anywhere(tmp_path: Path, cache: Path
     source = shards(hostile)
     assert [pixels for pixels, _, _ in content(source)] == [picture(seed).tobytes() for seed in range(4)]
     assert {path for path in tmp_path.rglob("*") if cache not in (path, *path.parents)} == before
-    assert {path.suffix for path in cache.rglob("*")} == {".tar", ".index"}
+    assert {path.suffix for path in cache.rglob("*")} == {".tar", ".index", ".use"}
     assert all(path.parent == cache for path in cache.rglob("*"))
 
 
@@ -192,7 +194,7 @@ def test_a_damaged_gzip_is_refused_and_leaves_nothing_in_the_cache(tmp_path: Pat
     path = make_shards(tmp_path, "x.tar.gz")
     path.write_bytes(damaged(path.read_bytes(), kind))
     with pytest.raises(UserError, match=r"x\.tar\.gz: not a readable"):
-        plain_tar(path)
+        unpack(found(path))
     assert list(cache.rglob("*")) == []
 
 
@@ -201,7 +203,7 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "x.tar.gz"
     path.write_bytes(gzip.compress(bytes(32 * 2**20)))
     with pytest.raises(UserError, match="refused"):
-        plain_tar(path)
+        unpack(found(path))
     assert list(cache.rglob("*")) == []
 
 
@@ -211,7 +213,7 @@ def test_a_cut_tar_is_refused(tmp_path: Path, where: str) -> None:
     path = write_tar(tmp_path / "x.tar", [(f"{i}.png", bytes(700)) for i in range(4)])  # 512 + 1024 bytes a record
     path.write_bytes(path.read_bytes()[: 2 * 1536 + (900 if where == "data" else 100)])
     with pytest.raises(UserError, match=r"x\.tar"):
-        shard_index(path)
+        tar_index(found(path), found(path))
 
 
 def test_patterns_and_archives_without_pictures_are_refused(tmp_path: Path) -> None:

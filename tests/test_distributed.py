@@ -1,0 +1,96 @@
+"""Waiting for another rank's work: as long as it lives, and no longer. Real processes with gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.tiny import environment
+
+WORKING = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch
+from eva_mim import distributed
+from eva_mim.config import UserError
+
+worker, seconds, kill = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "kill"
+distributed.TIMEOUT, distributed.BEAT = timedelta(seconds=3), timedelta(seconds=0.5)
+distributed.setup(torch.device("cpu"))
+
+def work():
+    time.sleep(seconds / 2)
+    if kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds / 2)
+    return "done"
+
+try:
+    for _ in range(3):
+        assert distributed.agreed(lambda: distributed.rank(), True) == {0: 0, 1: 1, 2: 2}
+    print(distributed.agreed(work, distributed.rank() == worker))
+    store = distributed._store()
+    print(store.check(["agreed/2/all"]), store.check(["agreed/3/all"]))
+    distributed.leave_group()
+except UserError as error:
+    print(f"stopped: {error}")
+    sys.stdout.flush()
+    os._exit(2)
+"""
+
+
+GONE = "the process that keeps the group together (rank 0, or its launcher) is gone"
+
+
+def three(worker: int, seconds: float, kill: str = "") -> tuple[list[str], list[int]]:
+    """What each of three ranks says, and its exit code. None may take longer than a minute."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    line = [sys.executable, "-c", WORKING, str(worker), str(seconds), kill]
+    ranks = [
+        subprocess.Popen(line, env=environment() | group | {"RANK": str(rank)}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    end = time.monotonic() + 60
+    try:
+        said = [rank.communicate(timeout=end - time.monotonic())[0].strip() for rank in ranks]
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+    return said, [rank.returncode for rank in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", [0, 1])
+def test_work_may_take_longer_than_a_collective(worker: int) -> None:
+    """9 s, where a collective may take 3; and the store keeps the keys of one turn."""
+    said, codes = three(worker, 9)
+    assert codes == [0, 0, 0]
+    assert said == [f"{{{worker}: 'done'}}\nFalse True"] * 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_at_work_is_not_waited_for() -> None:
+    said, codes = three(1, 2, "kill")
+    assert codes == [2, -signal.SIGKILL, 2]
+    silent = "stopped: only 2 of 3 processes came this far, and the others gave no sign of life for 3 s"
+    assert said[0] == silent
+    assert said[2] == silent or said[2].startswith(f"stopped: {GONE}")  # rank 0 has just stopped, and its store with it
+
+
+@pytest.mark.slow
+def test_the_rank_that_keeps_the_store_may_die_as_well() -> None:
+    said, codes = three(0, 2, "kill")
+    assert codes == [-signal.SIGKILL, 2, 2]
+    assert all(text.startswith(f"stopped: {GONE}") for text in said[1:])
