@@ -42,7 +42,7 @@ def write_timm(
             "std": list(std),
             "interpolation": "bicubic",
             "crop_pct": crop_pct,
-            # Without it timm takes the kernel as it is; it cannot adapt another than of RGB, and would start it anew.
+            # Where it is named, older versions of timm would start a kernel of other channels than RGB anew.
             "first_conv": pretrained["first_conv"] if settings.channels == 3 else None,
             "classifier": pretrained["classifier"],
             "pool_size": pretrained["pool_size"],

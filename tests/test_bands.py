@@ -60,6 +60,7 @@ def by_timm(folder: Path, root: Path, mean: list[float], std: list[float], chann
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert model.pretrained_cfg["input_size"] == (channels, 32, 32)
     assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == (mean, std)
+    assert model.pretrained_cfg["first_conv"] is None
     images, labels = [], []
     for label, name in enumerate(CLASSES):
         for path in sorted((root / "val" / name).iterdir()):

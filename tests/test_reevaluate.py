@@ -73,7 +73,8 @@ def test_a_classifier_of_other_channels_is_not_for_these_sets(tmp_path: Path, ca
     settings = ClassifierSettings(name="vit_nano_patch4_32", mean=(0.5,), std=(0.2,))
     student = Classifier(settings, len(CLASSES))
     (tmp_path / "stage").mkdir()
-    write_timm(tmp_path / "stage", student.trunk, settings, student.timm_weights(dict(student.state_dict())), classes=CLASSES)
+    weights = student.timm_weights(dict(student.state_dict()))
+    write_timm(tmp_path / "stage", student.trunk, settings, weights, classes=CLASSES, global_pool="avg")
     data = make_folder(tmp_path / "data", dict.fromkeys(CLASSES, 1), (32, 32))
     assert reevaluate.main([str(tmp_path / "stage"), "--data", str(data), "--workers", "0"]) == 2
     assert "it is for images of 1 channels; these test sets are RGB" in capsys.readouterr().err

@@ -179,7 +179,13 @@ def test_a_classifier_of_five_channels(tmp_path: Path) -> None:
             told = json.loads((dst / "config.json").read_text())["pretrained_cfg"]
             assert told["input_size"] == [5, 32, 32]
             assert (told["mean"], told["std"]) == (list(FIVE["mean"]), list(FIVE["std"]))
-    _, original = converted(tmp_path / "classify", "eva", tmp_path)
+    settings = ClassifierSettings(name="vit_nano_patch4_32", **FIVE).model_dump(mode="json")
+    record(tmp_path / "classify", program="classify", classes=list(CLASSES), settings={"student": settings})
+    (tmp_path / "classify" / "config.json").unlink()  # a checkpoint has none: the record says it
+    (tmp_path / "classify").rename(tmp_path / "step")
+    found, _ = converted(tmp_path / "step", "timm", tmp_path)
+    close(eval(found["open_with"], {"timm": timm}).eval()(images), answers, 1e-5)
+    _, original = converted(tmp_path / "step", "eva", tmp_path)
     state = torch.load(original, weights_only=True)["module"]
     assert torch.equal(state["patch_embed.proj.weight"], student.state_dict()["trunk.patch_embed.proj.weight"])
     masked = MaskedSettings(name="vit_nano_patch4_32", **FIVE)

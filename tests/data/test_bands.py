@@ -58,9 +58,10 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def pages(array: Array) -> bytes:
-    """A TIFF with a page for each channel."""
+def pages(array: Array, overviews: bool = False) -> bytes:
+    """A TIFF with a page for each channel, and smaller ones behind them."""
     first, *others = [Image.fromarray(np.ascontiguousarray(array[:, :, channel])) for channel in range(array.shape[2])]
+    others += [first.resize((15, 10)), first.resize((7, 5))] if overviews else []
     return saved(first, "tiff", save_all=True, append_images=others)
 
 
@@ -85,6 +86,8 @@ FILES: dict[str, tuple[Callable[[], bytes], Array]] = {
     "tiff, 16 bits": (lambda: saved(Image.fromarray(numbers(1)[:, :, 0]), "tiff"), numbers(1)),
     "tiff, float": (lambda: saved(Image.fromarray(numbers(1, "float32")[:, :, 0]), "tiff"), numbers(1, "float32")),
     "tiff, a page a channel": (lambda: pages(numbers(5)), numbers(5)),
+    "tiff, with overviews": (lambda: pages(numbers(5), overviews=True), numbers(5)),
+    "tiff, one page with overviews": (lambda: pages(numbers(1), overviews=True), numbers(1)),
     "tiff, big-endian": (lambda: tiff(numbers(1)[:, :, 0], byteorder=">"), numbers(1)),
     "tiff, signed": (lambda: tiff(numbers(1, "int16")[:, :, 0] - 2000), numbers(1, "int16") - 2000),
     "tiff, chunky": (lambda: tiff(numbers(5), photometric="minisblack", planarconfig="contig"), numbers(5)),

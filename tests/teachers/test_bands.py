@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_a_stage_of_the_same_channels_sees_them_all(tmp_path: Path) -> None:
     settings = TrunkSettings(name="vit_nano_patch4_32", mean=mean, std=std)
     trunk = timm.create_model(settings.name, num_classes=0, in_chans=5).eval()
     write_timm(tmp_path, trunk, settings, trunk.state_dict(), global_pool="token")
+    assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["first_conv"] is None
     images = bands(5)
     pixels = torch.stack([(images[:, c].float() / 255 - mean[c]) / std[c] for c in range(5)], 1)
     found = build(5, name=f"local-dir:{tmp_path}", weights="pretrained")(images)
