@@ -16,7 +16,7 @@ WORDS, PARTS, STEP, RUN, PROGRAMS = range(5)
 LAYERS = {
     **dict.fromkeys(
         ["", "contracts", "config", "registry", "distributed", "rng", "log", "files", "pixels", "phases", "features",
-         "kernels", "labels", "retrieval"], WORDS
+         "kernels", "labels", "retrieval", "processes"], WORDS
     ),
     **dict.fromkeys(["data", "students", "teachers", "objectives"], PARTS),
     **dict.fromkeys(["task", "optim"], STEP),

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -18,6 +14,7 @@ from eva_mim.data.index import Column, Content, Index, narrow, open_index, say_i
 from eva_mim.data.tars import BadShard, Shard, tar_index
 from eva_mim.data.unpack import make_room, ready, unpack
 from eva_mim.log import Progress, say
+from eva_mim.processes import cores, pool_of
 
 SHARDS_A_PROCESS = 4
 """Fewer shards to index are not worth another process."""
@@ -85,21 +82,16 @@ def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
 
 
 def _each(shards: Sequence[Shard]) -> Iterator[str | None]:
-    cores = MAX_PROCESSES if shards[0].remote else len(os.sched_getaffinity(0))  # by URL they mostly wait
-    processes = min(MAX_PROCESSES, cores, len(shards) // SHARDS_A_PROCESS)
+    most = MAX_PROCESSES if shards[0].remote else cores()  # by URL they mostly wait
+    processes = min(MAX_PROCESSES, most, len(shards) // SHARDS_A_PROCESS)
     if processes < 2:
         yield from map(_fault, shards)
         return
-    # Spawned: a fork of a process with threads may hang.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _ignore_interrupts) as pool:
+    with pool_of(processes) as pool:
         try:
             yield from pool.map(_fault, shards)
         except BrokenProcessPool:
             raise UserError(f"{shards[0].folder}: a process that indexed shards was killed (for lack of memory?)") from None
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _fault(shard: Shard) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +13,7 @@ from typing import Any, TypeVar
 from eva_mim.config import UserError
 from eva_mim.contracts import Source
 from eva_mim.log import Progress
+from eva_mim.processes import cores, pool_of
 
 R = TypeVar("R")
 Work = Callable[[Any, range], R]
@@ -34,8 +33,7 @@ class Crew:
         self._pool = self._fresh()
 
     def _fresh(self) -> ProcessPoolExecutor:
-        # Spawned: a fork of a process with threads may hang.
-        return ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"), _hold, (self._source,))
+        return pool_of(self._processes, _hold, self._source)
 
     def each(
         self, work: Work[R], ranges: Iterable[range], crashed: Callable[[int], R] | None = None
@@ -86,11 +84,6 @@ def _hold(source: Source) -> None:
 
 def _call(work: Work[R], records: range) -> R:
     return work(_source, records)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def chunks(first: int, last: int, size: int) -> Iterator[range]:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from eva_mim.config import UserError, few
-from eva_mim.data import DataSettings
+from eva_mim.data import RGB, DataSettings, Pixels
 from eva_mim.data.decode import Raw, header
 from eva_mim.data.index import Column
 from eva_mim.data.quarantine import read_quarantine
@@ -74,7 +75,7 @@ def pack(
             for name, source in splits.items()}
     for name, source in splits.items():
         _pack_split(source, jobs[name], per_shard, processes)
-    _prove(jobs, classes)
+    _prove(jobs, classes, settings.pixels)
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
@@ -176,11 +177,13 @@ def _order(seed: int | None, split: str, records: int) -> Column:
     return np.arange(records) if seed is None else np.random.default_rng(derive(seed, f"pack-{split}")).permutation(records)
 
 
-def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None) -> None:
+def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, pixels: Pixels) -> None:
     """Open the result as training would, and say how. Raises UserError where many records are missing."""
     out = next(iter(jobs.values())).out
     settings = ["data.source=shards", *(f"data.{name}={name}-*.tar" for name in jobs)]
     settings += [] if classes is None else [f"data.classes={CLASSES}"]
+    if pixels != RGB:
+        settings += [f"data.channels={pixels.channels}", f"data.window={json.dumps(pixels.window)}"]
     for name, source in every_split(read_data(str(out), settings)):
         job = jobs[name]
         missing = job.records - len(job.left_out) - len(source)
@@ -188,4 +191,4 @@ def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None) -> None:
                          f"{missing} unreadable\n")
         if not 0 <= missing <= max(MIN_BROKEN, job.max_broken * job.records):
             raise UserError(f"{out}: {missing} records of {name} are not in the shards; remove them and begin again")
-    sys.stdout.write(f"\ntrain on them: data.root={out} {' '.join(settings)}\n")
+    sys.stdout.write(f"\ntrain on them: data.root={out} {' '.join(map(quote, settings))}\n")

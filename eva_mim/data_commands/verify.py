@@ -46,15 +46,21 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
     def crashed(record: int) -> dict[int, Fault]:
         return {record: Fault(source.key(record), "its decoder crashed")}
 
-    with Crew(source, processes) as crew, progress(f"decoding {name}", len(source), checked) as advance:
-        for records, faults in crew.each(decode, chunks(checked, len(source), CHUNK), crashed):
-            broken |= faults
-            checked = records.stop
-            advance(len(records))
-            if time.monotonic() - kept > KEEP_EVERY or checked == len(source):
-                listed.sources[source.fingerprint] = Checked(name, len(source), checked, broken)
-                _write(listed)
-                kept = time.monotonic()
+    def keep() -> None:
+        listed.sources[source.fingerprint] = Checked(name, len(source), checked, broken)
+        _write(listed)
+
+    try:
+        with Crew(source, processes) as crew, progress(f"decoding {name}", len(source), checked) as advance:
+            for records, faults in crew.each(decode, chunks(checked, len(source), CHUNK), crashed):
+                broken |= faults
+                checked = records.stop
+                advance(len(records))
+                if time.monotonic() - kept > KEEP_EVERY:
+                    keep()
+                    kept = time.monotonic()
+    finally:
+        keep()
     if (seconds := time.monotonic() - began) and checked > first:
         say(f"  {name}: {checked - first} images in {duration(seconds)}, {(checked - first) / seconds:.1f} images/s")
 

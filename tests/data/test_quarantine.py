@@ -6,9 +6,14 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -21,8 +26,9 @@ from eva_mim.data.quarantine import Checked, Fault, Quarantine, read_quarantine
 from eva_mim.data.splits import Splits, open_splits
 from eva_mim.data_commands.crew import Crew, chunks
 from eva_mim.data_commands.verify import decode
-from tests.conftest import make_folder, picture, png
+from tests.conftest import REPOSITORY, make_folder, picture, png
 from tests.data.test_loader import assert_equal_steps, loader, preparation
+from tests.tiny import environment
 
 IMAGES = 40
 BROKEN = {3: "cut", 17: "text", 18: "empty", 30: "bomb"}
@@ -95,6 +101,53 @@ def test_what_was_checked_is_not_decoded_again(tmp_path: Path, capsys: pytest.Ca
     verify(root, path)
     assert "checked before" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def started(tmp_path: Path) -> subprocess.Popen[bytes]:
+    """`eva-mim data verify` at work on 8,000 drawings."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {source: scenes, scenes: {train: 8000, val: 8}}\n")
+    line = [sys.executable, "-m", "eva_mim.cli", "data", "verify", str(recipe), "--processes", "2", "--out", "list.json"]
+    process = subprocess.Popen(line, env=environment() | {"PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, start_new_session=True,
+                               stderr=(tmp_path / "said").open("wb"), stdout=subprocess.DEVNULL)
+    late = time.monotonic() + 60
+    # Its processes are at work when they have used more than what starting costs.
+    while time.monotonic() < late and sum(cpu(child) for child in children(process)) < 3:
+        time.sleep(0.02)
+    return process
+
+
+def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def cpu(child: psutil.Process) -> float:
+    with suppress(psutil.Error):
+        return float(child.cpu_times().user)
+    return 0.0
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_command(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    workers = children(process)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, 20)
+    assert alive == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_checked(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    said = (tmp_path / "said").read_text()
+    assert "Traceback" not in said
+    assert said.endswith("interrupted\n")
+    (checked,) = read_quarantine(tmp_path / "list.json").sources.values()
+    assert 0 < checked.checked < checked.records == 8000
 
 
 def test_a_record_that_kills_its_process_is_named() -> None:
