@@ -23,6 +23,8 @@ from eva_mim.data.decode import ARRAYS, Raw, read_file, suffixes
 from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
 from eva_mim.log import Progress
 
+CAPTIONS = (".txt", ".json")
+"""Beside an image, in place of its own suffix."""
 SETTLED_NS = 2 * 10**9
 """An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
 keep times by steps of up to 2 seconds)."""
@@ -72,7 +74,7 @@ class FolderSource:
         key = self.key(index)
         path = self.folder / key
         label = self._labels[self.index["folder"][index]] if self.classes else None
-        return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(path))
+        return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(index, path))
 
     def class_counts(self) -> Column | None:
         """Images of each class."""
@@ -85,9 +87,10 @@ class FolderSource:
         """The files' paths below the folder without their last suffix: what a caption file calls them."""
         return (os.path.splitext(self.key(index))[0] for index in range(len(self)))
 
-    def _beside(self, path: Path) -> tuple[str, ...]:
-        files = (path.with_suffix(suffix) for suffix in (".txt", ".json"))
-        text, described = (file.read_bytes() if file.is_file() else None for file in files)
+    def _beside(self, index: int, path: Path) -> tuple[str, ...]:
+        if not self.index["captioned"][self.index["folder"][index]]:  # on network disks a look for each image would be slow
+            return ()
+        text, described = (file.read_bytes() if file.is_file() else None for file in map(path.with_suffix, CAPTIONS))
         return record_captions(text, described, self._caption_lines)
 
 
@@ -116,7 +119,8 @@ def class_folders(folder: Path) -> tuple[str, ...] | None:
 
 def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
     """Of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of all
-    `folders`, in the order in which they are met, which is that of sorted paths. Raises UserError."""
+    `folders`, and whether captions lie there (`captioned`), in the order in which they are met, which is that of sorted paths.
+    Raises UserError."""
 
     def fresh(index: Index) -> bool:
         if int(index.facts["made"]) - int(index["changed"].max()) < SETTLED_NS:
@@ -138,14 +142,16 @@ class _Images(NamedTuple):
 def _scan(root: Path, images: tuple[str, ...]) -> Content:
     """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
     began, made = time.monotonic(), time.time_ns()
-    names, folders, numbers, changed = Texts(), Texts(), array("I"), array("q")
+    names, folders, numbers, changed, captioned = Texts(), Texts(), array("I"), array("q"), array("B")
     fingerprint, todo, progress = hashlib.sha256(), list[str | _Images]([""]), Progress(f"walking {root}, images")
     while todo:
         item = todo.pop()
         if isinstance(item, str):
             folders.add(item)
             changed.append(_changed(root / item))  # before the names are read: a later change is seen
-            todo += reversed(_contents(root, item, len(changed) - 1, images))
+            contents, texts = _contents(root, item, len(changed) - 1, images)
+            captioned.append(texts)
+            todo += reversed(contents)
             continue
         paths = json.dumps([os.path.join(item.path, name) for name in item.names])[1:-1]
         fingerprint.update(((", " if len(names) else "[") + paths).encode())
@@ -158,13 +164,14 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
         raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))}{more})")
     fingerprint.update(b"]")
     say_indexed(str(root), len(names), time.monotonic() - began)
-    own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64)}
+    own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64),
+                              "captioned": np.frombuffer(captioned, np.uint8)}
     return Content(own | names.columns("name") | folders.columns("folders"),
                    {"fingerprint": fingerprint.hexdigest(), "made": str(made)})
 
 
-def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> list[str | _Images]:
-    """Sub-folders and images of a folder in the order of their names. Raises UserError."""
+def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> tuple[list[str | _Images], bool]:
+    """Sub-folders and images of a folder in the order of their names, and whether captions may lie there. Raises UserError."""
     try:
         with os.scandir(root / path) as entries:
             found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
@@ -177,7 +184,7 @@ def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> li
             contents += [os.path.join(path, name) for name in names]
         elif chosen := [name for name in names if os.path.splitext(name)[1].lower() in images]:
             contents.append(_Images(number, path, chosen))
-    return contents
+    return contents, any(name.endswith(CAPTIONS) for name, is_folder in found if not is_folder)
 
 
 def _changed(folder: Path) -> int:

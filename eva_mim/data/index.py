@@ -25,7 +25,7 @@ from eva_mim.distributed import agreed, is_main, local_rank
 from eva_mim.files import fsync
 from eva_mim.log import duration, say
 
-VERSION = 4
+VERSION = 5
 """Part of every name: another layout of columns is another file."""
 DTYPES = {"U8": np.uint8, "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64}
 """safetensors' names of the types that columns have."""

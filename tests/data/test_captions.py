@@ -58,6 +58,16 @@ def test_captions_beside_an_image_and_in_its_record(tmp_path: Path) -> None:
     assert captions(shards(tmp_path / "s", caption_lines=True)) == by_line
 
 
+def test_a_text_that_comes_later_is_seen(tmp_path: Path) -> None:
+    """The index knows which folders have captions at all."""
+    make_folder(tmp_path, {"a": 2, "b": 1})
+    assert captions(folder(tmp_path)) == [(), (), ()]
+    (tmp_path / "a" / "00001.txt").write_text("one")
+    assert captions(folder(tmp_path)) == [(), ("one",), ()]
+    (tmp_path / "b" / "00000.json").write_text('{"caption": "two"}')
+    assert captions(folder(tmp_path)) == [(), ("one",), ("two",)]
+
+
 @pytest.mark.parametrize("content", [b"{", b'["a"]', b'{"captions": [1]}', b'{"caption": 3}'])
 def test_broken_json_breaks_its_record_alone(tmp_path: Path, content: bytes) -> None:
     write_tar(tmp_path / "x.tar", [("a.png", png(picture(0))), ("a.json", content), ("b.png", png(picture(1)))])
