@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,8 @@ DIVERGED = 3
 """The gradient stayed non-finite after every rewind; the text names the dump."""
 LOST = 69
 """EX_UNAVAILABLE: another process has gone or does not answer. What it said itself tells whether to start the command again."""
+GRACE = 2.0
+"""Seconds in which the other ranks come to say the same, before a launcher that sees this one end ends them."""
 REQUEUE = 75
 """EX_TEMPFAIL: SIGTERM, SIGUSR1 or SIGUSR2 ended the run after a checkpoint; start the same command again."""
 
@@ -66,6 +69,8 @@ def leave(code: int) -> None:
         leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
+    if code in (USER_ERROR, LOST) and world_size() > 1:
+        time.sleep(GRACE)
     os._exit(code) if code and (world_size() > 1 or "RANK" in os.environ) else sys.exit(code)
 
 
