@@ -84,7 +84,7 @@ def _by_phase(source: Source, made: Preparation, seconds: float) -> None:
     rows = {name: 1000 * value / done for name, value in spent.items()}
     rows["other"] = 1000 * whole / done - sum(rows.values())
     rows["all CPU time"] = 1000 * whole / done
-    rows["waiting for files"] = max(0.0, 1000 * wall / done - rows["all CPU time"])
+    rows["waiting"] = max(0.0, 1000 * wall / done - rows["all CPU time"])
     sys.stdout.write(f"{len(source)} images; {done} of them in one process, ms an image\n")
     sys.stdout.writelines(f"  {name:<18} {value:>7.3f}\n" for name, value in rows.items())
 
