@@ -2,8 +2,8 @@
 
     python -m tools.photographs FOLDER|RECIPE --out FOLDER [--size 500 375] [--quality 95] [data.a=b ...]
 
-At quality 95 the 1,000 photographs of ../shared/data/imagenet_samples have 64 kB in the mean, about as ImageNet's own at that size;
-they were enlarged from 341 x 256, so that they are smoother than these.
+At quality 95 the 1,000 photographs of ../shared/data/imagenet_samples have 64 kB in the mean, about as ImageNet's own at that
+size; they were enlarged from 341 x 256, so that they are smoother than these.
 """
 
 from __future__ import annotations
