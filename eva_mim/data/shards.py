@@ -110,6 +110,11 @@ class ShardSource:
         labels = self.index["label"]
         return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
+    @property
+    def unnamed(self) -> bool:
+        """There are labels, but no class list says what they stand for; then none is read."""
+        return self.classes is None and bool((self.index["label"] >= 0).any())
+
     def keys(self) -> Iterator[str]:
         """The records' keys as a caption file has them: without their shard."""
         return (self.index.text("key", index) for index in range(len(self)))

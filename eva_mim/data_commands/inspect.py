@@ -50,6 +50,8 @@ def inspect(
         counts = source.class_counts() if hasattr(source, "class_counts") else None
         if counts is not None and source.classes is not None:
             _report_classes(source.classes, counts)
+        elif getattr(source, "unnamed", False):
+            sys.stdout.write("  labels that no class list names: set data.classes to use them\n")
         if out is not None:
             sys.stdout.write(f"  contact sheet: {_write_sheet(source, out / f'{name}.png')}\n")
         sys.stdout.write("\n")

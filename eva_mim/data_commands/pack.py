@@ -63,6 +63,8 @@ def pack(
     for name, source in splits.items():
         if not hasattr(source, "raw"):
             raise UserError(f"data.source={settings.source} has no image files to pack")
+        if getattr(source, "unnamed", False):
+            raise UserError(f"{name}: its records have labels, which would be lost: set data.classes to the file that names them")
         say(f"  {name}: {len(source)} records in {-(-len(source) // per_shard)} shards")
     _begin(out, {
         "format": FORMAT, "per_shard": per_shard, "seed": seed,

@@ -167,3 +167,17 @@ def test_drawn_scenes_have_no_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe.write_text("data: {source: scenes}\n")
     assert pack(recipe, tmp_path / "out") == 2
     assert "data.source=scenes has no image files to pack" in capsys.readouterr().err
+
+
+def test_labels_are_not_lost_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards whose class list is not named, and the same shards with it."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    pack(labelled(tmp_path / "data"), first)
+    capsys.readouterr()
+    assert pack(first, again) == 2
+    assert "its records have labels, which would be lost: set data.classes" in capsys.readouterr().err
+    assert not again.exists()
+    settings = ["data.train=train-*.tar", "data.val=val-*.tar", "data.classes=classes.txt"]
+    assert pack(first, again, "--keep-order", *settings) == 0
+    one, other = packed(first), packed(again)
+    assert [(s.label, s.captions, s.image.tobytes()) for s in one] == [(s.label, s.captions, s.image.tobytes()) for s in other]
