@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eva_mim.config import Settings, few, override, parse, read_yaml
+from eva_mim.config import Settings, UserError, few, override, parse, read_yaml
 from eva_mim.contracts import Source
 from eva_mim.data import DataSettings, SourceSettings
 from eva_mim.registry import SOURCES, lookup
@@ -36,6 +36,8 @@ def read_tree(what: str) -> dict[str, Any]:
     """A recipe, or the one that fits a folder. Raises UserError."""
     folder = Path(what)
     if not folder.is_dir():
+        if not folder.is_file() and folder.suffix != ".yaml":
+            raise UserError(f"{what}: neither a folder nor a recipe")
         return read_yaml(what)
     data: dict[str, Any] = {"source": "shards" if any(folder.glob("*.tar*")) else "folder", "root": what}
     if data["source"] == "folder" and (folder / "train").is_dir():

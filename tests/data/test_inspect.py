@@ -106,3 +106,9 @@ def test_phases_add_up_to_the_whole(tmp_path: Path, kind: str, capsys: pytest.Ca
 def test_a_grid_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "data", str(tmp_path), "--size", "30", "--patch", "8"]) == 2
     assert "--size 30 is not a multiple of --patch 8" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for what, said in ((str(tmp_path / "photos"), "neither a folder nor a recipe"), ("configs/mim/scene.yaml", "did you mean")):
+        assert main(["data", "inspect", what]) == 2
+        assert said in capsys.readouterr().err
