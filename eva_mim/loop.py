@@ -15,6 +15,7 @@ import torch
 from eva_mim import checkpoint, snapshot
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
+from eva_mim.data import too_many
 from eva_mim.distributed import all_reduce_sum, barrier, is_main, losses_told, rank, world_size
 from eva_mim.dump import write_dump
 from eva_mim.engine import RunSettings
@@ -27,8 +28,6 @@ from eva_mim.signals import Interrupted, caught_signals
 from eva_mim.stability import Detours, SkipStreak, SpikeAlarm
 
 EMA = "ema"
-MIN_BROKEN = 10
-"""Fewer broken images than this never stop a run, whatever their share."""
 
 
 class Diverged(Exception):
@@ -176,7 +175,7 @@ class Loop:
         }
         self.log.write("train", self.step, samples, values | {f"time_{name}": share for name, share in window.shares.items()})
         self._say(values, window)
-        if self.broken > max(MIN_BROKEN, self.parts.max_broken * samples):
+        if too_many(self.broken, samples, self.parts.max_broken):
             raise UserError(
                 f"{self.broken} of {samples} images are broken, more than data.max_broken={self.parts.max_broken:.2%}; "
                 f"the last: {(faults or ['on another rank'])[-1]}"

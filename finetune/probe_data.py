@@ -13,6 +13,7 @@ from torch import Tensor
 from eva_mim.assemble import batch_cut, eval_loader, train_loader
 from eva_mim.config import UserError
 from eva_mim.contracts import Batch, Source, TrainData
+from eva_mim.data import too_many
 from eva_mim.data.cached import EvalRows, Positions, RowLoader, Rows, cached_features
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.splits import HOLD_OUT_SEED, Selected, Splits
@@ -23,7 +24,7 @@ from eva_mim.features import ridge_accuracy
 from eva_mim.files import sha256
 from eva_mim.kernels import choose_kernels
 from eva_mim.log import say
-from eva_mim.loop import MIN_BROKEN, Parts
+from eva_mim.loop import Parts
 from eva_mim.rng import derive
 from eva_mim.students.classifier import LinearProbe
 from eva_mim.task import Heads
@@ -68,7 +69,7 @@ def _from_features(
     """Training rows, held-out rows, rows to choose on, and what the ridge probe says."""
     train, val = (_features(recipe, student, source, device) for source in splits)
     missing = len(splits.train) - len(train.places)
-    if missing > max(MIN_BROKEN, recipe.data.max_broken * len(splits.train)):
+    if too_many(missing, len(splits.train), recipe.data.max_broken):
         raise UserError(f"{missing} of {len(splits.train)} training images are broken, more than data.max_broken="
                         f"{recipe.data.max_broken:.2%}")
     every = np.arange(len(train.places))

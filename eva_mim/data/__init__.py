@@ -26,6 +26,15 @@ RGB = Pixels()
 """8 bits of red, green and blue."""
 
 
+MIN_BROKEN = 10
+"""Fewer broken images than this never stop anything, whatever their share."""
+
+
+def too_many(broken: int, images: int, max_broken: float) -> bool:
+    """More of the images are broken than `data.max_broken` allows."""
+    return broken > max(MIN_BROKEN, max_broken * images)
+
+
 class SceneSettings(Settings):
     """The built-in dataset: pictures drawn from (seed, index)."""
 

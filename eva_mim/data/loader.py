@@ -243,7 +243,7 @@ class EvalLoader:
         count = min(len(source), limit or len(source))
         if count < world_size():
             raise UserError(f"{count} held-out images are too few for {world_size()} processes")
-        self._named: set[str] = set()
+        self._named: dict[str, None] = {}
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # spread: a folder is sorted by class
         self._indices = [int(index) for index in chosen[rank() :: world_size()]]
         self.classes = source.classes
@@ -251,12 +251,12 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
-        whole, lost, faults = False, 0, list[str]()
+        whole, lost = False, 0
         for batch in _batches(self._reader, places, self._workers):
             faults = list(batch.broken) if isinstance(batch, Batch) else batch
-            for fault in sorted(set(faults) - self._named)[: max(0, MAX_NAMED - len(self._named))]:
+            for fault in sorted(set(faults) - self._named.keys())[: max(0, MAX_NAMED - len(self._named))]:
                 say(f"  broken held-out image left out: {fault}")
-            self._named.update(faults)
+            self._named |= dict.fromkeys(faults)
             lost = 0 if isinstance(batch, Batch) else lost + len(batch)
             if lost >= REPLACEMENTS:
                 raise UserError(f"{lost} broken held-out images in a row; the last: {faults[-1]}")
@@ -265,4 +265,4 @@ class EvalLoader:
                 yield batch
         if not whole:
             raise UserError(f"none of {len(self._indices)} held-out images can be used; the first: "
-                            f"{(faults or ['in quarantine'])[0]}")
+                            f"{next(iter(self._named), 'in quarantine')}")

@@ -25,8 +25,13 @@ class Quarantined(Exception):
 
 
 class Fault(NamedTuple):
+    """A record that cannot be read."""
+
     key: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
 
 
 class Checked(NamedTuple):

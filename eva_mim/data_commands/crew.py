@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Source
+from eva_mim.data.quarantine import Fault
 from eva_mim.log import Progress
 from eva_mim.processes import cores, pool_of
 
@@ -56,6 +58,16 @@ class Crew:
                     yield range(one, one + 1), self._alone(work, one, crashed)
                 waiting = deque((other, self._submit(work, other)) for other, _ in waiting)
 
+    def records(self, work: Callable[[Any, int], R], ranges: Iterable[range]) -> Iterator[tuple[int, R | Fault]]:
+        """Each record, in order, with what `work(source, record)` makes of it, or why it could not. Raises UserError, when more
+        than a record is lost."""
+
+        def crashed(record: int) -> list[R | Fault]:
+            return [Fault(self._source.key(record), "its decoder crashed")]
+
+        for places, found in self.each(partial(_each_record, work), ranges, crashed):
+            yield from zip(places, found, strict=True)
+
     def _submit(self, work: Work[R], records: range) -> Future[R]:
         try:
             return self._pool.submit(_call, work, records)
@@ -84,6 +96,18 @@ def _hold(source: Source) -> None:
 
 def _call(work: Work[R], records: range) -> R:
     return work(_source, records)
+
+
+def _each_record(work: Callable[[Any, int], R], source: Source, records: range) -> list[R | Fault]:
+    found: list[R | Fault] = []
+    for record in records:
+        try:
+            found.append(work(source, record))
+        except UserError:
+            raise
+        except Exception as error:  # a record may be broken in any way
+            found.append(Fault(source.key(record), f"{type(error).__name__}: {error}"))
+    return found
 
 
 def chunks(first: int, last: int, size: int) -> Iterator[range]:

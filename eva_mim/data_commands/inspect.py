@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from eva_mim.config import UserError
 from eva_mim.contracts import Bands, Sample, Source
 from eva_mim.data.decode import header
+from eva_mim.data.quarantine import Fault
 from eva_mim.data_commands.crew import Crew, chunks, progress
 from eva_mim.data_commands.index import every_split, read_data
 from eva_mim.labels import spoken
@@ -57,20 +58,12 @@ def inspect(
         sys.stdout.write("\n")
 
 
-def look(source: Any, places: range) -> list[Look | str]:
-    """Of records at so many places of all, or the fault of each that cannot be read."""
-    found: list[Look | str] = []
-    for record in places:
-        try:
-            raw = source.raw(record)
-            image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
-            size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
-            found.append(Look(*size, *kind, len(raw.captions), words))
-        except UserError:  # more than a record is lost
-            raise
-        except Exception as error:  # a record may be broken in any way
-            found.append(f"{source.key(record)}: {type(error).__name__}: {error}")
-    return found
+def look(source: Any, record: int) -> Look:
+    """Raises what reading its header raises."""
+    raw = source.raw(record)
+    image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
+    size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
+    return Look(*size, *kind, len(raw.captions), words)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -78,23 +71,19 @@ def spread(total: int, count: int) -> list[int]:
     return [int(one) for one in np.linspace(0, total - 1, count).round()]
 
 
-def _look_around(name: str, source: Source, count: int, processes: int | None) -> list[Look | str]:
+def _look_around(name: str, source: Source, count: int, processes: int | None) -> list[Look | Fault]:
     every = list(chunks(0, len(source), CHUNK))  # neighbours together: reading stays sequential in shards
     ranges = [every[number] for number in spread(len(every), min(len(every), -(-count // CHUNK)))]
-    found = list[Look | str]()
-
-    def crashed(record: int) -> list[Look | str]:
-        return [f"{source.key(record)}: its decoder crashed"]
-
+    found = list[Look | Fault]()
     with Crew(source, processes) as crew, progress(f"looking at {name}", sum(map(len, ranges))) as advance:
-        for records, some in crew.each(look, ranges, crashed):
-            found += some
-            advance(len(records))
+        for _, one in crew.records(look, ranges):
+            found.append(one)
+            advance(1)
     return found
 
 
-def _report_images(found: Sequence[Look | str], total: int) -> None:
-    looks, faults = [one for one in found if isinstance(one, Look)], [one for one in found if isinstance(one, str)]
+def _report_images(found: Sequence[Look | Fault], total: int) -> None:
+    looks, faults = [one for one in found if isinstance(one, Look)], [one for one in found if isinstance(one, Fault)]
     if not looks:
         raise UserError(f"none of {len(found)} images can be read; the first: {faults[0]}")
     lines = [f"looked at {len(found)}, {len(faults)} unreadable", *(f"  {fault}" for fault in faults[:3])]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eva_mim.config import UserError, few
-from eva_mim.data import RGB, DataSettings, Pixels
+from eva_mim.data import RGB, DataSettings, Pixels, too_many
 from eva_mim.data.decode import Raw, header
 from eva_mim.data.index import Column
 from eva_mim.data.quarantine import read_quarantine
@@ -30,8 +30,6 @@ FORMAT = "eva-mim pack 1"
 PLAN, CLASSES = "pack.json", "classes.txt"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "NPY": "npy"}
 """Formats -> members of a shard."""
-MIN_BROKEN = 10
-"""Fewer unreadable records in a shard than this never stop the command."""
 
 
 class Job(NamedTuple):
@@ -159,7 +157,7 @@ def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written
 
 
 def _not_too_many(faults: list[str], records: int, share: float) -> None:
-    if len(faults) > max(MIN_BROKEN, share * records):
+    if too_many(len(faults), records, share):
         raise UserError(f"{len(faults)} records cannot be read, more than data.max_broken={share:.2%} of a shard; "
                         f"the last: {faults[-1]}")
 
@@ -191,6 +189,6 @@ def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, pixels: Pixels
         missing = job.records - len(job.left_out) - len(source)
         sys.stdout.write(f"{name:<20} {len(source):>10} of {job.records} records, {len(job.left_out)} in quarantine, "
                          f"{missing} unreadable\n")
-        if not 0 <= missing <= max(MIN_BROKEN, job.max_broken * job.records):
+        if missing < 0 or too_many(missing, job.records, job.max_broken):
             raise UserError(f"{out}: {missing} records of {name} are not in the shards; remove them and begin again")
     sys.stdout.write(f"\ntrain on them: data.root={out} {' '.join(map(quote, settings))}\n")

@@ -14,6 +14,7 @@ from eva_mim.config import UserError
 from eva_mim.contracts import Bands, Source
 from eva_mim.data import RGB, DataSettings, SourceSettings
 from eva_mim.data.decode import OPEN
+from eva_mim.data.quarantine import Fault
 from eva_mim.data.sampler import MixedOrder, MixedPart
 from eva_mim.data.splits import Mixture, Selected, open_splits
 from eva_mim.data_commands.crew import Crew, chunks, progress
@@ -53,7 +54,7 @@ class Moments(NamedTuple):
     values: npt.NDArray[np.float32]
     whole: bool
     images: int
-    faults: list[str]
+    faults: list[Fault]
 
 
 def stats(what: str, overrides: Sequence[str], *, images: int, processes: int | None = None) -> None:
@@ -94,17 +95,16 @@ def proposed(values: npt.NDArray[np.float32]) -> Window:
 
 def measure(settings: DataSettings, images: int, processes: int | None = None) -> Moments:
     """Values are those that `decode.decoded` gives. Raises UserError where no image can be read."""
-    source, seen, faults = sample_of(open_splits(settings).train, images), list[Seen](), list[str]()
+    source, seen, faults = sample_of(open_splits(settings).train, images), list[Seen](), list[Fault]()
     work = partial(look, most=min(MOST_VALUES, max(1, VALUES // len(source))))
 
-    def crashed(record: int) -> list[Seen | str]:
-        return [f"{source.key(record)}: its decoder crashed"]
-
     with Crew(source, processes) as crew, progress("measuring", len(source)) as advance:
-        for records, some in crew.each(work, chunks(0, len(source), CHUNK), crashed):
-            seen += [one for one in some if isinstance(one, Seen)]
-            faults += [one for one in some if isinstance(one, str)]
-            advance(len(records))
+        for _, one in crew.records(work, chunks(0, len(source), CHUNK)):
+            if isinstance(one, Fault):
+                faults.append(one)
+            else:
+                seen.append(one)
+            advance(1)
     if not seen:
         raise UserError(f"none of {len(faults)} training images can be read; the first: {faults[0]}")
     means, squares = (np.stack([getattr(one, name) for one in seen]) for name in ("mean", "square"))
@@ -123,25 +123,16 @@ def sample_of(source: Source, count: int) -> Source:
     return Selected(source, np.sort([place.index for place in places]), None)
 
 
-def look(source: Source, records: range, most: int) -> list[Seen | str]:
-    """Of each record, or its fault; at most so many values of each."""
-    found: list[Seen | str] = []
-    for record in records:
-        try:
-            image = source.read(record).image
-            planes = [np.asarray(band) for band in (image.each if isinstance(image, Bands) else image.split())]
-        except UserError:  # more than a record is lost
-            raise
-        except Exception as error:  # a record may be broken in any way
-            found.append(f"{source.key(record)}: {type(error).__name__}: {error}")
-            continue
-        mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
-        square = np.array([np.square(plane, dtype=np.float64).mean() for plane in planes])
-        values = np.stack(planes).ravel()
-        if len(values) > most:
-            values = values[np.random.default_rng(derive(0, "stats", record)).integers(0, len(values), most)]
-        found.append(Seen(mean, square, values.astype(np.float32), planes[0].dtype == np.uint8))
-    return found
+def look(source: Source, record: int, most: int) -> Seen:
+    """At most so many of its values. Raises what reading it raises."""
+    image = source.read(record).image
+    planes = [np.asarray(band) for band in (image.each if isinstance(image, Bands) else image.split())]
+    mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
+    square = np.array([np.square(plane, dtype=np.float64).mean() for plane in planes])
+    values = np.stack(planes).ravel()
+    if len(values) > most:
+        values = values[np.random.default_rng(derive(0, "stats", record)).integers(0, len(values), most)]
+    return Seen(mean, square, values.astype(np.float32), planes[0].dtype == np.uint8)
 
 
 def _report(found: Moments) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Source
-from eva_mim.data.quarantine import Checked, Fault, Quarantine, read_quarantine
+from eva_mim.data.quarantine import Checked, Quarantine, read_quarantine
 from eva_mim.data_commands.crew import Crew, chunks, progress
 from eva_mim.data_commands.index import every_split, read_data
 from eva_mim.log import duration, say
@@ -43,19 +43,17 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
     if checked == len(source):
         say(f"  {name}: checked before; to decode it again, remove {listed.path}")
 
-    def crashed(record: int) -> dict[int, Fault]:
-        return {record: Fault(source.key(record), "its decoder crashed")}
-
     def keep() -> None:
         listed.sources[source.fingerprint] = Checked(name, len(source), checked, broken)
         _write(listed)
 
     try:
         with Crew(source, processes) as crew, progress(f"decoding {name}", len(source), checked) as advance:
-            for records, faults in crew.each(decode, chunks(checked, len(source), CHUNK), crashed):
-                broken |= faults
-                checked = records.stop
-                advance(len(records))
+            for record, fault in crew.records(decode, chunks(checked, len(source), CHUNK)):
+                if fault is not None:
+                    broken[record] = fault
+                checked = record + 1
+                advance(1)
                 if time.monotonic() - kept > KEEP_EVERY:
                     keep()
                     kept = time.monotonic()
@@ -65,17 +63,9 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
         say(f"  {name}: {checked - first} images in {duration(seconds)}, {(checked - first) / seconds:.1f} images/s")
 
 
-def decode(source: Source, records: range) -> dict[int, Fault]:
-    """The faults of some records."""
-    faults = {}
-    for record in records:
-        try:
-            source.read(record)
-        except UserError:  # more than a record is lost
-            raise
-        except Exception as error:  # a record may be broken in any way
-            faults[record] = Fault(source.key(record), f"{type(error).__name__}: {error}")
-    return faults
+def decode(source: Source, record: int) -> None:
+    """Raises what reading it raises."""
+    source.read(record)
 
 
 def _write(listed: Quarantine) -> None:
@@ -92,4 +82,4 @@ def _report(name: str, checked: Checked) -> None:
     for kind, count in kinds.most_common():
         sys.stdout.write(f"  {count:>8} {kind}\n")
         shown = [fault for fault in checked.broken.values() if fault.reason.startswith(kind)][:SHOWN]
-        sys.stdout.writelines(f"           {fault.key}: {fault.reason[:200]}\n" for fault in shown)
+        sys.stdout.writelines(f"           {str(fault)[:300]}\n" for fault in shown)

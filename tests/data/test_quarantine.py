@@ -152,17 +152,11 @@ def test_ctrl_c_keeps_what_was_checked(tmp_path: Path) -> None:
 
 def test_a_record_that_kills_its_process_is_named() -> None:
     source = Deadly()
-    found: dict[int, Fault] = {}
     with Crew(source, 2) as crew:
-        def crashed(record: int) -> dict[int, Fault]:
-            return {record: Fault(source.key(record), "crashed")}
-
-        seen = []
-        for records, faults in crew.each(decode, chunks(0, len(source), 8), crashed):
-            seen += list(records)
-            found |= faults
+        told = list(crew.records(decode, chunks(0, len(source), 8)))
+    seen, found = [record for record, _ in told], {record: fault for record, fault in told if fault is not None}
     assert seen == list(range(50))
-    assert found == {7: Fault("number 7", "crashed"), 33: Fault("number 33", "crashed"),
+    assert found == {7: Fault("number 7", "its decoder crashed"), 33: Fault("number 33", "its decoder crashed"),
                      20: Fault("number 20", "OSError: broken")}
 
 
