@@ -8,25 +8,33 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
+
+
+class _Spawned(SpawnProcess):
+    def start(self) -> None:
+        self.daemon = True  # ended with this process, even if a Ctrl-C comes before the pool knows of it
+        # A Ctrl-C in a terminal goes to every process of the group; here the main one decides. The mask is inherited, so it holds
+        # from the first instruction, which a handler set by the process itself would not.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(SpawnContext):
+    Process = _Spawned  # type: ignore[assignment]
 
 
 def pool_of(processes: int, begin: Callable[..., Any] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """`begin(*arguments)` is called in each process first. A script that uses one needs Python's `if __name__ == "__main__"`."""
     # Spawned: a fork of a process with threads may hang.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (begin, arguments))
-    with suppress(ValueError):  # not in the main thread
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the main process decides
-        try:
-            pool.submit(int)  # the first starts all processes
-        finally:
-            signal.signal(signal.SIGINT, before)
-    return pool
+    return ProcessPoolExecutor(processes, _Context(), _begin, (begin, arguments))
 
 
 def _begin(begin: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin is not None:
         begin(*arguments)

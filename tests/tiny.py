@@ -65,8 +65,8 @@ def run(
 
 
 def records(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Records of a kind from a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Records of a kind from a run's metrics.jsonl, which may be growing: what stands after the last line end is left out."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
     return [line for line in lines if line["kind"] == kind]
 
 

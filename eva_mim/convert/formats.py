@@ -21,12 +21,12 @@ from eva_mim.convert.pickles import MAX_BYTES, MAX_STEPS, read_pickle
 from eva_mim.convert.tensors import Entry, Piece, contiguous
 from eva_mim.convert.torchscript import state_of
 
-MAX_TENSORS = 1_000_000
-"""In one file; the largest open models have some 100,000."""
+MAX_TENSORS = 300_000
+"""In one file: those of a model (the largest open ones have some 100,000) and of its moments."""
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
 MAX_DIRECTORY = 128 * 2**20
-"""Bytes of a zip directory: a million records."""
+"""Bytes of a zip directory: some 400 a record."""
 MAX_CODE = 64 * 2**20
 """Bytes of a TorchScript archive's code, which is the one part that torch compresses."""
 SAFETENSORS = {

@@ -1,4 +1,4 @@
-"""Files that ask for more than anyone has: in processes of their own, with 10 seconds of the processor and 2 GB each."""
+"""Files that ask for more than anyone has: in processes of their own, with a minute of the processor and 2 GB each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import timm
 import torch
 from open_clip.model import CLIP
 
+from eva_mim.convert.formats import MAX_HEADER, MAX_TENSORS
 from tests.conftest import REPOSITORY
 from tests.convert.hostile import CLIP_SIZES, MEMORY, SECONDS, VIT, clip_folder, contents, keywords, timm_folder
 
@@ -112,19 +113,24 @@ def test_weights_that_fit_a_model_that_nobody_can_run(home: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["blocks.%d.norm1.weight", "%d"])
-def test_a_million_names_and_ten_million(home: Path, form: str) -> None:
+def test_as_many_names_as_are_read_and_more(home: Path, form: str) -> None:
     one = '"' + form + '":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
-    path = home / "source" / "million.safetensors"
-    text = ("{" + ",".join(one % (number, 4 * number, 4 * number + 4) for number in range(1_000_000)) + "}").encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-    os.truncate(path, 8 + len(text) + 4_000_000)
-    ten = home / "source" / "ten.safetensors"
-    with ten.open("wb") as file:
-        file.write(struct.pack("<Q", 700_000_000) + b"{")
-        for start in range(0, 10_000_000, 100_000):
-            file.write((",".join(one % (number, 0, 0) for number in range(start, start + 100_000)) + ",").encode())
+    paths = {count: home / "source" / f"{count}.safetensors" for count in (MAX_TENSORS, MAX_TENSORS + 1)}
+    for count, path in paths.items():
+        text = ("{" + ",".join(one % (number, 4 * number, 4 * number + 4) for number in range(count)) + "}").encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(path, 8 + len(text) + 4 * count)
+    endless = home / "source" / "endless.safetensors"
+    some = (",".join(one % (number, 0, 0) for number in range(100_000)) + ",").encode()
+    endless.write_bytes(struct.pack("<Q", MAX_HEADER) + b"{" + some * (MAX_HEADER // len(some)))
+    os.truncate(endless, 8 + MAX_HEADER)
     words = ["--to", "safetensors"]
-    runs = {"alone": [str(path), str(home / "out" / "a"), *words],
-            "named": [str(path), str(home / "out" / "b"), *words, *keywords("vit_tiny_patch16_224", VIT)],
-            "ten million": [str(ten), str(home / "out" / "c"), *words]}
-    assert {name: found for name, found in limited(home, runs).items() if found[0] != 2} == {}
+    most, more = (str(path) for path in paths.values())
+    runs = {"alone": [most, str(home / "out" / "a"), *words],
+            "named": [most, str(home / "out" / "b"), *words, *keywords("vit_tiny_patch16_224", VIT)],
+            "more": [more, str(home / "out" / "c"), *words],
+            "endless": [str(endless), str(home / "out" / "d"), *words]}
+    found = limited(home, runs)
+    assert {name: code for name, (code, _) in found.items()} == dict.fromkeys(runs, 2)
+    assert "a model has at most 100,000" in found["alone"][1]
+    assert all("more than 300,000 tensors" in found[name][1] for name in ("more", "endless"))
