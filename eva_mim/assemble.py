@@ -17,7 +17,9 @@ from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.distributed import rank, world_size
 from eva_mim.engine import RunSettings
 from eva_mim.handover import read_parent, seed_trunk
+from eva_mim.log import say
 from eva_mim.recipe import Recipe
+from eva_mim.students.trunk import mean_std
 
 
 def batch_cut(run: RunSettings) -> dict[str, int]:
@@ -57,7 +59,15 @@ def eval_loader(
 
 
 def seed_from(recipe: Recipe, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:
-    """Seed a trunk in place and say what went where; None without `init_from`. Raises UserError."""
+    """Seed a trunk in place and tell what went where; None without `init_from`. Raises UserError.
+
+    Warns of a parent that saw images normalised otherwise: nothing else would show it, and the weights fit all the same.
+    """
     if recipe.init_from is None:
         return None
-    return seed_trunk(trunk, read_parent(recipe.init_from, recipe.hand_over), recipe.hand_over, classes)
+    parent = read_parent(recipe.init_from, recipe.hand_over)
+    for name, here, there in zip(("mean", "std"), mean_std(trunk, recipe.student), parent.pixels, strict=True):
+        if there is not None and len(here) == len(there) and any(abs(a - b) > 1e-3 for a, b in zip(here, there, strict=True)):
+            say(f"  warning: images are normalised with {name} {list(here)}, but {parent.path} was trained with {list(there)}; "
+                f"unless you mean it, set student.{name} to that")
+    return seed_trunk(trunk, parent, recipe.hand_over, classes)

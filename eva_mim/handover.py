@@ -18,6 +18,7 @@ from eva_mim.convert.names import unshare_relative, with_norm
 from eva_mim.convert.report import KeyReport
 from eva_mim.convert.resize import adapt_kernel, resize_trunk
 from eva_mim.convert.source import Source, content_hash, read_source
+from eva_mim.convert.told import Pixels, read_told
 from eva_mim.recipe import HandOverSettings
 
 __all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "parent_of", "read_parent", "read_record", "seed_trunk"]
@@ -43,6 +44,8 @@ class Parent:
     """Of its positions."""
     ignored: KeyReport
     """What of the checkpoint is outside the trunk."""
+    pixels: tuple[Pixels | None, Pixels | None] = (None, None)
+    """Mean and standard deviation that its images were normalised with, where the files beside it tell."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> P
 def parent_of(path: str | Path, source: Source, settings: HandOverSettings) -> Parent:
     """The trunk of an opened checkpoint. Raises UserError where it has none."""
     try:
-        trunk = source.trunk()
+        trunk, told = source.trunk(), read_told(source.description)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     ignored = KeyReport()
@@ -81,7 +84,8 @@ def parent_of(path: str | Path, source: Source, settings: HandOverSettings) -> P
     for name in source.outside:
         ignored.note(ignored.ignored, name, "of the masked model, outside its trunk")
     classes = source.description.record.get("classes") or source.description.config.get("label_names")
-    return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored)
+    return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored,
+                  (told.mean, told.std))
 
 
 def seed_trunk(

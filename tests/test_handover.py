@@ -10,23 +10,27 @@ from typing import Any
 import pytest
 import timm
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eva_mim.assemble import seed_from
 from eva_mim.config import UserError
 from eva_mim.convert.names import from_eva
 from eva_mim.convert.report import KeyReport
+from eva_mim.export import write_timm
 from eva_mim.files import sha256
 from eva_mim.handover import content_hash, read_parent, seed_trunk
-from eva_mim.recipe import HandOverSettings
+from eva_mim.recipe import HandOverSettings, Recipe
 from eva_mim.students import MaskedSettings, TrunkSettings
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.students.trunk import build_trunk
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, pixels
+from tests.tiny import CLASSIFY
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -358,3 +362,21 @@ def test_an_unfinished_stage_is_no_parent(tmp_path: Path) -> None:
     folder = write_stage(tmp_path / "parent", trunk(1), finished=False)
     with pytest.raises(UserError, match="is not finished"):
         read_parent(folder)
+
+
+@pytest.mark.parametrize(("mean", "warned"), [([0.481, 0.458, 0.408], False), ([0.5, 0.5, 0.5], True), (None, False)])
+def test_a_parent_that_saw_images_normalised_otherwise_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mean: list[float] | None, warned: bool
+) -> None:
+    """The child's images are normalised with CLIP's figures, as timm says of it; a bare file of weights tells nothing."""
+    parent, child = trunk(1), trunk(2)
+    settings = TrunkSettings(name="vit_nano_patch4_32", mean=mean and tuple(mean), std=mean and OPENAI_DATASET_STD)
+    write_timm(tmp_path, parent, settings, parent.state_dict())
+    if mean is None:
+        (tmp_path / "config.json").unlink()
+    recipe = Recipe.model_validate(CLASSIFY | {"init_from": str(tmp_path)})
+    assert seed_from(recipe, child) is not None
+    said = capsys.readouterr().err
+    expected = f"images are normalised with mean {list(OPENAI_DATASET_MEAN)}, but {tmp_path} was trained with [0.5, 0.5, 0.5]"
+    assert said.count("warning") == said.count(expected) == int(warned)
+    assert torch.equal(child.state_dict()["blocks.0.attn.qkv.weight"], parent.state_dict()["blocks.0.attn.qkv.weight"])
