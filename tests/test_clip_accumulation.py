@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,7 @@ from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.task import ImageText
 from pretrain.clip import StageRecipe
-from tests.conftest import REPOSITORY
-from tests.tiny import CLIP, environment, losses, run, write_recipe
+from tests.tiny import CLIP, finish, losses, python, run, write_recipe
 
 PAIRS, CLIP_NORM = 8, 0.5
 CPU = torch.device("cpu")
@@ -237,10 +235,7 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_deepspeed_processes_step_as_the_undivided_batch(tmp_path: Path, zero_stage: int) -> None:
     """Two micro-batches a rank, and one: real DeepSpeed, real gloo, against open_clip in this process."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-            "tests.test_clip_accumulation", str(tmp_path), str(zero_stage)]
-    done = subprocess.run(line, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    finish(python("tests.test_clip_accumulation", tmp_path, str(zero_stage), processes=2))
     for kind, micro in DIVISIONS:
         wanted = make_student(kind)
         expected, _ = open_clip_step(wanted, kind, 0, batches(PAIRS))

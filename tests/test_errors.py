@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from PIL import Image
 
 from eva_mim.program import guard
 from tests.conftest import make_shards
-from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, command, environment, records, run, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, finish, python, records, run, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -119,9 +117,7 @@ def test_mistakes_of_the_clip_stage(tmp_path: Path) -> None:
     text = refused(tmp_path, "clip", CLIP, "student.text={init_from: ViT-B-32, width: 64}")
     assert "student.text.width=64: the text tower of ViT-B-32 has 512; leave it out" in text
     few = ("run.engine=deepspeed", "run.global_batch=1")
-    line = command("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2)
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0
+    done = run("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2, code=2)
     said = "error: run.global_batch=1 is not a multiple of run.micro_batch=1 x 2 processes"
     assert done.stderr.count(said) == 2  # on every rank
     assert "in main" not in done.stderr.split("ChildFailedError")[0].split("Traceback")[0]
@@ -140,9 +136,8 @@ def test_class_lists_that_are_not_the_heads(tmp_path: Path) -> None:
     assert "data.held_out: its classes (no layout of ImageNet) are not those of the training images" in text
     text = refused(tmp_path, "classify", on_folder(root, class_names="imagenet"))
     assert "data.class_names=imagenet is for captions" in text
-    line = [sys.executable, "-m", "eva_mim.cli", "labels", str(root), "--expect", "imagenet-21k-p-winter"]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    done = finish(python("eva_mim.cli", "labels", root, "--expect", "imagenet-21k-p-winter"), 2)
+    assert "Traceback" not in done.stderr
     assert "did you mean imagenet-21k-p-winter21?" in done.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,19 +16,12 @@ from eva_mim.meter import Meter
 from eva_mim.phases import Stopwatch, measuring, phase
 from eva_mim.reevaluate import table
 from tests.conftest import make_folder
-from tests.tiny import CLASSIFY, MIM, environment, run, write_recipe
+from tests.tiny import CLASSIFY, MIM, finish, python, run, write_recipe
 
 
 def evaluate(out: Path, processes: int = 1) -> str:
     """Standard output of `eva-mim evaluate OUT`."""
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    done = subprocess.run(
-        [*launcher, "eva_mim.cli", "evaluate", str(out)], env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return finish(python("eva_mim.cli", "evaluate", out, processes=processes)).stdout
 
 
 @pytest.mark.slow
@@ -155,9 +146,7 @@ def test_the_first_bad_layer_is_where_infinity_begins() -> None:
 
 @pytest.mark.parametrize("command", ["evaluate", "replay"])
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, command: str) -> None:
-    line = [sys.executable, "-m", "eva_mim.cli", command, str(tmp_path)]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
+    done = finish(python("eva_mim.cli", command, tmp_path), 2)
     assert str(tmp_path) in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -170,8 +159,6 @@ def test_a_run_does_not_meet_another_list_of_classes(tmp_path: Path) -> None:
     data = ["data.source=folder", f"data.root={root}", "data.val_share=0.2"]
     run("classify", recipe, out, *data)
     (root / "ant").rename(root / "cat")
-    done = subprocess.run([sys.executable, "-m", "eva_mim.cli", "evaluate", str(out)], env=environment(), capture_output=True,
-                          text=True, timeout=200, check=False)
-    assert done.returncode == 2, done.stderr
+    done = finish(python("eva_mim.cli", "evaluate", out), 2)
     assert "begun with another list of classes" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,17 +16,15 @@ import torch
 from safetensors.torch import load_file
 
 import eva_mim.students.small  # noqa: F401
-from tests.tiny import CLASSIFY, CLIP, MIM, environment, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, python, write_recipe
 
 pytestmark = pytest.mark.slow
 
 
 def pipeline(file: Path, out: Path, *arguments: str, code: int = 0) -> str:
-    """`eva-mim pipeline ...`; both streams as one text."""
-    line = [sys.executable, "-m", "eva_mim.cli", "pipeline", str(file), "--out", str(out), *arguments]
-    done = subprocess.run(line, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
-    assert done.returncode == code, done.stdout
-    return done.stdout
+    """`eva-mim pipeline ...`; what it said."""
+    done = finish(python("eva_mim.cli", "pipeline", file, "--out", out, *arguments), code)
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from eva_mim.labels import layout_classes
 from eva_mim.students import ClassifierSettings
 from eva_mim.students.classifier import Classifier
 from tests.conftest import make_folder
-from tests.tiny import CLASSIFY, environment, records, run, write_recipe
+from tests.tiny import CLASSIFY, finish, python, records, run, write_recipe
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 
@@ -137,11 +135,6 @@ def test_a_finished_stage_has_the_figures_of_its_log_on_any_number_of_processes(
     run("classify", recipe, out, "run.ema_decay=0.9", "run.precision=bf16", "run.global_batch=20")
     logged = records(out, "eval")[-1]
     for folder, prefix, processes in ((out, "", 1), (out, "", 2), (out / "ema", "ema_", 1)):
-        launcher = [sys.executable, "-m"]
-        if processes > 1:
-            launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-        line = [*launcher, "eva_mim.cli", "evaluate", str(folder), "--on", str(tmp_path / "data" / "val")]
-        done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+        done = finish(python("eva_mim.cli", "evaluate", folder, "--on", tmp_path / "data" / "val", processes=processes))
         expected = ["49", f"{logged[prefix + 'top1']:.3f}", f"{logged[prefix + 'top5']:.3f}", "7"]
         assert rows(done.stdout)["val"] == expected, (folder, processes)

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from eva_mim.contracts import Rates
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.stability import SPIKE_PATIENCE, Detours, SkipStreak, SpikeAlarm
-from tests.tiny import CLASSIFY, CLIP, MIM, environment, losses, records, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, losses, python, records, write_recipe
 
 BATCH, SAMPLES = 24, 96
 
@@ -32,17 +31,8 @@ def poisoned(
     samples: str, *arguments: str | Path, processes: int = 1, code: int = 0, scale: float | None = None, disk: float = 0.0
 ) -> subprocess.CompletedProcess[str]:
     """`eva-mim ARGUMENTS` with these samples poisoned, and a disk that takes so many seconds to flush a file."""
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    surroundings = environment() | {"POISON_DISK": str(disk)} | ({"POISON_SCALE": str(scale)} if scale else {})
-    done = subprocess.run(
-        [*launcher, "tests.poison", samples, *map(str, arguments)],
-        env=surroundings, capture_output=True, text=True, timeout=400,
-    )
-    wanted = {code} if processes == 1 else {code, 1}  # torchrun has a code of its own for a failed rank
-    assert (done.returncode in wanted) if code else done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    surroundings = {"POISON_DISK": str(disk)} | ({"POISON_SCALE": str(scale)} if scale else {})
+    return finish(python("tests.poison", samples, *arguments, processes=processes), code, **surroundings)
 
 
 def recipe(folder: Path, **run: Any) -> Path:
@@ -267,7 +257,7 @@ def test_a_streak_rewinds_and_leaves_its_samples_out(tmp_path: Path) -> None:
     assert losses(tmp_path / "straight")[5] == pytest.approx(losses(tmp_path / "patient")[7], abs=1e-6)
 
     out = tmp_path / "killed"
-    line = [sys.executable, "-m", "tests.poison", bad, "mim", str(path), "--out", str(out)]
+    line = python("tests.poison", bad, "mim", path, "--out", out)
     process = subprocess.Popen(
         line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

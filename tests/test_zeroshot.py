@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
@@ -23,7 +21,7 @@ from eva_mim.zeroshot import ZeroShot, named_classes
 from tests.conftest import make_folder
 from tests.students.tiny_towers import clip_folder
 from tests.test_reevaluate import rows
-from tests.tiny import environment
+from tests.tiny import finish, python
 
 CLASSES = ("ant", "bee", "n01440764 tench", "dog", "eel", "sea fox", "gnu")
 TEMPLATES = ("a {}.", "the {} again", "no {} here, no {}")
@@ -66,8 +64,7 @@ def test_zero_shot_against_open_clips_own(stage: Path, tmp_path: Path, capsys: p
     images, right, five = reference(stage, data)
     assert rows(capsys.readouterr().out)["val"] == [str(images), f"{100 * right / images:.3f}", f"{100 * five / images:.3f}", "7"]
     assert 0 < right < five < images
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "eva_mim.cli"]
-    two = subprocess.run([*launcher, "evaluate", *line], env=environment(), capture_output=True, text=True, timeout=300)
+    two = finish(python("eva_mim.cli", "evaluate", *line, processes=2))
     assert rows(two.stdout)["val"][:3] == [str(images), f"{100 * right / images:.3f}", f"{100 * five / images:.3f}"], two.stderr
 
 

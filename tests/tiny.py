@@ -14,6 +14,8 @@ import yaml
 from eva_mim import snapshot
 from eva_mim.checkpoint import folder_of
 from eva_mim.contracts import Part
+from tests import forked
+from tests.conftest import REPOSITORY
 
 SCENES = {"source": "scenes", "scenes": {"size": 32, "train": 96, "val": 24, "labels": "coarse"}, "workers": 0}
 OPTIM = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, "layer_decay": 0.8}
@@ -46,22 +48,32 @@ def environment(threads: int = 1) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
 
 
-def command(program: str, recipe: Path, out: Path, *overrides: str, processes: int = 1) -> list[str]:
-    """`python -m MODULE RECIPE ...`, under torchrun for several processes."""
+def python(module: str, *words: str | Path, processes: int = 1) -> list[str]:
+    """`python -m MODULE ...`, under torchrun for several processes."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launcher, MODULES[program], str(recipe), *overrides, "--out", str(out)]
+    return [*launcher, module, *map(str, words)]
+
+
+def command(program: str, recipe: Path, out: Path, *overrides: str, processes: int = 1) -> list[str]:
+    """The line of a stage program."""
+    return python(MODULES[program], recipe, *overrides, "--out", out, processes=processes)
+
+
+def finish(line: list[str], code: int = 0, **surroundings: str) -> subprocess.CompletedProcess[str]:
+    """Run a line to its end and check its exit code."""
+    done = forked.run(line, 400, cwd=REPOSITORY, env=environment() | surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wanted = {code, 1} if code and "torch.distributed.run" in line else {code}  # torchrun has a code of its own for a failed rank
+    assert done.returncode in wanted, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def run(
     program: str, recipe: Path, out: Path, *overrides: str, processes: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage program to its end and check its exit code."""
-    line = command(program, recipe, out, *overrides, processes=processes)
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == code, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
-    return done
+    return finish(command(program, recipe, out, *overrides, processes=processes), code)
 
 
 def records(out: Path, kind: str = "train") -> list[dict[str, Any]]:

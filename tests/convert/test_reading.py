@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -323,9 +322,7 @@ def test_a_run_s_newest_whole_checkpoint(tmp_path: Path, write: Callable[[Path, 
 @pytest.mark.parametrize(("stage", "frozen"), [(0, []), (1, []), (2, []), (3, []), (1, ["patch_embed"]), (2, ["patch_embed"])])
 def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int, frozen: list[str]) -> None:
     """Two real processes; earlier versions kept such a folder in theirs. Some parameters may be frozen."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.convert.zero_run"]
-    line += [str(stage), str(tmp_path), *frozen]
-    subprocess.run(line, env=tiny.environment(), check=True, capture_output=True, timeout=400)
+    tiny.finish(tiny.python("tests.convert.zero_run", str(stage), tmp_path, *frozen, processes=2))
     wanted = load_file(tmp_path / "wanted.safetensors")
     opened: Checkpoint = open_checkpoint(tmp_path / "engine")
     assert opened.kind == ("DeepSpeed ZeRO 0" if stage == 0 else f"DeepSpeed ZeRO {stage}, 2 ranks")

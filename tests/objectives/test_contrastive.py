@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eva_mim.distributed import leave_group, rank, setup, world_size
 from eva_mim.objectives import ContrastiveSettings
 from eva_mim.objectives.contrastive import Contrastive
-from tests.conftest import REPOSITORY
-from tests.tiny import environment
+from tests.tiny import finish, python
 
 PAIRS, WIDTH = 12, 10
 NAMES = ("image", "text", "scale", "bias")
@@ -138,10 +136,7 @@ def test_it_is_fp32_inside_autocast(kind: Any, chunk: int | None) -> None:
 def test_the_mean_of_two_ranks_is_the_undivided_batch(tmp_path: Path) -> None:
     """Real gloo. A rank's gradients by its own rows are those of the sum of both losses: with the mean over ranks that engines
     take, half of them is the undivided batch's gradient."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-            "tests.objectives.test_contrastive", str(tmp_path)]
-    done = subprocess.run(line, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    finish(python("tests.objectives.test_contrastive", tmp_path, processes=2))
     ranks = [load_file(tmp_path / f"rank{number}.safetensors") for number in range(2)]
     for kind in ("clip", "siglip"):
         loss, gradients = reference(kind)
