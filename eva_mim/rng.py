@@ -1,6 +1,7 @@
 """Every random choice is a function of (run seed, purpose, numbers): epoch and sample, or step and rank.
 
-So results do not depend on workers, and a resumed run draws what the undisturbed one would have drawn.
+So results do not depend on workers, and a resumed run draws what the undisturbed one would have drawn. Deriving needs no torch:
+processes of `data` commands, which open a source and no more, start without it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
-import torch
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
@@ -22,6 +22,8 @@ def derive(seed: int, purpose: str, *numbers: int) -> int:
 
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy and torch (libraries like timm's augmentations draw from all three)."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -30,6 +32,8 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
     """Run a block with its own global random state and restore the outer one."""
+    import torch
+
     outer = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_all(seed)
     try:

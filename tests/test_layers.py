@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_folder
+from tests.tiny import environment
 
 WORDS, PARTS, STEP, RUN, PROGRAMS = range(5)
 LAYERS = {
@@ -224,3 +225,21 @@ def test_a_mistyped_setting_is_answered_without_torch() -> None:
     assert done.returncode == 2, done.stderr[-500:]
     assert "run.epoch: no such setting; did you mean run.epochs?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_commands_on_data_need_no_torch(tmp_path: Path) -> None:
+    """Nor do the processes that they start, which would each load it."""
+    make_folder(tmp_path / "data", {"ant": 4, "bee": 4})
+    code = (
+        "import sys\n"
+        "from eva_mim.cli import main\n"
+        "for words in (['index'], ['inspect', '--out', 'a.png'], ['verify', '--out', 'b.json'], ['stats'],\n"
+        "              ['pack', '--out', 'c']):\n"
+        f"    assert main(['data', words[0], {str(tmp_path / 'data')!r}, *words[1:]]) == 0\n"
+        "    assert 'torch' not in sys.modules, words\n"
+        "import eva_mim.data.scenes, eva_mim.data.shards, eva_mim.data.lists\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment())
+    assert done.returncode == 0, done.stderr[-500:]

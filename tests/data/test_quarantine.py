@@ -14,11 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from PIL import Image
 
 from eva_mim.cli import main
 from eva_mim.config import UserError
-from eva_mim.contracts import Sample
 from eva_mim.data import DataSettings
 from eva_mim.data.loader import EvalLoader
 from eva_mim.data.quarantine import Checked, Fault, Quarantine, read_quarantine
@@ -26,6 +24,7 @@ from eva_mim.data.splits import Splits, open_splits
 from eva_mim.data_commands.crew import Crew, chunks
 from eva_mim.data_commands.verify import decode
 from tests.conftest import REPOSITORY, make_folder, picture, png
+from tests.data.deadly import Deadly
 from tests.data.test_loader import assert_equal_steps, loader, preparation
 from tests.tiny import environment
 
@@ -54,26 +53,6 @@ def verify(root: Path, path: Path, *more: str) -> int:
 
 def splits(root: Path, listed: Path | None, **more: object) -> Splits:
     return open_splits(DataSettings(source="folder", root=root, quarantine=listed, **more))  # type: ignore[arg-type]
-
-
-class Deadly:
-    """A source in which two records end the process that reads them."""
-
-    classes = None
-    fingerprint = "deadly"
-
-    def __len__(self) -> int:
-        return 50
-
-    def key(self, index: int) -> str:
-        return f"number {index}"
-
-    def read(self, index: int) -> Sample:
-        if index in (7, 33):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if index == 20:
-            raise OSError("broken")
-        return Sample(self.key(index), Image.new("RGB", (2, 2)))
 
 
 def test_broken_files_are_found_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
