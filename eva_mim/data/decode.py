@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -47,6 +48,37 @@ class Raw(NamedTuple):
     def sample(self, pixels: Pixels = RGB) -> Sample:
         """The record with its image decoded. Raises what `decoded` raises."""
         return Sample(self.key, decoded(self.content, pixels), self.label, self.captions)
+
+
+class FileSource(ABC):
+    """A `contracts.Source` whose records lie in image files: they can be counted and copied without being decoded."""
+
+    classes: tuple[str, ...] | None
+    _pixels: Pixels
+
+    @property
+    def unnamed(self) -> bool:
+        """There are labels, but no class list says what they stand for; then none is read."""
+        return False
+
+    @abstractmethod
+    def raw(self, index: int) -> Raw:
+        """Read one record. Raises OSError, and ValueError for what is broken beside its image."""
+
+    @abstractmethod
+    def class_counts(self) -> npt.NDArray[np.int64] | None:
+        """Records of each class; None without classes."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """What a record is called."""
+
+    def read(self, index: int) -> Sample:
+        """Decode one record. Raises what `raw` and `decoded` raise."""
+        return self.raw(index).sample(self._pixels)
 
 
 def suffixes(pixels: Pixels) -> tuple[str, ...]:

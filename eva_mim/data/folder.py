@@ -16,10 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Sample
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import ARRAYS, Raw, read_file, suffixes
+from eva_mim.data.decode import ARRAYS, FileSource, Raw, read_file, suffixes
 from eva_mim.data.index import Column, Content, Index, Texts, open_index, say_indexed
 from eva_mim.log import Progress
 
@@ -30,7 +29,7 @@ SETTLED_NS = 2 * 10**9
 keep times by steps of up to 2 seconds)."""
 
 
-class FolderSource:
+class FolderSource(FileSource):
     """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
 
     blocks = None
@@ -64,10 +63,6 @@ class FolderSource:
     def key(self, index: int) -> str:
         """The file's path below the folder."""
         return os.path.join(self._folders[self.index["folder"][index]], self.index.text("name", index))
-
-    def read(self, index: int) -> Sample:
-        """Decode one file. Raises what `decode.decoded` raises."""
-        return self.raw(index).sample(self._pixels)
 
     def raw(self, index: int) -> Raw:
         """Read one file, and its captions. Raises OSError, and ValueError for broken captions."""

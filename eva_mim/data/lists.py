@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from eva_mim.config import UserError
-from eva_mim.contracts import Sample
 from eva_mim.data import RGB, ColumnSettings, Pixels, SourceSettings
 from eva_mim.data.captions import as_captions
-from eva_mim.data.decode import Raw, read_file
+from eva_mim.data.decode import FileSource, Raw, read_file
 from eva_mim.data.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
 from eva_mim.data.names import class_file
 from eva_mim.files import sha256
@@ -31,7 +30,7 @@ PROBED = 100
 """Images whose existence is checked at the start; each one would be slow on network disks."""
 
 
-class ListSource:
+class ListSource(FileSource):
     """The images of one list, in its order. Keys are their paths as the list has them."""
 
     blocks = None
@@ -56,10 +55,6 @@ class ListSource:
     def key(self, index: int) -> str:
         """The image's path, relative to the list's folder."""
         return self.index.text("image", index)
-
-    def read(self, index: int) -> Sample:
-        """Decode one file. Raises what `decode.decoded` raises."""
-        return self.raw(index).sample(self._pixels)
 
     def raw(self, index: int) -> Raw:
         """Read one file. Raises OSError."""

@@ -18,10 +18,10 @@ from typing import BinaryIO
 import numpy as np
 
 from eva_mim.config import UserError, few
-from eva_mim.contracts import Blocks, Sample
+from eva_mim.contracts import Blocks
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.decode import Raw
+from eva_mim.data.decode import FileSource, Raw
 from eva_mim.data.index import Column
 from eva_mim.data.joined import shards_index
 from eva_mim.data.names import class_file, class_words
@@ -54,7 +54,7 @@ def cut_shards(sizes: Sequence[int], ends: Sequence[int], pool: float) -> Blocks
     return Blocks(found, max(1, min(MAX_OPEN // 2, round(len(found) * pool / total))))
 
 
-class ShardSource:
+class ShardSource(FileSource):
     """Records of several shards, in the order of the sorted file names."""
 
     def __init__(
@@ -87,13 +87,8 @@ class ShardSource:
         """SHARD/KEY."""
         return f"{self._names[self._shard(index)]}/{self.index.text('key', index)}"
 
-    def read(self, index: int) -> Sample:
-        """Decode one record. Raises ValueError for a record without image or with a label that does not fit, and what
-        `decode.decoded` raises."""
-        return self.raw(index).sample(self._pixels)
-
     def raw(self, index: int) -> Raw:
-        """Read one record. Raises ValueError as `read` does."""
+        """Read one record. Raises ValueError for one without image or with a label that does not fit."""
         self._read_ahead(index)
         with phase("read"):
             content = self._bytes(index, "image")

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eva_mim.config import UserError
 from eva_mim.contracts import Bands, Sample, Source
-from eva_mim.data.decode import header
+from eva_mim.data.decode import FileSource, header
 from eva_mim.data.quarantine import Fault
 from eva_mim.data_commands.crew import Crew, chunks, progress
 from eva_mim.data_commands.index import every_split, read_data
@@ -46,19 +46,19 @@ def inspect(
     classes are counted over all. Raises UserError."""
     for name, source in every_split(read_data(what, overrides)):
         sys.stdout.write(f"{name}: {len(source)} images\n")
-        if hasattr(source, "raw"):
+        if isinstance(source, FileSource):
             _report_images(_look_around(name, source, min(images, len(source)), processes), len(source))
-        counts = source.class_counts() if hasattr(source, "class_counts") else None
-        if counts is not None and source.classes is not None:
-            _report_classes(source.classes, counts)
-        elif getattr(source, "unnamed", False):
-            sys.stdout.write("  labels that no class list names: set data.classes to use them\n")
+            counts = source.class_counts()
+            if counts is not None and source.classes is not None:
+                _report_classes(source.classes, counts)
+            elif source.unnamed:
+                sys.stdout.write("  labels that no class list names: set data.classes to use them\n")
         if out is not None:
             sys.stdout.write(f"  contact sheet: {_write_sheet(source, out / f'{name}.png')}\n")
         sys.stdout.write("\n")
 
 
-def look(source: Any, record: int) -> Look:
+def look(source: FileSource, record: int) -> Look:
     """Raises what reading its header raises."""
     raw = source.raw(record)
     image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)

@@ -17,7 +17,7 @@ import numpy as np
 
 from eva_mim.config import UserError, few
 from eva_mim.data import RGB, DataSettings, Pixels, too_many
-from eva_mim.data.decode import Raw, header
+from eva_mim.data.decode import FileSource, Raw, header
 from eva_mim.data.index import Column
 from eva_mim.data.quarantine import read_quarantine
 from eva_mim.data_commands.crew import Crew, progress
@@ -59,9 +59,9 @@ def pack(
         raise UserError("data.mixture: pack its parts one by one")
     splits = {name: source for name, source in every_split(settings) if not name.startswith("held_out.")}
     for name, source in splits.items():
-        if not hasattr(source, "raw"):
+        if not isinstance(source, FileSource):
             raise UserError(f"data.source={settings.source} has no image files to pack")
-        if getattr(source, "unnamed", False):
+        if source.unnamed:
             raise UserError(f"{name}: its records have labels, which would be lost: set data.classes to the file that names them")
         say(f"  {name}: {len(source)} records in {-(-len(source) // per_shard)} shards")
     _begin(out, {
