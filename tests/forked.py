@@ -51,11 +51,16 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         surroundings = dict(os.environ if env is None else env)
         place = os.fspath(cwd or os.getcwd())
         request = json.dumps({"line": line[2:], "env": surroundings, "cwd": place, "session": new_session})
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server.connect(address())
-        socket.send_fds(self._server, [request.encode()], child)
-        self.pid = json.loads(self._server.recv(100))
-        self._child_created = True
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            server.connect(address())
+            socket.send_fds(server, [request.encode()], child)
+            self.pid = json.loads(server.recv(100))
+        except ConnectionError:  # it has said why there is no server
+            server.close()
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)  # type: ignore[misc]
+            return
+        self._server, self._child_created = server, True
         self._close_pipe_fds(*ends)  # type: ignore[attr-defined]
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
