@@ -221,7 +221,7 @@ def test_hostile_and_broken_files_are_the_users_mistake(tmp_path: Path, text: st
     started = time.perf_counter()
     with pytest.raises(UserError):
         override(read_yaml(path), [])
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60  # a bomb takes hours
 
 
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:

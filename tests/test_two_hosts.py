@@ -114,7 +114,7 @@ def ended(process: subprocess.Popen[str], log: Path) -> str:
     """A process that has lost the other ends in time, with its exit code and one line; returns the line."""
     began = time.monotonic()
     assert process.wait(PATIENCE + 30) == 69, log.read_text()
-    assert time.monotonic() - began < PATIENCE + 5
+    assert time.monotonic() - began < PATIENCE + 15  # 2 s of grace, and what this machine needs to end a process
     text = log.read_text()
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
