@@ -265,7 +265,7 @@ def test_a_process_ends_with_the_reason_that_a_worker_gave(tmp_path: Path) -> No
     command = [sys.executable, "-c", code]
     done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
     try:
-        said, _ = done.communicate(timeout=30)
+        said, _ = done.communicate(timeout=200)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(done.pid, signal.SIGKILL)
