@@ -8,7 +8,7 @@ own mean and std, so that one crop serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -84,6 +84,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
+    def expect(self, indices: Sequence[int]) -> None:
+        """These are read next, in this process: what is slow to arrive may be fetched together. Loses nothing if it fails."""
+
     def read(self, index: int) -> Sample: ...
 
 

@@ -53,6 +53,9 @@ class Labelled:
         """The file's path below the folder."""
         return self._files.key(self._chosen[index][0])
 
+    def expect(self, indices: Sequence[int]) -> None:
+        """Files at hand need no asking."""
+
     def read(self, index: int) -> Sample:
         """Decode one file as RGB, without its border. Raises what Pillow raises."""
         place, label = self._chosen[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +75,10 @@ class FileSource(ABC):
     @abstractmethod
     def key(self, index: int) -> str:
         """What a record is called."""
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Files at hand need no asking."""
+        return
 
     def read(self, index: int) -> Sample:
         """Decode one record. Raises what `raw` and `decoded` raise."""

@@ -84,6 +84,14 @@ class Reader(Dataset["Item | str | Failure"]):
         except UserError as error:  # raised in the main process: an exception in a worker leaves the worker behind
             return Failure(str(error))
 
+    def __getitems__(self, places: list[Place]) -> list[Item | str | Failure]:
+        """torch asks for a whole batch by this name."""
+        try:
+            self.source.expect([place.index for place in places])
+        except UserError as error:
+            return [Failure(str(error))]
+        return [self[place] for place in places]
+
     def _item(self, place: Place) -> Item | str:
         sample, index, broken = self._read(place)
         if sample is None:

@@ -10,7 +10,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,6 +77,21 @@ def read_range(url: str, start: int, end: int) -> bytes:
         raise UserError(f"{url}: its server answers with {len(content)} bytes where {end - start} were asked for: it knows no "
                         "ranges; copy the shards to a disk")
     return content
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+    """(URL, start, end) -> bytes start .. end - 1, of files of one place and together where its driver can do that. None for what
+    did not come, or not as asked for: `read_range` tries again, and says why. Raises UserError without a driver."""
+    if not ranges:
+        return []
+    system = _system(ranges[0][0])[0]
+    urls, starts, ends = (list(column) for column in zip(*ranges, strict=True))
+    try:
+        found = _timed(lambda: system.cat_ranges([system._strip_protocol(url) for url in urls], starts, ends, on_error="return"))
+    except Exception:  # drivers have errors of their own kinds
+        return [None] * len(ranges)
+    return [content if isinstance(content, bytes) and len(content) == end - start else None
+            for content, (_, start, end) in zip(found, ranges, strict=True)]
 
 
 class Reading(io.RawIOBase):

@@ -7,6 +7,7 @@ the pixels are the same on every machine.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
@@ -57,6 +58,9 @@ class SceneSource:
     def key(self, index: int) -> str:
         """SPLIT/INDEX."""
         return f"{self.split}/{index}"
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Nothing takes long to arrive."""
 
     def read(self, index: int) -> Sample:
         """Draw picture `index` with its caption and label."""

@@ -25,7 +25,7 @@ from eva_mim.data.decode import FileSource, Raw
 from eva_mim.data.index import Column
 from eva_mim.data.joined import shards_index
 from eva_mim.data.names import class_file, class_words
-from eva_mim.data.remote import as_url, listed, read_range
+from eva_mim.data.remote import as_url, listed, read_range, read_ranges
 from eva_mim.data.tars import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
 from eva_mim.data.unpack import hold, unpack
 from eva_mim.distributed import agreed, is_main
@@ -78,6 +78,7 @@ class ShardSource(FileSource):
         self._open: dict[tuple[int, int], BinaryIO] = {}
         self._asked: dict[int, None] = {}
         self._last: tuple[int, int, bytes] | None = None
+        self._arrived: dict[int, tuple[int, bytes]] = {}
         self.fingerprint = self.index.facts["fingerprint"]
 
     def __len__(self) -> int:
@@ -146,15 +147,28 @@ class ShardSource(FileSource):
             raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
         return content
 
+    def expect(self, indices: Sequence[int]) -> None:
+        """By URL: all at once, where the driver can do that."""
+        asked = {index: span for index in indices if self._tars[self._shard(index)].remote and (span := self._span(index))}
+        found = zip(asked.items(), read_ranges(list(asked.values())), strict=True)
+        self._arrived = {index: (span[1], content) for (index, span), content in found if content is not None}
+
+    def _span(self, index: int) -> tuple[str, int, int] | None:
+        """(URL, start, end) around a record; None where its fields are too far apart for one request, or it has none."""
+        fields = [field for field in FIELDS if field in self.index and self.index[field][index]]
+        starts = [int(self.index[field][index]) * BLOCK for field in fields]
+        ends = [first + int(self.index[f"{field}.size"][index]) for field, first in zip(fields, starts, strict=True)]
+        if not fields or max(ends) - min(starts) > MAX_TOGETHER:
+            return None
+        return str(self._tars[self._shard(index)].place), min(starts), max(ends)
+
     def _fetched(self, index: int, number: int, start: int, size: int) -> bytes:
         """By URL: fields of a record that lie together come with one request."""
         if self._last is None or self._last[0] != index:
-            fields = [field for field in FIELDS if field in self.index and self.index[field][index]]
-            starts = [int(self.index[field][index]) * BLOCK for field in fields]
-            ends = [first + int(self.index[f"{field}.size"][index]) for field, first in zip(fields, starts, strict=True)]
-            if max(ends) - min(starts) > MAX_TOGETHER:
+            arrived, span = self._arrived.pop(index, None), self._span(index)
+            if span is None:
                 return read_range(self._tars[number].place, start, start + size)
-            self._last = index, min(starts), read_range(self._tars[number].place, min(starts), max(ends))
+            self._last = index, *(arrived or (span[1], read_range(*span)))
         _, first, content = self._last
         return content[start - first : start - first + size]
 
@@ -187,7 +201,7 @@ class ShardSource(FileSource):
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_held": None}
+        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_arrived": {}, "_held": None}
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:

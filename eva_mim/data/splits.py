@@ -93,6 +93,10 @@ class Selected:
     def key(self, index: int) -> str:
         return self._source.key(int(self._indices[index]))
 
+    def expect(self, indices: Sequence[int]) -> None:
+        positions = (int(self._indices[index]) for index in indices)
+        self._source.expect([position for position in positions if position not in self._quarantined])
+
     def read(self, index: int) -> Sample:
         """Raises Quarantined, and what the source raises."""
         position = int(self._indices[index])
@@ -143,6 +147,11 @@ class Mixture:
         """PART:KEY, parts counted from 0."""
         part, inner = self._place(index)
         return f"{part}:{self._sources[part].key(inner)}"
+
+    def expect(self, indices: Sequence[int]) -> None:
+        places = [self._place(index) for index in indices]
+        for part, source in enumerate(self._sources):
+            source.expect([inner for other, inner in places if other == part])
 
     def read(self, index: int) -> Sample:
         part, inner = self._place(index)

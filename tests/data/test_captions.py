@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,9 @@ class Told:
 
     def key(self, index: int) -> str:
         return str(index)
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Nothing to do."""
 
     def read(self, index: int) -> Sample:
         texts = tuple(f"{index}-{number}" for number in range(self.counts[index]))

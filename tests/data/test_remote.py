@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from eva_mim.config import UserError, as_tree, parse
@@ -22,6 +26,7 @@ from eva_mim.contracts import Source
 from eva_mim.data import DataSettings
 from eva_mim.data.remote import Reading, as_url, listed
 from eva_mim.data.shards import open_shards
+from eva_mim.data.splits import Mixture, Selected
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import BOTH, batches, faults, seen
 from tests.data.test_sources import content, shards
@@ -36,6 +41,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.requests, self.bytes = Counter[str](), 0
+        self.open, self.most = 0, 0
+        """Requests under way now, and at most."""
         self.fail, self.hang, self.whole = 0, 0.0, False
         """So many further requests are answered with an error; every answer waits so many seconds; ranges are not understood."""
 
@@ -47,6 +54,14 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        self.server.open += 1
+        self.server.most = max(self.server.most, self.server.open)
+        try:
+            self.respond()
+        finally:
+            self.server.open -= 1
+
+    def respond(self) -> None:
         name = self.path.lstrip("/")
         self.server.requests[name] += 1
         time.sleep(self.server.hang)
@@ -102,7 +117,29 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]
             raise
 
 
-fsspec.register_implementation("range", RangeFileSystem, clobber=True)
+class ManyAtOnce(AsyncFileSystem):  # type: ignore[misc]
+    """many://HOST:PORT/NAME: as drivers of object stores are, it asks for several ranges at once."""
+
+    protocol = "many"
+    ls = RangeFileSystem.ls
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("many://").rstrip("/")
+
+    async def _ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        return self.ls(path, detail)
+
+    async def _info(self, path: str, **_: Any) -> Any:
+        return next((row for row in self.ls(path) if row["name"] == path), {"name": path, "size": 0, "type": "directory"})
+
+    async def _cat_file(self, path: str, start: int = 0, end: int = 0, **_: Any) -> bytes:
+        with ThreadPoolExecutor(1) as one:
+            return await asyncio.wrap_future(one.submit(RangeFileSystem.cat_file, self, path, start, end))
+
+
+for driver in (RangeFileSystem, ManyAtOnce):
+    fsspec.register_implementation(driver.protocol, driver, clobber=True)
 
 
 @pytest.fixture
@@ -116,8 +153,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     running.server_close()
 
 
-def url(server: Server) -> str:
-    return f"range://127.0.0.1:{server.server_port}"
+def url(server: Server, protocol: str = "range") -> str:
+    return f"{protocol}://127.0.0.1:{server.server_port}"
 
 
 def remote(server: Server, **more: Any) -> Source:
@@ -159,6 +196,40 @@ def test_an_index_is_made_from_headers_and_a_record_read_at_once(server: Server)
     assert server.requests["x.tar"] == before + 8
     assert server.bytes < 8 * 601_000 + 2000
     assert source.fingerprint == again.fingerprint
+
+
+@BOTH
+def test_a_batch_is_fetched_together(server: Server, workers: int) -> None:
+    """With a driver that can do it: each record once, several at a time; one that is refused is asked for again."""
+    make_shards(server.folder, "x.tar", count=24)
+    source, here = remote(server, root=url(server, "many")), shards(server.folder)
+    server.requests.clear()
+    server.most, server.hang = 0, 0.05
+
+    def disturb() -> None:
+        server.fail = 1
+
+    found, wanted = batches(source, workers, 6, disturb), batches(here, workers, 6)
+    assert not faults(found)
+    assert all((one.images == other.images).all() for one, other in zip(found, wanted, strict=True))
+    assert server.fail == 0
+    read = sum(len(batch.index) for batch in found)
+    assert read < server.requests["x.tar"] <= read + 1 + 4 * 4 * max(1, workers)  # prefetched batches may never be used
+    assert server.most >= 3
+
+
+def test_parts_and_mixtures_expect_their_own(server: Server) -> None:
+    """Positions of a choice, and of a part, are not those of the whole; what is in quarantine is not asked for."""
+    make_shards(server.folder, "x.tar", count=6)
+    make_shards(server.folder, "y.tar", count=6, first=6)
+    parts = [remote(server, root=url(server, "many"), train=name) for name in ("x.tar", "y.tar")]
+    chosen = Selected(parts[1], np.array([1, 3, 4]), None, quarantined={3: "broken"})
+    both = Mixture([parts[0], chosen], [1, 1], [])
+    server.requests.clear()
+    both.expect([5, 6, 7, 8])
+    assert server.requests == {"x.tar": 1, "y.tar": 2}
+    assert [both.read(index).image.tobytes() for index in (5, 6, 8)] == [picture(seed).tobytes() for seed in (5, 7, 10)]
+    assert server.requests == {"x.tar": 1, "y.tar": 2}
 
 
 def test_a_compressed_shard_is_fetched_once(server: Server, cache: Path) -> None:
