@@ -150,7 +150,8 @@ class ShardSource(FileSource):
     def expect(self, indices: Sequence[int]) -> None:
         """By URL: all at once, where the driver can do that."""
         asked = {index: span for index in indices if self._tars[self._shard(index)].remote and (span := self._span(index))}
-        found = zip(asked.items(), read_ranges(list(asked.values())), strict=True)
+        with phase("read"):
+            found = zip(asked.items(), read_ranges(list(asked.values())), strict=True)
         self._arrived = {index: (span[1], content) for (index, span), content in found if content is not None}
 
     def _span(self, index: int) -> tuple[str, int, int] | None:
