@@ -82,7 +82,14 @@ def test_what_was_checked_is_not_decoded_again(tmp_path: Path, capsys: pytest.Ca
 
 
 AT_WORK = " of 8000"
-TALKATIVE = "import eva_mim.log; eva_mim.log.SAY_EVERY = 0; import sys; from eva_mim.cli import main; sys.exit(main())"
+TALKATIVE = """
+import signal, sys
+import eva_mim.log
+from eva_mim.cli import main
+eva_mim.log.SAY_EVERY = 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+sys.exit(main())
+"""
 
 
 def started(tmp_path: Path, said: str) -> subprocess.Popen[bytes]:
