@@ -16,7 +16,8 @@ class _Spawned(SpawnProcess):
     def start(self) -> None:
         self.daemon = True  # ended with this process, even if a Ctrl-C comes before the pool knows of it
         # A Ctrl-C in a terminal goes to every process of the group; here the main one decides. The mask is inherited, so it holds
-        # from the first instruction, which a handler set by the process itself would not.
+        # from the first instruction, which a handler set by the process itself would not. (Python's resource tracker, whose start
+        # ends such a mask, runs already: the pool's locks have started it.)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             super().start()
