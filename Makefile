@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/eva-mim pipeline configs/pipelines/demo.yaml --out runs/demo
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist loadfile --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=5
 
 smoke: $(VENV)/.installed-test
 	$(BIN)/python -m tools.cifar10_smoke
