@@ -21,7 +21,7 @@ from eva_mim.convert.command import main
 from eva_mim.convert.names import to_eva
 from eva_mim.convert.tables import Rope
 
-SECONDS, MEMORY = 60, 2 * 2**30  # to tell what ends from what does not: this machine needs a tenth of it
+SECONDS, MEMORY = 60, 2 * 2**30  # tells what ends from what does not, on slow machines too
 VIT: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
 EVA02: dict[str, Any] = VIT | {"ref_feat_shape": 2, "num_classes": 0}
 CLIP_SIZES: dict[str, Any] = {

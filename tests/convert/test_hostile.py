@@ -257,7 +257,7 @@ def limits() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("zip", 200_000), ("safetensors", MAX_TENSORS)])
 def test_as_many_tensors_as_allowed(tmp_path: Path, kind: str, count: int) -> None:
-    """In a process of its own with limits (measured: 4 s and 2 s)."""
+    """In a process of its own with limits."""
     path, numbers = tmp_path / "a", torch.arange(float(count))
     if kind == "zip":
         torch.save({f"blocks.{number}.weight": one.clone() for number, one in enumerate(numbers.split(1))}, path)
