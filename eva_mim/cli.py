@@ -26,10 +26,10 @@ SUMMARIES = {
     "convert": "write a checkpoint for another program, with a proof",
 }
 OTHERS = {
-    "teacher": "eva_mim.teacher_check", "data": "eva_mim.data_commands", "bench": "eva_mim.bench",
-    "labels": "eva_mim.label_check",
-    "evaluate": "eva_mim.reevaluate", "replay": "eva_mim.replay", "inspect": "eva_mim.convert.inspect",
-    "convert": "eva_mim.convert.command",
+    "teacher": "eva_mim.commands.teacher", "data": "eva_mim.commands.data", "bench": "eva_mim.commands.bench",
+    "labels": "eva_mim.commands.labels",
+    "evaluate": "eva_mim.commands.evaluate", "replay": "eva_mim.commands.replay", "inspect": "eva_mim.commands.inspect",
+    "convert": "eva_mim.commands.convert",
 }
 """Commands that are no stages: modules with `main(argv)`."""
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     if command == "pipeline":
         return _pipeline(rest)
-    from eva_mim.registry import PROGRAMS, lookup
+    from eva_mim.core.registry import PROGRAMS, lookup
 
     code: int = lookup(PROGRAMS | OTHERS, command, "command").main(rest)
     return code
@@ -76,8 +76,8 @@ def _pipeline(arguments: list[str]) -> int:
     mode.add_argument("--dry-run", action="store_true", help="print what would run and why")
     mode.add_argument("--print-shell", action="store_true", help="print the stages as plain commands")
     options = parser.parse_intermixed_args(arguments)
-    from eva_mim import pipeline
-    from eva_mim.program import guard
+    from eva_mim.pipeline import plan as pipeline
+    from eva_mim.run.program import guard
 
     call = options.pipeline, options.overrides, options.out
     if options.dry_run:
@@ -89,7 +89,7 @@ def _pipeline(arguments: list[str]) -> int:
 
 def entry() -> None:
     """The console script."""
-    from eva_mim.program import leave
+    from eva_mim.run.program import leave
 
     leave(main())
 

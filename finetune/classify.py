@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.objectives import MixSettings
-from eva_mim.program import leave, run_program
-from eva_mim.recipe import Recipe
+from eva_mim.run.program import leave, run_program
+from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClassifierSettings
+from eva_mim.tasks import MixSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.data.splits import Splits
-    from eva_mim.loop import Parts
-    from eva_mim.stage import Built
+    from eva_mim.data.subset import Splits
+    from eva_mim.run.loop import Parts
+    from eva_mim.run.stage import Built
     from eva_mim.students.classifier import Classifier
 
 
@@ -62,10 +62,10 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
     """What the loop runs: all of the classifier learns from images."""
-    from eva_mim.assemble import eval_loader, train_loader
-    from eva_mim.evaluate import ClassifierEvaluator
-    from eva_mim.loop import Parts
-    from eva_mim.task import Labels
+    from eva_mim.evaluate.evaluators import ClassifierEvaluator
+    from eva_mim.run.loaders import eval_loader, train_loader
+    from eva_mim.run.loop import Parts
+    from eva_mim.tasks.labels import Labels
 
     classes, sizes = len(splits.train.classes or ()), [student.image_size]
     train = train_loader(recipe, splits.train, sizes, recipe.view, pixels=(student.mean, student.std))
@@ -78,14 +78,14 @@ def build_classifier(
     parts_of: Callable[[R, C, Splits, torch.device], Parts],
 ) -> Built:
     """The same around another kind of classifier and other parts of a run (a linear probe)."""
-    from eva_mim.assemble import seed_from
-    from eva_mim.config import UserError
-    from eva_mim.data.splits import open_splits
-    from eva_mim.export import grid_of, write_timm
-    from eva_mim.handover import read_parent
-    from eva_mim.heads import seed_head
-    from eva_mim.labels import describe
-    from eva_mim.stage import Built
+    from eva_mim.core.errors import UserError
+    from eva_mim.data.class_lists import describe
+    from eva_mim.data.subset import open_splits
+    from eva_mim.run.loaders import seed_from
+    from eva_mim.run.stage import Built
+    from eva_mim.weights.export import grid_of, write_timm
+    from eva_mim.weights.handover import read_parent
+    from eva_mim.weights.head_rows import seed_head
 
     splits = open_splits(recipe.data)
     classes = splits.train.classes

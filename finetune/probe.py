@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.objectives import MixSettings
-from eva_mim.program import leave, run_program
+from eva_mim.run.program import leave, run_program
 from eva_mim.students import ProbeSettings
+from eva_mim.tasks import MixSettings
 from finetune.classify import StageRecipe as ClassifyRecipe
 from finetune.classify import build_classifier
 
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.stage import Built
+    from eva_mim.run.stage import Built
 
 
 class StageRecipe(ClassifyRecipe):

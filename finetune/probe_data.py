@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_mim.assemble import batch_cut, eval_loader, train_loader
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Source, TrainData
+from eva_mim.core.contracts import Batch, Source, TrainData
+from eva_mim.core.distributed import all_reduce_sum, rank, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256
+from eva_mim.core.log import say
+from eva_mim.core.rng import derive
 from eva_mim.data import too_many
-from eva_mim.data.cached import EvalRows, Positions, RowLoader, Rows, cached_features
+from eva_mim.data.feature_store import EvalRows, Positions, RowLoader, Rows, cached_features
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.splits import HOLD_OUT_SEED, Selected, Splits
-from eva_mim.distributed import all_reduce_sum, rank, world_size
-from eva_mim.engine.step import autocast
-from eva_mim.evaluate import ProbeEvaluator
-from eva_mim.features import ridge_accuracy
-from eva_mim.files import sha256
-from eva_mim.kernels import choose_kernels
-from eva_mim.log import say
-from eva_mim.loop import Parts
-from eva_mim.rng import derive
+from eva_mim.data.subset import HOLD_OUT_SEED, Selected, Splits
+from eva_mim.engine.base import autocast
+from eva_mim.evaluate.evaluators import ProbeEvaluator
+from eva_mim.evaluate.features import ridge_accuracy
+from eva_mim.run.loaders import batch_cut, eval_loader, train_loader
+from eva_mim.run.loop import Parts
 from eva_mim.students.classifier import LinearProbe
-from eva_mim.task import Heads
+from eva_mim.tasks.probe import Heads
+from eva_mim.trunks.kernels import choose_kernels
 
 if TYPE_CHECKING:
     from finetune.probe import StageRecipe

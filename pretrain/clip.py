@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.objectives import ContrastiveSettings
-from eva_mim.program import leave, run_program
-from eva_mim.recipe import Recipe
+from eva_mim.run.program import leave, run_program
+from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, whole_file
+from eva_mim.tasks import ContrastiveSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.stage import Built
+    from eva_mim.run.stage import Built
 
 
 class StageRecipe(Recipe):
@@ -78,18 +78,17 @@ class StageRecipe(Recipe):
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Towers, data and evaluator of a recipe."""
-    from eva_mim.assemble import eval_loader, seed_from, train_loader
-    from eva_mim.convert.report import KeyReport
-    from eva_mim.data.splits import open_splits
-    from eva_mim.evaluate import ClipEvaluator
-    from eva_mim.export import grid_of, part, unpooled, write_timm
-    from eva_mim.files import write_json, write_weights
-    from eva_mim.loop import Parts
-    from eva_mim.objectives.contrastive import Contrastive
-    from eva_mim.stage import Built
+    from eva_mim.core.files import write_json, write_weights
+    from eva_mim.core.report import KeyReport
+    from eva_mim.data.subset import open_splits
+    from eva_mim.evaluate.evaluators import ClipEvaluator
+    from eva_mim.run.loaders import eval_loader, seed_from, train_loader
+    from eva_mim.run.loop import Parts
+    from eva_mim.run.stage import Built
     from eva_mim.students.clip import ClipStudent, as_open_clip
-    from eva_mim.task import ImageText
-    from eva_mim.whole import seed_whole, with_text_of
+    from eva_mim.tasks.contrastive import Contrastive, ImageText
+    from eva_mim.weights.clip import seed_whole, with_text_of
+    from eva_mim.weights.export import grid_of, part, unpooled, write_timm
 
     splits = open_splits(recipe.data)
     settings = recipe.student

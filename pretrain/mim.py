@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from eva_mim.config import Settings
+from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
-from eva_mim.objectives import ObjectiveSettings
-from eva_mim.program import leave, run_program
-from eva_mim.recipe import Recipe
+from eva_mim.run.program import leave, run_program
+from eva_mim.run.recipe import Recipe
 from eva_mim.students import MaskedSettings
+from eva_mim.tasks import ObjectiveSettings
 from eva_mim.teachers import TeacherSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.stage import Built
+    from eva_mim.run.stage import Built
 
 
 class EvaluateSettings(Settings):
@@ -70,19 +70,19 @@ class StageRecipe(Recipe):
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Teacher, student, data and evaluator of a recipe."""
-    from eva_mim.assemble import eval_loader, seed_from, train_loader
+    from eva_mim.core.files import write_weights
+    from eva_mim.core.registry import OBJECTIVES, lookup
     from eva_mim.data.masking import make_mask
-    from eva_mim.data.splits import open_splits
-    from eva_mim.evaluate import MaskedFeatureEvaluator
-    from eva_mim.export import grid_of, part, unpooled, write_timm
-    from eva_mim.files import write_weights
-    from eva_mim.loop import Parts
-    from eva_mim.registry import OBJECTIVES, lookup
-    from eva_mim.stage import Built
+    from eva_mim.data.subset import open_splits
+    from eva_mim.evaluate.evaluators import MaskedFeatureEvaluator
+    from eva_mim.run.loaders import eval_loader, seed_from, train_loader
+    from eva_mim.run.loop import Parts
+    from eva_mim.run.stage import Built
     from eva_mim.students.initialise import initialise
     from eva_mim.students.visible import build_masked_student
-    from eva_mim.task import MaskedFeatures
+    from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.teachers import build_teacher
+    from eva_mim.weights.export import grid_of, part, unpooled, write_timm
 
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)

@@ -15,10 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from eva_mim.cli import main as eva_mim
-from eva_mim.contracts import Batch, StepOutput
-from eva_mim.engine import step
-from eva_mim.program import leave
-from eva_mim.task import ImageText, Labels, MaskedFeatures
+from eva_mim.core.contracts import Batch, StepOutput
+from eva_mim.engine import base as step
+from eva_mim.run.program import leave
+from eva_mim.tasks.contrastive import ImageText
+from eva_mim.tasks.labels import Labels
+from eva_mim.tasks.masked import MaskedFeatures
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from eva_mim.export import write_timm
-from eva_mim.students import TrunkSettings
+from eva_mim.trunks import TrunkSettings
+from eva_mim.weights.export import write_timm
 from tests.tiny import MIM, RUN, losses, run, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -158,7 +158,7 @@ def test_grey_images_through_masked_training_and_classifier(tmp_path: Path) -> N
     found = by_timm(tmp_path / "classify", tmp_path / "data", [0.37], [0.22], 1)
     assert {name: figures(tmp_path / "classify")[name] for name in found} == pytest.approx(found, abs=1e-4)
     if sys.platform == "linux":  # the run measures itself again, from its own settings
-        from eva_mim.stage import evaluate_stage
+        from eva_mim.run.stage import evaluate_stage
 
         now, logged = evaluate_stage(tmp_path / "classify")
         assert now == pytest.approx(logged)

@@ -14,21 +14,22 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import eva_mim.students.small  # noqa: F401  registers the architectures
-from eva_mim.assemble import train_loader
-from eva_mim.config import UserError, parse
-from eva_mim.contracts import Batch, Rates, StepOutput
-from eva_mim.data.splits import open_splits
-from eva_mim.distributed import leave_group, rank, setup, world_size
+import eva_mim.trunks.small  # noqa: F401  registers the architectures
+from eva_mim.core.contracts import Batch, Rates, StepOutput
+from eva_mim.core.distributed import leave_group, rank, setup, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import parse
+from eva_mim.data.subset import open_splits
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
-from eva_mim.objectives import ContrastiveSettings
-from eva_mim.objectives.contrastive import Contrastive
-from eva_mim.optim import OptimSettings, parameter_groups
-from eva_mim.pipeline import RESERVED
+from eva_mim.optim import OptimSettings
+from eva_mim.optim.groups import parameter_groups
+from eva_mim.pipeline.plan import RESERVED
+from eva_mim.run.loaders import train_loader
 from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
-from eva_mim.task import ImageText
+from eva_mim.tasks import ContrastiveSettings
+from eva_mim.tasks.contrastive import Contrastive, ImageText
 from pretrain.clip import StageRecipe
 from tests.tiny import CLIP, finish, losses, python, run, write_recipe
 
@@ -190,7 +191,7 @@ def test_a_bad_value_anywhere_skips_the_step(when: str) -> None:
 @pytest.mark.parametrize("micro", [8, 2])
 def test_fp16_scales_the_gradients_as_ever(micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss scale is in the gradients and out of the norm; half precision is all that is between them and fp32."""
-    monkeypatch.setattr("eva_mim.engine.step.SCALE_START", 2.0**10)
+    monkeypatch.setattr("eva_mim.engine.loss_scale.SCALE_START", 2.0**10)
     expected, expected_gradients = open_clip_step(make_student(), "clip", 0, batches(PAIRS))
     output, gradients = local_step(make_student(), "clip", batches(micro), precision="fp16")
     assert output.metrics["loss_scale"] == 2.0**10

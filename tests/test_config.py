@@ -11,10 +11,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from eva_mim.config import (
+from eva_mim.core.errors import UserError
+from eva_mim.core.registry import PROGRAMS, lookup
+from eva_mim.core.settings import (
     MAX_RECIPE_BYTES,
     Settings,
-    UserError,
     as_tree,
     differences,
     digest,
@@ -26,9 +27,8 @@ from eva_mim.config import (
 )
 from eva_mim.data import DataSettings, ViewSettings
 from eva_mim.optim import OptimSettings
-from eva_mim.pipeline import plan
-from eva_mim.recipe import Recipe
-from eva_mim.registry import PROGRAMS, lookup
+from eva_mim.pipeline.plan import plan
+from eva_mim.run.recipe import Recipe
 from finetune.probe import StageRecipe as ProbeRecipe
 from pretrain.clip import StageRecipe as ClipRecipe
 from pretrain.mim import StageRecipe as MimRecipe

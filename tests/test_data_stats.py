@@ -11,10 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from eva_mim.config import UserError
-from eva_mim.data.folder import FolderSource
-from eva_mim.data_commands import main
-from eva_mim.data_commands.stats import Seen, look, proposed, sample_of, stats
+from eva_mim.commands.data import main
+from eva_mim.commands.data.stats import Seen, look, proposed, sample_of, stats
+from eva_mim.core.errors import UserError
+from eva_mim.data.sources.folder import FolderSource
 from tests.conftest import make_folder, picture
 
 Array = npt.NDArray[Any]

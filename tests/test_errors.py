@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eva_mim.program import guard
+from eva_mim.run.program import guard
 from tests.conftest import make_shards
 from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, finish, python, records, run, write_recipe
 

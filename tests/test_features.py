@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eva_mim.features import CHUNK, RIDGES, collapsed, effective_rank, fit_ridge, knn_accuracy, ridge_accuracy, spread
+from eva_mim.evaluate.features import CHUNK, RIDGES, collapsed, effective_rank, fit_ridge, knn_accuracy, ridge_accuracy, spread
 
 
 def unit(count: int, width: int, seed: int) -> Tensor:

@@ -22,18 +22,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eva_mim.config import UserError, override, parse, read_yaml
-from eva_mim.contracts import Source
+from eva_mim.core.contracts import Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.registry import PROGRAMS, lookup
+from eva_mim.core.settings import override, parse, read_yaml
 from eva_mim.data import ColumnSettings, DataSettings
-from eva_mim.data.captions import record_captions
-from eva_mim.data.folder import open_folder
-from eva_mim.data.index import Content, Texts, read_index, write_index
-from eva_mim.data.lists import open_list
 from eva_mim.data.loader import Item, Preparation, Reader
 from eva_mim.data.sampler import Place
-from eva_mim.data.shards import open_shards
+from eva_mim.data.sources.captions import record_captions
+from eva_mim.data.sources.folder import open_folder
+from eva_mim.data.sources.index import Content, Texts, read_index, write_index
+from eva_mim.data.sources.lists import open_list
+from eva_mim.data.sources.shards import open_shards
 from eva_mim.data.views import EvalView
-from eva_mim.registry import PROGRAMS, lookup
 from tests.conftest import REPOSITORY, picture, png
 
 SECONDS = 120

@@ -17,17 +17,19 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.assemble import seed_from
-from eva_mim.config import UserError
-from eva_mim.convert.names import from_eva
-from eva_mim.convert.report import KeyReport
-from eva_mim.export import write_timm
-from eva_mim.files import sha256
-from eva_mim.handover import content_hash, read_parent, seed_trunk
-from eva_mim.recipe import HandOverSettings, Recipe
-from eva_mim.students import MaskedSettings, TrunkSettings
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256
+from eva_mim.core.report import KeyReport
+from eva_mim.run.loaders import seed_from
+from eva_mim.run.recipe import Recipe
+from eva_mim.students import MaskedSettings
 from eva_mim.students.masked import MaskedStudent
-from eva_mim.students.trunk import build_trunk
+from eva_mim.trunks import TrunkSettings
+from eva_mim.trunks.create import build_trunk
+from eva_mim.weights import HandOverSettings
+from eva_mim.weights.export import write_timm
+from eva_mim.weights.handover import content_hash, read_parent, seed_trunk
+from eva_mim.weights.names.eva import from_eva
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, pixels
 from tests.tiny import CLASSIFY

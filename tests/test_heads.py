@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError, override, parse
-from eva_mim.convert.report import KeyReport
-from eva_mim.handover import read_parent, seed_trunk
-from eva_mim.heads import seed_head
+from eva_mim.core.errors import UserError
+from eva_mim.core.report import KeyReport
+from eva_mim.core.settings import override, parse
 from eva_mim.students import ClassifierSettings
+from eva_mim.weights.handover import read_parent, seed_trunk
+from eva_mim.weights.head_rows import seed_head
 from finetune.classify import StageRecipe, build
 from tests.test_handover import trunk, write_stage
 from tests.tiny import CLASSIFY

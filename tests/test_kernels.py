@@ -9,8 +9,8 @@ import torch
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
 
-import eva_mim.students.small  # noqa: F401  (registers vit_nano_patch4_32)
-from eva_mim.kernels import choose_kernels
+import eva_mim.trunks.small  # noqa: F401  (registers vit_nano_patch4_32)
+from eva_mim.trunks.kernels import choose_kernels
 
 
 def tower(kind: str) -> tuple[nn.Module, torch.Tensor]:

@@ -10,9 +10,9 @@ import pytest
 import timm
 from timm.data import ImageNetInfo
 
-from eva_mim import label_check
-from eva_mim.config import UserError
-from eva_mim.labels import (
+from eva_mim.commands import labels as label_check
+from eva_mim.core.errors import UserError
+from eva_mim.data.class_lists import (
     LAYOUTS,
     WINTER21,
     class_hash,

@@ -33,22 +33,22 @@ LAYERS = {
     ),
 }
 """First part of the module name below eva_mim -> layer: a file imports from its own layer and from lower ones."""
-ARCHITECTURES = "eva_mim.students.small"
+ARCHITECTURES = "eva_mim.trunks.small"
 """Names of timm models, registered by its import. The teachers need them as much as the students do."""
 LIBRARIES = {
-    "deepspeed": {"eva_mim.engine.deepspeed", "eva_mim.engine.fragments"},
+    "deepspeed": {"eva_mim.engine.deepspeed", "eva_mim.engine.sharded_state"},
     "open_clip": {
-        "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.objectives.contrastive", "eva_mim.convert.architecture",
-        "eva_mim.data.names", "eva_mim.zeroshot",
+        "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.tasks.contrastive", "eva_mim.convert.architecture",
+        "eva_mim.data.prompts", "eva_mim.evaluate.zeroshot",
     },
 }
 FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path in (REPOSITORY / package).rglob("*.py"))
 LIGHT = [
-    "eva_mim.cli", "eva_mim.pipeline", "eva_mim.program", "eva_mim.recipe", "eva_mim.registry", "eva_mim.config",
-    "eva_mim.data", "eva_mim.engine", "eva_mim.objectives", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
-    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.teacher_check", "eva_mim.reevaluate",
-    "eva_mim.replay", "eva_mim.labels", "eva_mim.label_check", "eva_mim.convert.inspect", "eva_mim.convert.reading",
-    "eva_mim.convert.command", "eva_mim.data_commands", "eva_mim.bench",
+    "eva_mim.cli", "eva_mim.pipeline", "eva_mim.run.program", "eva_mim.run.recipe", "eva_mim.core.registry", "eva_mim.core.settings",
+    "eva_mim.data", "eva_mim.engine", "eva_mim.tasks", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim",
+    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.commands.teacher", "eva_mim.commands.evaluate",
+    "eva_mim.commands.replay", "eva_mim.data.class_lists", "eva_mim.commands.labels", "eva_mim.commands.inspect", "eva_mim.weights.files.read",
+    "eva_mim.commands.convert", "eva_mim.commands.data", "eva_mim.commands.bench",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70
@@ -94,9 +94,9 @@ def ours(module: str) -> bool:
 
 def test_imports_are_seen() -> None:
     """The parser of this file finds what is there."""
-    assert "eva_mim.snapshot" in imports(MODULES["eva_mim.loop"])  # from eva_mim import snapshot
+    assert "eva_mim.run.checkpoints" in imports(MODULES["eva_mim.run.loop"])  # from eva_mim import snapshot
     assert "deepspeed" in imports(MODULES["eva_mim.engine.deepspeed"])  # inside a function
-    assert "eva_mim.stage" in imports(MODULES["pretrain.mim"])  # for type checking
+    assert "eva_mim.run.stage" in imports(MODULES["pretrain.mim"])  # for type checking
     assert len(FILES) > 40
 
 
@@ -187,7 +187,7 @@ def test_every_public_thing_says_what_it_is() -> None:
     """Modules, classes and functions without a leading underscore have a docstring (protocol methods and dunders aside)."""
     silent = []
     for name, path in MODULES.items():
-        if name == "eva_mim.contracts":
+        if name == "eva_mim.core.contracts":
             continue
         if not ast.get_docstring(tree(path)):
             silent.append(name)
@@ -237,7 +237,7 @@ def test_commands_on_data_need_no_torch(tmp_path: Path) -> None:
         "              ['pack', '--out', 'c']):\n"
         f"    assert main(['data', words[0], {str(tmp_path / 'data')!r}, *words[1:]]) == 0\n"
         "    assert 'torch' not in sys.modules, words\n"
-        "import eva_mim.data.scenes, eva_mim.data.shards, eva_mim.data.lists\n"
+        "import eva_mim.data.sources.scenes, eva_mim.data.sources.shards, eva_mim.data.sources.lists\n"
         "assert 'torch' not in sys.modules\n"
     )
     line = [sys.executable, "-c", code]

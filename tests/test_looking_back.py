@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from eva_mim.contracts import Batch, StepOutput
-from eva_mim.diagnose import diagnose, first_bad, largest_of
-from eva_mim.meter import Meter
-from eva_mim.phases import Stopwatch, measuring, phase
-from eva_mim.reevaluate import table
+from eva_mim.commands.evaluate import table
+from eva_mim.core.contracts import Batch, StepOutput
+from eva_mim.core.timing import Stopwatch, measuring, phase
+from eva_mim.run.diagnose import diagnose, first_bad, largest_of
+from eva_mim.run.meter import Meter
 from tests.conftest import make_folder
 from tests.tiny import CLASSIFY, MIM, finish, python, run, write_recipe
 

@@ -16,13 +16,16 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import nn
 
-from eva_mim.config import UserError
-from eva_mim.engine.step import set_rates
-from eva_mim.optim import OptimSettings, Rates, TowerSettings, check_sharding, lr_at, parameter_groups, rates_at
-from eva_mim.students import ClassifierSettings, MaskedSettings, Tower
+from eva_mim.core.errors import UserError
+from eva_mim.engine.base import set_rates
+from eva_mim.optim import OptimSettings, Rates, TowerSettings, check_sharding
+from eva_mim.optim.groups import parameter_groups
+from eva_mim.optim.schedule import lr_at, rates_at
+from eva_mim.students import ClassifierSettings, MaskedSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.trunks import Tower
 from tests.students.tiny_towers import clip_settings
 
 EVA = {"warmup": "inclusive"}

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import eva_mim.students.small  # noqa: F401
+import eva_mim.trunks.small  # noqa: F401
 from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, python, write_recipe
 
 pytestmark = pytest.mark.slow

@@ -19,22 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.assemble import eval_loader, train_loader
-from eva_mim.config import UserError, parse
-from eva_mim.contracts import Batch, Rates
-from eva_mim.data.cached import ABANDONED, EvalRows, RowLoader, Rows, cached_features
+from eva_mim.core.contracts import Batch, Rates
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import parse
+from eva_mim.data.feature_store import ABANDONED, EvalRows, RowLoader, Rows, cached_features
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.splits import Selected, open_splits
+from eva_mim.data.subset import Selected, open_splits
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
-from eva_mim.evaluate import ProbeEvaluator
-from eva_mim.export import write_timm
-from eva_mim.features import ridge_accuracy
+from eva_mim.evaluate.evaluators import ProbeEvaluator
+from eva_mim.evaluate.features import ridge_accuracy
 from eva_mim.optim import OptimSettings
-from eva_mim.stage import prepare
-from eva_mim.students import ClassifierSettings, TrunkSettings
+from eva_mim.run.loaders import eval_loader, train_loader
+from eva_mim.run.stage import prepare
+from eva_mim.students import ClassifierSettings
 from eva_mim.students.classifier import LinearProbe
-from eva_mim.task import Heads
+from eva_mim.tasks.probe import Heads
+from eva_mim.trunks import TrunkSettings
+from eva_mim.weights.export import write_timm
 from finetune.probe import StageRecipe, build
 from finetune.probe_data import set_aside
 from tests.test_resume import stop_at

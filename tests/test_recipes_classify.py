@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.config import parse, read_yaml
+from eva_mim.core.settings import parse, read_yaml
+from eva_mim.data.class_lists import layout_classes, positions
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.handover import read_parent, seed_trunk
-from eva_mim.labels import layout_classes, positions
-from eva_mim.optim import lr_at, parameter_groups, rates_at
+from eva_mim.optim.groups import parameter_groups
+from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.weights.handover import read_parent, seed_trunk
 from finetune.classify import StageRecipe
 from finetune.probe import StageRecipe as ProbeRecipe
 from tests.conftest import REPOSITORY

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eva_mim import reevaluate
+from eva_mim.commands import evaluate as reevaluate
+from eva_mim.data.class_lists import layout_classes
 from eva_mim.data.views import to_tensor
-from eva_mim.export import write_timm
-from eva_mim.labels import layout_classes
 from eva_mim.students import ClassifierSettings
 from eva_mim.students.classifier import Classifier
+from eva_mim.weights.export import write_timm
 from tests.conftest import make_folder
 from tests.tiny import CLASSIFY, finish, python, records, run, write_recipe
 

@@ -1,4 +1,4 @@
-"""What every entry of the registry owes: the contracts of `eva_mim.contracts`, checked on tiny real parts."""
+"""What every entry of the registry owes: the contracts of `eva_mim.core.contracts`, checked on tiny real parts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eva_mim import registry
-from eva_mim.config import UserError
-from eva_mim.contracts import Engine, Features, Sample, Source, Teacher
+from eva_mim.core import registry
+from eva_mim.core.contracts import Engine, Features, Sample, Source, Teacher
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json
+from eva_mim.core.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, lookup
 from eva_mim.data import ColumnSettings, DataSettings, SceneSettings
-from eva_mim.files import write_json
-from eva_mim.recipe import Recipe
-from eva_mim.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, lookup
+from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.teachers import TeacherSettings, build_teacher

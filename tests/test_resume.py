@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eva_mim import checkpoint
 from eva_mim.cli import main
+from eva_mim.core import run_folder as checkpoint
 from tests.conftest import make_folder, picture, png
 from tests.tiny import CLASSIFY, CLIP, MIM, command, environment, losses, records, run, write_recipe
 

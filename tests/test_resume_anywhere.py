@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eva_mim.checkpoint import folder_of
+from eva_mim.core.run_folder import folder_of
 from tests.test_stability import poisoned
 from tests.tiny import MIM, losses, records, run, write_recipe
 

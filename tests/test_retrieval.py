@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eva_mim import retrieval as module
-from eva_mim.retrieval import nearest, retrieval
+from eva_mim.evaluate import retrieval as module
+from eva_mim.evaluate.retrieval import nearest, retrieval
 from tests.conftest import REPOSITORY
 from tests.tiny import environment
 

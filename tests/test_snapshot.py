@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eva_mim import snapshot
-from eva_mim.checkpoint import MANIFEST, folder_of, is_whole, latest, read_manifest
-from eva_mim.config import UserError
-from eva_mim.contracts import Part
-from eva_mim.convert.writing import stream_safetensors
-from eva_mim.files import sha256
+from eva_mim.core.contracts import Part
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256
+from eva_mim.core.run_folder import MANIFEST, folder_of, is_whole, latest, read_manifest
+from eva_mim.run import checkpoints as snapshot
+from eva_mim.weights.files.write import stream_safetensors
 from tests import tiny
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eva_mim.contracts import Rates
+from eva_mim.core.contracts import Rates
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.stability import SPIKE_PATIENCE, Detours, SkipStreak, SpikeAlarm
+from eva_mim.run.stability import SPIKE_PATIENCE, Detours, SkipStreak, SpikeAlarm
 from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, losses, python, records, write_recipe
 
 BATCH, SAMPLES = 24, 96
@@ -131,7 +131,7 @@ def test_loss_scale_moves_like_deepspeeds_own(monkeypatch: pytest.MonkeyPatch) -
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    from eva_mim.engine.step import SCALE_HYSTERESIS, SCALE_LEAST, SCALE_START, SCALE_WINDOW, LossScale
+    from eva_mim.engine.loss_scale import SCALE_HYSTERESIS, SCALE_LEAST, SCALE_START, SCALE_WINDOW, LossScale
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # it speaks on rank 0, of a group that is not there
     theirs = DynamicLossScaler(
@@ -155,7 +155,8 @@ def test_loss_scale_moves_like_deepspeeds_own(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_update_ratio_is_the_distance_that_the_weights_move() -> None:
-    from eva_mim.engine.step import WatchedAdamW, set_rates
+    from eva_mim.engine.base import set_rates
+    from eva_mim.optim.optimizers import WatchedAdamW
 
     torch.manual_seed(0)
     weights = [torch.randn(7, 5, requires_grad=True), torch.randn(5, requires_grad=True)]

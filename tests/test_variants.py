@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eva_mim.accuracy import Accuracy, as_csv, as_table, count
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Sample
-from eva_mim.labels import layout_classes
-from eva_mim.variants import Variant, columns, open_variant
+from eva_mim.core.contracts import Batch, Sample
+from eva_mim.core.errors import UserError
+from eva_mim.data.class_lists import layout_classes
+from eva_mim.evaluate.accuracy import Accuracy, as_csv, as_table, count
+from eva_mim.evaluate.imagenet import Variant, columns, open_variant
 from tests.conftest import picture, png
 
 ONE_K = layout_classes("imagenet-1k")

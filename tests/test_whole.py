@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
-from eva_mim.config import UserError
-from eva_mim.pixels import normalise
-from eva_mim.recipe import HandOverSettings
+from eva_mim.core.errors import UserError
 from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
-from eva_mim.whole import seed_whole, with_text_of
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights import HandOverSettings
+from eva_mim.weights.clip import seed_whole, with_text_of
 from pretrain.clip import StageRecipe
 from tests.students.tiny_towers import clip_folder, clip_settings, pairs
 from tests.tiny import CLIP, run, write_recipe

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from eva_mim import reevaluate
-from eva_mim.config import UserError
-from eva_mim.data.names import imagenet_names
+from eva_mim.commands import evaluate as reevaluate
+from eva_mim.core.errors import UserError
+from eva_mim.data.class_lists import class_id, layout_of
+from eva_mim.data.prompts import imagenet_names
 from eva_mim.data.views import to_tensor
-from eva_mim.labels import class_id, layout_of
-from eva_mim.pixels import normalise
+from eva_mim.evaluate.zeroshot import ZeroShot, named_classes
 from eva_mim.students import ClipSettings
 from eva_mim.students.clip import ClipStudent
-from eva_mim.zeroshot import ZeroShot, named_classes
+from eva_mim.trunks.pixels import normalise
 from tests.conftest import make_folder
 from tests.students.tiny_towers import clip_folder
 from tests.test_reevaluate import rows

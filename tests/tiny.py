@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from eva_mim import snapshot
-from eva_mim.checkpoint import folder_of
-from eva_mim.contracts import Part
+from eva_mim.core.contracts import Part
+from eva_mim.core.run_folder import folder_of
+from eva_mim.run import checkpoints as snapshot
 from tests import forked
 from tests.conftest import REPOSITORY
 

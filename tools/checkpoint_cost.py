@@ -23,13 +23,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import eva_mim.students.small  # noqa: F401
-from eva_mim import snapshot
-from eva_mim.contracts import Part, Rates, StepOutput
-from eva_mim.convert.writing import bytes_of
-from eva_mim.distributed import pick_device
+import eva_mim.trunks.small  # noqa: F401
+from eva_mim.core.contracts import Part, Rates, StepOutput
+from eva_mim.core.distributed import pick_device
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
+from eva_mim.run import checkpoints as snapshot
+from eva_mim.weights.files.write import bytes_of
 
 
 class Student(nn.Module):

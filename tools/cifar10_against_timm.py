@@ -24,13 +24,13 @@ from pathlib import Path
 
 import yaml
 
-from eva_mim.config import override, parse, read_yaml
+from eva_mim.core.settings import override, parse, read_yaml
 from finetune.classify import StageRecipe
 
 RECIPE = "configs/classify/cifar10_target.yaml"
 PHOTOGRAPHS, SHORT, LONG = 50_000, 3, 9
 """Training images; epochs of the recipe; 5 masked, 1 broad and 3 target epochs of the chain."""
-WRAPPER = "import eva_mim.students.small, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+WRAPPER = "import eva_mim.trunks.small, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 TOP1 = r"(?:held out.*top1|Best metric:) ([\d.]+)"
 RATE = r"(?: ([\d.]+) images/s|\(100%\)\].*?\([\d. ]+s, +([\d.]+)/s\))"
 """In the logs of both loops: images/s of a window of ours (evaluations left out), or of a whole epoch of timm's."""

@@ -23,10 +23,10 @@ import timm
 import torch
 from torch import Tensor
 
-from eva_mim.convert.deferred import Deferred
-from eva_mim.convert.names import to_eva
-from eva_mim.convert.tables import Rope
-from eva_mim.convert.writing import write_torch
+from eva_mim.weights.files.lazy import Deferred
+from eva_mim.weights.files.write import write_torch
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.eva import to_eva
 
 
 def on_meta(name: str, depth: int) -> dict[str, Tensor]:

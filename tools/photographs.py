@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from eva_mim.data_commands.index import every_split, read_data
+from eva_mim.commands.data.index import every_split, read_data
 
 
 def main(argv: list[str] | None = None) -> int:

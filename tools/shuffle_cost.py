@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eva_mim.contracts import Blocks
+from eva_mim.core.contracts import Blocks
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.shards import MAX_OPEN, cut_shards
+from eva_mim.data.sources.shards import MAX_OPEN, cut_shards
 
 WORKERS, BATCH = 8, 1024
 

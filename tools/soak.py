@@ -31,7 +31,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from eva_mim import snapshot
+from eva_mim.run import checkpoints as snapshot
 
 RECIPE: dict[str, Any] = {
     "data": {"source": "scenes", "scenes": {"size": 32, "train": 240, "val": 48, "labels": "coarse"}, "workers": 0},

@@ -18,14 +18,14 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Grid
-from eva_mim.convert.candidates import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search
 from eva_mim.convert.compose import clip_config, side, timm_keywords
-from eva_mim.convert.describe import Description
-from eva_mim.convert.families import Family
-from eva_mim.convert.tables import Rope
-from eva_mim.convert.told import Pixels, Told, Wanted, bounded, plain, read_clip_config, read_told
+from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files.sidecar import Description
+from eva_mim.weights.hints import Pixels, Told, Wanted, bounded, plain, read_clip_config, read_told
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.families import Family
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from eva_mim.config import UserError
-from eva_mim.convert.layout import Shape
-from eva_mim.convert.told import Wanted
+from eva_mim.core.errors import UserError
+from eva_mim.weights.hints import Wanted
+from eva_mim.weights.names.layout import Shape
 
 BASES = {"Eva": "eva_giant_patch14_224", "VisionTransformer": "vit_base_patch16_224", "Beit": "beit_base_patch16_224"}
 """Class of timm -> an architecture of it that sets little more than sizes: LayerNorm eps 1e-6 and exact GELU stay."""

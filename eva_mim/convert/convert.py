@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from eva_mim import __version__
-from eva_mim.config import UserError
-from eva_mim.contracts import Grid
 from eva_mim.convert.architecture import find_architecture
-from eva_mim.convert.describe import Description
-from eva_mim.convert.families import detect
-from eva_mim.convert.keys import OUTSIDE
-from eva_mim.convert.names import NormRule, with_norm
-from eva_mim.convert.proof import Proof, prove
-from eva_mim.convert.report import KeyReport
-from eva_mim.convert.resize import CLASS_ROWS, KernelRule, PositionRule, resize_trunk
-from eva_mim.convert.source import Source, content_hash, read_source, trunk_of
 from eva_mim.convert.targets import FORMATS, Format, Model
-from eva_mim.files import sha256, write_json
+from eva_mim.convert.verify import Proof, prove
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256, write_json
+from eva_mim.core.report import KeyReport
+from eva_mim.weights.files.sidecar import Description
+from eva_mim.weights.names.eva import NormRule, with_norm
+from eva_mim.weights.names.families import detect
+from eva_mim.weights.names.name_tables import OUTSIDE
+from eva_mim.weights.names.translate import Source, content_hash, read_source, trunk_of
+from eva_mim.weights.resize import CLASS_ROWS, KernelRule, PositionRule, resize_trunk
 
 LIBRARIES = ("torch", "timm", "open_clip_torch", "safetensors")
 WHOLE = "open_clip_model"

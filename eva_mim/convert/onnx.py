@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
 from eva_mim.convert.parity import outputs
+from eva_mim.core.errors import UserError
 
 OPSET = 20
 """The first with Gelu as one operator; below it the exporter writes the formula."""

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
 
-from eva_mim.config import UserError, few
-from eva_mim.contracts import Bands
-from eva_mim.convert.deferred import real
+from eva_mim.core.contracts import Bands
+from eva_mim.core.errors import UserError
+from eva_mim.core.rng import derive
+from eva_mim.core.settings import few
 from eva_mim.data import SceneSettings
-from eva_mim.data.folder import FolderSource
-from eva_mim.data.scenes import SceneSource
+from eva_mim.data.sources.folder import FolderSource
+from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import to_tensor
-from eva_mim.rng import derive
+from eva_mim.weights.files.lazy import real
 
 BOUNDS = {"float32": 2e-5, "float64": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """dtype of the result -> largest difference, over the source's largest absolute value.

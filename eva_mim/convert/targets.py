@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
 from eva_mim.convert.architecture import Architecture
-from eva_mim.convert.deferred import real
-from eva_mim.convert.families import Family, detect
-from eva_mim.convert.huggingface import preprocessor, to_transformers
-from eva_mim.convert.names import to_eva
 from eva_mim.convert.onnx import export
-from eva_mim.convert.openai import timm_to_openai, to_openai
 from eva_mim.convert.parity import unloaded
-from eva_mim.convert.report import KeyReport
-from eva_mim.convert.tables import Rope
-from eva_mim.convert.writing import write_safetensors, write_torch
-from eva_mim.files import write_json
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json
+from eva_mim.core.report import KeyReport
+from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.write import write_safetensors, write_torch
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.eva import to_eva
+from eva_mim.weights.names.families import Family, detect
+from eva_mim.weights.names.huggingface import preprocessor, to_transformers
+from eva_mim.weights.names.openai import timm_to_openai, to_openai
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 PRE_NORM = "norm_pre.weight"

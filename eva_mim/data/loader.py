@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Bands, Batch, Sample, Source
+from eva_mim.core.contracts import Bands, Batch, Sample, Source
+from eva_mim.core.distributed import rank, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.rng import derive
+from eva_mim.core.timing import phase
 from eva_mim.data.masking import Mask
-from eva_mim.data.names import filled
+from eva_mim.data.prompts import filled
 from eva_mim.data.quarantine import Quarantined
 from eva_mim.data.sampler import GlobalOrder, Place
-from eva_mim.distributed import rank, world_size
-from eva_mim.log import say
-from eva_mim.phases import phase
-from eva_mim.rng import derive
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Grid
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 
 ATTEMPTS = 10

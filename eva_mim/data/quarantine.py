@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Source
-from eva_mim.files import write_json
-from eva_mim.log import say
+from eva_mim.core.contracts import Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json
+from eva_mim.core.log import say
 
 FORMAT = "eva-mim quarantine 1"
 MAX_BYTES = 2**28

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Blocks
-from eva_mim.data.index import Column, narrow
-from eva_mim.rng import derive
+from eva_mim.core.contracts import Blocks
+from eva_mim.core.errors import UserError
+from eva_mim.core.rng import derive
+from eva_mim.data.sources.index import Column, narrow
 
 MAX_ROUND = 1_000_000
 """Positions after which the turns of a mixture's parts repeat, at most: its table of turns is held in memory."""

@@ -16,11 +16,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Bands
+from eva_mim.core.contracts import Bands
+from eva_mim.core.errors import UserError
+from eva_mim.core.rng import isolated
+from eva_mim.core.timing import phase
 from eva_mim.data import ViewSettings
-from eva_mim.phases import phase
-from eva_mim.rng import isolated
 
 CROP_TRIES = 10
 """Random boxes tried before the centre is taken (torchvision's RandomResizedCrop)."""

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from eva_mim.config import Settings
+from eva_mim.core.registry import ENGINES, lookup
+from eva_mim.core.settings import Settings
 from eva_mim.optim import OptimSettings
-from eva_mim.registry import ENGINES, lookup
 
 
 class RunSettings(Settings):

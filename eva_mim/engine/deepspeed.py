@@ -15,23 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.contracts import Batch, Part, Rates, StepOutput, Task
-from eva_mim.distributed import is_main, local_rank, rank, world_size
+from eva_mim.core.contracts import Batch, Part, Rates, StepOutput, Task
+from eva_mim.core.distributed import is_main, local_rank, rank, world_size
+from eva_mim.core.timing import phase
 from eva_mim.engine import RunSettings
-from eva_mim.engine.holdings import Holdings
-from eva_mim.engine.step import (
-    LossScale,
-    autocast,
-    build_optimizer,
-    clip_and_step,
-    conclude,
-    loss_weights,
-    low_precision,
-    set_rates,
-    telling,
-)
-from eva_mim.optim import OptimSettings, check_sharding, parameter_groups
-from eva_mim.phases import phase
+from eva_mim.engine.base import autocast, clip_and_step, conclude, loss_weights, low_precision, set_rates, telling
+from eva_mim.engine.loss_scale import LossScale
+from eva_mim.engine.state import Holdings
+from eva_mim.optim import OptimSettings, check_sharding
+from eva_mim.optim.groups import parameter_groups
+from eva_mim.optim.optimizers import build_optimizer
 
 
 class DeepSpeedEngine:
@@ -90,7 +83,7 @@ class DeepSpeedEngine:
         self._optimizer.torch_autocast_gradscaler = None
         self._zero, self._device = run.zero_stage, device
         self.module: nn.Module = self._engine.module
-        from eva_mim.engine.fragments import Fragments
+        from eva_mim.engine.sharded_state import Fragments
 
         whole = self.module, self._watched, self._scale
         self._holdings = Fragments(*whole, self._optimizer, run.zero_stage) if run.zero_stage else Holdings(*whole)

@@ -9,23 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Part, Rates, StepOutput, Task
-from eva_mim.distributed import world_size
+from eva_mim.core.contracts import Batch, Part, Rates, StepOutput, Task
+from eva_mim.core.distributed import world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.timing import phase
 from eva_mim.engine import RunSettings
-from eva_mim.engine.holdings import Holdings
-from eva_mim.engine.step import (
-    LossScale,
-    autocast,
-    build_optimizer,
-    clip_and_step,
-    conclude,
-    loss_weights,
-    set_rates,
-    telling,
-)
-from eva_mim.optim import OptimSettings, parameter_groups
-from eva_mim.phases import phase
+from eva_mim.engine.base import autocast, clip_and_step, conclude, loss_weights, set_rates, telling
+from eva_mim.engine.loss_scale import LossScale
+from eva_mim.engine.state import Holdings
+from eva_mim.optim import OptimSettings
+from eva_mim.optim.groups import parameter_groups
+from eva_mim.optim.optimizers import build_optimizer
 
 
 class LocalEngine:

@@ -9,10 +9,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from eva_mim.distributed import all_reduce_sum, world_size
-from eva_mim.pixels import normalise
+from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.students import ClassifierSettings
-from eva_mim.students.trunk import build_trunk, has_tokens, input_size, mean_std
+from eva_mim.trunks.create import build_trunk, has_tokens, input_size, mean_std
+from eva_mim.trunks.pixels import normalise
 
 
 class Classifier(nn.Module):

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from eva_mim.config import UserError
-from eva_mim.pixels import normalise
-from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings, Tower
-from eva_mim.students.trunk import build_trunk, mean_std, scale_patch_gradient
+from eva_mim.core.errors import UserError
+from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings
+from eva_mim.trunks import Tower
+from eva_mim.trunks.create import build_trunk, mean_std, scale_patch_gradient
+from eva_mim.trunks.pixels import normalise
 
 TEXT_LAYERS = {"stem": r"^(?:token|positional)_embedding", "blocks": r"^transformer\.resblocks\.(\d+)"}
 """Layers of open_clip's text tower; final norm and projection are at the top (EVA-CLIP/rei/training/optim.py)."""

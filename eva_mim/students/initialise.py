@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.students import InitSettings
 
 TOKENS = {"pos_embed", "cls_token", "reg_token", "mask_token"}

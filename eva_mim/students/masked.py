@@ -11,11 +11,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Grid
-from eva_mim.pixels import normalise
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
 from eva_mim.students import MaskedSettings
-from eva_mim.students.trunk import build_trunk, input_size, mean_std
+from eva_mim.trunks.create import build_trunk, input_size, mean_std
+from eva_mim.trunks.pixels import normalise
+from eva_mim.trunks.positions import sincos_table
 
 
 class PatchStudent(nn.Module):
@@ -111,13 +112,3 @@ class MaskedStudent(PatchStudent):
         return prediction
 
 
-def sincos_table(grid: Grid, width: int, prefix: int) -> Tensor:
-    """[1, prefix + N, width] fixed positions: a quarter of the channels each for sine and cosine of the column, then of the
-    row, at wavelengths from 2 pi up to 10000 * 2 pi patches; rows of zeros for class and register tokens (MAE, appendix A.1)."""
-    assert width % 4 == 0, width
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    angles = [place.reshape(-1, 1) * frequency for place in (column, row)]
-    patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return torch.cat([torch.zeros(prefix, width), patches.float()])[None]

@@ -10,9 +10,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.students import MaskedSettings
-from eva_mim.students.masked import MaskedStudent, PatchStudent, sincos_table
+from eva_mim.students.masked import MaskedStudent, PatchStudent
+from eva_mim.trunks.positions import sincos_table
 
 
 class MaskCounts(Protocol):

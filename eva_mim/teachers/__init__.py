@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from eva_mim.config import Settings
-from eva_mim.registry import TEACHERS, lookup
+from eva_mim.core.registry import TEACHERS, lookup
+from eva_mim.core.settings import Settings
 
 if TYPE_CHECKING:
-    from eva_mim.contracts import Teacher
+    from eva_mim.core.contracts import Teacher
 
 
 class TeacherSettings(Settings):

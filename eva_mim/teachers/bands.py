@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Features, Teacher
+from eva_mim.core.contracts import Features, Teacher
+from eva_mim.core.errors import UserError
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Features, Grid
-from eva_mim.kernels import choose_kernels
-from eva_mim.pixels import normalise
+from eva_mim.core.contracts import Features, Grid
+from eva_mim.core.errors import UserError
+from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.pixels import normalise
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings

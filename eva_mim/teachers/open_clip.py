@@ -12,9 +12,9 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
 from torch import Tensor
 
-import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
-from eva_mim.config import UserError
-from eva_mim.contracts import Features
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.core.contracts import Features
+from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
 from eva_mim.teachers.trunk import read_trunk
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from eva_mim.config import UserError, digest
-from eva_mim.contracts import Features, Grid
-from eva_mim.pixels import normalise
+from eva_mim.core.contracts import Features, Grid
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import digest
 from eva_mim.teachers.frozen import block_index, with_projection
+from eva_mim.trunks.pixels import normalise
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 
-import eva_mim.students.small  # noqa: F401  (makes our small architectures known to timm)
-from eva_mim.config import UserError
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import FrozenTeacher
 from eva_mim.teachers.trunk import read_trunk
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Features, Grid
+from eva_mim.core.contracts import Features, Grid
+from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import Reading, block_index, with_projection
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from eva_mim.convert.convert import Options, convert
-from eva_mim.convert.deferred import real
-from eva_mim.convert.source import read_source
+from eva_mim.weights.files.lazy import real
+from eva_mim.weights.names.translate import read_source
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, load
 

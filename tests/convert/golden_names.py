@@ -11,8 +11,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eva_mim.convert.families import Family
-from eva_mim.convert.tables import Rope
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.families import Family
 from tests.students.golden import below, load
 
 TOWERS: dict[str, dict[str, Any]] = {

@@ -17,9 +17,9 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eva_mim.convert.command import main
-from eva_mim.convert.names import to_eva
-from eva_mim.convert.tables import Rope
+from eva_mim.commands.convert import main
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.eva import to_eva
 
 SECONDS, MEMORY = 60, 2 * 2**30  # tells what ends from what does not, on slow machines too
 VIT: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}

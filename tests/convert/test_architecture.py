@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from eva_mim.config import UserError
 from eva_mim.convert.architecture import Architecture, find_architecture
-from eva_mim.convert.describe import Description, describe
-from eva_mim.convert.families import detect
-from eva_mim.convert.names import from_eva, visual_trunk
-from eva_mim.convert.openai import openai_to_timm
-from eva_mim.convert.resize import resize_trunk
-from eva_mim.convert.tables import Rope, rope_tables
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files.sidecar import Description, describe
+from eva_mim.weights.names.buffers import Rope, rope_tables
+from eva_mim.weights.names.eva import from_eva, visual_trunk
+from eva_mim.weights.names.families import detect
+from eva_mim.weights.names.openai import openai_to_timm
+from eva_mim.weights.resize import resize_trunk
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below
 

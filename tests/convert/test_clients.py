@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eva_mim.config import UserError
 from eva_mim.convert.convert import convert
+from eva_mim.core.errors import UserError
 from tests.conftest import picture
 from tests.convert.golden_files import (
     ANSWERS,

@@ -15,17 +15,17 @@ from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json, write_weights
 from eva_mim.data import MaskSettings
-from eva_mim.export import part, unpooled, write_timm
-from eva_mim.files import write_json, write_weights
-from eva_mim.handover import read_parent, seed_trunk
-from eva_mim.pixels import normalise
 from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.clip import ClipStudent, as_open_clip
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.students.visible import VisibleStudent
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.export import part, unpooled, write_timm
+from eva_mim.weights.handover import read_parent, seed_trunk
 from tests.convert.golden_files import close, converted, same
 from tests.convert.test_convert import drawn
 

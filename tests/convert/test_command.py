@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-import eva_mim.convert.command as command
+import eva_mim.commands.convert as command
 from eva_mim.cli import main
-from eva_mim.convert import parity, resize
+from eva_mim.convert import parity
 from eva_mim.convert.convert import Options
 from eva_mim.convert.targets import FORMATS
-from eva_mim.convert.writing import FLOATING
+from eva_mim.weights import resize
+from eva_mim.weights.files.write import FLOATING
 from tests.conftest import REPOSITORY
 from tests.convert.golden_files import golden, written
 

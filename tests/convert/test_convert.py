@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.config import UserError
-from eva_mim.convert.names import from_eva
 from eva_mim.convert.targets import FORMATS
+from eva_mim.core.errors import UserError
+from eva_mim.weights.names.eva import from_eva
 from tests.convert.golden_files import (
     CLIPS,
     GOLDEN,

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eva_mim.convert.command import main
-from eva_mim.convert.names import from_eva
+from eva_mim.commands.convert import main
+from eva_mim.weights.names.eva import from_eva
 from tests.convert.hostile import (
     CLIP_SIZES,
     VIT,

@@ -15,7 +15,7 @@ import timm
 import torch
 from open_clip.model import CLIP
 
-from eva_mim.convert.formats import MAX_HEADER, MAX_TENSORS
+from eva_mim.weights.files.formats import MAX_HEADER, MAX_TENSORS
 from tests.conftest import REPOSITORY
 from tests.convert.hostile import CLIP_SIZES, MEMORY, SECONDS, VIT, clip_folder, contents, keywords, timm_folder
 

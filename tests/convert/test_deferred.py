@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.config import UserError
-from eva_mim.convert.deferred import Deferred, deferred, real
-from eva_mim.convert.families import detect
-from eva_mim.convert.names import from_eva, from_stage, to_eva, unshare_relative, visual_trunk, with_norm
-from eva_mim.convert.openai import from_openai, openai_to_timm, to_openai
-from eva_mim.convert.reading import open_checkpoint
-from eva_mim.convert.resize import resize_trunk
-from eva_mim.convert.tensors import Entry
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files.lazy import Deferred, deferred, real
+from eva_mim.weights.files.read import open_checkpoint
+from eva_mim.weights.files.tensors import Entry
+from eva_mim.weights.names.eva import from_eva, from_stage, to_eva, unshare_relative, visual_trunk, with_norm
+from eva_mim.weights.names.families import detect
+from eva_mim.weights.names.openai import from_openai, openai_to_timm, to_openai
+from eva_mim.weights.resize import resize_trunk
 from tests.convert.golden_names import checkpoint
 from tests.convert.test_names import EVA
 from tests.students.golden import below

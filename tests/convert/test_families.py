@@ -14,12 +14,12 @@ from open_clip.model import CustomTextCLIP
 from timm.models.eva import Eva
 from torch import Tensor
 
-from eva_mim.config import UserError
-from eva_mim.convert.families import Family, Text, detect
-from eva_mim.convert.keys import RESBLOCK
-from eva_mim.convert.names import from_eva
+from eva_mim.core.errors import UserError
 from eva_mim.students import MaskedSettings
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.weights.names.eva import from_eva
+from eva_mim.weights.names.families import Family, Text, detect
+from eva_mim.weights.names.name_tables import RESBLOCK
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below
 

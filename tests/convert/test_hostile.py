@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eva_mim.config import UserError
-from eva_mim.convert.formats import MAX_TENSORS
-from eva_mim.convert.reading import open_checkpoint
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files.formats import MAX_TENSORS
+from eva_mim.weights.files.read import open_checkpoint
 from tests.conftest import REPOSITORY
 
 TENSORS = {"a": torch.arange(300.0), "b.weight": torch.ones(2, 3), "b.bias": torch.zeros(3, dtype=torch.float16)}
@@ -266,7 +266,7 @@ def test_as_many_tensors_as_allowed(tmp_path: Path, kind: str, count: int) -> No
         text = ",".join(one % (number, 4 * number, 4 * number + 4) for number in range(count))
         header(path, f"{{{text}}}", numbers.numpy().tobytes())
     code = (
-        "import sys\nfrom eva_mim.convert.reading import open_checkpoint\nopened = open_checkpoint(sys.argv[1])\n"
+        "import sys\nfrom eva_mim.weights.files.read import open_checkpoint\nopened = open_checkpoint(sys.argv[1])\n"
         "assert len(opened) == int(sys.argv[2]) and 'torch' not in sys.modules\n"
         "assert opened.entries['blocks.1234.weight'].shape == (1,)\n"
     )

@@ -18,10 +18,13 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
-from eva_mim.convert.deferred import Deferred, deferred, real
-from eva_mim.convert.families import detect
-from eva_mim.convert.huggingface import (
+from eva_mim.convert.parity import outputs as our_outputs
+from eva_mim.convert.parity import streamed, unloaded
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files.lazy import Deferred, deferred, real
+from eva_mim.weights.files.read import open_checkpoint
+from eva_mim.weights.names.families import detect
+from eva_mim.weights.names.huggingface import (
     build,
     for_module,
     from_transformers,
@@ -30,9 +33,6 @@ from eva_mim.convert.huggingface import (
     read_preprocessor,
     to_transformers,
 )
-from eva_mim.convert.parity import outputs as our_outputs
-from eva_mim.convert.parity import streamed, unloaded
-from eva_mim.convert.reading import open_checkpoint
 
 transformers = pytest.importorskip("transformers")
 TRUNK: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eva_mim.cli import main
-from eva_mim.files import sha256, write_json, write_weights
+from eva_mim.core.files import sha256, write_json, write_weights
 from tests.conftest import REPOSITORY
 
 
@@ -21,9 +21,9 @@ def stage(out: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """The folder of a finished stage, written by the functions that write it in a run."""
     import timm
 
-    from eva_mim.export import write_timm
-    from eva_mim.students import TrunkSettings
-    from eva_mim.students import small as small
+    from eva_mim.trunks import TrunkSettings
+    from eva_mim.trunks import small as small
+    from eva_mim.weights.export import write_timm
 
     torch.manual_seed(0)
     trunk = timm.create_model("vit_nano_patch4_32", num_classes=0)

@@ -16,25 +16,17 @@ from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor
 from torch.nn import LayerNorm
 
-from eva_mim.config import UserError
-from eva_mim.convert.families import detect
-from eva_mim.convert.names import (
-    Converted,
-    from_eva,
-    from_stage,
-    to_eva,
-    unshare_relative,
-    visual_trunk,
-    with_norm,
-)
-from eva_mim.convert.openai import from_openai, openai_to_timm, to_openai
-from eva_mim.convert.reading import open_checkpoint
-from eva_mim.convert.resize import resize_positions, resize_trunk
-from eva_mim.convert.tables import Rope
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.students.visible import VisibleStudent
+from eva_mim.weights.files.read import open_checkpoint
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.eva import Converted, from_eva, from_stage, to_eva, unshare_relative, visual_trunk, with_norm
+from eva_mim.weights.names.families import detect
+from eva_mim.weights.names.openai import from_openai, openai_to_timm, to_openai
+from eva_mim.weights.resize import resize_positions, resize_trunk
 from tests.convert.golden_names import checkpoint, classifier, clip
 from tests.students.golden import below, pixels
 

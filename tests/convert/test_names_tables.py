@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eva_mim.convert.tables import Rope, read_rope, relative_position_index, rope_tables
+from eva_mim.weights.names.buffers import Rope, read_rope, relative_position_index, rope_tables
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (16, 16), (6, 4)])

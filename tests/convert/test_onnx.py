@@ -15,11 +15,11 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-import eva_mim.students.small  # noqa: F401
-from eva_mim.config import UserError
+import eva_mim.trunks.small  # noqa: F401
 from eva_mim.convert import onnx as ours
 from eva_mim.convert.onnx import export, runner
 from eva_mim.convert.parity import BOUNDS, compare, outputs, sample_tokens
+from eva_mim.core.errors import UserError
 from tests.convert.test_parity import OPENAI, SMALL, TEXT, TIMM, drawn, swapped
 
 onnx = pytest.importorskip("onnx")

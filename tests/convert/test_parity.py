@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-import eva_mim.students.small  # noqa: F401
-from eva_mim.config import UserError
+import eva_mim.trunks.small  # noqa: F401
 from eva_mim.convert import parity
-from eva_mim.convert.deferred import deferred
 from eva_mim.convert.parity import BOUNDS, compare, outputs, sample_images, sample_tokens, streamed, unloaded
-from eva_mim.convert.reading import open_checkpoint
+from eva_mim.core.errors import UserError
 from eva_mim.data import SceneSettings
-from eva_mim.data.scenes import SceneSource
+from eva_mim.data.sources.scenes import SceneSource
+from eva_mim.weights.files.lazy import deferred
+from eva_mim.weights.files.read import open_checkpoint
 from tests.conftest import picture, png
 
 Build = Callable[[], Any]

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eva_mim import checkpoint, snapshot
-from eva_mim.config import UserError
-from eva_mim.convert.known import HARMLESS
-from eva_mim.convert.reading import Checkpoint, open_checkpoint
-from eva_mim.files import write_json, write_weights
+from eva_mim.core import run_folder as checkpoint
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json, write_weights
+from eva_mim.run import checkpoints as snapshot
+from eva_mim.weights.files.allowlist import HARMLESS
+from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from tests import tiny
 
 WEIGHTS = {

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eva_mim.convert.convert as convert_module
-import eva_mim.convert.source as source_module
 import eva_mim.convert.targets as targets_module
-from eva_mim.config import UserError
+import eva_mim.weights.names.translate as source_module
 from eva_mim.convert.convert import Options, convert
-from eva_mim.convert.deferred import real
-from eva_mim.convert.names import Converted
 from eva_mim.convert.parity import sample_images
-from eva_mim.pixels import normalise
+from eva_mim.core.errors import UserError
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.files.lazy import real
+from eva_mim.weights.names.eva import Converted
 from tests.conftest import REPOSITORY, make_folder
 from tests.convert.golden_files import CLIPS, clip_config, converted, golden, known_to_open_clip, written
 from tests.convert.test_convert import left, opened

@@ -11,8 +11,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.config import UserError
-from eva_mim.convert.resize import (
+from eva_mim.core.errors import UserError
+from eva_mim.weights.resize import (
     DECOUPLED_RATIO,
     resize_patch_kernel,
     resize_positions,

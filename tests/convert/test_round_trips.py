@@ -19,15 +19,15 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from eva_mim.convert.deferred import deferred, real
-from eva_mim.convert.families import detect
-from eva_mim.convert.huggingface import build, for_module, from_transformers, to_transformers
-from eva_mim.convert.names import TRUNK, from_eva, from_stage, to_eva, visual_trunk
-from eva_mim.convert.openai import from_openai, openai_to_timm, to_openai
 from eva_mim.convert.parity import unloaded
-from eva_mim.convert.reading import open_checkpoint
-from eva_mim.convert.tables import Rope
-from eva_mim.convert.writing import write_safetensors, write_torch
+from eva_mim.weights.files.lazy import deferred, real
+from eva_mim.weights.files.read import open_checkpoint
+from eva_mim.weights.files.write import write_safetensors, write_torch
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.eva import TRUNK, from_eva, from_stage, to_eva, visual_trunk
+from eva_mim.weights.names.families import detect
+from eva_mim.weights.names.huggingface import build, for_module, from_transformers, to_transformers
+from eva_mim.weights.names.openai import from_openai, openai_to_timm, to_openai
 
 Shapes = dict[str, tuple[int, ...]]
 

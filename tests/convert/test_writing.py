@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eva_mim.config import UserError
-from eva_mim.convert import writing
-from eva_mim.convert.deferred import Deferred, deferred
-from eva_mim.convert.reading import open_checkpoint
-from eva_mim.convert.writing import FLOATING, write_safetensors, write_torch
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files import write as writing
+from eva_mim.weights.files.lazy import Deferred, deferred
+from eva_mim.weights.files.read import open_checkpoint
+from eva_mim.weights.files.write import FLOATING, write_safetensors, write_torch
 from tests.conftest import REPOSITORY
 
 DRAWN = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.config import UserError
-from eva_mim.convert.reading import open_checkpoint
+from eva_mim.core.errors import UserError
+from eva_mim.weights.files.read import open_checkpoint
 from tests.convert.test_reading import same
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -10,9 +10,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import eva_mim.students.small  # noqa: F401
-from eva_mim.contracts import Rates, StepOutput
-from eva_mim.distributed import is_main, leave_group, setup
+import eva_mim.trunks.small  # noqa: F401
+from eva_mim.core.contracts import Rates, StepOutput
+from eva_mim.core.distributed import is_main, leave_group, setup
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
 

@@ -7,7 +7,7 @@ import signal
 
 from PIL import Image
 
-from eva_mim.contracts import Sample
+from eva_mim.core.contracts import Sample
 
 
 class Deadly:

@@ -21,15 +21,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from eva_mim.cli import main
-from eva_mim.config import UserError, parse
-from eva_mim.contracts import Bands
+from eva_mim.core.contracts import Bands
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import parse
 from eva_mim.data import RGB, Pixels, ViewSettings
-from eva_mim.data.decode import decoded, header, planes
-from eva_mim.data.folder import FolderSource, open_folder
-from eva_mim.data.lists import open_list
-from eva_mim.data.shards import ShardSource, open_shards
+from eva_mim.data.sources.decode import decoded, header, planes
+from eva_mim.data.sources.folder import FolderSource, open_folder
+from eva_mim.data.sources.lists import open_list
+from eva_mim.data.sources.shards import ShardSource, open_shards
 from eva_mim.data.views import EvalView, TrainView
-from eva_mim.pixels import normalise
+from eva_mim.trunks.pixels import normalise
 from finetune.classify import StageRecipe as ClassifyRecipe
 from pretrain.clip import StageRecipe as ClipRecipe
 from pretrain.mim import StageRecipe as MimRecipe

@@ -13,17 +13,18 @@ import open_clip
 import pytest
 import torch
 
-from eva_mim.config import UserError, parse
-from eva_mim.contracts import Sample, Source
+from eva_mim.core.contracts import Sample, Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings, ViewSettings
-from eva_mim.data.captions import CaptionFile
+from eva_mim.data.class_lists import spoken
 from eva_mim.data.loader import EvalLoader, Preparation, TrainLoader
-from eva_mim.data.names import prompt_templates
+from eva_mim.data.prompts import prompt_templates
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.shards import open_shards
-from eva_mim.data.splits import open_splits
+from eva_mim.data.sources.captions import CaptionFile
+from eva_mim.data.sources.shards import open_shards
+from eva_mim.data.subset import open_splits
 from eva_mim.data.views import EvalView, TrainView
-from eva_mim.labels import spoken
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.data.test_loader import tokenize
 from tests.data.test_sources import folder, shards

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Source
+from eva_mim.core.contracts import Batch, Source
+from eva_mim.core.errors import UserError
 from eva_mim.data import ColumnSettings, DataSettings
-from eva_mim.data.lists import open_list
 from eva_mim.data.loader import EvalLoader, Preparation
+from eva_mim.data.sources.lists import open_list
 from eva_mim.data.views import EvalView
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.data.test_loader import loader, preparation
@@ -75,7 +75,7 @@ def test_a_mount_that_vanishes_stops_the_run_and_is_named(tmp_path: Path, kind: 
 @BOTH
 def test_shards_that_vanish_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """Those that are open can still be read; here every read opens another."""
-    monkeypatch.setattr("eva_mim.data.shards.MAX_OPEN", 1)
+    monkeypatch.setattr("eva_mim.data.sources.shards.MAX_OPEN", 1)
     root = tmp_path / "mount"
     for number in range(10):
         make_shards(root, f"{number}.tar", count=4, first=4 * number)
@@ -184,7 +184,7 @@ def test_a_shard_that_changes_in_mid_run_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, workers: int
 ) -> None:
     """Its offsets are those of the old file: going on would train on whatever lies there now."""
-    monkeypatch.setattr("eva_mim.data.shards.MAX_OPEN", 1)  # or one that is replaced would stay open as it was
+    monkeypatch.setattr("eva_mim.data.sources.shards.MAX_OPEN", 1)  # or one that is replaced would stay open as it was
     for number in range(3):
         make_shards(tmp_path, f"{number}.tar", count=8, first=8 * number)
 

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 from eva_mim.cli import main
-from eva_mim.config import UserError, digest
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import digest
 from eva_mim.data import ColumnSettings, DataSettings
-from eva_mim.data import shards as shards_module
-from eva_mim.data.decode import SUFFIXES
-from eva_mim.data.folder import FolderSource
-from eva_mim.data.index import Content, Index, Texts, cache_folder, read_index, write_index
-from eva_mim.data.lists import open_list
-from eva_mim.data.shards import ShardSource
-from eva_mim.data.splits import AllBut, Selected, open_splits
+from eva_mim.data.sources import shards as shards_module
+from eva_mim.data.sources.decode import SUFFIXES
+from eva_mim.data.sources.folder import FolderSource
+from eva_mim.data.sources.index import Content, Index, Texts, cache_folder, read_index, write_index
+from eva_mim.data.sources.lists import open_list
+from eva_mim.data.sources.shards import ShardSource
+from eva_mim.data.subset import AllBut, Selected, open_splits
 from tests.conftest import REPOSITORY, make_folder, make_shards, picture, png, write_tar
 from tests.tiny import environment, write_recipe
 
@@ -182,7 +183,7 @@ def test_long_work_says_how_far_it_has_come(
     many = [make_shards(tmp_path / "s", f"{number}.tar", count=1, first=number) for number in range(9)]
     ShardSource(many[:2], None)
     assert len(capsys.readouterr().err.splitlines()) == 1
-    monkeypatch.setattr("eva_mim.log.SAY_EVERY", 0.0)
+    monkeypatch.setattr("eva_mim.core.log.SAY_EVERY", 0.0)
     FolderSource(tmp_path / "f", None)
     walk = [line.partition(",")[0] + line.partition(":")[2].partition(",")[0]
             for line in capsys.readouterr().err.splitlines() if "walking" in line]
@@ -204,7 +205,7 @@ def test_names_that_stand_twice_in_a_shard_are_counted(tmp_path: Path, capsys: p
 
 
 def test_a_member_too_large_for_a_picture_is_a_broken_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eva_mim.data.tars.MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr("eva_mim.data.sources.tar_index.MAX_MEMBER_BYTES", 10_000)
     path = write_tar(tmp_path / "x.tar", [("a.png", bytes(10_001)), ("b.png", png(picture(2)))])
     source = ShardSource([path], None)
     with pytest.raises(ValueError, match="no image member"):
@@ -239,7 +240,7 @@ def test_all_but_a_few(tmp_path: Path) -> None:
 
 def test_a_selection_keeps_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of all positions, as it was when they were held in memory."""
-    monkeypatch.setattr("eva_mim.data.splits.CHUNK", 3)
+    monkeypatch.setattr("eva_mim.data.subset.CHUNK", 3)
     source = FolderSource(make_folder(tmp_path, {"a": 4, "b": 7}), ("a", "b"))
     kept = np.array([0, 1, 3, 4, 5, 6, 8, 9, 10], dtype=np.int64)
     for groups in (None, {"y": ["b"], "x": ["a"]}):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eva_mim.cli import main
-from eva_mim.data_commands.inspect import COLUMNS, LINE, TILE, spread
+from eva_mim.commands.data.inspect import COLUMNS, LINE, TILE, spread
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Source
+from eva_mim.core.contracts import Batch, Source
+from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings, MaskSettings, SceneSettings, ViewSettings
-from eva_mim.data.folder import open_folder
 from eva_mim.data.loader import EvalLoader, Preparation, TrainLoader
 from eva_mim.data.masking import BlockMask
 from eva_mim.data.sampler import GlobalOrder, Place
-from eva_mim.data.scenes import SceneSource
+from eva_mim.data.sources.folder import open_folder
+from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView, TrainView
 from tests.conftest import REPOSITORY, make_folder
 
@@ -256,7 +256,7 @@ def test_a_process_ends_with_the_reason_that_a_worker_gave(tmp_path: Path) -> No
     code = (
         "from pathlib import Path\n"
         "from tests.data.test_loader import folder, loader, preparation\n"
-        "from eva_mim.config import UserError\n"
+        "from eva_mim.core.settings import UserError\n"
         "try:\n"
         f"    next(loader(folder(Path({str(tmp_path)!r})), preparation(), 1).steps(0, 1))\n"
         "except UserError as error:\n"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.data.masking import BlockMask, RandomMask, make_mask
 

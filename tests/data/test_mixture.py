@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from eva_mim.config import UserError, as_tree, parse
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import as_tree, parse
 from eva_mim.data import DataSettings, ViewSettings
 from eva_mim.data.loader import Preparation, TrainLoader
 from eva_mim.data.sampler import MixedOrder, MixedPart, Place, take_turns, whole_weights
-from eva_mim.data.splits import Mixture, open_splits
+from eva_mim.data.subset import Mixture, open_splits
 from eva_mim.data.views import TrainView
 from tests.conftest import make_folder, make_shards, picture
 

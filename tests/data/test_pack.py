@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from eva_mim.cli import main
-from eva_mim.contracts import Sample
-from eva_mim.data_commands.index import every_split, read_data
+from eva_mim.commands.data.index import every_split, read_data
+from eva_mim.core.contracts import Sample
 from tests.conftest import REPOSITORY, make_folder, picture, png
 from tests.tiny import environment
 

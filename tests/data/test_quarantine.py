@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from eva_mim.cli import main
-from eva_mim.config import UserError
+from eva_mim.commands.data.parallel import Crew, chunks
+from eva_mim.commands.data.verify import decode
+from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings
 from eva_mim.data.loader import EvalLoader
 from eva_mim.data.quarantine import Checked, Fault, Quarantine, read_quarantine
-from eva_mim.data.splits import Splits, open_splits
-from eva_mim.data_commands.crew import Crew, chunks
-from eva_mim.data_commands.verify import decode
+from eva_mim.data.subset import Splits, open_splits
 from tests.conftest import REPOSITORY, make_folder, picture, png
 from tests.data.deadly import Deadly
 from tests.data.test_loader import assert_equal_steps, loader, preparation
@@ -84,9 +84,9 @@ def test_what_was_checked_is_not_decoded_again(tmp_path: Path, capsys: pytest.Ca
 AT_WORK = " of 8000"
 TALKATIVE = """
 import signal, sys
-import eva_mim.log
+import eva_mim.core.log
 from eva_mim.cli import main
-eva_mim.log.SAY_EVERY = 0
+eva_mim.core.log.SAY_EVERY = 0
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 sys.exit(main())
 """

@@ -21,12 +21,13 @@ import pytest
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from eva_mim.config import UserError, as_tree, parse
-from eva_mim.contracts import Source
+from eva_mim.core.contracts import Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import as_tree, parse
 from eva_mim.data import DataSettings
-from eva_mim.data.remote import Reading, as_url, listed
-from eva_mim.data.shards import open_shards
-from eva_mim.data.splits import Mixture, Selected
+from eva_mim.data.sources.remote import Reading, as_url, listed
+from eva_mim.data.sources.shards import open_shards
+from eva_mim.data.subset import Mixture, Selected
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import BOTH, batches, faults, seen
 from tests.data.test_sources import content, shards
@@ -144,7 +145,7 @@ for driver in (RangeFileSystem, ManyAtOnce):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr("eva_mim.data.remote.WAITS", (0.01, 0.02))
+    monkeypatch.setattr("eva_mim.data.sources.remote.WAITS", (0.01, 0.02))
     (tmp_path / "served").mkdir()
     running = Server(tmp_path / "served")
     Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
@@ -279,7 +280,7 @@ def test_a_server_that_fails_for_good_stops_the_run(server: Server, workers: int
 
 @BOTH
 def test_a_server_that_hangs_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("eva_mim.data.remote.TIMEOUT", 0.4)
+    monkeypatch.setattr("eva_mim.data.sources.remote.TIMEOUT", 0.4)
     make_shards(server.folder, "x.tar", count=8)
     source = remote(server)
 

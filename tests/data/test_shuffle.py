@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eva_mim.config import parse
-from eva_mim.contracts import Blocks
+from eva_mim.core.contracts import Blocks
+from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
-from eva_mim.data import shards as shards_module
 from eva_mim.data.loader import TrainLoader
 from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart, permuted
-from eva_mim.data.shards import ShardSource, open_shards
-from eva_mim.data.splits import AllBut, Mixture, Selected, open_splits
-from eva_mim.data.tars import Shard
+from eva_mim.data.sources import shards as shards_module
+from eva_mim.data.sources.shards import ShardSource, open_shards
+from eva_mim.data.sources.tar_index import Shard
+from eva_mim.data.subset import AllBut, Mixture, Selected, open_splits
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import batches, images, seen
 from tests.data.test_loader import assert_equal_steps

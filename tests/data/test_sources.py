@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Source
+from eva_mim.core.contracts import Source
+from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings, SceneSettings
-from eva_mim.data.folder import open_folder
-from eva_mim.data.names import filled
-from eva_mim.data.scenes import COLOURS, open_scenes
-from eva_mim.data.shards import open_shards
-from eva_mim.data.splits import open_splits, regroup
-from eva_mim.data.tars import found, tar_index
-from eva_mim.data.unpack import unpack
+from eva_mim.data.prompts import filled
+from eva_mim.data.sources.folder import open_folder
+from eva_mim.data.sources.scenes import COLOURS, open_scenes
+from eva_mim.data.sources.shards import open_shards
+from eva_mim.data.sources.tar_index import found, tar_index
+from eva_mim.data.sources.unpack import unpack
+from eva_mim.data.subset import open_splits, regroup
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from eva_mim.config import UserError
-from eva_mim.data.shards import ShardSource
-from eva_mim.data.tars import found
-from eva_mim.data.unpack import copy_of, hold, limit, make_room, unpack, unpacked_size
+from eva_mim.core.errors import UserError
+from eva_mim.data.sources.shards import ShardSource
+from eva_mim.data.sources.tar_index import found
+from eva_mim.data.sources.unpack import copy_of, hold, limit, make_room, unpack, unpacked_size
 from tests.conftest import REPOSITORY, picture, png, write_tar
 
 SIZE = 102_400
@@ -174,7 +174,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_believed(tmp_path: Path, ca
 
 def test_a_copy_in_the_making_is_left_to_its_maker(tmp_path: Path, cache: Path) -> None:
     """`make_room` removes what dead processes left, and no file that is being written."""
-    from eva_mim.data.unpack import _locked
+    from eva_mim.data.sources.unpack import _locked
 
     file, path = _locked(".unpacking")
     make_room([found(shard(tmp_path, "a"))])

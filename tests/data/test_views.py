@@ -17,11 +17,11 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
+from eva_mim.core.rng import isolated
 from eva_mim.data import ViewSettings
 from eva_mim.data.views import EvalView, TrainView, crop_box
-from eva_mim.pixels import normalise
-from eva_mim.rng import isolated
+from eva_mim.trunks.pixels import normalise
 from tests.conftest import picture
 
 BICUBIC = Image.Resampling.BICUBIC

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim import snapshot
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Rates, StepOutput
+from eva_mim.core.contracts import Batch, Rates, StepOutput
+from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
+from eva_mim.engine.base import clip_and_step, set_rates
 from eva_mim.engine.deepspeed import DeepSpeedEngine
 from eva_mim.engine.local import LocalEngine
-from eva_mim.engine.step import LossScale, Watched, WatchedLamb, build_optimizer, clip_and_step, set_rates
+from eva_mim.engine.loss_scale import LossScale
 from eva_mim.optim import LambSettings, OptimSettings
+from eva_mim.optim.optimizers import Watched, WatchedLamb, build_optimizer
+from eva_mim.run import checkpoints as snapshot
 from tests.tiny import CLIP, losses, run, save, write_recipe
 
 LR, DECAY, BETAS, EPS = 0.03, 0.1, (0.9, 0.999), 1e-6

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eva_mim.distributed import leave_group, rank, setup, world_size
-from eva_mim.objectives import ContrastiveSettings
-from eva_mim.objectives.contrastive import Contrastive
+from eva_mim.core.distributed import leave_group, rank, setup, world_size
+from eva_mim.tasks import ContrastiveSettings
+from eva_mim.tasks.contrastive import Contrastive
 from tests.tiny import finish, python
 
 PAIRS, WIDTH = 12, 10

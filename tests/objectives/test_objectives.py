@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_mim.objectives.contrastive import Contrastive
-from eva_mim.objectives.masked import masked_cosine
+from eva_mim.tasks.contrastive import Contrastive
+from eva_mim.tasks.masked import masked_cosine
 
 
 def loop_cosine(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor
 
-from eva_mim.config import UserError
-from eva_mim.pixels import normalise
+from eva_mim.core.errors import UserError
 from eva_mim.students.clip import ClipStudent
+from eva_mim.trunks.pixels import normalise
 from tests.students.tiny_towers import clip_folder, clip_settings, pairs
 
 

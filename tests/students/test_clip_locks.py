@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Batch, Rates
+from eva_mim.core.contracts import Batch, Rates
+from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
-from eva_mim.objectives.contrastive import Contrastive
 from eva_mim.optim import OptimSettings
 from eva_mim.students.clip import ClipStudent
-from eva_mim.task import ImageText
+from eva_mim.tasks.contrastive import Contrastive, ImageText
 from tests.students.tiny_towers import clip_folder, clip_settings, pairs
 from tests.tiny import CLIP, losses, run, write_recipe
 

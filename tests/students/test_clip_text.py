@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eva_mim.config import UserError
-from eva_mim.convert.report import KeyReport
+from eva_mim.core.errors import UserError
+from eva_mim.core.report import KeyReport
 from eva_mim.students import TextSettings
 from eva_mim.students.clip import ClipStudent, text_source
 from tests.students.tiny_towers import clip_folder, clip_settings, pairs

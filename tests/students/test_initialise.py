@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, InitSettings, MaskedSettings
 from eva_mim.students.initialise import initialise
-from eva_mim.students.masked import PatchStudent, sincos_table
+from eva_mim.students.masked import PatchStudent
 from eva_mim.students.visible import build_masked_student
+from eva_mim.trunks.positions import sincos_table
 from tests.students.test_masked import randomise
 
 CUT = math.sqrt(1 - 2 * math.exp(-0.5) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(0.5)))

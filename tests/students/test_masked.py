@@ -11,11 +11,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import MaskedSettings
-from eva_mim.students.masked import MaskedStudent, PatchStudent, sincos_table
+from eva_mim.students.masked import MaskedStudent, PatchStudent
 from eva_mim.students.visible import build_masked_student
+from eva_mim.trunks.positions import sincos_table
 from tests.students.golden import PIXELS
 
 FAMILIES = [

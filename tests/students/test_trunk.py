@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
-from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings, TrunkSettings
+from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier, LinearProbe
 from eva_mim.students.clip import ClipStudent
-from eva_mim.students.trunk import build_trunk
 from eva_mim.students.visible import build_masked_student
+from eva_mim.trunks import TrunkSettings
+from eva_mim.trunks.create import build_trunk
 from tests.students.test_masked import images_and_mask, randomise
 
 TEXT = TextSettings(width=32, layers=1, heads=2, context_length=12)

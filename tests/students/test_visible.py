@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent

@@ -11,11 +11,11 @@ import timm
 import torch
 from torch import Tensor
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Teacher
-from eva_mim.export import write_timm
-from eva_mim.students import TrunkSettings
+from eva_mim.core.contracts import Teacher
+from eva_mim.core.errors import UserError
 from eva_mim.teachers import TeacherSettings, build_teacher
+from eva_mim.trunks import TrunkSettings
+from eva_mim.weights.export import write_timm
 
 
 def build(channels: int, **settings: Any) -> Teacher:

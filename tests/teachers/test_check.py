@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from eva_mim.cli import main
-from eva_mim.config import UserError
-from eva_mim.contracts import Features, Teacher
+from eva_mim.commands.teacher import measure, pictures_of, teacher_settings
+from eva_mim.core.contracts import Features, Teacher
+from eva_mim.core.errors import UserError
+from eva_mim.core.rng import seed_all
 from eva_mim.data.views import EvalView
-from eva_mim.rng import seed_all
-from eva_mim.teacher_check import measure, pictures_of, teacher_settings
 from eva_mim.teachers import TeacherSettings, build_teacher
 from tests.conftest import make_folder, picture
 
@@ -252,10 +252,10 @@ def test_features_without_use_are_refused(
     def build(settings: TeacherSettings) -> Teacher:
         return Fake(spatial)
 
-    monkeypatch.setattr("eva_mim.teacher_check.build_teacher", build)
+    monkeypatch.setattr("eva_mim.commands.teacher.build_teacher", build)
     _, error = check(capsys, "pixels:patch3", "image_size=6", code=2)
     assert said in error
-    monkeypatch.setattr("eva_mim.teacher_check.build_teacher", lambda settings: Fake(patches))
+    monkeypatch.setattr("eva_mim.commands.teacher.build_teacher", lambda settings: Fake(patches))
     table, _ = check(capsys, "pixels:patch3", "image_size=6")
     assert first_number(table["cosine of place"]) < 0.999
 

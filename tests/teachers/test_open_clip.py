@@ -16,9 +16,9 @@ from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import eva_mim.students.small  # noqa: F401  (registers the small architectures)
-from eva_mim.config import UserError
-from eva_mim.contracts import Features
+import eva_mim.trunks.small  # noqa: F401  (registers the small architectures)
+from eva_mim.core.contracts import Features
+from eva_mim.core.errors import UserError
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.frozen import FrozenTeacher
 from eva_mim.teachers.open_clip import read_tower

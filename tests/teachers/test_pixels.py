@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from eva_mim.config import UserError
-from eva_mim.contracts import Teacher
+from eva_mim.core.contracts import Teacher
+from eva_mim.core.errors import UserError
 from eva_mim.teachers import TeacherSettings, build_teacher
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

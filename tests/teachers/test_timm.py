@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.teachers import TeacherSettings, build_teacher
 from eva_mim.teachers.frozen import FrozenTeacher
 from eva_mim.teachers.trunk import read_trunk

@@ -1,0 +1,1 @@
+"""Everything behind `eva-mim NAME` that is no stage."""

@@ -1,0 +1,61 @@
+"""`eva-mim data index`: the indexes of all splits of a data set, made beforehand; counts of images and classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from eva_mim.core.contracts import Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.registry import SOURCES, lookup
+from eva_mim.core.settings import Settings, few, override, parse, read_yaml
+from eva_mim.data import DataSettings, SourceSettings
+
+
+class DataOnly(Settings):
+    """The section of a recipe that is about data."""
+
+    data: DataSettings
+
+
+def describe(what: str, overrides: Sequence[str] = ()) -> None:
+    """Open every split, which makes its index, and print a line for each. Raises UserError."""
+    for name, source in every_split(read_data(what, overrides)):
+        classes = "no labels" if source.classes is None else f"{len(source.classes)} classes: {few(source.classes, 3)}"
+        sys.stdout.write(f"{name:<20} {len(source):>10} images, {classes}\n")
+
+
+def read_data(what: str, overrides: Sequence[str]) -> DataSettings:
+    """The settings of a recipe's data, or those that fit a folder: shards where tars lie in it, else images. Raises UserError."""
+    tree = {name: section for name, section in read_tree(what).items() if name == "data"}
+    return parse(DataOnly, override(tree, overrides), what).data
+
+
+def read_tree(what: str) -> dict[str, Any]:
+    """A recipe, or the one that fits a folder. Raises UserError."""
+    folder = Path(what)
+    if not folder.is_dir():
+        if not folder.is_file() and folder.suffix != ".yaml":
+            raise UserError(f"{what}: neither a folder nor a recipe")
+        return read_yaml(what)
+    data: dict[str, Any] = {"source": "shards" if any(folder.glob("*.tar*")) else "folder", "root": what}
+    if data["source"] == "folder" and (folder / "train").is_dir():
+        data |= {split: split for split in ("train", "val") if (folder / split).is_dir()}
+    return {"data": data}
+
+
+def every_split(settings: DataSettings) -> Iterator[tuple[str, Source]]:
+    """Name and source of each split of each data set, whole: before limits and held-out shares. Raises UserError."""
+    sources: list[tuple[str, SourceSettings]] = [("", settings)]
+    if settings.mixture is not None:
+        sources = [(f"mixture.{number}.", part) for number, part in enumerate(settings.mixture)]
+    if settings.held_out is not None:
+        sources.append(("held_out.", settings.held_out))
+    for name, one in sources:
+        opener = lookup(SOURCES, one.source, f"data.{name}source")
+        for split in ("train", "val"):
+            source: Source | None = opener(one, split)
+            if source is not None:
+                yield f"{name}{split}", source

@@ -1,0 +1,161 @@
+"""`eva-mim data inspect`: how many images of which sizes, classes and captions, and what they look like."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from eva_mim.commands.data.index import every_split, read_data
+from eva_mim.commands.data.parallel import Crew, chunks, progress
+from eva_mim.core.contracts import Bands, Sample, Source
+from eva_mim.core.errors import UserError
+from eva_mim.data.class_lists import spoken
+from eva_mim.data.quarantine import Fault
+from eva_mim.data.sources.decode import FileSource, header
+
+CHUNK = 64
+BARS, BAR = 24, 40
+"""Classes that are listed, and the length of the longest bar in characters."""
+COLUMNS, ROWS, TILE, LINE = 8, 6, 144, 26
+"""Of a contact sheet: tiles across and down, their side and the height of the text below each, in pixels."""
+
+
+class Look(NamedTuple):
+    """What a record says without being decoded."""
+
+    width: int
+    height: int
+    size: int
+    format: str
+    mode: str
+    captions: int
+    words: int
+
+
+def inspect(
+    what: str, overrides: Sequence[str], *, images: int, out: Path | None, processes: int | None = None
+) -> None:
+    """Print a report on every split; with `out`, write a contact sheet of each there. `images` are looked at, spread evenly;
+    classes are counted over all. Raises UserError."""
+    for name, source in every_split(read_data(what, overrides)):
+        sys.stdout.write(f"{name}: {len(source)} images\n")
+        if isinstance(source, FileSource):
+            _report_images(_look_around(name, source, min(images, len(source)), processes), len(source))
+            counts = source.class_counts()
+            if counts is not None and source.classes is not None:
+                _report_classes(source.classes, counts)
+            elif source.unnamed:
+                sys.stdout.write("  labels that no class list names: set data.classes to use them\n")
+        if out is not None:
+            sys.stdout.write(f"  contact sheet: {_write_sheet(source, out / f'{name}.png')}\n")
+        sys.stdout.write("\n")
+
+
+def look(source: FileSource, record: int) -> Look:
+    """Raises what reading its header raises."""
+    raw = source.raw(record)
+    image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
+    size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
+    return Look(*size, *kind, len(raw.captions), words)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """So many positions, evenly over all: a folder is sorted by class."""
+    return [int(one) for one in np.linspace(0, total - 1, count).round()]
+
+
+def _look_around(name: str, source: Source, count: int, processes: int | None) -> list[Look | Fault]:
+    every = list(chunks(0, len(source), CHUNK))  # neighbours together: reading stays sequential in shards
+    ranges = [every[number] for number in spread(len(every), min(len(every), -(-count // CHUNK)))]
+    found = list[Look | Fault]()
+    with Crew(source, processes) as crew, progress(f"looking at {name}", sum(map(len, ranges))) as advance:
+        for _, one in crew.records(look, ranges):
+            found.append(one)
+            advance(1)
+    return found
+
+
+def _report_images(found: Sequence[Look | Fault], total: int) -> None:
+    looks, faults = [one for one in found if isinstance(one, Look)], [one for one in found if isinstance(one, Fault)]
+    if not looks:
+        raise UserError(f"none of {len(found)} images can be read; the first: {faults[0]}")
+    lines = [f"looked at {len(found)}, {len(faults)} unreadable", *(f"  {fault}" for fault in faults[:3])]
+    lines.append(f"{'':<12} {'min':>8} {'5 %':>8} {'median':>8} {'95 %':>8} {'max':>8}")
+    values = {"width": [one.width for one in looks], "height": [one.height for one in looks],
+              "short side": [min(one.width, one.height) for one in looks], "bytes": [one.size for one in looks]}
+    for label, numbers in values.items():
+        lines.append(f"{label:<12} " + " ".join(f"{value:>8.0f}" for value in np.percentile(numbers, (0, 5, 50, 95, 100))))
+    mean = float(np.mean(values["bytes"]))
+    lines.append(f"{mean / 1e3:.3g} kB an image, about {mean * total / 1e9:.3g} GB in all")
+    for label, kinds in (("format", Counter(one.format for one in looks)), ("mode", Counter(one.mode for one in looks))):
+        lines.append(f"{label:<12} " + "  ".join(f"{kind} {number / len(looks):.1%}" for kind, number in kinds.most_common()))
+    captions = np.array([one.captions for one in looks])
+    if captions.any():
+        words = sum(one.words for one in looks) / captions.sum()
+        lines.append(f"captions     {captions.min()} to {captions.max()} an image, {words:.1f} words each; "
+                     f"{(captions == 0).mean():.1%} of the images have none")
+    sys.stdout.writelines(f"  {line}\n" for line in lines)
+
+
+def _report_classes(classes: Sequence[str], counts: Any) -> None:
+    labelled = counts[counts > 0]
+    sys.stdout.write(f"  {len(classes)} classes, {(counts == 0).sum()} empty; the others have {labelled.min()} to "
+                     f"{labelled.max()} images, median {np.median(labelled):.0f}\n")
+    order = np.argsort(-counts, kind="stable")
+    if len(order) > BARS:
+        sys.stdout.write(f"  the {BARS // 2} largest and the {BARS // 2} smallest:\n")
+        order = np.concatenate([order[: BARS // 2], order[-BARS // 2 :]])
+    width = min(30, max(len(classes[label]) for label in order))
+    for label in order:
+        bar = "#" * max(int(counts[label] > 0), round(BAR * counts[label] / counts.max()))
+        sys.stdout.write(f"    {classes[label][:width]:<{width}} {counts[label]:>8} {bar}\n")
+
+
+def _write_sheet(source: Source, path: Path) -> Path:
+    """Tiles with the class or the caption below; a broken record leaves its reason."""
+    places = spread(len(source), min(COLUMNS * ROWS, len(source)))
+    rows = -(-len(places) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + LINE + 4) + 4), "white")
+    font = ImageFont.load_default(11)
+    for number, place in enumerate(places):
+        left, top = 4 + number % COLUMNS * (TILE + 4), 4 + number // COLUMNS * (TILE + LINE + 4)
+        try:
+            sample = source.read(place)
+            tile = ImageOps.contain(_as_colours(sample.image), (TILE, TILE))
+            sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+            text = _words(sample, source.classes)
+        except UserError:  # more than a record is lost
+            raise
+        except Exception as error:  # a record may be broken in any way
+            text = f"{source.key(place)}: {type(error).__name__}"
+        label = Image.new("RGB", (TILE, LINE), "white")  # what is too long ends at its edge
+        ImageDraw.Draw(label).text((0, 1), "\n".join(textwrap.wrap(text, 23)[:2]), "black", font, spacing=1)
+        sheet.paste(label, (left, top + TILE))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        sheet.save(temporary, "png")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path.parent}: {error.strerror}") from None
+    return path
+
+
+def _as_colours(image: Image.Image | Bands) -> Image.Image:
+    """Of other channels the first three, or the first in grey."""
+    if not isinstance(image, Bands):
+        return image
+    bands = [band.convert("L") for band in image.each]
+    return Image.merge("RGB", bands[:3] if len(bands) >= 3 else bands[:1] * 3)
+
+
+def _words(sample: Sample, classes: Sequence[str] | None) -> str:
+    named = spoken(classes[sample.label]) if classes is not None and sample.label is not None else ""
+    return " | ".join(text for text in (named, *sample.captions[:1]) if text) or sample.key

@@ -1,0 +1,195 @@
+"""`eva-mim data pack`: write a data set as tar shards. An interrupted command goes on; a shard is there whole, or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from shlex import quote
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eva_mim.commands.data.index import every_split, read_data
+from eva_mim.commands.data.parallel import Crew, progress
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import flush_folder, fsync, write_json, write_text
+from eva_mim.core.log import duration, say
+from eva_mim.core.rng import derive
+from eva_mim.core.settings import few
+from eva_mim.data import RGB, DataSettings, Pixels, too_many
+from eva_mim.data.quarantine import read_quarantine
+from eva_mim.data.sources.decode import FileSource, Raw, header
+from eva_mim.data.sources.index import Column
+
+FORMAT = "eva-mim pack 1"
+PLAN, CLASSES = "pack.json", "classes.txt"
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "NPY": "npy"}
+"""Formats -> members of a shard."""
+
+
+class Job(NamedTuple):
+    """What a process needs to know to write any shard of a split."""
+
+    out: Path
+    split: str
+    seed: int | None
+    records: int
+    left_out: frozenset[int]
+    max_broken: float
+
+
+class Written(NamedTuple):
+    records: int
+    size: int
+    faults: list[str]
+
+
+def pack(
+    what: str, overrides: Sequence[str], out: Path, *, per_shard: int, seed: int | None, processes: int | None = None
+) -> None:
+    """Write `OUT/SPLIT-000000.tar`, ... of `per_shard` records each, in an order drawn by `seed` (None: as they are), and the
+    class names. Image files are copied as they are. Raises UserError."""
+    settings = read_data(what, overrides)
+    if settings.mixture is not None:
+        raise UserError("data.mixture: pack its parts one by one")
+    splits = {name: source for name, source in every_split(settings) if not name.startswith("held_out.")}
+    for name, source in splits.items():
+        if not isinstance(source, FileSource):
+            raise UserError(f"data.source={settings.source} has no image files to pack")
+        if source.unnamed:
+            raise UserError(f"{name}: its records have labels, which would be lost: set data.classes to the file that names them")
+        say(f"  {name}: {len(source)} records in {-(-len(source) // per_shard)} shards")
+    _begin(out, {
+        "format": FORMAT, "per_shard": per_shard, "seed": seed,
+        "splits": {name: {"records": len(source), "fingerprint": source.fingerprint} for name, source in splits.items()},
+    })
+    classes = next(iter(splits.values())).classes
+    if classes is not None:
+        write_text(out / CLASSES, "".join(f"{name}\n" for name in classes))
+    jobs = {name: Job(out, name, seed, len(source), _left_out(settings, source), settings.max_broken)
+            for name, source in splits.items()}
+    for name, source in splits.items():
+        _pack_split(source, jobs[name], per_shard, processes)
+    _prove(jobs, classes, settings.pixels)
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> None:
+    """The folder for this plan. Raises UserError where it holds something else."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / PLAN).exists():
+            if json.loads((out / PLAN).read_text()) != plan:
+                raise UserError(f"--out {out} holds shards of other data or other settings; choose another folder")
+        elif strangers := sorted(path.name for path in out.iterdir()):
+            raise UserError(f"--out {out} is not empty ({few(strangers, 3)}); choose another folder")
+        write_json(out / PLAN, plan)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    for stale in out.glob(".*.tmp"):
+        stale.unlink()
+
+
+def _left_out(settings: DataSettings, source: Any) -> frozenset[int]:
+    listed = None if settings.quarantine is None else read_quarantine(settings.quarantine)
+    return frozenset() if listed is None else frozenset(listed.reasons(source, str(settings.root)))
+
+
+def _pack_split(source: Any, job: Job, per_shard: int, processes: int | None) -> None:
+    every = [range(first, min(first + per_shard, job.records)) for first in range(0, job.records, per_shard)]
+    names = {records: shard_name(job.split, number) for number, records in enumerate(every)}
+    todo = [records for records in every if not (job.out / names[records]).exists()]
+    done = job.records - sum(map(len, todo))
+    if done:
+        say(f"  {job.split}: {len(every) - len(todo)} of {len(every)} shards are there already")
+    began, faults, size, count = time.monotonic(), list[str](), 0, 0
+    with Crew(source, processes) as crew, progress(f"packing {job.split}", job.records, done) as advance:
+        for records, written in crew.each(partial(write_shard, job, per_shard), todo):
+            for fault in written.faults:
+                say(f"  left out: {fault}")
+            faults, size, count = faults + written.faults, size + written.size, count + written.records
+            advance(len(records))
+    flush_folder(job.out)
+    seconds = max(time.monotonic() - began, 1e-9)
+    say(f"  {job.split}: {count} records, {size / 1e9:.3g} GB in {duration(seconds)}, {len(faults)} unreadable")
+
+
+def shard_name(split: str, number: int) -> str:
+    """Sorted names are in the order of the numbers."""
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written:
+    """One shard, under a temporary name until it is on the disk. Raises UserError for a full disk or many unreadable files."""
+    target = job.out / shard_name(job.split, places.start // per_shard)
+    temporary = target.with_name(f".{target.name}.tmp")
+    faults, count = list[str](), 0
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for place in places:
+                record = int(_order(job.seed, job.split, job.records)[place])
+                if record in job.left_out:
+                    continue
+                try:
+                    members = list(_members(source.raw(record)))
+                except UserError:  # more than a record is lost
+                    raise
+                except Exception as error:  # a record may be broken in any way
+                    faults.append(f"{source.key(record)}: {type(error).__name__}: {error}")
+                    _not_too_many(faults, len(places), job.max_broken)
+                    continue
+                for extension, content in members:
+                    info = tarfile.TarInfo(f"{place:09d}.{extension}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+                count += 1
+        fsync(temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; what is there is whole, the same command goes on") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Written(count, target.stat().st_size, faults)
+
+
+def _not_too_many(faults: list[str], records: int, share: float) -> None:
+    if too_many(len(faults), records, share):
+        raise UserError(f"{len(faults)} records cannot be read, more than data.max_broken={share:.2%} of a shard; "
+                        f"the last: {faults[-1]}")
+
+
+def _members(raw: Raw) -> Iterator[tuple[str, bytes]]:
+    """Extension and content of each member of a record. Raises what `decode.header` raises for something that is no image."""
+    yield EXTENSIONS[header(raw.content).format], raw.content
+    if raw.label is not None:
+        yield "cls", str(raw.label).encode()
+    told: dict[str, Any] = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
+    yield "json", json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+@cache
+def _order(seed: int | None, split: str, records: int) -> Column:
+    """Place in the shards -> record."""
+    return np.arange(records) if seed is None else np.random.default_rng(derive(seed, f"pack-{split}")).permutation(records)
+
+
+def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, pixels: Pixels) -> None:
+    """Open the result as training would, and say how. Raises UserError where many records are missing."""
+    out = next(iter(jobs.values())).out
+    settings = ["data.source=shards", *(f"data.{name}={name}-*.tar" for name in jobs)]
+    settings += [] if classes is None else [f"data.classes={CLASSES}"]
+    if pixels != RGB:
+        settings += [f"data.channels={pixels.channels}", f"data.window={json.dumps(pixels.window)}"]
+    for name, source in every_split(read_data(str(out), settings)):
+        job = jobs[name]
+        missing = job.records - len(job.left_out) - len(source)
+        sys.stdout.write(f"{name:<20} {len(source):>10} of {job.records} records, {len(job.left_out)} in quarantine, "
+                         f"{missing} unreadable\n")
+        if missing < 0 or too_many(missing, job.records, job.max_broken):
+            raise UserError(f"{out}: {missing} records of {name} are not in the shards; remove them and begin again")
+    sys.stdout.write(f"\ntrain on them: data.root={out} {' '.join(map(quote, settings))}\n")

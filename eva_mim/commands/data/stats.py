@@ -1,0 +1,162 @@
+"""`eva-mim data stats`: mean and standard deviation of each channel, as lines for a recipe; a window for more than 8 bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eva_mim.commands.data.index import read_data
+from eva_mim.commands.data.parallel import Crew, chunks, progress
+from eva_mim.core.contracts import Bands, Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.rng import derive
+from eva_mim.data import RGB, DataSettings, SourceSettings
+from eva_mim.data.quarantine import Fault
+from eva_mim.data.sampler import MixedOrder, MixedPart
+from eva_mim.data.sources.decode import OPEN
+from eva_mim.data.subset import Mixture, Selected, open_splits
+
+CHUNK = 16
+VALUES, MOST_VALUES = 2**24, 2**12
+"""Values kept for the percentiles: in all, and of one image."""
+PERCENTILES = (0.1, 99.9)
+MAX = 255
+"""Of a value."""
+Window = tuple[float, float]
+
+
+class Seen(NamedTuple):
+    """One image."""
+
+    mean: npt.NDArray[np.float64]
+    """[channels] of its values."""
+    square: npt.NDArray[np.float64]
+    """[channels] mean of their squares."""
+    values: npt.NDArray[np.float32]
+    """Some of them, from all channels."""
+    whole: bool
+    """They are numbers of 8 bits."""
+
+
+class Moments(NamedTuple):
+    """Of all images, each of which counts the same, however large."""
+
+    mean: npt.NDArray[np.float64]
+    """[channels]"""
+    std: npt.NDArray[np.float64]
+    error: npt.NDArray[np.float64]
+    """[channels] standard error of the mean, from how much the images differ."""
+    values: npt.NDArray[np.float32]
+    whole: bool
+    images: int
+    faults: list[Fault]
+
+
+def stats(what: str, overrides: Sequence[str], *, images: int, processes: int | None = None) -> None:
+    """Measure so many training images, drawn as training draws them, and print the settings. Raises UserError."""
+    settings = read_data(what, overrides)
+    if first_of(settings).window is None:
+        found = measure(with_window(settings, OPEN), images, processes)
+        if not found.whole:
+            settings = with_window(settings, proposed(found.values))
+            found = measure(settings, images, processes)
+    else:
+        found = measure(settings, images, processes)
+    constant = [str(channel) for channel, std in enumerate(found.std) if std == 0]
+    if constant:
+        raise UserError(f"{what}: all values of channel {', '.join(constant)} are the same; leave it out, or set data.window")
+    sys.stdout.write(_report(found) + "\n" + _lines(settings, found))
+
+
+def first_of(settings: DataSettings) -> SourceSettings:
+    """Of the sources that training images come from; all have a window or none."""
+    return next(iter(settings.sources.values()))
+
+
+def with_window(settings: DataSettings, window: Window) -> DataSettings:
+    """The settings, with this window for every source of training images."""
+    if settings.mixture is None:
+        return settings.model_copy(update={"window": window})
+    return settings.model_copy(update={"mixture": [part.model_copy(update={"window": window}) for part in settings.mixture]})
+
+
+def proposed(values: npt.NDArray[np.float32]) -> Window:
+    """The window between two percentiles, which are values themselves. Raises UserError where they are the same."""
+    low, high = (float(value) for value in np.percentile(values, PERCENTILES, method="nearest"))
+    if low == high:
+        raise UserError(f"nearly all values are {low:g}: there is no window to propose; set data.window")
+    return low, high
+
+
+def measure(settings: DataSettings, images: int, processes: int | None = None) -> Moments:
+    """Values are those that `decode.decoded` gives. Raises UserError where no image can be read."""
+    source, seen, faults = sample_of(open_splits(settings).train, images), list[Seen](), list[Fault]()
+    work = partial(look, most=min(MOST_VALUES, max(1, VALUES // len(source))))
+
+    with Crew(source, processes) as crew, progress("measuring", len(source)) as advance:
+        for _, one in crew.records(work, chunks(0, len(source), CHUNK)):
+            if isinstance(one, Fault):
+                faults.append(one)
+            else:
+                seen.append(one)
+            advance(1)
+    if not seen:
+        raise UserError(f"none of {len(faults)} training images can be read; the first: {faults[0]}")
+    means, squares = (np.stack([getattr(one, name) for one in seen]) for name in ("mean", "square"))
+    mean = means.mean(0)
+    error = means.std(0, ddof=1) / np.sqrt(len(seen)) if len(seen) > 1 else np.full_like(mean, np.nan)
+    std = np.sqrt(np.maximum(squares.mean(0) - mean**2, 0))
+    values = np.concatenate([one.values for one in seen])
+    return Moments(mean, std, error, values, all(one.whole for one in seen), len(seen), faults)
+
+
+def sample_of(source: Source, count: int) -> Source:
+    """The first images of the first epoch: of a mixture, in proportion to the weights. They stand in the order of the disk."""
+    count = min(count, len(source))
+    parts = source.parts if isinstance(source, Mixture) else [MixedPart(len(source), 1.0)]
+    places = MixedOrder(parts, seed=0, global_batch=count, micro_batch=count).global_step(0)
+    return Selected(source, np.sort([place.index for place in places]), None)
+
+
+def look(source: Source, record: int, most: int) -> Seen:
+    """At most so many of its values. Raises what reading it raises."""
+    image = source.read(record).image
+    planes = [np.asarray(band) for band in (image.each if isinstance(image, Bands) else image.split())]
+    mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
+    square = np.array([np.square(plane, dtype=np.float64).mean() for plane in planes])
+    values = np.stack(planes).ravel()
+    if len(values) > most:
+        values = values[np.random.default_rng(derive(0, "stats", record)).integers(0, len(values), most)]
+    return Seen(mean, square, values.astype(np.float32), planes[0].dtype == np.uint8)
+
+
+def _report(found: Moments) -> str:
+    lines = [f"{found.images} training images of {len(found.mean)} channels; values between 0 and 1"]
+    if found.faults:
+        lines.append(f"{len(found.faults)} more could not be read; the first: {found.faults[0]}")
+    if not found.whole:
+        below, above = ((found.values <= 0).mean(), (found.values >= MAX).mean())
+        lines.append(f"of the values, {below:.2%} are black at the lower end of the window, {above:.2%} white at the upper")
+    lines.append(f"{'channel':>8} {'mean':>10} {'± error':>10} {'std':>10}")
+    for channel, figures in enumerate(zip(found.mean, found.error, found.std, strict=True)):
+        lines.append(f"{channel:>8} " + " ".join(f"{figure / MAX:>10.4f}" for figure in figures))
+    return "\n".join(lines) + "\n"
+
+
+def _lines(settings: DataSettings, found: Moments) -> str:
+    """As YAML to paste into a recipe."""
+    first, lines = first_of(settings), []
+    if first.pixels != RGB:
+        lines.append("data:" if settings.mixture is None else "data: # in each part of the mixture")
+        lines.append(f"  channels: {first.channels}")
+        if first.window is not None:
+            lines.append(f"  window: [{first.window[0]:.7g}, {first.window[1]:.7g}]")
+    lines.append("student:")
+    for name, values in (("mean", found.mean), ("std", found.std)):
+        lines.append(f"  {name}: [{', '.join(f'{value / MAX:.4g}' for value in values)}]")
+    return "\n".join(lines) + "\n"

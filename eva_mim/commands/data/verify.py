@@ -1,0 +1,85 @@
+"""`eva-mim data verify`: decode every image of a data set and list those that are broken."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from eva_mim.commands.data.index import every_split, read_data
+from eva_mim.commands.data.parallel import Crew, chunks, progress
+from eva_mim.core.contracts import Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import duration, say
+from eva_mim.data.quarantine import Checked, Quarantine, read_quarantine
+
+CHUNK = 64
+"""Records that a process takes at once."""
+KEEP_EVERY = 30.0
+"""Seconds between writings of the list, from which an interrupted run goes on."""
+SHOWN = 3
+
+
+def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None = None) -> None:
+    """Decode all records of every split and write the list. Sources that are on it already, with the same records, are not
+    decoded again. Raises UserError."""
+    settings = read_data(what, overrides)
+    listed = read_quarantine(out) if out.exists() else Quarantine(out, {})
+    _write(listed)  # a place that cannot be written is found before the work
+    for name, source in every_split(settings):
+        _check(name, source, listed, processes)
+        _report(name, listed.sources[source.fingerprint])
+    if any(one.broken for one in listed.sources.values()):
+        sys.stdout.write(f"\ntrain without them: data.quarantine={out}\n")
+
+
+def _check(name: str, source: Source, listed: Quarantine, processes: int | None) -> None:
+    known = listed.sources.get(source.fingerprint, Checked(name, len(source), 0, {}))
+    began = kept = time.monotonic()
+    first = checked = known.checked
+    broken = dict(known.broken)
+    if checked == len(source):
+        say(f"  {name}: checked before; to decode it again, remove {listed.path}")
+
+    def keep() -> None:
+        listed.sources[source.fingerprint] = Checked(name, len(source), checked, broken)
+        _write(listed)
+
+    try:
+        with Crew(source, processes) as crew, progress(f"decoding {name}", len(source), checked) as advance:
+            for record, fault in crew.records(decode, chunks(checked, len(source), CHUNK)):
+                if fault is not None:
+                    broken[record] = fault
+                checked = record + 1
+                advance(1)
+                if time.monotonic() - kept > KEEP_EVERY:
+                    keep()
+                    kept = time.monotonic()
+    finally:
+        keep()
+    if (seconds := time.monotonic() - began) and checked > first:
+        say(f"  {name}: {checked - first} images in {duration(seconds)}, {(checked - first) / seconds:.1f} images/s")
+
+
+def decode(source: Source, record: int) -> None:
+    """Raises what reading it raises."""
+    source.read(record)
+
+
+def _write(listed: Quarantine) -> None:
+    try:
+        listed.write()
+    except OSError as error:
+        raise UserError(f"--out {listed.path}: {error.strerror}") from None
+
+
+def _report(name: str, checked: Checked) -> None:
+    share = len(checked.broken) / max(1, checked.records)
+    sys.stdout.write(f"{name:<20} {checked.records:>10} images, {len(checked.broken)} broken ({share:.3%})\n")
+    kinds = Counter(fault.reason.partition(":")[0] for fault in checked.broken.values())
+    for kind, count in kinds.most_common():
+        sys.stdout.write(f"  {count:>8} {kind}\n")
+        shown = [fault for fault in checked.broken.values() if fault.reason.startswith(kind)][:SHOWN]
+        sys.stdout.writelines(f"           {str(fault)[:300]}\n" for fault in shown)

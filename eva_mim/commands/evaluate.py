@@ -1,0 +1,112 @@
+"""`eva-mim evaluate`: measure a run's newest checkpoint again, or a finished classifier on ImageNet and its variants."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eva_mim.core.errors import UserError
+
+CLOSE = 1e-6
+"""Relative difference that other threads or other kernels may make."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for a mistake."""
+    parser = _parser()
+    options = parser.parse_intermixed_args(argv)
+    if not options.on and any((options.classes, options.csv, options.precision, options.batch, options.templates)):
+        parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
+    from eva_mim.run.program import guard
+
+    return guard(lambda: on_sets(options) if options.on else again(options.checkpoint, options.overrides))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eva-mim evaluate",
+        description="Without --on: measure the newest checkpoint of a run again, and compare with its record; start it with as "
+        "many processes as the run (torchrun ... -m eva_mim.cli evaluate OUT). With --on: accuracy of a finished classifier, or "
+        "zero-shot accuracy of a CLIP model, on other images, on any number of processes.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of a run; with --on of a finished stage, its ema, or of what "
+                        "eva-mim convert --to hf wrote")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="without --on: settings, such as data.root=/elsewhere")
+    parser.add_argument("--on", "--data", action="append", metavar="[SET=]FOLDER", help="SET: val (a folder a class; or no "
+                        "SET=), real, v2, a, r, sketch, objectnet, objectnet-first; may be given several times")
+    parser.add_argument("--classes", metavar="LAYOUT|FILE", help="class list of a head that does not name its "
+                        "classes; names for a CLIP model's prompts (default: ImageNet's 1,000)")
+    parser.add_argument("--templates", metavar="openai|simple|FILE", help="prompts of a CLIP model; default openai, 80 of them")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write figures of each class")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: that of the run")
+    parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
+    return parser
+
+
+def again(out: Path, overrides: Sequence[str]) -> None:
+    """Measure a run's newest checkpoint with its own data. Raises UserError."""
+    from eva_mim.core.distributed import is_main
+    from eva_mim.run.stage import evaluate_stage
+
+    now, before = evaluate_stage(out, overrides)
+    if is_main():
+        sys.stdout.write(table(now, before))
+
+
+def on_sets(options: argparse.Namespace) -> None:
+    """Measure a finished classifier on the test sets of `--on`, once all their folders are right. Raises UserError."""
+    from eva_mim.core.distributed import is_main, pick_device, setup
+    from eva_mim.core.files import write_text
+    from eva_mim.evaluate import accuracy
+    from eva_mim.evaluate.imagenet import columns, open_variant
+
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: settings are those of a run with its own data; leave --on out")
+    device = pick_device("auto")
+    setup(device)
+    model = opened(options, device)
+    variants = []
+    for given in options.on:
+        name, folder = given.split("=", 1) if "=" in given else ("val", given)
+        variants.append(open_variant(name, Path(folder), model.classes))
+        columns(variants[-1], model.classes)
+    found = [
+        accuracy.measure(model, variant, device, precision=options.precision or model.precision,
+                         batch=options.batch or model.batch, workers=options.workers)
+        for variant in variants
+    ]
+    if is_main():
+        sys.stdout.write(accuracy.as_table(found))
+        if options.csv:
+            write_text(options.csv, accuracy.as_csv(found))
+
+
+def opened(options: argparse.Namespace, device: Any) -> Any:
+    """A classifier, or a CLIP model that becomes one by its prompts. Raises UserError."""
+    from eva_mim.evaluate.accuracy import Finished
+    from eva_mim.evaluate.zeroshot import ZeroShot
+    from eva_mim.weights.files.sidecar import describe
+
+    if describe(options.checkpoint).open_clip:
+        return ZeroShot(options.checkpoint, classes=options.classes, templates=options.templates or "openai",
+                        precision=options.precision, device=device)
+    if options.templates:
+        raise UserError(f"--templates {options.templates}: {options.checkpoint} is no CLIP model (open_clip_config.json)")
+    return Finished(options.checkpoint, options.classes)
+
+
+def table(now: dict[str, float], before: dict[str, float]) -> str:
+    """One line a figure: now, on record, and whether they agree."""
+    width = max(map(len, now))
+    lines = [f"{'figure':<{width}} {'now':>12} {'on record':>12}"]
+    for name, value in now.items():
+        old = before.get(name)
+        same = old is not None and abs(value - old) <= CLOSE * max(abs(value), abs(old))
+        known = f"{old:>12.6g}" if old is not None else f"{'-':>12}"
+        verdict = "" if old is None else "equal" if value == old else "close" if same else "differs"
+        lines.append(f"{name:<{width}} {value:>12.6g} {known}  {verdict}".rstrip())
+    return "\n".join(lines) + "\n"

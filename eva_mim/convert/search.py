@@ -1,0 +1,283 @@
+"""Registered architectures of timm that may hold a set of weights, built on the meta device: no memory, little time."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
+
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.convert.compose import pool, side
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import few
+from eva_mim.weights.hints import Pixels, Told, Wanted
+from eva_mim.weights.names.layout import Shape
+from eva_mim.weights.names.name_tables import split_block
+
+MAX_MODULES = 10_000
+"""Of a model; the largest of timm's has 1,757, and a file may ask for any number by keywords of any name."""
+CLASSES = ("VisionTransformer", "Eva", "Beit")
+"""Of timm, whose architectures are searched."""
+HYBRIDS = ("timm.models.vision_transformer_hybrid", "timm.models.vitamin")
+"""Modules of architectures with a convolutional stem; building them takes long."""
+NORMS = ("norm.weight", "fc_norm.weight", "attn_pool.q.weight")
+"""What of a trunk depends on timm's `global_pool`."""
+FILLING = frozenset(
+    f"{name}_" for name in ("fill", "zero", "constant", "normal", "trunc_normal", "uniform", "kaiming_uniform", "xavier_uniform",
+                            "erfinv", "mul", "div", "add", "clamp")
+)
+"""What torch and its initialisation call functions that fill a tensor."""
+ANSWERLESS = re.compile(r"_.*|.*init.*|.*drop.*|.*grad_checkpointing|training|p|fused_attn|strict_img_size|output_dict")
+"""Attributes of a module without influence on what it computes in evaluation mode."""
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device as they are where they would be filled; that takes most of the time of building there."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in FILLING and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model of timm or (with a configuration) of open_clip."""
+
+    name: str
+    arguments: dict[str, Any]
+    config: dict[str, Any] | None
+    model: nn.Module
+    """On the meta device."""
+    mean: Pixels
+    std: Pixels
+
+
+def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
+    """A timm model, with what is told changed in it: size, patches, place of the norm, rotary reference.
+
+    Raises UserError where its names and shapes are not exactly those of the weights.
+    """
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"timm: {error}") from None
+    classifier = getattr(config, "classifier", None)
+    head = want.shapes.get(f"{classifier if isinstance(classifier, str) else 'head'}.weight", (0,))
+    options = {"num_classes": head[0], **arguments, **want.arguments}
+    if want.family and options.get("depth", want.family.depth) != want.family.depth:
+        raise UserError(f"checkpoint: {want.family.depth} blocks, but depth={options['depth']}")
+    model = on_meta(name, options)
+    if changes := {key: value for key, value in _changes(want, model).items() if key not in want.arguments}:
+        options |= changes
+        model = on_meta(name, options)
+    check(want, model, name)
+    told = want.told if want.told.name in (None, name) else Told()
+    pixels: Any = model.pretrained_cfg
+    return Candidate(name, options, None, model, told.mean or tuple(pixels["mean"]), told.std or tuple(pixels["std"]))
+
+
+def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A timm model. Raises UserError for arguments that it does not take."""
+    built = 0
+
+    def count(*_: Any) -> None:
+        nonlocal built
+        built += 1
+        if built > MAX_MODULES:
+            raise ValueError(f"more than {MAX_MODULES} modules")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"), Unfilled():
+            model: nn.Module = timm.create_model(name, **arguments)
+    except Exception as error:  # arguments of a file can fail in any way
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise UserError(f"timm cannot build {name} with {given}: {str(error)[:300]}") from None
+    finally:
+        handle.remove()
+    return model
+
+
+def _changes(want: Wanted, model: Any) -> dict[str, Any]:
+    """Keywords with which a timm model becomes the one that is wanted."""
+    family, embed, changes = want.family, getattr(model, "patch_embed", None), dict[str, Any]()
+    if family is None or embed is None:
+        return changes
+    names = model.state_dict()
+    if want.size and tuple(embed.img_size) != want.size:
+        changes["img_size"] = side(want.size)
+    kernel = names.get("patch_embed.proj.weight")
+    if family.patch and kernel is not None and tuple(kernel.shape[2:]) != family.patch:
+        changes["patch_size"] = side(family.patch)
+    if [name in want.shapes for name in NORMS] != [name in names for name in NORMS]:
+        changes["global_pool"] = pool(want.shapes)
+    if want.rope and getattr(model, "rope", None) is not None:
+        grid = tuple(embed.grid_size)
+        if want.size and family.patch:
+            grid = (want.size[0] // family.patch[0], want.size[1] // family.patch[1])
+        reference = (want.rope.reference,) * 2 if want.rope.reference else grid
+        if tuple(getattr(model.rope, "ref_feat_shape", None) or grid) != reference:
+            changes["ref_feat_shape"] = reference
+    return changes
+
+
+def check(want: Wanted, model: Any, label: str) -> None:
+    """Raise UserError unless the model has exactly these names and shapes, and the heads, image size and grid that are told."""
+    shapes, given = shapes_of(model), dict(want.shapes)
+    for scalar in ("logit_scale", "logit_bias"):  # open_clip loads a vector of one as a scalar
+        if given.get(scalar) == (1,):
+            given[scalar] = ()
+    lists = {
+        "missing": [key for key in shapes if key not in given],
+        "left over": [key for key in given if key not in shapes],
+        "of other shapes": [f"{key} {given[key]}, not {own}" for key, own in shapes.items() if given.get(key, own) != own],
+    }
+    mistakes = [f"{len(keys)} {what} ({few(keys)})" for what, keys in lists.items() if keys]
+    size, grid = image_of(model)
+    mistakes += [f"a grid of {want.grid}, not {grid}"] if want.grid and want.grid != grid else []
+    mistakes += [f"images of {want.size}, not {size}"] if want.size and want.size != size else []
+    heads = next((module.num_heads for module in getattr(model, "visual", model).modules() if hasattr(module, "num_heads")), None)
+    mistakes += [f"{want.heads} heads, not {heads}"] if want.family and want.heads not in (None, heads) else []
+    if mistakes:
+        raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(mistakes)}")
+
+
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
+    """Of a model's state dict."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def image_of(model: Any) -> tuple[tuple[int, int], Grid | None]:
+    """((height, width), grid) of what a timm or open_clip model takes."""
+    tower = getattr(model, "visual", model)
+    trunk = getattr(tower, "trunk", tower)
+    embed = getattr(trunk, "patch_embed", trunk)
+    size = getattr(embed, "img_size", None) or getattr(embed, "image_size", None) or trunk.pretrained_cfg["input_size"][1:]
+    grid = getattr(embed, "grid_size", None)
+    return tuple(size), tuple(grid) if grid else None
+
+
+def search(want: Wanted) -> list[Candidate]:
+    """Architectures that fit at their own size. Where there is none and the image size is told, those that fit at that size, or
+    else with other patches as well."""
+    own = [{"img_size", "patch_size"}, {"patch_size"}, set[str]()]
+    stem, found = _stem(want.shapes), list[Candidate]()
+    for kept in own if want.size else own[:1]:
+        for name in plausible(want, kept):
+            with suppress(UserError):
+                if _stem(_probe(name, model_entrypoint(name))) == stem:
+                    found.append(fit(want, name, {}))
+        if found := [candidate for candidate in found if not kept & candidate.arguments.keys() - want.arguments.keys()]:
+            break
+    return found
+
+
+def plausible(want: Wanted, kept: Collection[str]) -> Iterator[str]:
+    """timm's names of the classes that are searched, and those that users have registered without a class; not those of another
+    kind of stem, nor those whose name and default input say another `img_size` or `patch_size` where that is to be kept."""
+    family, stem = want.family, "patch_embed.backbone." in "".join(want.shapes)
+    assert family
+    classes = CLASSES if family.relative == "none" else ("Beit",)
+    for name in timm.list_models():
+        entry = model_entrypoint(name)
+        kind, module = entry.__annotations__.get("return"), entry.__module__
+        ours = not module.startswith("timm.")
+        if getattr(kind, "__name__", kind) not in classes and (kind or not ours):
+            continue
+        if not ours and stem != (module in HYBRIDS):
+            continue
+        if patch := re.search(r"patch(\d+)", name):
+            number, config = int(patch[1]), timm.get_pretrained_cfg(name)
+            if "patch_size" in kept and family.patch != (number, number):
+                continue
+            tokens = math.prod(pixels // number for pixels in config.input_size[1:]) if config else None
+            if "img_size" in kept and family.tokens and tokens not in (None, family.tokens):
+                continue
+        yield name
+
+
+@cache
+def _probe(name: str, entry: Callable[..., Any]) -> dict[str, Shape]:
+    """Names and shapes of an architecture, with one block where it can be."""
+    try:
+        return shapes_of(on_meta(name, {"depth": 1, "num_classes": 0}))
+    except UserError:
+        return shapes_of(on_meta(name, {}))
+
+
+def _stem(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The part of names and shapes that is the same for each depth, input size, patch size, number of classes and pooling."""
+    kept = {}
+    for name, shape in shapes.items():
+        found = split_block(name)
+        if name.startswith(("norm.", "fc_norm.", "head.", "attn_pool.")) or (found and found[1]):
+            continue
+        if name == "pos_embed" or name.endswith("relative_position_bias_table"):
+            shape = shape[-1:]
+        kept[name] = shape[:2] if name == "patch_embed.proj.weight" else shape
+    return kept
+
+
+def choose(want: Wanted, candidates: Iterable[Candidate]) -> Candidate:
+    """The first of those that compute the same. Raises UserError where some differ."""
+    found = sorted(candidates, key=lambda candidate: (len(candidate.arguments), len(candidate.name), candidate.name))
+    if want.told.quick_gelu is not None:
+        found = [candidate for candidate in found if _quick(candidate.model) == want.told.quick_gelu] or found
+    first = _traits(found[0])
+    lines = [found[0].name]
+    for candidate in found[1:]:
+        if different := _differences(first, _traits(candidate)):
+            lines.append(f"{candidate.name} ({', '.join(different[:4])})")
+    if len(lines) > 1:
+        raise UserError(
+            "checkpoint: its names and shapes are those of several architectures that do not compute the same; name one with "
+            f"--architecture: {', '.join(lines)}"
+        )
+    return found[0]
+
+
+def _quick(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "QuickGELU" for module in model.modules())
+
+
+def _traits(candidate: Candidate) -> dict[str, Any]:
+    """What the answers depend on besides weights: classes of modules, their plain attributes, mean and std."""
+    traits: dict[str, Any] = {"mean": candidate.mean, "std": candidate.std}
+    for path, module in candidate.model.named_modules():
+        if isinstance(module, (nn.Dropout, nn.Identity, DropPath)):
+            continue
+        traits[f"{path}.class"] = type(module).__name__
+        traits[f"{path}.buffers"] = tuple(sorted(key for key, value in module.named_buffers(recurse=False)))  # a causal mask
+        for name, value in vars(module).items():
+            chosen = name == "global_pool" and name in candidate.arguments  # by us, to put the norm in its place
+            if not chosen and not ANSWERLESS.fullmatch(name) and isinstance(value, (bool, int, float, str, tuple)):
+                traits[f"{path}.{name}"] = value
+    return traits
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Each kind of difference once, whatever the number of blocks."""
+    common = one.keys() & other.keys()
+    return sorted({f"{path.rpartition('.')[2]} {other[path]}, not {one[path]}" for path in common if one[path] != other[path]})
+
+
+def check_name(name: str, names: list[str], library: str, source: str) -> None:
+    """Raise UserError, with near names, for one that a library does not know; timm's may have a tag behind a point."""
+    if name.partition(".")[0] not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        raise UserError(f"{source}: {library} has no {name[:100]!r}; near: {', '.join(near) or 'nothing'}")

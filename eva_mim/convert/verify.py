@@ -1,0 +1,151 @@
+"""The proof of a conversion: the same images (and texts) through the source and through what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eva_mim.convert.onnx import runner
+from eva_mim.convert.parity import BOUNDS, Parity, compare, outputs, sample_images, sample_tokens, streamed, unloaded
+from eva_mim.convert.targets import Model
+from eva_mim.convert.timm_filters import under_timms_names
+from eva_mim.core.errors import UserError
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.files.lazy import deferred, real
+from eva_mim.weights.files.read import open_checkpoint
+from eva_mim.weights.files.sidecar import describe
+from eva_mim.weights.names import huggingface
+from eva_mim.weights.names.translate import Source, read_source
+
+HALF = ("float16", "bfloat16")
+IMAGES = 4
+"""Through source and result."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Figures of a conversion."""
+
+    parities: dict[str, Parity]
+    """By what was compared."""
+    answers: list[float] | None = None
+    """After a change of size or norm: the cosine of each image's answer before and after it. Not judged."""
+
+    @property
+    def passed(self) -> bool:
+        """Every comparison is within its bound."""
+        return all(parity.passed for parity in self.parities.values())
+
+
+def prove(
+    source: Source, before: Model, after: Model, path: Path, to: str, *,
+    dtype: str | None = None, bound: float | None = None, images: Path | None = None,
+) -> Proof:
+    """Compare the source, read by its own library where there is one, with the file or folder that was written.
+
+    A model that was changed on the way (`after` is not `before`) is compared twice, before the change and after it; one that was
+    rounded also with rounded weights in the source's place, which shows mistakes that rounding would hide. `bound` is for the
+    comparison with the result; None: by `dtype`. Raises UserError where outputs cannot be compared.
+    """
+    exact = BOUNDS["float32"]
+    bound = bound if bound is not None else BOUNDS.get(dtype or "float32", exact)
+    first = _source_says(source, before, images)
+    last = _result_says(after, path, to, dtype, images)
+    rounded: dict[str, Parity] = {}
+    if dtype in HALF:
+        kind = getattr(torch, dtype)
+        half = {name: value.to(kind) if value.is_floating_point() else value for name, value in after.weights.items()}
+        expected = _says(after, images, half)
+        rounded = {f"rounded to {dtype}, and result": compare(expected, _aligned(expected, last), bound=exact)}
+    if after is before:
+        return Proof({"source and result": compare(first, _aligned(first, last), bound=bound)} | rounded)
+    middle, changed = _says(before, images), _says(after, images)
+    parities = rounded | {
+        "source, and the same under our names": compare(first, _aligned(first, middle), bound=exact),
+        "with the change, and the result": compare(changed, _aligned(changed, last), bound=bound),
+    }
+    key = "answer" if "answer" in middle else "image"
+    if key not in middle or middle[key].shape != changed[key].shape:
+        return Proof(parities)
+    return Proof(parities, [round(float(value), 4) for value in F.cosine_similarity(middle[key], changed[key], dim=-1)])
+
+
+def _says(model: Model, images: Path | None, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    built = streamed(model.built(), model.weights if weights is None else weights)
+    with _runs(model.architecture.name):
+        return outputs(built, *_inputs(model, images))
+
+
+@contextmanager
+def _runs(model: str) -> Iterator[None]:
+    """A configuration can make a model that holds the weights and fails on images (heads that do not divide the width)."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the model {model} cannot be run with what it was told: {str(error)[:300]}") from None
+
+
+def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
+    """Normalised images, and token ids for a text tower."""
+    found, text = model.architecture, model.family.text if model.family and model.trunk else None
+    sampled = sample_images(found.image_size, images, IMAGES, channels=len(found.mean))
+    pixels = normalise(sampled, found.mean, found.std)
+    return pixels, sample_tokens(text.context, text.vocabulary, IMAGES) if text else None
+
+
+def _source_says(source: Source, model: Model, images: Path | None) -> dict[str, Tensor]:
+    raw = deferred(source.checkpoint)
+    if source.scheme == "transformers":
+        return _transformers_says(source.description.config, raw, *_inputs(model, images))
+    if source.scheme == "eva":
+        return _says(model, images, under_timms_names(raw, model.built()))
+    return _says(model, images)
+
+
+def _result_says(model: Model, path: Path, to: str, dtype: str | None, images: Path | None) -> dict[str, Tensor]:
+    if to == "onnx":
+        return runner(path)(*_inputs(model, images))
+    if to == "transformers":
+        return _transformers_says(describe(path).config, deferred(open_checkpoint(path)), *_inputs(model, images))
+    found = read_source(path / "open_clip_model.safetensors" if model.trunk and path.is_dir() else path)
+    if model.outside:
+        _same_outside(path, model, dtype)
+    if found.scheme == "eva":
+        return _says(model, images, under_timms_names(deferred(found.checkpoint), model.built()))
+    return _says(model, images, found.weights if model.trunk else found.trunk().weights)
+
+
+def _transformers_says(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Tensor, tokens: Tensor | None
+) -> dict[str, Tensor]:
+    with unloaded():
+        module = huggingface.build(config)
+    built = streamed(module, huggingface.for_module(weights, module))
+    with _runs(type(module).__name__):
+        return huggingface.outputs(built, images, tokens)
+
+
+def _aligned(one: Mapping[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP tower's `image` is the `answer` of the same tower in timm."""
+    names = {"answer": "image", "image": "answer"}
+    return {names[name] if name in names and name not in one and names[name] in one else name: value
+            for name, value in other.items()}
+
+
+def _same_outside(path: Path, model: Model, dtype: str | None) -> None:
+    """Mask token and head of a masked model were written bit for bit."""
+    written = deferred(open_checkpoint(path / "head.safetensors")) if path.is_dir() else read_source(path).outside
+    for name, value in model.outside.items():
+        wanted = real(value)
+        wanted = wanted.to(getattr(torch, dtype)) if dtype and wanted.is_floating_point() else wanted
+        if name not in written or not torch.equal(real(written[name]), wanted):
+            raise UserError(f"{path}: {name} was not written as it is in the source; nothing was written")

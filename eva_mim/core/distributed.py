@@ -1,0 +1,236 @@
+"""Rank helpers that also work without a process group. torch is imported when a function needs it: settings use this file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eva_mim.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+BEAT = timedelta(seconds=10)
+"""Between signs of life of a rank that works while others wait."""
+_turns = itertools.count()
+_patience = timedelta(minutes=30)
+
+
+class LostProcess(Exception):
+    """Another process of the run has gone, or does not answer in time."""
+
+
+def rank() -> int:
+    """This process's number, 0 without a launcher (torchrun and deepspeed set RANK, srun SLURM_PROCID)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if _srun() else 0))
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if _srun() else 1))
+
+
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0) if _srun() else 0))
+
+
+def _srun() -> bool:
+    # SLURM_NTASKS is also set in a plain sbatch script, where only one process runs; this one is set by srun alone.
+    return "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def is_main() -> bool:
+    """True on the one process that writes files and logs."""
+    return rank() == 0
+
+
+def setup(device: torch.device, minutes: float = 30.0) -> None:
+    """Join the process group when a launcher started more than one process, or give it another patience: after so many minutes
+    without a sign of the others a process gives up, in a collective and where it waits for their work."""
+    global _patience  # there is one group as well
+    import torch.distributed as dist
+
+    _patience = timedelta(minutes=minutes)
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=_patience)
+    elif dist.is_initialized():
+        dist.set_timeout(_patience)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda" (this rank's own GPU)."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
+
+
+def grouped() -> bool:
+    """A process group exists."""
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+@contextmanager
+def losses_told(place: Callable[[], str] = str) -> Iterator[None]:
+    """Raises LostProcess where a collective breaks inside; its text has `place()`, where the run was. With nccl torch's watchdog
+    may end the process first."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch" not in sys.modules:
+            raise
+        from torch.distributed import DistError
+
+        if not isinstance(error, DistError) and "gloo/" not in str(error):
+            raise
+        why = str(error).split("] ", 1)[-1].split(". This is")[0]
+        raise LostProcess(f"rank {rank()}{place()}: another process has gone or does not answer ({why})") from error
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    import torch.distributed as dist
+
+    if grouped():
+        dist.barrier()
+
+
+def leave_group() -> None:
+    """Wait for every rank and end the process group. Without it gloo's threads may still run when Python ends, which aborts."""
+    if "torch" in sys.modules and grouped():
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; the tensor itself without a group."""
+    import torch.distributed as dist
+
+    if grouped():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of every rank, rank by rank; ranks may hold different numbers of rows."""
+    import torch
+    import torch.distributed as dist
+
+    if not grouped():
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    sizes = [int(count) for count in counts]
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
+    """By rank, what `work` says on the ranks where it is `mine` to do, while the others wait. Every rank must call; without a
+    group it is this process's alone. The work may take longer than a collective may: its process shows that it lives. A failure
+    is raised on every rank, elsewhere as UserError; LostProcess, when a rank is gone."""
+    if world_size() == 1 or not grouped():
+        return {rank(): work()} if mine else {}
+    import torch
+    import torch.distributed as dist
+
+    said: tuple[bool, T | None, str | None] = (mine, None, None)
+    failure: Exception | None = None
+    turn = next(_turns)
+    if mine:
+        try:
+            with _alive(turn):
+                said = True, work(), None
+        except Exception as error:
+            failure, said = error, (True, None, f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}")
+    _meet(turn)
+    heard: list[Any] = [None] * world_size()
+    with torch.cuda.device(local_rank()) if dist.get_backend() == "nccl" else nullcontext():
+        dist.all_gather_object(heard, said)
+    if failure is not None:
+        raise failure
+    for number, (_, _, fault) in enumerate(heard):
+        if fault is not None:
+            raise UserError(f"rank {number}: {fault}")
+    return {number: value for number, (did, value, _) in enumerate(heard) if did}
+
+
+def _store() -> Any:
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def _alive(turn: int) -> Iterator[None]:
+    """Counts up in the group's store while the block runs."""
+    store, done = _store(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT.total_seconds()):
+            store.add(f"agreed/{turn}/beats", 1)
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        done.set()
+        heart.join()
+
+
+def _meet(turn: int) -> None:
+    """Wait until every rank is here, as long as somebody works. Raises LostProcess where nobody shows life for too long."""
+    import torch.distributed as dist
+
+    try:
+        _wait(_store(), f"agreed/{turn}", f"agreed/{turn - 1}")
+    except dist.DistNetworkError as error:
+        gone = "the process that keeps the group together (rank 0, or its launcher) is gone"
+        raise LostProcess(f"rank {rank()}: {gone}: {error}") from None
+
+
+def _wait(store: Any, turn: str, before: str) -> None:
+    if store.add(f"{turn}/here", 1) == world_size():
+        store.set(f"{turn}/all", "")
+        for name in ("here", "all", "beats"):  # every rank has left that turn
+            store.delete_key(f"{before}/{name}")
+    began = moved = time.monotonic()
+    beats = 0
+    while not store.check([f"{turn}/all"]):
+        time.sleep(min(1.0, 0.001 + (time.monotonic() - began) / 20))
+        if (now := store.add(f"{turn}/beats", 0)) != beats:
+            beats, moved = now, time.monotonic()
+        elif time.monotonic() - moved > _patience.total_seconds():
+            here = f"rank {rank()}: only {store.add(f'{turn}/here', 0)} of {world_size()} processes came this far"
+            raise LostProcess(f"{here}, and the others gave no sign of life for {_patience.total_seconds():.0f} s")
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Let the main rank work; every rank gets what it returns, or its UserError. An OSError becomes one."""
+
+    def told() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
+
+    return agreed(told, is_main())[0]

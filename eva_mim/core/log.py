@@ -1,0 +1,119 @@
+"""Where a run speaks: text to the terminal, `metrics.jsonl` (the truth) and TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+from eva_mim.core.distributed import is_main
+
+SAY_EVERY = 10.0
+"""Seconds between lines of progress."""
+
+
+def say(text: str = "", file: TextIO | None = None) -> None:
+    """One line to the terminal, from the main rank only."""
+    if is_main():
+        (file or sys.stderr).write(text + "\n")
+        (file or sys.stderr).flush()
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m05s` or `2h07m`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Says now and then how far a long work has come. `done` of it was done before."""
+
+    def __init__(self, what: str, total: int | None = None, done: int = 0):
+        self._what, self._total, self._done, self._first = what, total, done, done
+        self._began = self._told = time.monotonic()
+
+    def advance(self, more: int = 1) -> None:
+        """So many more are done."""
+        self._done += more
+        if (now := time.monotonic()) - self._told < SAY_EVERY:
+            return
+        self._told, speed = now, (self._done - self._first) / (now - self._began)
+        if self._total is None:
+            say(f"  {self._what}: {self._done} so far, {speed:.1f}/s")
+        else:
+            left = duration((self._total - self._done) / speed) if speed else "unknown"
+            say(f"  {self._what}: {self._done} of {self._total}, {speed:.1f}/s  left {left}")
+
+
+class RunLog:
+    """Metrics of one run. On resume the records after `step` are cut off, in TensorBoard too, so that curves never overlap."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if not is_main():
+            return
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step] if step else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
+        """Append one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
+
+        NaN and infinity are written as null.
+        """
+        if self._file is None:
+            return
+        record: dict[str, Any] = {"kind": kind, "step": step, "samples": samples, "time": round(time.time(), 3)}
+        record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """To the disk: a checkpoint shall not be ahead of the curves."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flush both files."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole records of a JSONL file; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        lines.append(line)
+    return lines
+
+
+def seconds_at_work(folder: Path) -> float:
+    """Time between the records of a run; what passed before a "start" (the run was stopped) is left out."""
+    records = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+    return float(sum(after["time"] - before["time"] for before, after in pairwise(records) if after["kind"] != "start"))

@@ -1,0 +1,170 @@
+"""Strict settings: YAML + dotted overrides -> frozen pydantic models, all mistakes reported at once.
+
+Only light imports here: a mistyped setting is answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eva_mim.core.errors import UserError
+
+MAX_RECIPE_BYTES = 1_000_000
+"""A recipe is written by hand; a larger file is a mistake (or an attack on the YAML reader)."""
+MAX_RECIPE_VALUES = 10_000
+"""After aliases are followed; the largest recipe here has about 100."""
+
+
+def few(names: Iterable[Any], count: int = 5) -> str:
+    """The first names and the number of the others, for a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
+class Settings(BaseModel):
+    """Base of every settings model: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe by path, or by its place under `configs/` in the installed package. Raises UserError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    package = Path(__file__).parent
+    for home in (package / "configs", package.parent / "configs"):
+        if not path.is_absolute() and (home / inside).is_file():
+            return home / inside
+    known = sorted(
+        f"configs/{file.relative_to(home)}"
+        for home in (package / "configs", package.parent / "configs")
+        for file in home.rglob("*.yaml")
+    )
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"recipe {name} does not exist{hint}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError for a missing, huge, broken or non-mapping file."""
+    path = find_recipe(path)
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size} bytes is too large for a recipe")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    _refuse_bombs(tree, path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected settings (name: value), found {type(tree).__name__}")
+    return tree
+
+
+def _refuse_bombs(tree: Any, path: Path) -> None:
+    """YAML aliases can make a few lines stand for billions of values, or for a loop."""
+    count, waiting = 0, [tree]
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > MAX_RECIPE_VALUES:
+            raise UserError(f"{path}: more than {MAX_RECIPE_VALUES} values")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `tree` with each "a.b=value" applied; the value is read as YAML. Raises UserError."""
+    tree = json.loads(json.dumps(tree, default=str))
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name or not all(name.split(".")):
+            raise UserError(f"{assignment!r} is not an override; write section.setting=value")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{assignment!r}: the value is not readable as YAML: {error}") from None
+        put(tree, name, value)
+    return tree
+
+
+def put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set the dotted `name` in `tree`, making sections on the way. Raises UserError through a plain value."""
+    *parents, leaf = name.split(".")
+    for part in parents:
+        below = tree.setdefault(part, {})
+        if below is None:
+            below = tree[part] = {}
+        if not isinstance(below, dict):
+            raise UserError(f"{name}: {part} is a value, not a section")
+        tree = below
+    tree[leaf] = value
+
+
+def parse(model: type[S], tree: Mapping[str, Any], source: str) -> S:
+    """Settings from a mapping. Raises one UserError that lists every mistake with its path."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(model, item) for item in error.errors()]
+        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        raise UserError(f"{source}: {count} in the settings\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _explain(model: type[Settings], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        names = setting_names(model)
+        parent = path.rpartition(".")[0]
+        beside = [name for name in names if name.rpartition(".")[0] == parent]
+        near = difflib.get_close_matches(path, beside, n=1, cutoff=0.5) or difflib.get_close_matches(path, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(beside)
+        return f"{path}: no such setting; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: must be given"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = f" (got {item['input']!r})" if isinstance(item["input"], (str, int, float, type(None))) else ""
+    return f"{path}: {message}{shown}" if path else message
+
+
+def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted setting name of a model, sections included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names += setting_names(kind, f"{prefix}{name}.")
+    return names
+
+
+def as_tree(settings: BaseModel) -> dict[str, Any]:
+    """Plain values (JSON types) of settings."""
+    return settings.model_dump(mode="json")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON-able values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines "path: old -> new" for each setting that differs."""
+    lines: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before} -> {after}")
+    return lines

@@ -1,0 +1,188 @@
+"""Features of a frozen network in files: made once by all ranks, then read row by row as batches.
+
+A folder below `index.cache_folder()` is named after what the features depend on, so nothing in it is ever out of date; what is
+no longer asked for stays there until the user removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from eva_mim.core.contracts import Batch
+from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, rank, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json
+from eva_mim.core.log import Progress, say
+from eva_mim.core.settings import digest
+from eva_mim.data.sampler import GlobalOrder
+from eva_mim.data.sources.index import cache_folder
+
+ABANDONED = 3600
+"""Seconds without a write after which half-made features count as those of a killed run, and are removed."""
+COPY_ROWS = 4096
+"""Rows copied at once when the ranks' files are joined."""
+EVAL_ROWS = 1024
+"""Rows of a batch that nothing learns from."""
+
+Positions = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """Features of a source's readable images, in its order. The tensors lie in files that all processes share."""
+
+    features: Tensor
+    """[R, D] fp32."""
+    labels: Tensor
+    """[R] int64."""
+    places: Tensor
+    """[R] int64, position of each in the source."""
+
+    def batch(self, rows: Positions) -> Batch:
+        """These rows, with features in the place of images."""
+        chosen = torch.from_numpy(rows)
+        return Batch(index=self.places[chosen], images=self.features[chosen], labels=self.labels[chosen])
+
+
+def cached_features(
+    facts: dict[str, Any], batches: Iterable[Batch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
+) -> Rows:
+    """`features` [B, D] of all `images`, of which `batches` are this rank's share: from the folder for `facts`, or made now.
+
+    `facts` are all that they depend on. Every rank must call. Raises UserError when rank 0's folder is not to be seen here.
+    """
+    name = digest(facts)[:24]
+    folder = cache_folder() / "features" / name
+    # The main rank's answer holds for all: a folder may appear at any time.
+    if not int(all_reduce_sum(torch.tensor(int(is_main() and folder.is_dir()), device=device))):
+        number = int(all_reduce_sum(torch.tensor(os.getpid() if is_main() else 0, device=device)))
+        temporary = folder.with_name(f"{name}.{number}.tmp")
+        if is_main():
+            _remove_abandoned(folder)
+            temporary.mkdir(parents=True)
+        barrier()
+        _seen_by_all(temporary)
+        _write_part(temporary, batches, features, images, device)
+        barrier()
+        if is_main():
+            _join(temporary)
+            write_json(temporary / "facts.json", facts)
+            _rename(temporary, folder)
+        barrier()
+    _seen_by_all(folder)
+    # "c": pages are read when they are wanted, and a change (there is none) would not reach the file.
+    rows = Rows(*(torch.from_numpy(np.load(folder / f"{kind}.npy", mmap_mode="c")) for kind in Rows._fields))
+    count, width = rows.features.shape
+    say(f"  features: {count} images x {width}, {count * width * 4 / 1e9:.3g} GB in {folder}")
+    return rows
+
+
+def _seen_by_all(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"rank {rank()} does not see {folder}, which rank 0 made; set EVA_MIM_CACHE to a folder that all "
+                        "machines share")
+
+
+def _write_part(
+    folder: Path, batches: Iterable[Batch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
+) -> None:
+    """This rank's share, in the order in which it comes."""
+    index, labels, width, progress = list[Tensor](), list[Tensor](), 0, Progress("features, images", images)
+    with _part(folder, rank()).open("wb") as file:
+        for batch in batches:
+            assert batch.labels is not None
+            rows = features(batch.images.to(device, non_blocking=True)).float().cpu().numpy()
+            rows.tofile(file)
+            index.append(batch.index)
+            labels.append(batch.labels)
+            width = rows.shape[1]
+            progress.advance(len(rows) * world_size())
+    torch.save((torch.cat(index), torch.cat(labels), width), _part(folder, rank()).with_suffix(".pt"))
+
+
+def _join(folder: Path) -> None:
+    """One file in the source's order out of those of all ranks, which are removed."""
+    parts = [_part(folder, number) for number in range(world_size())]
+    index, labels, widths = zip(*(torch.load(part.with_suffix(".pt"), weights_only=True) for part in parts), strict=True)
+    order = torch.cat(index).argsort()
+    np.save(folder / "places.npy", torch.cat(index)[order].numpy())
+    np.save(folder / "labels.npy", torch.cat(labels)[order].numpy())
+    whole = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (len(order), widths[0]))  # type: ignore[no-untyped-call]
+    places = torch.split(order.argsort(), [len(part) for part in index])
+    for part, place in zip(parts, places, strict=True):
+        rows = np.memmap(part, np.float32, "r", shape=(len(place), widths[0]))
+        for start in range(0, len(place), COPY_ROWS):
+            whole[place[start : start + COPY_ROWS].numpy()] = rows[start : start + COPY_ROWS]
+    whole.flush()
+    for part in parts:
+        part.unlink()
+        part.with_suffix(".pt").unlink()
+    for file in folder.iterdir():
+        with file.open("rb+") as written:
+            os.fsync(written.fileno())
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"rank-{number:05d}.rows"
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run made the same features meanwhile
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for old in folder.parent.glob(f"{folder.name}.*.tmp"):
+        newest = max((file.stat().st_mtime for file in old.iterdir()), default=old.stat().st_mtime)
+        if time.time() - newest > ABANDONED:
+            shutil.rmtree(old)
+
+
+class RowLoader:
+    """Training batches of features; see `contracts.TrainData`. `chosen`: the rows that are used, by position in `order`."""
+
+    def __init__(self, rows: Rows, chosen: Positions, order: GlobalOrder, key: Callable[[int], str]):
+        assert order.samples == len(chosen)
+        self._rows, self._chosen, self._order, self.key = rows, chosen, order, key
+        self.steps_per_epoch = order.steps_per_epoch
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each step first .. last - 1."""
+        step: list[Batch] = []
+        for places in self._order.micro_steps(first, last):
+            step.append(self._rows.batch(self._chosen[[place.index for place in places]]))
+            if len(step) == self._order.micro_batches:
+                yield step
+                step = []
+
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        """Epoch, index and key of each sample of a step, over all ranks."""
+        found = []
+        for place in self._order.global_step(step):
+            index = int(self._rows.places[self._chosen[place.index]])
+            found.append({"epoch": place.epoch, "index": index, "key": self.key(index)})
+        return found
+
+
+class EvalRows:
+    """Every chosen row once over all ranks, in order."""
+
+    def __init__(self, rows: Rows, chosen: Positions):
+        self._rows, self._own = rows, chosen[rank() :: world_size()]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._own), EVAL_ROWS):
+            yield self._rows.batch(self._own[start : start + EVAL_ROWS])

@@ -1,0 +1,61 @@
+"""Names of classes and the templates that make captions of them: from files, or as open_clip has them.
+
+A class of ImageNet keeps its synset id beside its name, because some names stand for two classes ("crane").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eva_mim.core.errors import UserError
+from eva_mim.data import SourceSettings
+from eva_mim.data.class_lists import class_line, layout_classes, spoken
+
+
+def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
+    """The names in the file `data.classes`, by label; None where it is not set. Raises UserError."""
+    return None if settings.classes is None else _lines(settings, settings.classes, "data.classes")
+
+
+def class_words(settings: SourceSettings) -> tuple[str, ...] | None:
+    """What `data.class_names` stands for; None where it is not set. Raises UserError."""
+    if settings.class_names == "imagenet":
+        return imagenet_names()
+    return None if settings.class_names is None else _lines(settings, settings.class_names, "data.class_names")
+
+
+def _lines(settings: SourceSettings, name: str, setting: str) -> tuple[str, ...]:
+    return tuple(class_line(line) for line in read_lines(settings.own_root / name, setting))
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Synset ids of ImageNet-1k with open_clip's names."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(f"{synset} {name}" for synset, name in zip(layout_classes("imagenet-1k"), IMAGENET_CLASSNAMES, strict=True))
+
+
+def read_lines(path: Path, setting: str) -> list[str]:
+    """Lines of a text file that are not empty. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{setting}: {path} does not exist")
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{setting}: {path} is not UTF-8 text: {error}") from None
+
+
+def filled(template: str, name: str) -> str:
+    """A caption for an image of a class."""
+    return template.replace("{}", spoken(name))
+
+
+def prompt_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates that `data.templates` stands for, each with "{}" for the class name."""
+    if not isinstance(templates, str):
+        return tuple(templates)
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    known = {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}
+    return tuple(make("{}") for make in known[templates])

@@ -1,0 +1,262 @@
+"""From the bytes of an image file to its pixels: the one place where images are decoded."""
+
+from __future__ import annotations
+
+import io
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from eva_mim.core.contracts import Bands, Sample
+from eva_mim.core.timing import phase
+from eva_mim.data import MAX_CHANNELS, RGB, Pixels
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Files that are images, in folders and in shards."""
+ARRAYS = (".npy",)
+"""Files that are images where `data.channels` or `data.window` says that they are no photographs: beside those, an array may be
+anything."""
+MAX_FILE_BYTES = 2**30
+"""A larger file is no picture; reading it would take the memory of every worker."""
+MAX_VALUES = 2**28
+"""In all channels of an image; 1 GB as float32."""
+NPY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How files begin; the last two are BigTIFF."""
+OPEN = (-math.inf, math.inf)
+"""The window through which values of more than 8 bits are seen as they are: for statistics."""
+Plane = npt.NDArray[Any]
+"""[H, W]"""
+
+
+class Raw(NamedTuple):
+    """One record as it lies on the disk."""
+
+    key: str
+    content: bytes
+    """Of the image file."""
+    label: int | None = None
+    captions: tuple[str, ...] = ()
+
+    def sample(self, pixels: Pixels = RGB) -> Sample:
+        """The record with its image decoded. Raises what `decoded` raises."""
+        return Sample(self.key, decoded(self.content, pixels), self.label, self.captions)
+
+
+class FileSource(ABC):
+    """A `contracts.Source` whose records lie in image files: they can be counted and copied without being decoded."""
+
+    classes: tuple[str, ...] | None
+    _pixels: Pixels
+
+    @property
+    def unnamed(self) -> bool:
+        """There are labels, but no class list says what they stand for; then none is read."""
+        return False
+
+    @abstractmethod
+    def raw(self, index: int) -> Raw:
+        """Read one record. Raises OSError, and ValueError for what is broken beside its image."""
+
+    @abstractmethod
+    def class_counts(self) -> npt.NDArray[np.int64] | None:
+        """Records of each class; None without classes."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """What a record is called."""
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Files at hand need no asking."""
+        return
+
+    def read(self, index: int) -> Sample:
+        """Decode one record. Raises what `raw` and `decoded` raise."""
+        return self.raw(index).sample(self._pixels)
+
+
+def suffixes(pixels: Pixels) -> tuple[str, ...]:
+    """Files of a folder that are images."""
+    return SUFFIXES if pixels in (RGB, RGB._replace(window=OPEN)) else SUFFIXES + ARRAYS
+
+
+def read_file(path: Path) -> bytes:
+    """All of an image file. Raises ValueError for a huge one, OSError."""
+    with phase("read"):
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ValueError(f"{size} bytes are too many for an image")
+        return path.read_bytes()
+
+
+def decoded(content: bytes, pixels: Pixels = RGB) -> Image.Image | Bands:
+    """The picture: 8-bit RGB as an `Image`, everything else as `Bands`. Raises ValueError for another number of channels and for
+    more than 8 bits without a window, and what Pillow raises, also for decompression bombs (more than 179 million pixels)."""
+    with phase("decode"):
+        if pixels == RGB and not content.startswith(NPY):
+            with Image.open(io.BytesIO(content)) as image:
+                if _deep(image) or (image.format == "TIFF" and _would_be_cut(image)):
+                    raise _without_window("16 bits or more")
+                colours: Image.Image = image.convert("RGB")
+            return colours
+        bands = tuple(_band(plane, pixels.window) for plane in planes(content, pixels.channels))
+        return Image.merge("RGB", bands) if pixels == RGB else Bands(bands)
+
+
+class Header(NamedTuple):
+    """What an image file says about itself."""
+
+    width: int
+    height: int
+    format: str
+    """Pillow's name, or NPY."""
+    mode: str
+    """Pillow's, or such as "13 x uint16"."""
+
+
+def header(content: bytes) -> Header:
+    """Nothing is decoded that Pillow can read. Raises as `decoded` does."""
+    array = content.startswith(NPY)
+    try:
+        if not array:
+            with Image.open(io.BytesIO(content)) as image:
+                return Header(image.width, image.height, str(image.format), image.mode)
+    except UnidentifiedImageError:
+        if not content.startswith(TIFF):
+            raise
+    pixels = _npy(content) if array else _tiff(content, "Pillow cannot read it")
+    height, width, channels = (*pixels.shape, 1)[:3] if pixels.ndim > 1 else (0, 0, 0)
+    return Header(width, height, "NPY" if array else "TIFF", f"{channels} x {pixels.dtype}")
+
+
+def planes(content: bytes, channels: int) -> list[Plane]:
+    """The channels of an image file with the numbers that it holds. Raises as `decoded` does."""
+    if content.startswith(NPY):
+        return _of_array(_npy(content), channels)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if math.prod(image.size) * channels > MAX_VALUES:
+                raise ValueError(f"{image.width} x {image.height} pixels of {channels} channels are too many")
+            if (found := _by_pillow(image, channels)) is not None:
+                return found
+            fault = f"a {image.format} of mode {image.mode} does not give data.channels={channels}"
+            if _would_be_cut(image):
+                fault = f"a {image.format} of 16 bits a colour, of which Pillow keeps 8"
+    except UnidentifiedImageError:
+        fault = "Pillow cannot read it"
+    if content.startswith(TIFF):
+        return _of_array(_tiff(content, fault), channels)
+    raise ValueError(fault)
+
+
+def _deep(image: Image.Image) -> bool:
+    """One channel of 16 bits or more, as Pillow reads it."""
+    return image.mode.startswith(("I", "F"))
+
+
+def _would_be_cut(image: Image.Image) -> bool:
+    """Several channels of 16 bits, of which Pillow would keep the upper 8: told by what its decoder is asked for."""
+    return not _deep(image) and ";16" in str(getattr(image, "tile", ""))
+
+
+def _by_pillow(image: Image.Image, channels: int) -> list[Plane] | None:
+    """None where Pillow does not see so many channels."""
+    if _would_be_cut(image):
+        return None
+    if image.format == "TIFF" and len(pages := list(_pages(image, channels + 1))) > 1:
+        return pages if len(pages) == channels else None
+    if _deep(image):
+        return [np.asarray(image)] * channels if channels in (1, 3) else None
+    if image.mode in ("P", "PA", "1"):
+        clear = image.mode == "PA" or "transparency" in image.info
+        image = image.convert("L" if image.mode == "1" else "RGBA" if clear else "RGB")
+    if channels in (1, 3):
+        image = image.convert("L" if channels == 1 else "RGB")
+    return [np.asarray(band) for band in image.split()] if len(image.getbands()) == channels else None
+
+
+def _pages(image: Image.Image, most: int) -> Iterator[Plane]:
+    """The pages of a TIFF that hold a channel each: of one channel, and as large as the first (smaller ones are overviews)."""
+    size, found = image.size, 0
+    for page in ImageSequence.Iterator(image):
+        if page.size == size and len(page.getbands()) == 1:
+            found += 1
+            yield np.asarray(page)
+        if found == most:
+            break
+    image.seek(0)
+
+
+def _npy(content: bytes) -> Plane:
+    """The array of a .npy file, without a copy. Raises ValueError."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array of format {version}; save it with numpy.save")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    # Objects would be unpickled, and a size that the file does not have would be allocated.
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError(f"{len(content) - file.tell()} bytes are no array {list(shape)} of {dtype}")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+
+
+def _tiff(content: bytes, fault: str) -> Plane:
+    """[H, W, channels] or [H, W] of a TIFF that Pillow does not read. Raises ValueError, and what tifffile raises."""
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError(f"{fault}; tifffile may: pip install 'eva-mim[tiff]'") from None
+    # By pages: what tifffile calls series may take in other files, which the metadata of this one names.
+    with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
+        first = file.pages.first
+        pages = [page for page in islice(file.pages, MAX_CHANNELS + 1) if page.shape == first.shape]
+        if first.axes not in ("YX", "YXS", "SYX") or (len(pages) > 1 and first.axes != "YX"):
+            raise ValueError(f"a TIFF of {len(pages)} pages with axes {first.axes} is no image with channels")
+        if math.prod(first.shape) * len(pages) > MAX_VALUES:
+            raise ValueError(f"{len(pages)} pages of {list(first.shape)} are too many values")
+        arrays = [page.asarray(maxworkers=1) for page in pages]
+    if len(arrays) > 1:
+        return np.stack(arrays, axis=2)
+    return np.moveaxis(arrays[0], 0, 2) if first.axes == "SYX" else arrays[0]
+
+
+def _of_array(array: Plane, channels: int) -> list[Plane]:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim == 3 and array.shape[2] == 1 and channels == 3:
+        array = array.repeat(3, axis=2)
+    if array.ndim != 3 or array.shape[2] != channels or not 0 < array.size <= MAX_VALUES or array.dtype.kind not in "uif":
+        turned = "; it seems to be [channels, height, width]" if array.ndim == 3 and array.shape[0] == channels else ""
+        raise ValueError(f"an array {list(array.shape)} of {array.dtype} is no image [height, width, {channels}]{turned} "
+                         f"(data.channels={channels})")
+    return [array[:, :, channel] for channel in range(channels)]
+
+
+def _band(plane: Plane, window: tuple[float, float] | None) -> Image.Image:
+    """"L" of 8 bits, "F" of everything that is seen through a window."""
+    if plane.dtype == np.uint8 and window in (None, OPEN):
+        return Image.fromarray(np.ascontiguousarray(plane))
+    if window is None:
+        raise _without_window(str(plane.dtype))
+    values = plane.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{np.size(values) - np.isfinite(values).sum()} values are not finite")
+    if window != OPEN:
+        low, high = window
+        values = ((values - np.float32(low)) * np.float32(255 / (high - low))).clip(0, 255)
+    return Image.fromarray(values)
+
+
+def _without_window(what: str) -> ValueError:
+    return ValueError(f"{what} need data.window=[low, high], the values that become black and white; `eva-mim data stats` "
+                      "proposes one")

@@ -1,0 +1,190 @@
+"""Images in folders: one folder a class, or one flat folder without labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import Progress
+from eva_mim.data import RGB, Pixels, SourceSettings
+from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
+from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
+
+CAPTIONS = (".txt", ".json")
+"""Beside an image, in place of its own suffix."""
+SETTLED_NS = 2 * 10**9
+"""An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
+keep times by steps of up to 2 seconds)."""
+
+
+class FolderSource(FileSource):
+    """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
+
+    blocks = None
+
+    def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB):
+        """Every rank must call."""
+        self.folder = folder
+        self.classes = classes
+        self.captions: CaptionFile | None = None
+        self._caption_lines, self._pixels = caption_lines, pixels
+        self.index = folder_index(folder, suffixes(pixels))
+        self._folders = self.index.texts("folders")
+        self.fingerprint = self.index.facts["fingerprint"]
+        label = {name: number for number, name in enumerate(classes or ())}
+        self._labels = [label.get(name.partition("/")[0]) for name in self._folders]
+        if classes is not None:
+            self._refuse_strangers()
+
+    def _refuse_strangers(self) -> None:
+        used = np.bincount(self.index["folder"], minlength=len(self._folders)).nonzero()[0].tolist()
+        strangers = {self._folders[number].partition("/")[0] for number in used if self._labels[number] is None}
+        if "" in strangers:  # images beside the class folders
+            strangers = strangers - {""} | {self.key(int(row)) for row in (self.index["folder"] == 0).nonzero()[0][:5]}
+        if strangers:
+            raise UserError(f"{self.folder}: {', '.join(sorted(strangers)[:5])}: not among the {len(self.classes or ())} "
+                            "training classes")
+
+    def __len__(self) -> int:
+        return len(self.index["folder"])
+
+    def key(self, index: int) -> str:
+        """The file's path below the folder."""
+        return os.path.join(self._folders[self.index["folder"][index]], self.index.text("name", index))
+
+    def raw(self, index: int) -> Raw:
+        """Read one file, and its captions. Raises OSError, and ValueError for broken captions."""
+        key = self.key(index)
+        path = self.folder / key
+        label = self._labels[self.index["folder"][index]] if self.classes else None
+        return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(index, path))
+
+    def class_counts(self) -> Column | None:
+        """Images of each class."""
+        if self.classes is None:
+            return None
+        label = np.array([-1 if one is None else one for one in self._labels])
+        return np.bincount(label[self.index["folder"]], minlength=len(self.classes))
+
+    def stems(self) -> Iterator[str]:
+        """The files' paths below the folder without their last suffix: what a caption file calls them."""
+        return (os.path.splitext(self.key(index))[0] for index in range(len(self)))
+
+    def _beside(self, index: int, path: Path) -> tuple[str, ...]:
+        if not self.index["captioned"][self.index["folder"][index]]:  # on network disks a look for each image would be slow
+            return ()
+        text, described = (file.read_bytes() if file.is_file() else None for file in map(path.with_suffix, CAPTIONS))
+        return record_captions(text, described, self._caption_lines)
+
+
+def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
+    """The source of a split ("train" or "val"); None when the split has no folder of its own. Raises UserError."""
+    root, chosen = settings.own_root, settings.train if split == "train" else settings.val
+    if split == "val" and chosen is None:
+        return None
+    folder = root / (chosen or "")
+    if not folder.is_dir():
+        raise UserError(f"data.{split}: {folder} is not a folder")
+    if settings.train is None and (root / "train").is_dir():
+        raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
+    # The training folder alone decides the labels, so that a split with fewer classes keeps them.
+    source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines, settings.pixels)
+    source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
+    return source
+
+
+def class_folders(folder: Path) -> tuple[str, ...] | None:
+    """Names of the sub-folders in sorted order (the labels), or None for a flat folder."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return tuple(names) or None
+
+
+def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
+    """Of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of all
+    `folders`, and whether captions lie there (`captioned`), in the order in which they are met, which is that of sorted paths.
+    Raises UserError."""
+
+    def fresh(index: Index) -> bool:
+        if int(index.facts["made"]) - int(index["changed"].max()) < SETTLED_NS:
+            return False
+        times = zip(index.texts("folders"), index["changed"].tolist(), strict=True)
+        return all(_changed(folder / name) == changed for name, changed in times)
+
+    return open_index(["folder", str(folder.resolve()), sorted(images)], fresh, lambda: _scan(folder, images), str(folder))
+
+
+class _Images(NamedTuple):
+    """Neighbours among the sorted names of one folder."""
+
+    folder: int
+    path: str
+    names: list[str]
+
+
+def _scan(root: Path, images: tuple[str, ...]) -> Content:
+    """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
+    began, made = time.monotonic(), time.time_ns()
+    names, folders, numbers, changed, captioned = Texts(), Texts(), array("I"), array("q"), array("B")
+    fingerprint, todo, progress = hashlib.sha256(), list[str | _Images]([""]), Progress(f"walking {root}, images")
+    while todo:
+        item = todo.pop()
+        if isinstance(item, str):
+            folders.add(item)
+            changed.append(_changed(root / item))  # before the names are read: a later change is seen
+            contents, texts = _contents(root, item, len(changed) - 1, images)
+            captioned.append(texts)
+            todo += reversed(contents)
+            continue
+        paths = json.dumps([os.path.join(item.path, name) for name in item.names])[1:-1]
+        fingerprint.update(((", " if len(names) else "[") + paths).encode())
+        numbers.extend([item.folder] * len(item.names))
+        progress.advance(len(item.names))
+        for name in item.names:
+            names.add(name)
+    if not len(names):
+        more = "" if set(ARRAYS) <= set(images) else "; .npy count where data.channels or data.window is set"
+        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))}{more})")
+    fingerprint.update(b"]")
+    say_indexed(str(root), len(names), time.monotonic() - began)
+    own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64),
+                              "captioned": np.frombuffer(captioned, np.uint8)}
+    return Content(own | names.columns("name") | folders.columns("folders"),
+                   {"fingerprint": fingerprint.hexdigest(), "made": str(made)})
+
+
+def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> tuple[list[str | _Images], bool]:
+    """Sub-folders and images of a folder in the order of their names, and whether captions may lie there. Raises UserError."""
+    try:
+        with os.scandir(root / path) as entries:
+            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    except OSError as error:
+        raise UserError(f"{root / path}: cannot be read: {error.strerror}") from None
+    contents: list[str | _Images] = []
+    for is_folder, group in groupby(found, itemgetter(1)):
+        names = [name for name, _ in group]
+        if is_folder:
+            contents += [os.path.join(path, name) for name in names]
+        elif chosen := [name for name in names if os.path.splitext(name)[1].lower() in images]:
+            contents.append(_Images(number, path, chosen))
+    return contents, any(name.endswith(CAPTIONS) for name, is_folder in found if not is_folder)
+
+
+def _changed(folder: Path) -> int:
+    """When a name in the folder came, went or changed, in nanoseconds; -1 for no folder."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return -1

@@ -1,0 +1,172 @@
+"""Files by URL (`s3://`, `gs://`, `https://`, ...), through fsspec and the driver that the user has installed for it.
+
+A read is a range of bytes with a time-out, tried again a few times. File systems are asked for anew at each call: fsspec keeps
+one a process, and none goes through a fork.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple, TypeVar
+
+from eva_mim.core.errors import UserError
+
+T = TypeVar("T")
+TIMEOUT = 60.0
+"""Seconds for one answer."""
+WAITS = (1.0, 4.0, 16.0)
+"""Seconds before each further attempt."""
+CHANGED = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
+"""What file systems call the mark that changes with a file; the first that one has is taken."""
+
+
+class RemoteFile(NamedTuple):
+    """As it was listed."""
+
+    url: str
+    size: int
+    changed: str
+
+
+def as_url(root: PurePath) -> str | None:
+    """The URL that a path was written as ("s3://bucket/x", of which a path makes "s3:/bucket/x"); None for a path."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", root.as_posix())
+    if found is None:
+        return None
+    scheme, rest = found.groups()
+    return f"{scheme}://{'/' if scheme in ('file', 'local') else ''}{rest}"
+
+
+def listed(root: str, pattern: str) -> list[RemoteFile]:
+    """The files below a URL that a pattern matches, sorted by URL. Raises UserError."""
+    system, below = _system(root)
+
+    def find() -> list[RemoteFile]:
+        system.invalidate_cache()
+        # By default fsspec leaves out the folders whose listing fails.
+        found = system.glob(f"{below.rstrip('/')}/{pattern}", detail=True, on_error="raise")
+        return sorted(_file(system, name, about) for name, about in found.items() if about["type"] == "file")
+
+    try:
+        return _persistent(find, root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be listed: {type(error).__name__}: {error}") from None
+
+
+def _file(system: Any, name: str, about: dict[str, Any]) -> RemoteFile:
+    about = about if about.get("size") is not None else system.info(name)
+    if about.get("size") is None:
+        raise UserError(f"{system.unstrip_protocol(name)}: the server does not tell its size, without which it cannot be read")
+    changed = next((str(about[key]) for key in CHANGED if key in about), "")
+    return RemoteFile(system.unstrip_protocol(name), int(about["size"]), changed)
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Bytes start .. end - 1 of a file, fewer where it ends. Raises OSError where it is not there or not to be read, UserError
+    when its place does not answer, or not with a range."""
+    if end <= start:
+        return b""
+    system, path = _system(url)
+    content: bytes = _persistent(lambda: system.cat_file(path, start=start, end=end), url)
+    if len(content) > end - start:
+        raise UserError(f"{url}: its server answers with {len(content)} bytes where {end - start} were asked for: it knows no "
+                        "ranges; copy the shards to a disk")
+    return content
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+    """(URL, start, end) -> bytes start .. end - 1, of files of one place and together where its driver can do that. None for what
+    did not come, or not as asked for: `read_range` tries again, and says why. Raises UserError without a driver."""
+    if not ranges:
+        return []
+    system = _system(ranges[0][0])[0]
+    urls, starts, ends = (list(column) for column in zip(*ranges, strict=True))
+    try:
+        found = _timed(lambda: system.cat_ranges([system._strip_protocol(url) for url in urls], starts, ends, on_error="return"))
+    except Exception:  # drivers have errors of their own kinds
+        return [None] * len(ranges)
+    return [content if isinstance(content, bytes) and len(content) == end - start else None
+            for content, (_, start, end) in zip(found, ranges, strict=True)]
+
+
+class Reading(io.RawIOBase):
+    """A file for readers that seek: each read is a range."""
+
+    def __init__(self, url: str, size: int):
+        self._url, self._size, self._at = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        content = read_range(self._url, self._at, end)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of this process, and the path in it. Raises UserError without a driver."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{url}: no driver for such URLs is installed: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from None
+    return system, str(path)
+
+
+def _persistent(call: Callable[[], T], url: str) -> T:
+    """What `call` returns, after a few attempts."""
+    for wait in (*WAITS, None):
+        try:
+            return _timed(call)
+        except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
+            raise
+        except Exception as error:  # drivers have errors of their own kinds
+            if wait is None:
+                tried = f"{len(WAITS) + 1} attempts of up to {TIMEOUT:g} s"
+                raise UserError(f"{url}: no answer in {tried}; the last: {type(error).__name__}: {error}") from None
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _timed(call: Callable[[], T]) -> T:
+    """In a thread that is left behind when it hangs: not every driver has a time-out. Raises what `call` raises, TimeoutError."""
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer in {TIMEOUT:g} s")
+    return answers[0]

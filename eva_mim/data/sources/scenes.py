@@ -1,0 +1,159 @@
+"""The built-in dataset: textured, coloured shapes in relation, drawn with Pillow from (seed, split, index).
+
+Nothing is downloaded and nothing is stored. Drawing uses whole numbers and no antialiasing but a box reduction, so
+the pixels are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from eva_mim.core.contracts import Sample
+from eva_mim.core.rng import derive
+from eva_mim.core.settings import digest
+from eva_mim.data import SceneSettings, SourceSettings
+
+SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
+TEXTURES = ("plain", "striped", "dotted", "checked")
+COLOURS = {
+    "red": (214, 52, 48),
+    "green": (58, 160, 72),
+    "blue": (52, 92, 208),
+    "yellow": (232, 200, 48),
+    "purple": (140, 64, 170),
+    "orange": (238, 134, 38),
+    "white": (240, 240, 240),
+    "black": (24, 24, 28),
+}
+RELATIONS = ("left of", "right of", "above", "below")
+OVERSAMPLE = 2
+"""Pictures are drawn larger by this factor and reduced by averaging."""
+
+
+class Thing(NamedTuple):
+    shape: str
+    texture: str
+    colour: str
+
+
+class SceneSource:
+    """`size` pictures of two things each; the first one gives the label."""
+
+    blocks = None
+
+    def __init__(self, settings: SceneSettings, split: str):
+        self.settings, self.split = settings, split
+        self.fingerprint = digest([settings.model_dump(), split])
+        fine = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
+        self.classes: tuple[str, ...] | None = fine if settings.labels == "fine" else SHAPES
+        self._size = settings.train if split == "train" else settings.val
+
+    def __len__(self) -> int:
+        return self._size
+
+    def key(self, index: int) -> str:
+        """SPLIT/INDEX."""
+        return f"{self.split}/{index}"
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Nothing takes long to arrive."""
+
+    def read(self, index: int) -> Sample:
+        """Draw picture `index` with its caption and label."""
+        rng = random.Random(derive(self.settings.seed, f"scenes-{self.split}", index))
+        ground, first_colour, second_colour = rng.sample(list(COLOURS), 3)
+        first = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), first_colour)
+        second = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), second_colour)
+        relation = rng.choice(RELATIONS)
+        image = draw(first, second, relation, ground, self.settings.size, rng)
+        name = f"{first.texture} {first.shape}" if self.settings.labels == "fine" else first.shape
+        assert self.classes is not None
+        # With both colours always named, two words would tell most pairs of a batch apart, and nobody would learn shapes.
+        colour = f"{first.colour} " if rng.random() < 0.5 else ""
+        caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
+        return Sample(self.key(index), image, self.classes.index(name), (caption,))
+
+
+def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
+    """The source of a split ("train" or "val")."""
+    return SceneSource(settings.scenes, split)
+
+
+def draw(
+    first: Thing, second: Thing, relation: str, ground: str, size: int, rng: random.Random
+) -> Image.Image:
+    """A `size` x `size` RGB picture; the first thing is the larger one."""
+    side = size * OVERSAMPLE
+    shade = tuple(channel // 2 + rng.randint(24, 72) for channel in COLOURS[ground])
+    image = Image.new("RGB", (side, side), shade)
+    pen = ImageDraw.Draw(image)
+    for _ in range(12):  # a quiet, irregular ground, so that empty patches differ
+        x, y, length = rng.randrange(side), rng.randrange(side), rng.randrange(side // 8, side // 2)
+        tint = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in shade)
+        pen.rectangle((x, y, x + length, y + length // 3), fill=tint)
+    big, small = side * rng.randint(50, 62) // 100, side * rng.randint(22, 28) // 100
+    near, far = _places(relation, side, big, small, rng)
+    _paste(image, second, far, small)
+    _paste(image, first, near, big)
+    return image.reduce(OVERSAMPLE)
+
+
+def _places(
+    relation: str, side: int, big: int, small: int, rng: random.Random
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Corners of the first (big) and the second (small) thing."""
+    start, end = rng.randint(0, side // 16), side - small - rng.randint(0, side // 16)
+    across_big, across_small = rng.randint(0, side - big), rng.randint(0, side - small)
+    if relation in ("right of", "below"):
+        start, end = side - big - start, side - small - end
+    if relation in ("left of", "right of"):
+        return (start, across_big), (end, across_small)
+    return (across_big, start), (across_small, end)
+
+
+def _paste(image: Image.Image, thing: Thing, corner: tuple[int, int], size: int) -> None:
+    stencil = Image.new("1", (size, size))
+    _outline(ImageDraw.Draw(stencil), thing.shape, size)
+    image.paste(_texture(thing, size), corner, stencil)
+
+
+def _outline(pen: ImageDraw.ImageDraw, shape: str, size: int) -> None:
+    last, half, third = size - 1, size // 2, size // 3
+    if shape == "circle":
+        pen.ellipse((0, 0, last, last), fill=1)
+    elif shape == "square":
+        pen.rectangle((size // 12, size // 12, last - size // 12, last - size // 12), fill=1)
+    elif shape == "triangle":
+        pen.polygon([(half, 0), (last, last), (0, last)], fill=1)
+    elif shape == "diamond":
+        pen.polygon([(half, 0), (last, half), (half, last), (0, half)], fill=1)
+    elif shape == "ring":
+        pen.ellipse((0, 0, last, last), fill=1)
+        pen.ellipse((third - size // 12, third - size // 12, last - third + size // 12, last - third + size // 12), fill=0)
+    else:
+        pen.rectangle((third, 0, last - third, last), fill=1)
+        pen.rectangle((0, third, last, last - third), fill=1)
+
+
+def _texture(thing: Thing, size: int) -> Image.Image:
+    colour = COLOURS[thing.colour]
+    other = tuple((channel + 255) // 2 if sum(colour) < 384 else channel // 2 for channel in colour)
+    swatch = Image.new("RGB", (size, size), colour)
+    pen = ImageDraw.Draw(swatch)
+    step = max(2, size // 6)
+    if thing.texture == "striped":
+        for y in range(0, size, 2 * step):
+            pen.rectangle((0, y, size, y + step - 1), fill=other)
+    elif thing.texture == "dotted":
+        for y in range(step // 2, size, 2 * step):
+            for x in range(step // 2, size, 2 * step):
+                pen.ellipse((x, y, x + step, y + step), fill=other)
+    elif thing.texture == "checked":
+        for y in range(0, size, step):
+            for x in range((y // step % 2) * step, size, 2 * step):
+                pen.rectangle((x, y, x + step - 1, y + step - 1), fill=other)
+    return swatch

@@ -1,0 +1,103 @@
+"""The index of a split of shards: of each shard its own (`tars.py`), made in several processes, and all of them joined."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import Progress, say
+from eva_mim.core.processes import cores, pool_of
+from eva_mim.core.settings import digest, few
+from eva_mim.data.sources.index import Column, Content, Index, narrow, open_index, say_indexed
+from eva_mim.data.sources.tar_index import BadShard, Shard, tar_index
+from eva_mim.data.sources.unpack import make_room, ready, unpack
+
+SHARDS_A_PROCESS = 4
+"""Fewer shards to index are not worth another process."""
+MAX_PROCESSES = 16
+
+
+def shards_index(shards: Sequence[Shard], skip_bad: bool) -> Index:
+    """The indexes of shards joined: their columns one after another, and where each shard ends (`shards`). Numbers of bad ones
+    are the fact "left_out". Raises UserError."""
+    folder = shards[0].folder
+    stamp = digest([(shard.size, shard.changed) for shard in shards])
+
+    def fresh(index: Index) -> bool:
+        left_out = json.loads(index.facts["left_out"])
+        used = [shard for number, shard in enumerate(shards) if number not in left_out]
+        return index.facts["stamp"] == stamp and all(map(ready, used))
+
+    def make() -> Content:
+        began = time.monotonic()
+        bad = _index_each(shards)
+        if bad and (not skip_bad or len(bad) == len(shards)):
+            hint = "mend or remove them, or set data.bad_shards=skip to go on without them"
+            raise UserError("\n".join([*list(bad.values())[:5], f"{len(bad)} of {len(shards)} shards cannot be used; {hint}"]))
+        parts = {number: tar_index(shard, unpack(shard)) for number, shard in enumerate(shards) if number not in bad}
+        columns = _joined(list(parts.values()))
+        sizes = [len(parts[number]["image"]) if number in parts else 0 for number in range(len(shards))]
+        columns["shards"] = narrow(np.cumsum(sizes))
+        used = [shards[number] for number in parts]
+        if not columns["image"].any():
+            raise UserError(f"{folder}: no images in {few((shard.name for shard in used), 3)} (members KEY.jpg, KEY.png)")
+        if empty := [shards[number].name for number, part in parts.items() if not len(part["image"])]:
+            say(f"  {folder}: {len(empty)} of {len(shards)} shards hold no records: {few(empty)}")
+        if repeated := sum(int(part.facts["repeated"]) for part in parts.values()):
+            say(f"  {folder}: {repeated} members have the name of another one in their shard; the last one counts")
+        say_indexed(f"{len(used)} shards in {folder}", len(columns["image"]), time.monotonic() - began)
+        fingerprint = digest([(shard.name, shard.size) for shard in used])
+        return Content(columns, {"fingerprint": fingerprint, "stamp": stamp, "left_out": json.dumps(sorted(bad))})
+
+    name = ["shards", [shard.identity for shard in shards], skip_bad]
+    return open_index(name, fresh, make, f"{folder}/{shards[0].name}, ...")
+
+
+def _joined(parts: Sequence[Index]) -> dict[str, Column]:
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
+    for field in ("text", "described"):
+        if any(part[field].any() for part in parts):
+            columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
+    starts = np.cumsum([0] + [len(part["key"]) for part in parts])
+    columns["key.ends"] = narrow(
+        np.concatenate([part["key.ends"] + start for part, start in zip(parts, starts[:-1], strict=True)])
+    )
+    return columns
+
+
+def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
+    """Unpack and index every shard for which that has not been done, in several processes. By number, what is wrong with the bad
+    ones. Raises UserError."""
+    make_room(shards)
+    progress, bad = Progress(f"indexing shards in {shards[0].folder}", len(shards)), dict[int, str]()
+    for number, fault in enumerate(_each(shards)):
+        progress.advance()
+        if fault is not None:
+            bad[number] = fault
+    return bad
+
+
+def _each(shards: Sequence[Shard]) -> Iterator[str | None]:
+    most = MAX_PROCESSES if shards[0].remote else cores()  # by URL they mostly wait
+    processes = min(MAX_PROCESSES, most, len(shards) // SHARDS_A_PROCESS)
+    if processes < 2:
+        yield from map(_fault, shards)
+        return
+    with pool_of(processes) as pool:
+        try:
+            yield from pool.map(_fault, shards)
+        except BrokenProcessPool:
+            raise UserError(f"{shards[0].folder}: a process that indexed shards was killed (for lack of memory?)") from None
+
+
+def _fault(shard: Shard) -> str | None:
+    try:
+        tar_index(shard, unpack(shard))
+    except BadShard as error:
+        return str(error)
+    return None

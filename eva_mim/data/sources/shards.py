@@ -1,0 +1,243 @@
+"""Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt KEY.json`), read by offset in any order.
+
+Each shard is indexed once (`tars.py`), and the shards of a split are joined in one index (`joined.py`). Compressed ones are
+unpacked before (`unpack.py`). Nothing is ever written under a name that an archive chose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from eva_mim.core.contracts import Blocks
+from eva_mim.core.distributed import agreed, is_main
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.settings import few
+from eva_mim.core.timing import phase
+from eva_mim.data import RGB, Pixels, SourceSettings
+from eva_mim.data.prompts import class_file, class_words
+from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.sources.decode import FileSource, Raw
+from eva_mim.data.sources.index import Column
+from eva_mim.data.sources.remote import as_url, listed, read_range, read_ranges
+from eva_mim.data.sources.shard_index import shards_index
+from eva_mim.data.sources.tar_index import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
+from eva_mim.data.sources.unpack import hold, unpack
+
+MAX_OPEN = 512
+"""Shards that a process holds open; systems allow about a thousand files. Two pools fit: a loader process may be at the end of
+one and at the start of the next."""
+BLOCKS = 64
+"""In a pool, of large shards: each is read in sequence, and a batch is from about so many places."""
+MAX_TOGETHER = 2**22
+"""Bytes of a record that are asked for at once by URL, though others may lie between its fields."""
+
+
+def cut_shards(sizes: Sequence[int], ends: Sequence[int], pool: float) -> Blocks | None:
+    """Blocks for a shuffle in pools of so many bytes, from the shards' bytes and the ends of their records; None where it is all
+    one pool. A block lies in one shard and has at most a `BLOCKS`th of a pool; small shards make more blocks of less."""
+    total = sum(sizes)
+    if total <= pool:
+        return None
+    pieces = [math.ceil(size * BLOCKS / pool) for size in sizes]
+    cuts = [np.linspace(start, end, count + 1)[1:].round() for start, end, count in zip([0, *ends], ends, pieces, strict=False)]
+    found = np.unique(np.concatenate(cuts).astype(np.int64))
+    found = found[found > 0]
+    return Blocks(found, max(1, min(MAX_OPEN // 2, round(len(found) * pool / total))))
+
+
+class ShardSource(FileSource):
+    """Records of several shards, in the order of the sorted file names."""
+
+    def __init__(
+        self, paths: Sequence[Path | Shard], classes: tuple[str, ...] | None, caption_lines: bool = False,
+        pixels: Pixels = RGB, *, skip_bad: bool = False,
+    ):
+        """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
+        self.classes = classes
+        self.captions: CaptionFile | None = None
+        self.blocks: Blocks | None = None
+        self._caption_lines, self._pixels = caption_lines, pixels
+        shards = [found(path) if isinstance(path, Path) else path for path in paths]
+        self._held = hold(shards)
+        self.index = shards_index(shards, skip_bad)
+        if left_out := json.loads(self.index.facts["left_out"]):
+            names = few(shards[number].name for number in left_out)
+            say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {shards[0].folder} are left out: {names}")
+        self._ends: list[int] = self.index["shards"].tolist()
+        self._names = [shard.name for shard in shards]
+        self._tars = [shard if number in left_out else unpack(shard) for number, shard in enumerate(shards)]
+        self._open: dict[tuple[int, int], BinaryIO] = {}
+        self._asked: dict[int, None] = {}
+        self._last: tuple[int, int, bytes] | None = None
+        self._arrived: dict[int, tuple[int, bytes]] = {}
+        self.fingerprint = self.index.facts["fingerprint"]
+
+    def __len__(self) -> int:
+        return len(self.index["image"])
+
+    def key(self, index: int) -> str:
+        """SHARD/KEY."""
+        return f"{self._names[self._shard(index)]}/{self.index.text('key', index)}"
+
+    def raw(self, index: int) -> Raw:
+        """Read one record. Raises ValueError for one without image or with a label that does not fit."""
+        self._read_ahead(index)
+        with phase("read"):
+            content = self._bytes(index, "image")
+        if content is None:
+            raise ValueError("no image member")
+        label = int(self.index["label"][index]) if self.classes else NO_LABEL
+        if label == NO_NUMBER or (self.classes and label >= len(self.classes)):
+            raise ValueError(f"its label is none of the {len(self.classes or ())} classes")
+        captions = self.captions[index] if self.captions else self._own_captions(index)
+        return Raw(self.key(index), content, label if label != NO_LABEL else None, captions)
+
+    def class_counts(self) -> Column | None:
+        """Images of each class."""
+        labels = self.index["label"]
+        return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
+
+    @property
+    def unnamed(self) -> bool:
+        """There are labels, but no class list says what they stand for; then none is read."""
+        return self.classes is None and bool((self.index["label"] >= 0).any())
+
+    def keys(self) -> Iterator[str]:
+        """The records' keys as a caption file has them: without their shard."""
+        return (self.index.text("key", index) for index in range(len(self)))
+
+    def check_labels(self, setting: str) -> None:
+        """A class list that does not fit is found now and not in the third epoch. Raises UserError."""
+        labels = self.index["label"]
+        wrong = ((labels == NO_NUMBER) | (labels >= len(self.classes or ()))).nonzero()[0]
+        if self.classes is not None and len(wrong):
+            label = int(labels[wrong[0]])
+            raise UserError(f"data.classes: {setting} has {len(self.classes)} names, but {self.key(int(wrong[0]))} has "
+                            f"{'a label that is no number' if label == NO_NUMBER else f'label {label}'}")
+
+    def cut(self, pool: float) -> Blocks | None:
+        """`cut_shards` of its own."""
+        return cut_shards([tar.size for tar in self._tars], self._ends, pool)
+
+    def _own_captions(self, index: int) -> tuple[str, ...]:
+        return record_captions(self._bytes(index, "text"), self._bytes(index, "described"), self._caption_lines)
+
+    def _shard(self, index: int) -> int:
+        return bisect_right(self._ends, index)
+
+    def _bytes(self, index: int, field: str) -> bytes | None:
+        block = int(self.index[field][index]) if field in self.index else 0
+        if not block:
+            return None
+        number, size = self._shard(index), int(self.index[f"{field}.size"][index])
+        if self._tars[number].remote:
+            content = self._fetched(index, number, block * BLOCK, size)
+        else:
+            content = os.pread(self._opened(number).fileno(), size, block * BLOCK)
+        if len(content) < size:
+            raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
+        return content
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """By URL: all at once, where the driver can do that."""
+        asked = {index: span for index in indices if self._tars[self._shard(index)].remote and (span := self._span(index))}
+        with phase("read"):
+            found = zip(asked.items(), read_ranges(list(asked.values())), strict=True)
+        self._arrived = {index: (span[1], content) for (index, span), content in found if content is not None}
+
+    def _span(self, index: int) -> tuple[str, int, int] | None:
+        """(URL, start, end) around a record; None where its fields are too far apart for one request, or it has none."""
+        fields = [field for field in FIELDS if field in self.index and self.index[field][index]]
+        starts = [int(self.index[field][index]) * BLOCK for field in fields]
+        ends = [first + int(self.index[f"{field}.size"][index]) for field, first in zip(fields, starts, strict=True)]
+        if not fields or max(ends) - min(starts) > MAX_TOGETHER:
+            return None
+        return str(self._tars[self._shard(index)].place), min(starts), max(ends)
+
+    def _fetched(self, index: int, number: int, start: int, size: int) -> bytes:
+        """By URL: fields of a record that lie together come with one request."""
+        if self._last is None or self._last[0] != index:
+            arrived, span = self._arrived.pop(index, None), self._span(index)
+            if span is None:
+                return read_range(self._tars[number].place, start, start + size)
+            self._last = index, *(arrived or (span[1], read_range(*span)))
+        _, first, content = self._last
+        return content[start - first : start - first + size]
+
+    def _read_ahead(self, index: int) -> None:
+        """Ask the system, once a block and process, to read a block in sequence into its page cache, which processes share."""
+        if self.blocks is None or self._tars[self._shard(index)].remote or sys.platform != "linux":
+            return
+        block = int(np.searchsorted(self.blocks.ends, index, side="right"))
+        if block in self._asked:
+            return
+        while len(self._asked) >= 2 * self.blocks.pooled:
+            self._asked.pop(next(iter(self._asked)))
+        self._asked[block] = None
+        first, last = int(self.blocks.ends[block - 1]) if block else 0, int(self.blocks.ends[block]) - 1
+        places, sizes = self.index["image"], self.index["image.size"]
+        start, end = int(places[first]) * BLOCK, int(places[last]) * BLOCK + int(sizes[last])
+        if end > start:
+            os.posix_fadvise(self._opened(self._shard(index)).fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _opened(self, number: int) -> BinaryIO:
+        place = os.getpid(), number  # a forked worker must not share a file position
+        if place not in self._open:
+            while len(self._open) >= MAX_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[place] = self._tars[number].open()
+        file, tar = self._open[place], self._tars[number]
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, str(stat.st_mtime_ns)) != tar[1:]:
+            raise UserError(f"{tar.place}: has changed since this run opened it; start the run again, which indexes it anew")
+        return file
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_arrived": {}, "_held": None}
+
+
+def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
+    """The source of a split ("train" or "val"); None when it has no pattern. Raises UserError."""
+    root, pattern = settings.own_root, settings.train if split == "train" else settings.val
+    if pattern is None and split == "val":
+        return None
+    paths = _find(root, pattern or "*.tar*", split)
+    if not paths:
+        raise UserError(f"data.{split}: no shard matches {as_url(root) or root}/{pattern or '*.tar*'}")
+    if as_url(root) is not None:
+        _refuse_names_by_url(settings)
+    classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
+    source = ShardSource(paths, classes, settings.caption_lines, settings.pixels, skip_bad=skip_bad)
+    source.check_labels(str(settings.classes or settings.class_names))
+    source.blocks = source.cut(settings.shuffle_gb * 1e9)
+    records = f"records of {as_url(root) or root}/{pattern or '*.tar*'}"
+    source.captions = open_captions(settings, split, source.keys, source.index.facts["stamp"], records)
+    return source
+
+
+def _find(root: Path, pattern: str, split: str) -> Sequence[Path | Shard]:
+    if Path(pattern).is_absolute():
+        raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
+    if (url := as_url(root)) is not None:
+        return agreed(lambda: [Shard(*file) for file in listed(url, pattern)], is_main())[0]
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is not a folder")
+    return sorted(root.glob(pattern))
+
+
+def _refuse_names_by_url(settings: SourceSettings) -> None:
+    names = {"classes": settings.classes, "captions": settings.captions, "val_captions": settings.val_captions,
+             "class_names": None if settings.class_names == "imagenet" else settings.class_names}
+    for setting, name in names.items():
+        if name is not None and not Path(name).is_absolute():
+            raise UserError(f"data.{setting}: {name} must be the absolute path of a file here, since data.root is a URL")

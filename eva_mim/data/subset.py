@@ -1,0 +1,281 @@
+"""Which records a run uses: the training and held-out sources, limits, held-out shares, grouped classes, mixtures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eva_mim.core.contracts import Blocks, Sample, Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.registry import SOURCES, lookup
+from eva_mim.core.rng import derive
+from eva_mim.core.settings import digest
+from eva_mim.data import DataSettings, PartSettings, SourceSettings
+from eva_mim.data.class_lists import known_as
+from eva_mim.data.prompts import class_words, filled, prompt_templates
+from eva_mim.data.quarantine import Quarantine, Quarantined, read_quarantine
+from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart
+
+Positions = npt.NDArray[np.int64]
+NONE: Positions = np.empty(0, np.int64)
+CHUNK = 2**16
+"""Positions that are hashed at once."""
+HOLD_OUT_SEED = 0
+"""The held-out share is the same for every run seed, so that runs can be compared."""
+
+
+class AllBut:
+    """The whole numbers from 0 without a few that are listed: `count` of them, held in the memory of those few."""
+
+    def __init__(self, count: int, few: Positions = NONE):
+        """`few` rise."""
+        self._count, self._before = count, few - np.arange(len(few))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        """The number at a place, or those at several."""
+        return number + np.searchsorted(self._before, number, side="right")
+
+    def below(self, bounds: Positions) -> Positions:
+        """How many of them are below each bound."""
+        few = self._before + np.arange(len(self._before))
+        kept: Positions = np.minimum(bounds - np.searchsorted(few, bounds), self._count)
+        return kept
+
+
+class Selected:
+    """Some records of a source, with labels regrouped when a map is given, and classes renamed when words are."""
+
+    def __init__(
+        self,
+        source: Source,
+        indices: AllBut | Positions,
+        label_map: dict[str, list[str]] | None,
+        words: tuple[str, ...] | None = None,
+        quarantined: Mapping[int, str] = MappingProxyType({}),
+    ):
+        """`quarantined`: position in `source` -> why it is not read."""
+        self._source, self._indices, self._quarantined = source, indices, dict(quarantined)
+        self.classes = source.classes if label_map is None else tuple(label_map)
+        self._labels = None if label_map is None else regroup(source.classes, label_map)
+        self._label_map = label_map
+        if words is not None:
+            if len(words) != len(self.classes or ()):
+                raise UserError(f"data.class_names: {len(words)} names for {len(self.classes or ())} classes")
+            self.classes = words
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Those of the source, without the records and blocks that are left out."""
+        if self._source.blocks is None:
+            return None
+        ends, pooled = self._source.blocks
+        kept = self._indices.below(ends) if isinstance(self._indices, AllBut) else np.searchsorted(self._indices, ends)
+        return Blocks(np.unique(kept[kept > 0]), pooled)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the source and the choice; it takes a second for 14 million."""
+        return _fingerprint(self._source.fingerprint, self._indices, self._label_map)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def key(self, index: int) -> str:
+        return self._source.key(int(self._indices[index]))
+
+    def expect(self, indices: Sequence[int]) -> None:
+        positions = (int(self._indices[index]) for index in indices)
+        self._source.expect([position for position in positions if position not in self._quarantined])
+
+    def read(self, index: int) -> Sample:
+        """Raises Quarantined, and what the source raises."""
+        position = int(self._indices[index])
+        if position in self._quarantined:
+            raise Quarantined(self._quarantined[position])
+        sample = self._source.read(position)
+        if self._labels is not None and sample.label is not None:
+            sample = sample._replace(label=self._labels[sample.label])
+        return sample
+
+
+def _fingerprint(source: str, indices: AllBut | Positions, label_map: dict[str, list[str]] | None) -> str:
+    """`digest([source, all indices as bytes in hex, label_map])`, which for 14 million would be a text of 224 MB."""
+    total = hashlib.sha256(f'["{source}", "'.encode())
+    for start in range(0, len(indices), CHUNK):
+        places = np.arange(start, min(start + CHUNK, len(indices)))
+        total.update(np.asarray(indices[places], np.int64).tobytes().hex().encode())
+    total.update(f'", {json.dumps(label_map, sort_keys=True)}]'.encode())
+    return total.hexdigest()
+
+
+class Mixture:
+    """Sources one after another, under one range of indices. `parts`: of each what the order of training needs.
+
+    Labels stay where all parts have the same classes. Where they differ, an image without captions gets one by each template,
+    with its own class's name, since its label says nothing here.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], templates: Sequence[str]):
+        self.parts = [MixedPart(len(source), weight, source.blocks) for source, weight in zip(sources, weights, strict=True)]
+        self.classes = sources[0].classes if len({source.classes for source in sources}) == 1 else None
+        self._sources, self._templates = sources, templates
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    @property
+    def blocks(self) -> None:
+        """Those of the parts are in `parts`."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all parts."""
+        return digest([source.fingerprint for source in self._sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def key(self, index: int) -> str:
+        """PART:KEY, parts counted from 0."""
+        part, inner = self._place(index)
+        return f"{part}:{self._sources[part].key(inner)}"
+
+    def expect(self, indices: Sequence[int]) -> None:
+        places = [self._place(index) for index in indices]
+        for part, source in enumerate(self._sources):
+            source.expect([inner for other, inner in places if other == part])
+
+    def read(self, index: int) -> Sample:
+        part, inner = self._place(index)
+        sample, names = self._sources[part].read(inner)._replace(key=self.key(index)), self._sources[part].classes
+        if self.classes is not None or names is None or sample.label is None:
+            return sample
+        named = tuple(filled(template, names[sample.label]) for template in self._templates)
+        return sample._replace(label=None, captions=sample.captions or named)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - int(self._ends[part]) + len(self._sources[part])
+
+
+def order_of(source: Source, **cut: int) -> GlobalOrder:
+    """The order in which a source's records are trained on; `cut` are arguments of `GlobalOrder`."""
+    if isinstance(source, Mixture):
+        return MixedOrder(source.parts, **cut)
+    return GlobalOrder(len(source), **cut, blocks=source.blocks)
+
+
+class Splits(NamedTuple):
+    train: Source
+    val: Source
+
+    def facts(self) -> dict[str, Any]:
+        """What makes two runs see the same records in the same order."""
+        return {"train": len(self.train), "val": len(self.val), "sha256": digest([self.train.fingerprint, self.val.fingerprint])}
+
+
+class Opened(NamedTuple):
+    """One source: `images` is its number of training images before a limit."""
+
+    train: Source
+    val: Source | None
+    images: int
+
+
+def open_splits(settings: DataSettings) -> Splits:
+    """Both sources. Raises UserError for a missing folder, an empty one, class lists that differ, or an unexpected number."""
+    share = settings.held_out is None
+    listed = None if settings.quarantine is None else read_quarantine(settings.quarantine)
+    sources: Sequence[SourceSettings] = settings.mixture or [settings]
+    parts = [_open_source(source, listed, share=share) for source in sources]
+    images = sum(part.images for part in parts)
+    if settings.expected not in (None, images):
+        raise UserError(
+            f"data.expected: the recipe was written for {settings.expected} training images, but "
+            f"{settings.root or 'the mixture'} has {images} after the held-out ones; its schedule counts epochs of them. "
+            "To go on, set data.expected=null"
+        )
+    held_out = [part.val for part in parts if part.val is not None]
+    if settings.held_out is not None:
+        held_out = [_open_held_out(settings.held_out, listed)]
+    if not held_out:
+        raise UserError(f"data.val: no held-out images; give {'a part ' if settings.mixture else ''}val, a val_share above 0, or "
+                        "data.held_out")
+    if settings.mixture is None:
+        return Splits(parts[0].train, held_out[0])
+    weights, templates = [part.weight for part in settings.mixture], prompt_templates(settings.templates)
+    _say_counts(settings.mixture, parts)
+    return Splits(
+        Mixture([part.train for part in parts], weights, templates), Mixture(held_out, [1.0] * len(held_out), templates[:1])
+    )
+
+
+def _open_held_out(settings: SourceSettings, listed: Quarantine | None) -> Source:
+    opener = lookup(SOURCES, settings.source, "data.held_out.source")
+    source: Source = opener(settings, "val") or opener(settings, "train")
+    every = AllBut(_at_most(settings.val_limit, len(source)))
+    return Selected(source, every, settings.label_map, class_words(settings), _quarantined(source, listed, settings))
+
+
+def _quarantined(source: Source, listed: Quarantine | None, settings: SourceSettings) -> dict[int, str]:
+    return {} if listed is None else listed.reasons(source, str(settings.root))
+
+
+def _open_source(settings: SourceSettings, listed: Quarantine | None, *, share: bool) -> Opened:
+    """`share`: its `val_share` is held out where it has no `val`."""
+    opener = lookup(SOURCES, settings.source, "data.source")
+    train: Source = opener(settings, "train")
+    val: Source | None = opener(settings, "val")
+    held = NONE
+    val_indices: AllBut | Positions = AllBut(_at_most(settings.val_limit, len(val or ())))
+    if val is None and share and settings.val_share:
+        shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "hold-out")).permutation(len(train))
+        held = np.sort(shuffled[: max(1, round(settings.val_share * len(train)))])
+        val, val_indices = train, held[: settings.val_limit]
+    if val is not None and train.classes != val.classes:
+        raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
+    words, images = class_words(settings), len(train) - len(held)
+    reasons = _quarantined(train, listed, settings)
+    chosen = Selected(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words, reasons)
+    if val is None:
+        return Opened(chosen, None, images)
+    reasons = reasons if val is train else _quarantined(val, listed, settings)
+    return Opened(chosen, Selected(val, val_indices, settings.label_map, words, reasons), images)
+
+
+def _at_most(limit: int | None, count: int) -> int:
+    return count if limit is None else min(limit, count)
+
+
+def _say_counts(settings: Sequence[PartSettings], parts: Sequence[Opened]) -> None:
+    """Images and passes of each part, before the first is read."""
+    images, weights = sum(len(part.train) for part in parts), sum(part.weight for part in settings)
+    say(f"data.mixture: an epoch is {images} images")
+    for number, (one, part) in enumerate(zip(settings, parts, strict=True)):
+        passes = images * one.weight / weights / len(part.train)
+        say(f"  {number}: {one.source} {one.root or ''}: {len(part.train)} training images, {len(part.val or ())} held out, "
+            f"weight {one.weight:g}: {one.weight / weights:.2%} of the samples, {passes:.3g} passes an epoch")
+
+
+def regroup(classes: tuple[str, ...] | None, label_map: dict[str, list[str]]) -> list[int]:
+    """New label of each old one. Raises UserError unless every old class stands in exactly one group."""
+    if classes is None:
+        raise UserError("data.label_map needs images with class names (data.classes, or class folders)")
+    label = known_as(classes)
+    groups = [[label.get(name, name) for name in group] for group in label_map.values()]
+    named = [old for group in groups for old in group]
+    unknown = sorted(old for old in named if isinstance(old, str))
+    missing = [name for old, name in enumerate(classes) if old not in named]
+    twice = sorted({classes[old] for old in named if isinstance(old, int) and named.count(old) > 1})
+    if unknown or missing or twice:
+        raise UserError(f"data.label_map: not classes of the data: {unknown}; left out: {missing}; named twice: {twice}")
+    return [next(new for new, group in enumerate(groups) if old in group) for old in range(len(classes))]

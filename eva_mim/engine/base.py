@@ -1,0 +1,80 @@
+"""What both engines do alike in a step: weigh micro-batches, scale the loss, and leave out a step that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Batch, Rates, StepOutput, Task
+from eva_mim.core.distributed import all_reduce_sum, world_size
+from eva_mim.engine.loss_scale import LossScale
+from eva_mim.optim.optimizers import Watched
+
+
+def loss_weights(task: Task, batches: list[Batch]) -> list[Tensor | float]:
+    """Factor of each micro-batch's mean loss, such that the plain mean over micro-batches and ranks is the mean over
+    all terms of the global batch. Masks hide different numbers of patches; without this the loss would depend on how
+    the batch is cut."""
+    terms = [task.terms(batch) for batch in batches]
+    counted = [term for term in terms if term is not None]
+    if not counted:
+        return [1.0] * len(batches)
+    local = torch.stack(counted)
+    mean = all_reduce_sum(local.sum()) / (len(batches) * world_size())
+    return list(local / mean)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Context with the precision of a forward pass; nothing for fp32."""
+    dtype = low_precision(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def low_precision(precision: str) -> torch.dtype | None:
+    """What autocast computes in; None for fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def telling(loss: Tensor) -> Tensor:
+    """The loss, with a gradient that is NaN where it is not finite itself: so the reduced gradient tells every rank."""
+    return loss * torch.where(loss.isfinite(), 1.0, float("nan"))
+
+
+def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
+    """Learning rate and weight decay of the next step."""
+    for group in groups:
+        group["lr"] = rates.lr * group["lr_scale"]
+        group["weight_decay"] = rates.weight_decay * group["decays"]
+
+
+def conclude(
+    outputs: list[StepOutput], weights: list[Tensor | float], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
+) -> StepOutput:
+    """This rank's share of the step's loss and metrics (detached); moves the loss scale. See `contracts.Engine.step`."""
+    count, used, bad = len(outputs), scale.value, ~norm.isfinite()
+    scale.update(bad)
+    loss = torch.stack([output.loss.detach().float() * w for output, w in zip(outputs, weights, strict=True)]).sum()
+    metrics = {
+        name: torch.stack([o.metrics[name] * w for o, w in zip(outputs, weights, strict=True)]).sum() / count
+        for name in outputs[0].metrics
+    }
+    return StepOutput(loss / count, metrics).with_metrics(
+        grad_norm=norm, skipped=bad.float(), update_ratio=update_ratio, loss_scale=used if scale.dynamic else None
+    )
+
+
+def clip_and_step(optimizer: Watched, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale) -> Tensor:
+    """Clip to the global norm `clip` and step, or leave the weights alone where the gradient is not finite.
+
+    Returns the norm before clipping, of the unscaled gradient; nothing waits for the device.
+    """
+    limit: Any = float("inf") if clip is None else clip * scale.value
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit) / scale.value
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.grad_scale = scale.value if scale.dynamic else None
+    optimizer.step()
+    return norm.detach()

@@ -1,0 +1,80 @@
+"""What a checkpoint holds of an engine: weights, moments, counts; whole tensor by whole tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Part
+from eva_mim.engine.loss_scale import LossScale
+from eva_mim.optim.optimizers import Watched
+
+UPDATES, LOSS_SCALE = "updates", "loss_scale"
+
+
+class Holdings:
+    """Of an engine whose tensors are whole on every rank."""
+
+    def __init__(self, module: nn.Module, optimizer: Watched, scale: LossScale):
+        self._module, self._optimizer, self._scale = module, optimizer, scale
+        self._trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+    def parts(self) -> dict[str, Part]:
+        """See `contracts.Engine`. Moments that do not exist yet are zeros, as the optimizer would make them."""
+        self._begin()
+        tensors = self._module.state_dict(keep_vars=True)
+        kinds = {name: (str(value.dtype).removeprefix("torch."), self._shape(value)) for name, value in tensors.items()}
+        parts = {"module": Part(kinds, lambda name: self._weight(tensors[name]),
+                                lambda name, value: self._put_weight(tensors[name], value))}
+        moments = {name: ("float32", self._shape(value)) for name, value in self._trained.items()}
+        for moment in self._optimizer.moments:
+            parts[moment] = Part(moments, partial(self._read_moment, moment), partial(self._put_moment, moment))
+        counts: dict[str, tuple[str, tuple[int, ...]]] = {LOSS_SCALE: ("float64", (len(self._scale.state()),))}
+        if self._optimizer.counts:
+            counts[UPDATES] = "float64", ()
+        return parts | {"counts": Part(counts, self._count, self._put_count)}
+
+    def _states(self) -> Iterable[dict[str, Tensor]]:
+        """The optimizer's records, one for each tensor that it updates."""
+        return [self._optimizer.begun(value) for value in self._trained.values()]
+
+    def _begin(self) -> None:
+        """Make the optimizer's records."""
+        self._states()
+
+    def _shape(self, value: Tensor) -> tuple[int, ...]:
+        return tuple(value.shape)
+
+    def _weight(self, value: Tensor) -> Tensor:
+        return value
+
+    def _put_weight(self, value: Tensor, new: Tensor) -> None:
+        value.data.copy_(new)
+
+    def _moment(self, moment: str, value: Tensor) -> Tensor:
+        return self._optimizer.begun(value)[moment]
+
+    def _set_moment(self, moment: str, value: Tensor, new: Tensor) -> None:
+        self._optimizer.begun(value)[moment].copy_(new)
+
+    def _read_moment(self, moment: str, name: str) -> Tensor:
+        return self._moment(moment, self._trained[name])
+
+    def _put_moment(self, moment: str, name: str, new: Tensor) -> None:
+        self._set_moment(moment, self._trained[name], new)
+
+    def _count(self, name: str) -> Tensor:
+        if name == LOSS_SCALE:
+            return torch.tensor(self._scale.state(), dtype=torch.float64)
+        # Updates that were taken: the same for all tensors but for one that never had a gradient.
+        return torch.tensor(max(float(state["step"]) for state in self._states()), dtype=torch.float64)
+
+    def _put_count(self, name: str, value: Tensor) -> None:
+        if name == LOSS_SCALE:
+            self._scale.restore(value.tolist())
+            return
+        for state in self._states():
+            state["step"].fill_(float(value))

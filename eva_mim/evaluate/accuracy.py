@@ -1,0 +1,170 @@
+"""A finished classifier on test sets of `variants.py`: exact counts over all ranks, by class as well."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.core.contracts import Batch
+from eva_mim.core.distributed import all_reduce_sum
+from eva_mim.core.errors import UserError
+from eva_mim.data.class_lists import layouts_with, read_classes
+from eva_mim.data.loader import EvalLoader, Preparation
+from eva_mim.data.views import EvalView
+from eva_mim.engine.base import autocast
+from eva_mim.evaluate.imagenet import Variant, columns
+from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, precision_of
+from eva_mim.weights.handover import WEIGHTS
+
+TOP = 5
+
+
+class Finished(nn.Module):
+    """A classifier as timm opens it from a folder: a stage's result, its `ema`, or what `eva-mim convert --to hf` writes."""
+
+    def __init__(self, folder: Path, classes: str | None = None):
+        super().__init__()
+        found = describe(folder)
+        if found.architecture is None or not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} is no classifier that timm opens (config.json, {WEIGHTS}); a finished stage is one, its "
+                            "ema, and what eva-mim convert --to hf writes")
+        try:
+            self.trunk: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: timm cannot open it: {error}") from None
+        config = self.trunk.pretrained_cfg
+        if config["interpolation"] != "bicubic":
+            raise UserError(f"{folder}: its images are resized by {config['interpolation']!r}; only bicubic is known here")
+        if config["input_size"][0] != 3:
+            raise UserError(f"{folder}: it is for images of {config['input_size'][0]} channels; these test sets are RGB")
+        self.image_size, self.crop_pct = int(config["input_size"][-1]), float(config["crop_pct"])
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.classes = _classes(folder, found, self.trunk.num_classes, classes)
+        self.precision, self.batch = precision_of(found), batch_of(found)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, K] logits of uint8 images."""
+        logits: Tensor = self.trunk(normalise(images, self.mean, self.std))
+        return logits
+
+
+def _classes(folder: Path, found: Description, outputs: int, told: str | None) -> tuple[str, ...]:
+    recorded = at(found.config, "label_names")
+    if not recorded and told is None:
+        raise UserError(f"{folder} does not name the classes of its {outputs} outputs; say them with --classes "
+                        f"{' or '.join(layouts_with(outputs)) or 'FILE'}")
+    classes = read_classes(folder / "config.json") if recorded else read_classes(str(told))
+    if len(classes) != outputs:
+        whose = "its class list" if recorded else f"--classes {told}"
+        raise UserError(f"{folder} has {outputs} outputs, but {whose} has {len(classes)} classes")
+    return classes
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What was counted on one test set."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: int
+    right: int
+    right5: int
+    by_class: list[list[int]]
+    """For each class: images for which it is an answer, and how many of these were right, and right among five."""
+    left_out: int
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.right / self.images
+
+    @property
+    def top5(self) -> float:
+        """Percent."""
+        return 100 * self.right5 / self.images
+
+
+@torch.inference_mode()
+def count(
+    variant: Variant, model: Callable[[Tensor], Tensor], own: tuple[str, ...], batches: Iterable[Batch], device: torch.device,
+    context: Callable[[], Any],
+) -> Accuracy:
+    """How often the largest logit (or one of the five largest) of the competing classes is an answer. Every rank must call.
+
+    `own` are the classes of `model`'s outputs; `context` gives its precision.
+    """
+    chosen = torch.tensor(columns(variant, own), device=device)
+    most = max(len(right) for right in variant.answers)
+    padded = [right + (-1,) * (most - len(right)) for right in variant.answers]
+    answers = torch.tensor(padded, device=device)
+    totals = torch.zeros(3, dtype=torch.int64, device=device)
+    by_class = torch.zeros(3, len(chosen), dtype=torch.int64, device=device)
+    for batch in (batch.to(device) for batch in batches):
+        assert batch.labels is not None
+        with context():
+            logits = model(batch.images).float()[:, chosen]
+        right = answers[batch.labels]
+        hits = (logits.topk(min(TOP, len(chosen)), dim=1).indices[:, :, None] == right[:, None, :]).any(2)
+        for row, rows in enumerate((torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(1))):
+            named = right[rows]
+            totals[row] += rows.sum()
+            by_class[row] += torch.bincount(named[named >= 0], minlength=len(chosen))
+    images, first, five = (int(value) for value in all_reduce_sum(totals))
+    if not images:
+        raise UserError(f"{variant.name}: no image could be read")
+    table: list[list[int]] = all_reduce_sum(by_class).T.tolist()
+    return Accuracy(variant.name, variant.classes, images, first, five, table, variant.left_out)
+
+
+class Classifies(Protocol):
+    """A network with classes that knows its own images: `Finished`, `zeroshot.ZeroShot`."""
+
+    classes: tuple[str, ...]
+    image_size: int
+    crop_pct: float
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+def measure(model: Classifies, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
+    """The model's figures at its own image size. Every rank must call."""
+    choose_kernels(model, device)  # type: ignore[arg-type]
+    made = Preparation(EvalView([model.image_size], model.crop_pct), 0, training=False)
+    loader = EvalLoader(variant.source, made, batch, workers)
+    return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))
+
+
+def as_table(found: Sequence[Accuracy]) -> str:
+    """A line a test set; the mean of their top-1 figures, and how far that is below `val`'s (EVA's measure of robustness)."""
+    lines = [f"{'set':<16} {'images':>8} {'top-1':>8} {'top-5':>8} {'classes':>8}"]
+    for one in found:
+        left = f"  {one.left_out} images without an answer left out" if one.left_out else ""
+        lines.append(f"{one.name:<16} {one.images:>8} {one.top1:>8.3f} {one.top5:>8.3f} {len(one.classes):>8}{left}")
+    if len(found) > 1:
+        average = sum(one.top1 for one in found) / len(found)
+        lines.append(f"{'average':<16} {'':>8} {average:>8.3f}   of these {len(found)} sets")
+        lines += [f"{'gap':<16} {'':>8} {one.top1 - average:>8.3f}   val - average" for one in found if one.name == "val"]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(found: Sequence[Accuracy]) -> str:
+    """A line for each class of each test set: images for which it is an answer, top-1 and top-5 over these in percent."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["set", "class", "images", "top1", "top5"])
+    for one in found:
+        for name, (images, first, five) in zip(one.classes, one.by_class, strict=True):
+            shares = [f"{100 * value / images:.3f}" for value in (first, five)] if images else ["", ""]
+            writer.writerow([one.name, name, images, *shares])
+    return out.getvalue()

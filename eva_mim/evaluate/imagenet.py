@@ -1,0 +1,209 @@
+"""Test sets of ImageNet classifiers in their usual folders: which images, which classes compete, and which of them are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eva_mim.core.contracts import Sample, Source
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import digest, few
+from eva_mim.data.class_lists import class_id, layout_classes, layout_of, positions, table
+from eva_mim.data.sources.folder import FolderSource
+
+TARGET = "imagenet-1k"
+REAL_FILE = "real.json"
+REAL_TABLE = "imagenet_real_labels.json"
+"""timm's copy of the ReaL labels (Beyer et al. 2020): a list of class numbers for each validation image, some of them empty."""
+OBJECTNET_BORDER = 1
+"""Pixels of red frame around every image of ObjectNet, which its authors ask to cut off."""
+
+
+class Variant(NamedTuple):
+    """A test set for a classifier."""
+
+    name: str
+    source: Source
+    """Its labels are rows of `answers`."""
+    answers: tuple[tuple[int, ...], ...]
+    """Classes that count as right, by label, as positions in `classes`."""
+    classes: tuple[str, ...]
+    """Classes that compete: other outputs of a head are not looked at."""
+    left_out: int = 0
+    """Images of the folder without an answer."""
+
+
+class Labelled:
+    """Images of a folder under labels of a variant; those without one are left out."""
+
+    classes: tuple[str, ...] | None = None
+    blocks = None
+
+    def __init__(self, files: FolderSource, labels: Sequence[int | None], border: int = 0):
+        self._files, self._border = files, border
+        self._chosen = [(index, label) for index, label in enumerate(labels) if label is not None]
+        self.left_out = len(files) - len(self._chosen)
+        self.fingerprint = digest([files.fingerprint, self._chosen])
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def key(self, index: int) -> str:
+        """The file's path below the folder."""
+        return self._files.key(self._chosen[index][0])
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Files at hand need no asking."""
+
+    def read(self, index: int) -> Sample:
+        """Decode one file as RGB, without its border. Raises what Pillow raises."""
+        place, label = self._chosen[index]
+        sample = self._files.read(place)
+        (width, height), border = sample.image.size, self._border
+        inner = sample.image.crop((border, border, width - border, height - border))
+        return sample._replace(image=inner, label=label)
+
+
+def open_variant(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
+    """The test set `name` of VARIANTS in `folder`, for a head with the classes `own`. Raises UserError for an unknown name,
+    another layout, class folders that are missing or too many, and tables that do not fit."""
+    if name not in VARIANTS:
+        raise UserError(f"--on {name}={folder}: no such test set; known: {', '.join(VARIANTS)}")
+    if not folder.is_dir():
+        raise UserError(f"--on {name}={folder}: not a folder")
+    return VARIANTS[name](name, folder, own)
+
+
+def _val(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
+    """A folder a class: all classes of the head, or all of a layout (1k folders for a 21k head)."""
+    files = FolderSource(folder, None)
+    found = sorted({_class_folder(files, index) for index in range(len(files))})
+    other = layout_of(found)
+    classes = own if other is None or other == layout_of(own) else tuple(found)
+    return _by_folder(name, files, {class_id(given): label for label, given in enumerate(classes)}, classes)
+
+
+def _v2(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
+    """ImageNet-V2: a folder is the number of a class (and "10" stands before "2" among sorted names)."""
+    classes = layout_classes(TARGET)
+    return _by_folder(name, FolderSource(folder, None), {str(label): label for label in range(len(classes))}, classes)
+
+
+def _synsets(layout: str) -> Callable[[str, Path, tuple[str, ...]], Variant]:
+    """A folder a synset, and only the classes of `layout` compete."""
+
+    def opened(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
+        classes = layout_classes(layout)
+        return _by_folder(name, FolderSource(folder, None), {given: label for label, given in enumerate(classes)}, classes)
+
+    return opened
+
+
+def _by_folder(name: str, files: FolderSource, label_of: dict[str, int], classes: tuple[str, ...]) -> Variant:
+    folders = [_class_folder(files, index) for index in range(len(files))]
+    missing, extra = sorted(label_of.keys() - set(folders)), sorted(set(folders) - label_of.keys())
+    if missing or extra:
+        faults = [f"{len(names)} {what}: {few(names)}" for what, names in (("missing", missing), ("not known", extra)) if names]
+        raise UserError(f"--on {name}={files.folder}: expected {len(label_of)} class folders with images; {'; '.join(faults)}")
+    source = Labelled(files, [label_of[folder] for folder in folders])
+    return Variant(name, source, tuple((label,) for label in range(len(classes))), classes)
+
+
+def _class_folder(files: FolderSource, index: int) -> str:
+    first, slash, _ = files.key(index).partition("/")
+    return class_id(first) if slash else "."
+
+
+def _real(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
+    """The validation images with all labels that people agreed on (`real.json` in the folder, else timm's copy), in the order of
+    the images' file names."""
+    table_file = folder / REAL_FILE if (folder / REAL_FILE).is_file() else table(REAL_TABLE)
+    files, real, classes = FolderSource(folder, None), _json(table_file), layout_classes(TARGET)
+    if not isinstance(real, list) or not all(
+        isinstance(row, list) and all(type(label) is int and 0 <= label < len(classes) for label in row) for row in real
+    ):
+        raise UserError(f"{table_file}: expected a list of class numbers below {len(classes)} for each image")
+    if len(real) != len(files):
+        raise UserError(f"--on {name}={folder}: {len(files)} images, but {table_file} has labels for {len(real)}")
+    order = sorted(range(len(files)), key=lambda index: files.key(index).rpartition("/")[2])
+    answers = list(dict.fromkeys(tuple(row) for row in real if row))
+    label_of = {row: label for label, row in enumerate(answers)}
+    labels: list[int | None] = [None] * len(files)
+    for index, row in zip(order, real, strict=True):
+        labels[index] = label_of.get(tuple(row))
+    source = Labelled(files, labels)
+    return Variant(name, source, tuple(answers), classes, source.left_out)
+
+
+def _objectnet(first_only: bool) -> Callable[[str, Path, tuple[str, ...]], Variant]:
+    """ObjectNet: a folder an object. An object is one or more classes of 1k, or none, by the tables in `mappings`; all 1,000
+    compete. The original EVA (objectnet_dataset.py) counts only the first class of an object."""
+
+    def opened(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
+        home = folder if (folder / "mappings").is_dir() else folder.parent
+        objects = object_classes(home / "mappings")
+        files = FolderSource(home / "images" if home == folder else folder, None)
+        folders = [files.key(index).partition("/")[0] for index in range(len(files))]
+        if missing := sorted(objects.keys() - set(folders)):
+            raise UserError(f"--on {name}={folder}: {len(missing)} of {len(objects)} class folders are missing: {few(missing)}")
+        label_of = {given: label for label, given in enumerate(objects)}
+        source = Labelled(files, [label_of.get(given) for given in folders], OBJECTNET_BORDER)
+        answers = tuple(right[:1] if first_only else right for right in objects.values())
+        return Variant(name, source, answers, layout_classes(TARGET), source.left_out)
+
+    return opened
+
+
+def object_classes(mappings: Path) -> dict[str, tuple[int, ...]]:
+    """Folder of ObjectNet -> numbers of its classes in 1k, for the objects that have any. Raises UserError."""
+    name_of, classes_of, line_of = (
+        _json(mappings / f"{file}.json")
+        for file in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k", "pytorch_to_imagenet_2012_id")
+    )
+    lines = _text(mappings / "imagenet_to_label_2012_v2").splitlines()
+    try:
+        number_of = {lines[int(line)].strip(): int(number) for number, line in line_of.items()}
+        return {
+            folder: tuple(number_of[name.strip()] for name in classes_of[given].split("; "))
+            for folder, given in name_of.items() if given in classes_of
+        }
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{mappings}: the tables of ObjectNet do not fit together: {error!r}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def columns(variant: Variant, own: tuple[str, ...]) -> list[int]:
+    """Outputs of a head with the classes `own` that compete. Raises UserError when it lacks one."""
+    places = positions(variant.classes, own)
+    missing = [name for name, place in zip(variant.classes, places, strict=True) if place is None]
+    if missing:
+        raise UserError(f"{variant.name}: the head has no output for {len(missing)} of {len(places)} classes: {few(missing)}")
+    return [place for place in places if place is not None]
+
+
+VARIANTS: dict[str, Callable[[str, Path, tuple[str, ...]], Variant]] = {
+    "val": _val,
+    "v2": _v2,
+    "real": _real,
+    "a": _synsets("imagenet-a"),
+    "r": _synsets("imagenet-r"),
+    "sketch": _synsets(TARGET),
+    "objectnet": _objectnet(first_only=False),
+    "objectnet-first": _objectnet(first_only=True),
+}
+"""Name on the command line -> how its folder is read."""

@@ -1,0 +1,46 @@
+"""Retrieval among unit features, both ways: only small parts of the matrix of all similarities ever exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eva_mim.core.distributed import all_reduce_sum, rank, world_size
+from eva_mim.evaluate.features import CHUNK
+
+BANK = 8192
+"""Candidates that a chunk of queries is compared with at once: 32 MiB of similarities."""
+
+
+def retrieval(image: Tensor, text: Tensor, owner: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at k in percent, both ways, of images [I, C] and texts [T, C]: text `right[p]` belongs to image `owner[p]`, [P] rows
+    in any order, with each image and each text in at least one. An image has found its text when any of its texts is among the
+    k nearest, a text when any of its images is. Ranks share the queries; every rank must call, with the same features."""
+    found = {f"image_to_text_r{k}": recall for k, recall in zip(ks, recalls(image, text, owner, right, ks), strict=True)}
+    return found | {f"text_to_image_r{k}": recall for k, recall in zip(ks, recalls(text, image, right, owner, ks), strict=True)}
+
+
+def recalls(queries: Tensor, bank: Tensor, query: Tensor, answer: Tensor, ks: Sequence[int]) -> list[float]:
+    """Percent of queries [Q, C] with an answer among the k nearest of the bank [R, C], for each k; pairs as in `retrieval`."""
+    pairs = torch.unique(query * len(bank) + answer)
+    hits = torch.zeros(len(ks), dtype=torch.float64, device=queries.device)
+    for start in range(rank() * CHUNK, len(queries), world_size() * CHUNK):
+        near = nearest(queries[start : start + CHUNK], bank, max(ks))
+        said = torch.arange(start, start + len(near), device=near.device)[:, None] * len(bank) + near
+        hit = pairs[torch.searchsorted(pairs, said).clamp(max=len(pairs) - 1)] == said
+        hits += torch.stack([hit[:, :k].any(1).sum() for k in ks])
+    return [100 * float(count) / len(queries) for count in all_reduce_sum(hits)]
+
+
+def nearest(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    """[Q, min(k, R)] rows of the bank [R, C] in falling order of their product with each query [Q, C]."""
+    best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), BANK):
+        scores = queries @ bank[start : start + BANK].T
+        values, places = scores.topk(min(k, scores.shape[1]), dim=1)
+        best, rows = torch.cat([best, values], dim=1), torch.cat([rows, places + start], dim=1)
+        best, kept = best.topk(min(k, best.shape[1]), dim=1)
+        rows = rows.gather(1, kept)
+    return rows

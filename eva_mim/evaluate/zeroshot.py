@@ -1,0 +1,79 @@
+"""A finished CLIP model as a classifier: each class is the mean of its prompts' features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import few
+from eva_mim.data.class_lists import SYNSET, read_classes, spoken
+from eva_mim.data.prompts import imagenet_names, prompt_templates, read_lines
+from eva_mim.engine.base import autocast
+from eva_mim.evaluate.evaluators import class_features
+from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.files.sidecar import batch_of, describe, precision_of
+
+
+class ZeroShot(nn.Module):
+    """A CLIP model as open_clip opens it from a folder: a clip stage's result, its `ema`, or what `eva-mim convert --to hf`
+    writes."""
+
+    crop_pct = 1.0
+
+    def __init__(self, folder: Path, *, classes: str | None, templates: str, precision: str | None, device: torch.device):
+        """`classes`: a file or folder with class names (`labels.read_classes`), default ImageNet's 1,000; `templates`: "openai",
+        "simple" or a file. Every rank must call: they share the prompts. Raises UserError."""
+        super().__init__()
+        import open_clip
+
+        found = describe(folder)
+        self.classes = named_classes(classes)
+        prompts = prompt_templates(templates if templates in ("openai", "simple") else read_lines(Path(templates), "--templates"))
+        try:
+            self.model: Any = open_clip.create_model(f"local-dir:{folder}", device=device, weights_only=True).eval()
+            tokenize: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(f"local-dir:{folder}")
+        except (RuntimeError, TypeError, ValueError, KeyError, OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: open_clip cannot open it: {error}") from None
+        pixels = open_clip.get_model_preprocess_cfg(self.model)
+        if pixels["interpolation"] != "bicubic" or pixels["resize_mode"] != "shortest":
+            raise UserError(f"{folder}: its images are resized by {pixels['interpolation']!r}, {pixels['resize_mode']!r}; only "
+                            "bicubic of the shortest side is known here")
+        size = pixels["size"]
+        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
+        self.mean, self.std = tuple(pixels["mean"]), tuple(pixels["std"])
+        self.precision, self.batch = precision or precision_of(found), batch_of(found)
+        choose_kernels(self, device)
+        with torch.inference_mode():
+            weights = class_features(
+                self._encode_text, tokenize, self.classes, prompts, lambda: autocast(device, self.precision), device
+            )
+        self.register_buffer("weights", weights)
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_text(tokens, normalize=True)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, K] cosines of uint8 images with the classes."""
+        features = self.model.encode_image(normalise(images, self.mean, self.std), normalize=True).float()
+        with torch.autocast(features.device.type, enabled=False):
+            cosines: Tensor = features @ self.weights.T  # type: ignore[operator]
+        return cosines
+
+
+def named_classes(what: str | None) -> tuple[str, ...]:
+    """Class names with words for prompts, by label. Raises UserError for synset ids alone."""
+    classes: Sequence[str] = imagenet_names() if what is None else read_classes(what)
+    silent = [name for name in classes if SYNSET.fullmatch(spoken(name))]
+    if silent:
+        raise UserError(f"--classes {what}: {len(silent)} classes have a synset id and no name: {few(silent)}; give a file with "
+                        "lines such as \"n01440764 tench\"")
+    return tuple(classes)

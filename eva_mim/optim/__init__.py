@@ -1,0 +1,102 @@
+"""Parameter groups, and the learning rate and weight decay of each step."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import Settings
+
+
+class TowerSettings(Settings):
+    """What one tower of a CLIP student has of its own; null: the general value."""
+
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak; the schedule has the same form for all, and ends at the same share of the peak."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+
+
+class LambSettings(Settings):
+    """LAMB (You et al. 2020): a step of Adam, made as long as the tensor's norm (times the learning rate).
+
+    Defaults are those of DeepSpeed's LAMB, which EVA-CLIP uses. It differs in one place: DeepSpeed corrects the bias of the
+    moments on the whole step, so that its first steps are shorter; here it is corrected on the moments, as in the paper and in
+    timm. timm's limits nothing and leaves tensors alone that do not decay (`trust: null`, `adapt: decayed`).
+    """
+
+    trust: tuple[Annotated[float, Field(ge=0.0)], Annotated[float, Field(gt=0.0)]] | None = (0.01, 10.0)
+    """Limits of norm of the tensor / norm of its update; null for none."""
+    adapt: Literal["all", "decayed"] = "all"
+    """Tensors whose step gets this length; the others take Adam's."""
+
+
+class LarsSettings(Settings):
+    """LARS (You et al. 2017) in the form of MoCo v3 and MAE, as in EVA's linear probe: momentum over a gradient that is made as
+    long as the tensor's norm, times `trust`. Vectors and biases take the gradient as it is. Batch sizes scale nothing."""
+
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    trust: Annotated[float, Field(gt=0.0)] = 0.001
+    """Length of a matrix's gradient over the length of the matrix."""
+
+
+class OptimSettings(Settings):
+    """Optimizer, with warm-up and decay."""
+
+    optimizer: Literal["adamw", "lamb", "lars"] = "adamw"
+    """LAMB and LARS compare whole tensors, so they need run.zero_stage=0: higher stages cut them up. (EVA-CLIP's released runs
+    used LAMB with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.) LARS is for linear probes; it
+    has no use for `betas` and `eps`."""
+    lamb: LambSettings = LambSettings()
+    lars: LarsSettings = LarsSettings()
+    lr: Annotated[float, Field(gt=0.0)]
+    """Peak learning rate at this run's global batch (never rescaled)."""
+    image: TowerSettings = TowerSettings()
+    """The image tower of a CLIP student, with its projection into the shared space."""
+    text: TowerSettings = TowerSettings()
+    """The text tower, with its projection. The logit scale and bias are in neither and have the general values."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Learning rate that the schedule ends at."""
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    """Linear rise from 0 to `lr`."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of the rise, in place of `warmup_epochs`."""
+    warmup: Literal["linear", "inclusive"] = "linear"
+    """Update `step` of W warm-up steps has "linear": (step + 1) / W of the peak (EVA-CLIP); "inclusive": step / (W - 1), so
+    that the first changes nothing and both step W - 1 and step W have the peak (EVA-01 and EVA-02, utils.py)."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """From `lr` to `min_lr` after warm-up. A cosine reaches `min_lr` one step after the last, a line at the last."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    weight_decay_end: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight decay that a cosine over all steps ends at; default constant."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor on the learning rate per layer below the head: layer id of D + 1 gets layer_decay^(D + 1 - id)."""
+    clip_grad: Annotated[float, Field(gt=0.0)] | None = 3.0
+    """Largest global gradient norm; null for none."""
+
+    @model_validator(mode="after")
+    def _ends_below(self) -> OptimSettings:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}")
+        if self.lamb.trust and self.lamb.trust[0] > self.lamb.trust[1]:
+            raise ValueError(f"optim.lamb.trust={list(self.lamb.trust)}: the first is the lower limit")
+        for tower in ("image", "text"):
+            own = getattr(self, tower).weight_decay
+            if own and not self.weight_decay:
+                raise ValueError(f"optim.{tower}.weight_decay={own} follows the schedule of optim.weight_decay, which is 0")
+        return self
+
+
+def check_sharding(settings: OptimSettings, zero_stage: int) -> None:
+    """Raises UserError where the optimizer would see pieces of tensors."""
+    if settings.optimizer != "adamw" and zero_stage:
+        raise UserError(
+            f"optim.optimizer={settings.optimizer} compares the norms of whole tensors, which run.zero_stage={zero_stage} "
+            "cuts up; set run.zero_stage=0 or optim.optimizer=adamw"
+        )
+
+

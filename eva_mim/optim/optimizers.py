@@ -1,0 +1,166 @@
+"""Optimizers that can leave a step out without asking the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eva_mim.core.distributed import all_reduce_sum
+from eva_mim.optim import LambSettings, LarsSettings, OptimSettings
+
+
+class Watched(torch.optim.Optimizer):
+    """An optimizer that can leave a step out, and tell how far it moved the weights, without asking the host."""
+
+    watch = False
+    found_inf: Tensor | None = None
+    """1 where the step is left out."""
+    grad_scale: Tensor | None = None
+    """Gradients are divided by it."""
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    """What it remembers of each tensor."""
+    counts = True
+    """It also remembers the number of updates that were taken, as "step"."""
+    _squares: list[Tensor]
+    """[2] squared norms of each tensor's update and of the tensor before it."""
+
+    def begun(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its record of a tensor, made as for a first update where there is none."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state.update({moment: torch.zeros_like(parameter) for moment in self.moments})
+            if self.counts:
+                state["step"] = torch.zeros((), device=parameter.device)
+        return state
+
+    def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
+        """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
+        if not self.watch:
+            return None
+        # Where DeepSpeed left the step out, nothing was measured.
+        squares = torch.stack(self._squares).sum(0) if self._squares else torch.zeros(2, device=device)
+        self._squares = []
+        norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
+        return norms[0] / norms[1].clamp(min=1e-30)
+
+    def _given(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """1, or 0 where the step is left out; the unscaled gradient, or zeros."""
+        assert p.grad is not None
+        done = p.new_ones(()) if self.found_inf is None else 1 - self.found_inf
+        return done, torch.where(done > 0, p.grad if self.grad_scale is None else p.grad / self.grad_scale, 0.0)
+
+
+class WatchedAdamW(Watched, torch.optim.AdamW):
+    """torch's fused AdamW."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any):
+        super().__init__(groups, fused=True, **options)
+        self._squares = []
+
+    def step(self, closure: Any = None) -> Any:
+        """One update; DeepSpeed calls it once for each group of its own."""
+        result = super().step(closure)
+        if self.watch:
+            self._squares += [self._squared(group, p) for group in self.param_groups for p in group["params"]
+                              if p.grad is not None and "step" in self.state[p]]
+        return result
+
+    @torch.no_grad()
+    def _squared(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        """[2] squared norms of this tensor's update and of the tensor before it, from AdamW's own formula."""
+        state, (first, second) = self.state[p], group["betas"]
+        # A skipped first step leaves the count at 0.
+        count = state["step"].clamp(min=1).to(p.device)
+        spread = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
+        moved = state["exp_avg"].div(1 - first**count).div_(spread).mul_(group["lr"])
+        before = (p + moved).div_(1 - group["lr"] * group["weight_decay"])
+        done = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        return torch.stack([(before - p).square_().sum() * done, before.square_().sum()])
+
+
+class TensorByTensor(Watched):
+    """An optimizer whose step is a rule for each whole tensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter)
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        raise NotImplementedError
+
+
+class WatchedLamb(TensorByTensor):
+    """LAMB, step by step as timm's `Lamb` with limits on the trust ratio (see `LambSettings`).
+
+    Not timm's own class: that counts its steps on the host, and cannot leave one out without waiting for the device.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], settings: LambSettings, **options: Any):
+        # "capturable" makes torch restore the count of steps to the weights' device.
+        super().__init__(groups, {**options, "capturable": True})
+        self._trust, self._adapt_all = settings.trust, settings.adapt == "all"
+        self._squares = []
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        state, (beta1, beta2) = self.begun(p), group["betas"]
+        done, gradient = self._given(p)
+        state["step"] += done
+        state["exp_avg"].lerp_(gradient, (1 - beta1) * done)
+        state["exp_avg_sq"].lerp_(gradient.square_(), (1 - beta2) * done)
+        # A skipped first step leaves the count at 0. In fp32, 1 - 0.999^1 would lose five digits.
+        count = state["step"].double().clamp(min=1)
+        spread = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
+        update = (state["exp_avg"] / (1 - beta1**count)).div_(spread).add_(p, alpha=group["weight_decay"])
+        before, length, rate = p.norm(), update.norm(), group["lr"] * done
+        if self._adapt_all or group["decays"]:
+            ratio = before / length
+            if self._trust:
+                ratio = ratio.clamp(*self._trust)
+            rate = rate * torch.where((before > 0) & (length > 0), ratio, 1.0)
+        p.addcmul_(update, rate, value=-1)
+        if self.watch:
+            self._squares.append(torch.stack([rate * length, before]).square_())
+
+
+class WatchedLars(TensorByTensor):
+    """LARS, step by step as in MoCo v3 and MAE (see `LarsSettings`).
+
+    Not timm's own class: that cannot leave a step out, and adds 1e-8 to norms that are divided by.
+    """
+
+    moments, counts = ("moved",), False
+
+    def __init__(self, groups: list[dict[str, Any]], settings: LarsSettings, lr: float):
+        super().__init__(groups, {"lr": lr})
+        self._momentum, self._trust = settings.momentum, settings.trust
+        self._squares = []
+
+    def _update(self, group: dict[str, Any], p: Tensor) -> None:
+        state = self.begun(p)
+        done, gradient = self._given(p)
+        update, before = gradient.add(p, alpha=group["weight_decay"]), p.norm()
+        if p.ndim > 1:
+            length = update.norm()
+            update *= torch.where((before > 0) & (length > 0), self._trust * before / length, 1.0)
+        # Exactly what it was where the step is left out.
+        state["moved"].copy_(torch.where(done > 0, state["moved"] * self._momentum + update, state["moved"]))
+        rate = group["lr"] * done
+        p.addcmul_(state["moved"], rate, value=-1)
+        if self.watch:
+            self._squares.append(torch.stack([rate * state["moved"].norm(), before]).square_())
+
+
+def build_optimizer(groups: list[dict[str, Any]], settings: OptimSettings) -> Watched:
+    """The optimizer that the settings name, for `parameter_groups`."""
+    if settings.optimizer == "lars":
+        return WatchedLars(groups, settings.lars, settings.lr)
+    options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.optimizer == "lamb":
+        return WatchedLamb(groups, settings.lamb, **options)
+    return WatchedAdamW(groups, **options)

@@ -1,0 +1,83 @@
+"""What a pipeline reached: `summary.md`, and the same on the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eva_mim.core.files import write_text
+from eva_mim.core.log import duration
+from eva_mim.trunks import small
+from eva_mim.weights.handover import read_record
+
+if TYPE_CHECKING:
+    from eva_mim.pipeline.plan import PlannedStage
+
+
+def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str]]) -> None:
+    """Write OUT/summary.md and show its figures, files and the lines of Python that open each result."""
+    records = {stage.entry.name: read_record(stage.out) for stage in planned}
+    rows = [_row(stage, records[stage.entry.name]) for stage in planned]
+    header = ("stage", "program", "starts from", "samples seen", "time", "reached", "folder")
+    table = Table(*header, title=f"Pipeline {out}", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    verdicts = [line for group in compare for line in _compare(group, records)]
+    code = list(dict.fromkeys(line for stage in planned for line in _python(stage)))
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(table)
+    for line in verdicts:
+        console.print(line, highlight=False)
+    console.print("\nOpen the results in Python:", *code, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    text = ["# Summary", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    text += ["| " + " | ".join(row) + " |" for row in rows]
+    text += ["", *(f"- {line}" for line in verdicts), "", "```python", *code, "```", ""]
+    write_text(out / "summary.md", "\n".join(text))
+    console.print(f"\nThis table: {out / 'summary.md'}; curves: tensorboard --logdir {out}", highlight=False, soft_wrap=True)
+
+
+def _row(stage: PlannedStage, record: dict[str, Any]) -> tuple[str, ...]:
+    entry = stage.entry
+    origin = ", ".join(filter(None, [entry.init_from, entry.teacher and f"teacher {entry.teacher}"])) or "scratch"
+    return (
+        entry.name,
+        entry.program,
+        origin,
+        f"{record['samples_seen']:,}",
+        duration(record["seconds"]),
+        ", ".join(f"{name} {value:.4g}" for name, value in _chosen(record).items()),
+        str(stage.out),
+    )
+
+
+def _chosen(record: dict[str, Any]) -> dict[str, float]:
+    """The headline figure first, then at most two others."""
+    metrics: dict[str, float] = record["metrics"]
+    wanted = [record["headline"], "cosine_of_mean", "knn_top1", "image_to_text_r1", f"ema_{record['headline']}"]
+    return {name: metrics[name] for name in dict.fromkeys(wanted) if name in metrics}
+
+
+def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
+    first, *others = group
+    name = records[first]["headline"]
+    value = records[first]["metrics"][name]
+    return [
+        f"{name}: {first} {value:.2f}, {other} {records[other]['metrics'][name]:.2f}: "
+        f"{value - records[other]['metrics'][name]:+.2f} points"
+        for other in others
+    ]
+
+
+def _python(stage: PlannedStage) -> list[str]:
+    config = json.loads((stage.out / "config.json").read_text())
+    name, architecture = stage.entry.name, config["architecture"]
+    own = ["import eva_mim.trunks.small  # makes the small architectures known to timm"]
+    if architecture not in small.default_cfgs:
+        own = []
+    if stage.entry.program == "clip":
+        return [*own, f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")']
+    return [*own, f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)']

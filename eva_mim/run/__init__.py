@@ -1,0 +1,1 @@
+"""One stage from its recipe to its files."""

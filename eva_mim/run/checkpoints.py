@@ -1,0 +1,271 @@
+"""Checkpoints of a run: whole tensors under their names, the same for every engine, ZeRO stage and number of processes.
+Written beside their final name while training goes on, renamed when they are on the disk, then pruned; checked when read."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from eva_mim.core.contracts import Part
+from eva_mim.core.distributed import is_main, on_main, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import flush_folder, sha256, write_json
+from eva_mim.core.log import say
+from eva_mim.core.run_folder import MANIFEST, file_of, folder_of, latest, read_manifest, step_of, whole
+from eva_mim.core.settings import few
+from eva_mim.weights.files.read import Checkpoint, open_checkpoint
+from eva_mim.weights.files.write import Kinds, bytes_of, in_file_order, stream_safetensors
+
+ROUNDING = 1e-9
+"""Relative difference of a norm in fp64 by the order of its sum."""
+ROOM = 0.5
+"""Share of the free memory that the copy of a checkpoint may take; training needs some as well."""
+Values = Mapping[str, Iterable[Tensor]]
+"""Part -> its tensors `in_file_order`."""
+
+
+def kept_here(tensors: Mapping[str, Tensor]) -> Part:
+    """A part whose tensors are whole on every rank."""
+    kinds = {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors.items()}
+
+    def put(name: str, value: Tensor) -> None:
+        tensors[name].data.copy_(value)
+
+    return Part(kinds, lambda name: tensors[name], put)
+
+
+class Writer:
+    """Saves a run's checkpoints, one at a time: each is copied to the main rank's memory, and a thread writes it from there.
+    Where the copy does not fit, training is held until the checkpoint is written. Every rank has one and calls alike."""
+
+    def __init__(self, out: Path, *, keep_last: int, keep_every: int | None = None):
+        self._write = partial(_write, out, keep_last=keep_last, keep_every=keep_every)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._end: Future[None] | None = None
+        self._step: int | None = None
+        """Of the checkpoint that is being written; `_end` tells the main rank what became of it."""
+        self._told = False
+
+    def save(self, step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> None:
+        """Begin a checkpoint, after the one before has been written. When this returns the tensors may change. `facts` are plain
+        values for `load` to give back. Raises what `finish` raises."""
+        self.finish(held=True)
+        kinds = {name: part.kinds for name, part in parts.items()}
+        manifest = {"step": step, "processes": world_size(), "facts": dict(facts)}
+        work = partial(self._write, manifest, kinds)
+        values: Values = {name: _whole(part) for name, part in parts.items()}
+        copied = on_main(partial(self._fits, sum(map(bytes_of, kinds.values()))))
+        if is_main():
+            if copied:
+                values = {name: [value.to("cpu", copy=True) for value in tensors] for name, tensors in values.items()}
+            self._end = self._thread.submit(work, values) if copied else _at_once(work, values)
+        for tensors in values.values():  # reading takes every rank, also where the main rank has stopped writing
+            deque(tensors, maxlen=0)
+        self._step = step
+        if not copied:
+            self.finish()
+
+    def failed(self) -> bool:
+        """The checkpoint came to a bad end, which `finish` would tell. Never waits; only the main rank knows."""
+        return self._end is not None and self._end.done() and self._end.exception() is not None
+
+    def finish(self, *, held: bool = False) -> None:
+        """Wait for the checkpoint that is being written. Raises UserError on every rank where it could not be, for a full disk
+        for example; then the checkpoints from before are as they were, and nothing is left of it. `held`: training waits."""
+        step, self._step = self._step, None
+        if step is not None:
+            on_main(partial(self._wait, step, held))
+
+    def close(self) -> None:
+        """Wait, on this rank alone and whatever becomes of it."""
+        self._thread.shutdown()
+
+    def _wait(self, step: int, held: bool) -> None:
+        assert self._end is not None
+        end, self._end, began = self._end, None, time.perf_counter()
+        end.result()
+        if held and (waited := time.perf_counter() - began) > 1:
+            say(f"  training waited {waited:.1f} s for the checkpoint of step {step} to be written; "
+                "with a larger run.checkpoint_every it does not")
+
+    def _fits(self, need: int) -> bool:
+        free = available_memory()
+        fits = need <= ROOM * free
+        if not fits and not self._told:
+            self._told = True
+            say(f"  training is held while a checkpoint is written: a copy takes {need:,} bytes of memory, and {free:,} are free")
+        return fits
+
+
+def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take, of the machine and of its control groups (Linux, v2), where cached files count as
+    free."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, IndexError):
+        group = groups / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
+        for folder in (group, *group.parents):
+            if (folder / "memory.max").exists() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+                fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(fields["active_file"]) - int(fields["inactive_file"])
+                free = min(free, int(limit) - used)
+    return free
+
+
+def newest(out: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest checkpoint whose files have their hashes, or None where a run has none; on all ranks alike.
+    Raises UserError where every one is damaged."""
+
+    def search() -> tuple[int, Path] | None:
+        folders = whole(out)
+        for step, folder in folders:
+            if not (damaged := _damaged(folder)):
+                return step, folder
+            say(f"  {folder}: {damaged} is not as it was written; the checkpoint is left out")
+        if folders:
+            raise UserError(f"{out}: every checkpoint is damaged; to train from the start again, remove {out / 'checkpoints'}")
+        return None
+
+    return on_main(search)
+
+
+def load(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Put a checkpoint back on all ranks; returns its facts. Raises UserError where names, shapes or, after all is done, the norm
+    of a part is not what it should be: never a part of a load."""
+    manifest = read_manifest(folder)
+    if "norms" not in manifest:
+        raise UserError(f"{folder} has the format of an earlier version, which cannot be resumed; its weights can be read: "
+                        f"start another run with init_from={folder}, or use eva-mim convert")
+    if set(manifest["norms"]) != set(parts):
+        raise UserError(f"{folder} holds {', '.join(sorted(manifest['norms']))}, but this run keeps {', '.join(sorted(parts))}")
+    opened = {name: open_checkpoint(folder / file_of(name)) for name in parts}
+    for name, part in parts.items():
+        _same(opened[name], part)
+    for name, part in parts.items():
+        for tensor in in_file_order(part.kinds):
+            part.put(tensor, opened[name][tensor])
+    for name, part in parts.items():  # of what arrived, wherever it lies now
+        norm, squares = manifest["norms"][name], list(map(_square, _whole(part)))
+        on_main(partial(_equal, f"{folder / file_of(name)}", norm, math.sqrt(sum(squares))))
+    facts: dict[str, Any] = manifest["facts"]
+    return facts
+
+
+def _write(
+    out: Path, manifest: dict[str, Any], kinds: Mapping[str, Kinds], values: Values, *, keep_last: int, keep_every: int | None
+) -> None:
+    """A checkpoint from its tensors to the pruning of old ones; the main rank's alone. Raises UserError."""
+    step = manifest["step"]
+    target = folder_of(out, step)
+    temporary = target.with_name(f"tmp-{target.name}")
+    try:
+        _begin(temporary, sum(map(bytes_of, kinds.values())))
+        norms = {name: _write_part(temporary / file_of(name), kinds[name], values[name]) for name in kinds}
+        _finish(temporary, target, manifest | {"norms": norms})
+    except (UserError, OSError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = latest(out)
+        stays = "there is no checkpoint" if before is None else f"the checkpoint of step {before[0]} is whole"
+        raise UserError(f"step {step} was not saved: {error}\n  {stays}; the same command goes on from there") from None
+    _prune(target, keep_last, keep_every)
+
+
+def _at_once(work: Callable[[Values], None], values: Values) -> Future[None]:
+    """What a thread would have made of it."""
+    end = Future[None]()
+    try:
+        work(values)
+        end.set_result(None)
+    except Exception as error:
+        end.set_exception(error)
+    return end
+
+
+def _begin(temporary: Path, need: int) -> None:
+    """An empty folder on a disk with room for `need` bytes."""
+    for stale in temporary.parent.glob("tmp-*"):
+        shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+    free = shutil.disk_usage(temporary).free
+    if need > free:
+        raise UserError(f"it needs {need:,} bytes, but {free:,} are free in {temporary.parent}; make room")
+
+
+def _whole(part: Part) -> Iterator[Tensor]:
+    for name in in_file_order(part.kinds):
+        yield part.read(name).detach()
+
+
+def _write_part(path: Path, kinds: Kinds, values: Iterable[Tensor]) -> float:
+    """The part's file; returns the norm of all its elements."""
+    squares = [0.0]
+
+    def noting() -> Iterator[Tensor]:
+        for value in values:
+            squares.append(_square(value))
+            yield value
+
+    stream_safetensors(path, kinds, noting())
+    return math.sqrt(sum(squares))
+
+
+def _square(value: Tensor) -> float:
+    wide = value if value.is_floating_point() else value.double()
+    return float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
+
+
+def _finish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
+    write_json(temporary / MANIFEST, manifest | {"files": files})
+    flush_folder(temporary)
+    if target.exists():  # damaged, or its step was done again
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    flush_folder(target.parent)
+
+
+def _prune(target: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove old checkpoints, and any that is ahead: it was damaged, or the run has gone back."""
+    folders = sorted(target.parent.glob("step-*"))
+    ahead = [folder for folder in folders if folder > target]
+    old = folders[: len(folders) - len(ahead)][:-keep_last]
+    for folder in ahead + [one for one in old if not keep_every or step_of(one) % keep_every]:
+        shutil.rmtree(folder)
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file that is not as its hash says."""
+    for name, said in read_manifest(folder)["files"].items():
+        if isinstance(said, dict) and sha256(folder / name) != said["sha256"]:
+            return str(name)
+    return None
+
+
+def _same(opened: Checkpoint, part: Part) -> None:
+    """Raise UserError unless the file has exactly the names, types and shapes that are wanted."""
+    dtypes, shapes = opened.dtypes(), opened.shapes()
+    found = {name: (dtypes[name], shapes[name]) for name in opened}
+    wrong = [f"{name}: missing" for name in part.kinds if name not in found]
+    wrong += [f"{name}: unknown" for name in found if name not in part.kinds]
+    wrong += [f"{name}: {found[name]} instead of {kind}" for name, kind in part.kinds.items() if name in found
+              and (found[name][0], tuple(found[name][1])) != kind]
+    if wrong:
+        raise UserError(f"{opened.path} does not fit this run: {few(wrong, 5)}")
+
+
+def _equal(path: str, wanted: float, found: float) -> None:
+    if not math.isclose(found, wanted, rel_tol=ROUNDING) and not (math.isnan(found) and math.isnan(wanted)):
+        raise UserError(f"{path}: what was loaded has the norm {found!r}, what was saved had {wanted!r}; a run does not go on "
+                        "with a part of a checkpoint")

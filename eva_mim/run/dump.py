@@ -1,0 +1,59 @@
+"""The dump of a run that diverged: everything that running its last step again takes, in one folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eva_mim.core.contracts import Batch, Engine
+from eva_mim.core.distributed import barrier, grouped, is_main, world_size
+from eva_mim.core.files import write_json, write_weights
+from eva_mim.engine import RunSettings
+from eva_mim.run.diagnose import Layers, diagnose, largest_of
+from eva_mim.weights.handover import read_record
+
+RECORD, WEIGHTS, SETTINGS = "dump.json", "weights.safetensors", "resolved.yaml"
+
+
+def write_dump(
+    out: Path, engine: Engine, parts: Any, run: RunSettings, bad: list[tuple[int, int]], batches: list[Batch]
+) -> Path:
+    """Write `OUT/dumps/step-.../` and return it. `bad`: step and data step of each step of the streak.
+
+    Every rank must call, with its own micro-batches of the last one.
+    """
+    step, data_step = bad[-1]
+    folder = out / "dumps" / f"step-{step:08d}"
+    with engine.whole() as module:
+        layers = _over_ranks([diagnose(parts.task, module, batch, engine.autocast).layers for batch in batches])
+    weights = dict(engine.weights())
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / SETTINGS, folder / SETTINGS)
+        write_weights(folder / WEIGHTS, weights)
+        record = {
+            "program": read_record(out)["program"],
+            "step": step,
+            "seed": run.seed,
+            "processes": world_size(),
+            "micro_batches": len(batches),
+            "loss_scale": engine.loss_scale(),
+            "data_step": data_step,
+            "samples": {str(at): parts.train.samples(at) for _, at in bad},
+            "layers": layers,
+        }
+        write_json(folder / RECORD, record)
+    barrier()
+    return folder
+
+
+def _over_ranks(found: list[Layers]) -> Layers:
+    """The largest values over micro-batches and ranks."""
+    if grouped():
+        everywhere: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(everywhere, found)
+        found = [layers for rank in everywhere for layers in rank]
+    return largest_of(found)

@@ -1,0 +1,73 @@
+"""Joins that several programs make: loaders from a recipe, and the seeding of a trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from eva_mim.core.contracts import Source
+from eva_mim.core.distributed import rank, world_size
+from eva_mim.core.log import say
+from eva_mim.core.report import KeyReport
+from eva_mim.data import ViewSettings
+from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
+from eva_mim.data.masking import Mask
+from eva_mim.data.prompts import prompt_templates
+from eva_mim.data.subset import order_of
+from eva_mim.data.views import EvalView, Statistics, TrainView
+from eva_mim.engine import RunSettings
+from eva_mim.run.recipe import Recipe
+from eva_mim.trunks.create import mean_std
+from eva_mim.weights.handover import read_parent, seed_trunk
+
+
+def batch_cut(run: RunSettings) -> dict[str, int]:
+    """How an order of samples is cut into this rank's micro-batches: arguments of `GlobalOrder`."""
+    micro = run.micro_batch or max(1, run.global_batch // world_size())
+    return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
+
+
+def train_loader(
+    recipe: Recipe,
+    source: Source,
+    sizes: Sequence[int],
+    view: ViewSettings,
+    mask: Mask | None = None,
+    tokenize: Tokenize | None = None,
+    pixels: Statistics | None = None,
+) -> TrainLoader:
+    """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
+    order = order_of(source, **batch_cut(recipe.run))
+    made = Preparation(TrainView(view, sizes, pixels), recipe.run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
+    return TrainLoader(source, made, order, recipe.data.workers)
+
+
+def eval_loader(
+    recipe: Recipe,
+    source: Source,
+    sizes: Sequence[int],
+    view: ViewSettings,
+    mask: Mask | None = None,
+    tokenize: Tokenize | None = None,
+    limit: int | None = None,
+) -> EvalLoader:
+    """Held-out batches of this rank, with fixed views and masks (the same for every run seed)."""
+    made = Preparation(EvalView(sizes, view.crop_pct), 0, mask, tokenize, prompt_templates(recipe.data.templates), training=False)
+    batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
+    return EvalLoader(source, made, batch, recipe.data.workers, limit)
+
+
+def seed_from(recipe: Recipe, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:
+    """Seed a trunk in place and tell what went where; None without `init_from`. Raises UserError.
+
+    Warns of a parent that saw images normalised otherwise: nothing else would show it, and the weights fit all the same.
+    """
+    if recipe.init_from is None:
+        return None
+    parent = read_parent(recipe.init_from, recipe.hand_over)
+    for name, here, there in zip(("mean", "std"), mean_std(trunk, recipe.student), parent.pixels, strict=True):
+        if there is not None and len(here) == len(there) and any(abs(a - b) > 1e-3 for a, b in zip(here, there, strict=True)):
+            say(f"  warning: images are normalised with {name} {list(here)}, but {parent.path} was trained with {list(there)}; "
+                f"unless you mean it, set student.{name} to that")
+    return seed_trunk(trunk, parent, recipe.hand_over, classes)

@@ -1,0 +1,301 @@
+"""The one training loop: steps, log lines, evaluations, checkpoints, rewinds, and a clean stop on a signal."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eva_mim.core import run_folder as checkpoint
+from eva_mim.core.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
+from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, losses_told, rank, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import RunLog, duration, say
+from eva_mim.core.rng import derive, seed_all
+from eva_mim.core.timing import Stopwatch, measuring, phase
+from eva_mim.data import too_many
+from eva_mim.engine import RunSettings
+from eva_mim.optim import OptimSettings
+from eva_mim.optim.schedule import rates_at
+from eva_mim.run import checkpoints as snapshot
+from eva_mim.run.dump import write_dump
+from eva_mim.run.meter import Meter, Row, Window
+from eva_mim.run.signals import Interrupted, caught_signals
+from eva_mim.run.stability import Detours, SkipStreak, SpikeAlarm
+
+EMA = "ema"
+
+
+class Diverged(Exception):
+    """The gradient stays non-finite after every rewind that the settings allow. The text names the dump."""
+
+
+@dataclass
+class Parts:
+    """What a stage program builds and the loop runs."""
+
+    task: Task
+    train: TrainData
+    evaluator: Evaluator
+    max_broken: float
+
+
+@dataclass
+class Trained:
+    """What the loop hands back."""
+
+    engine: Engine
+    ema: Any
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Loop:
+    """One run of a stage from its last checkpoint (or the start) to its end."""
+
+    def __init__(self, parts: Parts, engine: Engine, run: RunSettings, optim: OptimSettings, out: Path, device: torch.device):
+        self.parts, self.engine, self.run, self.optim, self.out, self.device = parts, engine, run, optim, out, device
+        self.steps_per_epoch = parts.train.steps_per_epoch
+        self.total = run.steps(self.steps_per_epoch)
+        self.ema = self._make_ema()
+        self.detours = Detours(out, is_main())
+        self.norm_statistics = [buffer for name, buffer in engine.module.named_buffers()
+                                if name.endswith(("running_mean", "running_var"))]
+        self.alarm, self.stopwatch = SpikeAlarm(), Stopwatch(device.type == "cuda")
+        self.broken = self.skipped = 0
+        self.window: list[Row] = []
+        self.owes_evaluation = False
+        self.writer = snapshot.Writer(out, keep_last=run.keep_last, keep_every=run.keep_every)
+        self.step = self._resume()
+        self.metrics: dict[str, float] = {}
+        self.owes_checkpoint = False
+
+    def __call__(self) -> Trained:
+        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged, LostProcess."""
+        self.started, self.first = time.perf_counter(), self.step
+        say(f"  {self.total} steps of {self.run.global_batch} images, {self.steps_per_epoch} an epoch"
+            + (f"; going on from step {self.first}" if self.first else ""))
+        self.log = RunLog(self.out, self.step)
+        self.log.write("start", self.step, self.step * self.run.global_batch, {})
+        self.meter = Meter(self.stopwatch)
+        self.engine.module.train()
+        with losses_told(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
+            if self.owes_evaluation:
+                self._evaluate()
+            while self.step < self.total:
+                self._train(caught)
+            self.writer.finish()
+            if not self.metrics:  # resumed after the last step: the figures were not kept in memory
+                self._evaluate()
+        self.log.close()
+        return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
+
+    def _train(self, caught: list[int]) -> None:
+        """Steps until the end, or until the run has been put back to an earlier checkpoint."""
+        streak, recent = SkipStreak(), deque[tuple[int, int]](maxlen=self.run.max_skips)
+        self.meter = Meter(self.stopwatch, self.window)
+        for data_step, batches in self._loaded():
+            streak.note(self._one_step(batches))
+            recent.append((self.step - 1, data_step))
+            if streak.length or self.run.max_skips == 1:
+                streak.settle()  # within a streak each step is waited for: the last bad one shall be the newest
+            if streak.length >= self.run.max_skips:
+                return self._rewind(list(recent), batches)
+            due = self.step % self.run.log_every == 0 or self.step == self.total
+            if due:
+                self._write()
+            stop = self._agree(caught) if due or world_size() == 1 else 0
+            self.owes_evaluation = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
+            if stop:
+                self._save(streak)
+                self.writer.finish()
+                self.log.close()
+                raise Interrupted(stop)
+            if self.owes_evaluation:
+                self._evaluate()
+            if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
+                self._save(streak)
+
+    def _place(self) -> str:
+        found = checkpoint.latest(self.out)
+        saved = f"the checkpoint of step {found[0]}" if found else "no checkpoint"
+        return f" in step {self.step}, with {saved} and run.timeout_minutes={self.run.timeout_minutes:g}"
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total
+
+    def _loaded(self) -> Iterator[tuple[int, list[Batch]]]:
+        stream = self.detours.stream(self.parts.train, self.step, self.total)
+        while True:
+            with phase("data"):
+                item = next(stream, None)
+            if item is None:
+                return
+            yield item[0], [batch.to(self.device) for batch in item[1]]
+
+    def _one_step(self, batches: list[Batch]) -> torch.Tensor:
+        # Whatever a network or an augmentation draws in this step is a function of (seed, step, rank).
+        seed_all(derive(self.run.seed, "step", self.step, rank()))
+        self.rates = rates_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch,
+                              epochs=self.total / self.steps_per_epoch)
+        self.step += 1
+        before = [buffer.clone() for buffer in self.norm_statistics]
+        output = self.engine.step(self.parts.task, batches, self.rates, watch=self._is_due(self.run.log_every))
+        for buffer, old in zip(self.norm_statistics, before, strict=True):  # a forward pass has moved them already
+            buffer.copy_(torch.where(output.metrics["skipped"] > 0, old, buffer))
+        self.meter.outputs.append(output)
+        self.meter.images += sum(len(batch.index) for batch in batches) * world_size()
+        self.meter.broken += [fault for batch in batches for fault in batch.broken]
+        if self.ema is not None:
+            self.ema.update(self.engine.module, self.step)
+        return output.metrics["skipped"]
+
+    def _write(self) -> None:
+        window, faults = self.meter.read(self.device), self.meter.broken
+        self.meter = Meter(self.stopwatch)
+        for fault in faults[:20]:
+            say(f"  broken image replaced: {fault}")
+        for spike in self.alarm.feed(window.losses):
+            say(f"  loss spike: {spike:.4f} against a running mean of {self.alarm.mean:.4f}, before step {self.step}")
+        self.broken += round(window.means["broken"])
+        self.skipped += round(window.means["skipped"])
+        samples = self.step * self.run.global_batch
+        values = window.means | {
+            "lr": self.rates.lr,
+            "weight_decay": self.rates.weight_decay,
+            "epoch": self.step / self.steps_per_epoch,
+            "images_per_s": window.images_per_s,
+            "broken": float(self.broken),
+            "skipped": float(self.skipped),
+            "spikes": float(self.alarm.spikes),
+        }
+        self.log.write("train", self.step, samples, values | {f"time_{name}": share for name, share in window.shares.items()})
+        self._say(values, window)
+        if too_many(self.broken, samples, self.parts.max_broken):
+            raise UserError(
+                f"{self.broken} of {samples} images are broken, more than data.max_broken={self.parts.max_broken:.2%}; "
+                f"the last: {(faults or ['on another rank'])[-1]}"
+            )
+
+    def _say(self, values: dict[str, float], window: Window) -> None:
+        left = (time.perf_counter() - self.started) / max(1, self.step - self.first) * (self.total - self.step)
+        shares = " ".join(f"{name} {share:.0%}" for name, share in window.shares.items())
+        skipped = f"  skipped {self.skipped}" if self.skipped else ""
+        scale = f"  scale {values['loss_scale']:g}" if "loss_scale" in values else ""
+        say(f"  step {self.step:>6}/{self.total}  epoch {values['epoch']:6.2f}  loss {values['loss']:8.4f}  "
+            f"lr {self.rates.lr:.2e}  |g| {values['grad_norm']:7.3f}{scale}{skipped}  {values['images_per_s']:7.1f} images/s  "
+            f"({shares})  left {duration(left)}")
+
+    def _agree(self, caught: list[int]) -> int:
+        """The signal that any rank has caught, or 0. Raises UserError where the main rank could not write its checkpoint."""
+        flag = torch.tensor([caught[0] if caught else 0, self.writer.failed()])
+        if world_size() > 1:
+            flag = flag.to(self.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        stop, failed = flag.tolist()
+        if failed:
+            self.writer.finish()
+        return int(stop)
+
+    def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
+        """Back to the last checkpoint, without the data of the `bad` (step, data step)s; or stop with a dump of the last one."""
+        first, last = bad[0][1], bad[-1][1]
+        self.writer.finish()
+        found = snapshot.newest(self.out)
+        if found is None or self.detours.rewinds >= self.run.max_rewinds:
+            why = "and there is no checkpoint to rewind to" if found is None else (
+                f"after {self.detours.rewinds} rewinds (a larger run.max_rewinds goes on around them)")
+            folder = write_dump(self.out, self.engine, self.parts, self.run, bad, batches)
+            self.log.close()
+            raise Diverged(f"{len(bad)} steps in a row have no finite gradient, {why}; "
+                           f"look at the last of them with: eva-mim replay {folder}")
+        self.detours.add(first, last)
+        say(f"  {len(bad)} steps in a row have no finite gradient: back to step {found[0]}, and data steps {first} to {last} "
+            f"are left out (rewind {self.detours.rewinds} of at most {self.run.max_rewinds})")
+        barrier()
+        self.log.close()
+        self._restore(*found)
+        self.log = RunLog(self.out, self.step)
+        figures = {"rewinds": float(self.detours.rewinds), "first_left_out": float(first), "last_left_out": float(last)}
+        self.log.write("rewind", self.step, self.step * self.run.global_batch, figures)
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        self.metrics = self.measure()
+        self.log.write("eval", self.step, self.step * self.run.global_batch, self.metrics)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        took = time.perf_counter() - began
+        say(f"  held out, epoch {self.step / self.steps_per_epoch:g}: {text}  ({duration(took)})")
+        self.meter.started += took
+        self.owes_evaluation = False
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Held-out figures of the student, and of its average where one is kept. Every rank must call."""
+        self._average_norm_statistics()
+        with measuring(Stopwatch()):  # its teacher and student passes are none of a step's
+            with self.engine.whole() as module:
+                metrics = self._figures(module, "")
+            if self.ema is not None:
+                metrics |= self._figures(self.ema.module, "ema_")
+        return metrics
+
+    def _figures(self, module: Any, prefix: str) -> dict[str, float]:
+        module.eval()
+        values = self.parts.evaluator(module, self.engine.autocast)
+        module.train()
+        return {prefix + name: value for name, value in values.items()}
+
+    def _average_norm_statistics(self) -> None:
+        # Each rank's batch norms have seen other images; evaluation and checkpoints need one answer.
+        for buffer in self.norm_statistics if world_size() > 1 else ():
+            buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
+
+    def _make_ema(self) -> Any:
+        if self.run.ema_decay is None:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=self.run.ema_warmup)
+
+    def _save(self, streak: SkipStreak) -> None:
+        # A checkpoint is a place to rewind to: none is written in a streak (its steps leave the weights alone), but at the end.
+        self.owes_checkpoint = self.step < self.total and not streak.clean()
+        if self.owes_checkpoint:
+            return
+        with phase("checkpoint"):
+            self._average_norm_statistics()
+            self.log.flush()
+            facts = {
+                "window": self.meter.rows(self.device),
+                "broken": self.broken + self.meter.broken_everywhere(self.device),
+                "skipped": self.skipped,
+                "alarm": self.alarm.state(),
+                "owes_evaluation": self.owes_evaluation,
+            }
+            self.writer.save(self.step, self._parts(), facts)
+
+    def _parts(self) -> dict[str, Part]:
+        return self.engine.parts() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
+
+    def _resume(self) -> int:
+        found = snapshot.newest(self.out)
+        if found is None:
+            self.detours.forget()
+            return 0
+        self.detours.load()
+        return self._restore(*found)
+
+    def _restore(self, step: int, folder: Path) -> int:
+        facts = snapshot.load(folder, self._parts())
+        self.window, self.broken, self.skipped = facts["window"], facts["broken"], facts["skipped"]
+        self.owes_evaluation = facts["owes_evaluation"]
+        self.alarm.restore(facts["alarm"])
+        self.step = step
+        return step

@@ -1,0 +1,72 @@
+"""Sums between two log lines. Tensors stay on the device until the line is due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from eva_mim.core.contracts import StepOutput
+from eva_mim.core.distributed import all_reduce_sum, world_size
+from eva_mim.core.timing import Stopwatch
+
+Row = dict[str, float]
+"""Figures of a step by name."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What happened since the last log line, over all ranks."""
+
+    means: dict[str, float]
+    """Means over the steps that were taken; `skipped`, `broken`: sums; `loss_scale`: the last; `grad_norm_max`: the largest."""
+    losses: list[float]
+    """Loss of each step; NaN where it was not finite."""
+    shares: dict[str, float]
+    """Share of the main rank's time by phase."""
+    images_per_s: float
+
+
+class Meter:
+    """One window. `earlier` are rows of a window that a stopped run had begun."""
+
+    def __init__(self, stopwatch: Stopwatch, earlier: Sequence[Row] = ()) -> None:
+        self._stopwatch, self._earlier = stopwatch, earlier
+        self.started = time.perf_counter()
+        self.images = 0
+        self.outputs: list[StepOutput] = []
+        self.broken: list[str] = []
+
+    def rows(self, device: torch.device) -> list[Row]:
+        """Loss and metrics of each step, means over ranks. Waits for the device; every rank must call."""
+        steps = [{"loss": output.loss} | output.metrics for output in self.outputs]
+        if not steps:
+            return list(self._earlier)
+        local = torch.stack([value.float() for step in steps for value in step.values()])
+        values = iter((all_reduce_sum(local.to(device, torch.float64)) / world_size()).tolist())
+        return [*self._earlier, *({name: next(values) for name in step} for step in steps)]
+
+    def broken_everywhere(self, device: torch.device) -> int:
+        """Broken images on all ranks. Every rank must call."""
+        return int(all_reduce_sum(torch.tensor(len(self.broken), device=device)))
+
+    def read(self, device: torch.device) -> Window:
+        """Close the window: the one point where the host waits for the device."""
+        rows = self.rows(device)
+        # A skipped step has no finite values; they would hide those of the others.
+        taken = [row for row in rows if not row["skipped"]]
+        means = {}
+        for name in sorted({name for row in rows for name in row} - {"skipped"}):
+            values = [row[name] for row in taken if name in row]
+            means[name] = sum(values) / len(values) if values else math.nan
+        if "loss_scale" in means:
+            means["loss_scale"] = rows[-1]["loss_scale"]
+        means["grad_norm_max"] = max((row["grad_norm"] for row in taken), default=0.0)
+        means["skipped"] = float(len(rows) - len(taken))
+        means["broken"] = float(self.broken_everywhere(device))
+        elapsed = time.perf_counter() - self.started
+        shares = {name: seconds / elapsed for name, seconds in self._stopwatch.take().items()}
+        return Window(means, [row["loss"] for row in rows], shares, self.images / elapsed)

@@ -1,0 +1,73 @@
+"""What every stage's recipe has. Light to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from eva_mim.core.settings import Settings
+from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.engine import RunSettings
+from eva_mim.optim import OptimSettings, check_sharding
+from eva_mim.trunks import TrunkSettings
+from eva_mim.weights import HandOverSettings
+
+RUNTIME = {
+    "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "timeout_minutes", "device",
+            "engine", "zero_stage", "micro_batch"],
+    "data": ["workers", "expected", "quarantine"],
+    "contrastive": ["chunk"],
+}
+"""Settings that decide no result, or only where it is computed: a run may be resumed with other values. Rounding differs with the
+latter, and what draws by rank or micro-batch (drop path, mixup)."""
+
+
+class Recipe(Settings):
+    """Settings of one stage. Order of starting: the run's own last checkpoint, else `init_from`, else scratch."""
+
+    init_from: str | None = None
+    """Folder of an earlier stage, or any checkpoint that `eva-mim inspect` knows: the trunk starts from its weights."""
+    hand_over: HandOverSettings = HandOverSettings()
+    data: DataSettings
+    student: TrunkSettings
+    view: ViewSettings = ViewSettings()
+    run: RunSettings
+    optim: OptimSettings
+
+    @model_validator(mode="after")
+    def _student_takes_the_images(self) -> Recipe:
+        channels = self.data.channels_of_all
+        if self.student.channels != channels:
+            raise ValueError(f"data.channels={channels} needs {channels} values of student.mean and student.std, which are for "
+                             f"{self.student.channels} channels; `eva-mim data stats RECIPE` prints them")
+        return self
+
+    @model_validator(mode="after")
+    def _augmentations_are_for_colours(self) -> Recipe:
+        for name in ("randaugment", "jitter", "grayscale"):
+            if (value := getattr(self.view, name)) and not self.data.plain:
+                raise ValueError(f"view.{name}={value} is for 8-bit RGB images; leave it out with data.channels other than 3 or "
+                                 "data.window")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_sees_whole_tensors(self) -> Recipe:
+        check_sharding(self.optim, self.run.zero_stage)
+        return self
+
+    def parents(self) -> dict[str, Path]:
+        """Setting -> file or folder that this stage's result depends on."""
+        return {} if self.init_from is None else {"init_from": Path(self.init_from)}
+
+    def identity_tree(self) -> dict[str, Any]:
+        """The settings that a result depends on; parents stand for their content elsewhere, so their paths are left out."""
+        tree = self.model_dump(mode="json", exclude={section: set(names) for section, names in RUNTIME.items()})
+        for setting in self.parents():
+            *sections, leaf = setting.split(".")
+            inner = tree
+            for section in sections:
+                inner = inner[section]
+            inner[leaf] = "(parent)"
+        return tree

@@ -1,0 +1,45 @@
+"""Signals that ask a run to end: collected, and answered at the end of a step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from eva_mim.core.distributed import is_main
+from eva_mim.core.log import say
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint. `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collects SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of dying; a second Ctrl-C is Python's again."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        if is_main():
+            say(f"  {signal.Signals(number).name}: ending this step, then writing a checkpoint")
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    try:
+        before = {number: signal.signal(number, note) for number in numbers}
+    except ValueError:  # not in the main thread
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+

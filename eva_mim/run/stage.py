@@ -1,0 +1,235 @@
+"""Running one stage from its recipe to its files. What the four programs have in common."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import eva_mim
+from eva_mim.core import run_folder as checkpoint
+from eva_mim.core.contracts import Teacher
+from eva_mim.core.distributed import barrier, is_main, pick_device, setup, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256, write_json, write_text
+from eva_mim.core.log import duration, say, seconds_at_work
+from eva_mim.core.registry import PROGRAMS, lookup
+from eva_mim.core.report import KeyReport
+from eva_mim.core.rng import derive, seed_all
+from eva_mim.core.settings import as_tree, differences, digest, override, parse, read_yaml
+from eva_mim.data.class_lists import class_hash, describe
+from eva_mim.engine import build_engine
+from eva_mim.run.dump import SETTINGS
+from eva_mim.run.loop import Loop, Parts
+from eva_mim.run.recipe import Recipe
+from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.weights.handover import LINEAGE, WEIGHTS, content_hash, read_record
+
+Weights = dict[str, Tensor]
+LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
+"""Whose versions results depend on."""
+
+
+@dataclass
+class Built:
+    """What a program makes of its recipe."""
+
+    parts: Parts
+    export: Callable[[Path, Weights], None]
+    """Writes model.safetensors and whatever else the next stage or a user opens."""
+    data: dict[str, Any]
+    """`Splits.facts`: a run goes on with the records that it began with."""
+    classes: tuple[str, ...] | None = None
+    grid: list[int] | None = None
+    seeded: KeyReport | None = None
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage's identity: its settings and the content of its parents."""
+
+    program: str
+    settings: dict[str, Any]
+    parents: dict[str, dict[str, str]]
+
+    @property
+    def identity(self) -> str:
+        """Changes when a result would."""
+        return digest([self.program, self.settings, {name: parent["sha256"] for name, parent in self.parents.items()}])
+
+    def changes(self, record: dict[str, Any]) -> list[str]:
+        """Why an earlier record is not this plan; empty when it is."""
+        if record.get("identity") == self.identity:
+            return []
+        lines = differences(record.get("settings", {}), self.settings)
+        old = record.get("parents", {})
+        lines += [f"{name}: other weights" for name, parent in self.parents.items()
+                  if parent["sha256"] != old.get(name, {}).get("sha256")]
+        return lines or ["settings of another version"]
+
+
+def make_plan(program: str, recipe: Recipe) -> Plan:
+    """Raises UserError when a parent does not exist."""
+    parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
+    return Plan(program, recipe.identity_tree(), parents)
+
+
+def is_finished(out: Path, plan: Plan) -> bool:
+    """The folder holds this very stage, whole."""
+    record = read_record(out)
+    return bool(record.get("finished")) and record.get("identity") == plan.identity and (out / WEIGHTS).is_file()
+
+
+def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, torch.device], Built]) -> dict[str, Any]:
+    """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
+    plan = make_plan(program, recipe)
+    record = read_record(out)
+    if is_finished(out, plan):
+        say(f"{out}: finished before, nothing to do ({_figures(record)})")
+        return record
+    if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
+        raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
+    device, built = prepare(recipe, build)
+    begun = _record(plan, built, recipe)
+    if has_checkpoint(out):
+        _same_classes(out, record, built)
+        _same_data(out, record, built)
+        if changed := differences(begun["versions"] | record["versions"], begun["versions"]):
+            say(f"  begun with other versions, so that it may not go on bit for bit: {', '.join(changed)}")
+    if is_main():  # from here on the folder belongs to this run
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
+        write_json(out / LINEAGE, begun)
+    barrier()
+    student = built.parts.task.student
+    trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
+        f"{recipe.run.engine}, {recipe.run.precision}")
+    if built.seeded is not None:
+        say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
+    before = built.teacher.fingerprint() if built.teacher else None
+    engine = build_engine(student, recipe.run, recipe.optim, device)
+    trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()
+    if built.teacher and built.teacher.fingerprint() != before:
+        raise AssertionError("the teacher changed during training")
+    weights = dict(trained.engine.weights())
+    if is_main():
+        built.export(out, weights)
+        if trained.ema is not None:
+            built.export(_subfolder(out, "ema"), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
+        steps = recipe.run.steps(built.parts.train.steps_per_epoch)
+        record = begun | {
+            "finished": True,
+            "headline": built.parts.evaluator.headline,
+            "metrics": trained.metrics,
+            "seconds": round(seconds_at_work(out), 1),
+            "steps": steps,
+            "samples_seen": steps * recipe.run.global_batch,
+            "weights_sha256": sha256(out / WEIGHTS),
+            "classes": list(built.classes) if built.classes else None,
+            "grid": built.grid,
+            "teacher": built.teacher.facts() | {"sha256": before} if built.teacher else None,
+            "seeded": built.seeded.as_dict() if built.seeded else None,
+        }
+        write_json(out / LINEAGE, record)
+    barrier()
+    record = read_record(out)
+    say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
+    return record
+
+
+def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
+    """Load the newest checkpoint of a run and measure it again: (figures now, figures on record).
+
+    `overrides` change settings of the run, such as data.root. Every rank must call. Raises UserError.
+    """
+    record = read_record(out)
+    if not record or not has_checkpoint(out):
+        raise UserError(f"{out} holds no run with a checkpoint")
+    program = lookup(PROGRAMS, record["program"], "lineage.program")
+    recipe = parse(program.StageRecipe, override(read_yaml(out / SETTINGS), overrides), str(out / SETTINGS))
+    device, built = prepare(recipe, program.build)
+    _same_classes(out, record, built)
+    engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
+    return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
+
+
+def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
+    """Device, process group, seeds, parts."""
+    device = pick_device(recipe.run.device)
+    setup(device, recipe.run.timeout_minutes)
+    if device.type == "cpu":
+        _keep_freed_memory()
+    seed_all(derive(recipe.run.seed, "initialisation"))
+    built = build(recipe, device)
+    choose_kernels(built.parts.task.student, device)
+    return device, built
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory. On CPUs the page faults of fresh outputs cost 10 to 25 % of a training step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _same_classes(out: Path, record: dict[str, Any], built: Built) -> None:
+    """Raise UserError where the data has another class list than the run began with: a head must not meet it unseen."""
+    begun = record.get("classes_sha256")
+    if begun and built.classes and begun != class_hash(built.classes):
+        raise UserError(f"{out} was begun with another list of classes; the data now has {describe(built.classes)}")
+
+
+def _same_data(out: Path, record: dict[str, Any], built: Built) -> None:
+    """Raise UserError where records came or went: the order of samples would be another one."""
+    begun, now = record.get("data"), built.data
+    if begun and begun["sha256"] != now["sha256"]:
+        counts = [f"{facts['train']} training and {facts['val']} held-out images" for facts in (begun, now)]
+        raise UserError(f"{out} was begun with {counts[0]}; since then the data has changed (now {counts[1]}), and the run "
+                        "would not go on with the same samples. Bring the data back, or start another run from these weights: "
+                        f"--out ANOTHER init_from={checkpoint.whole(out)[0][1]}")
+
+
+def _record(plan: Plan, built: Built, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "program": plan.program,
+        "identity": plan.identity,
+        "finished": False,
+        "settings": plan.settings,
+        "parents": plan.parents,
+        "versions": _versions(),
+        "processes": world_size(),
+        "computed": {name: getattr(recipe.run, name) for name in ("engine", "zero_stage", "micro_batch")},
+        "data": built.data,
+        "classes_sha256": class_hash(built.classes) if built.classes else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    own = {"eva_mim": eva_mim.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: version(name) for name in LIBRARIES}
+
+
+def _subfolder(out: Path, name: str) -> Path:
+    (out / name).mkdir(exist_ok=True)
+    return out / name
+
+
+def _figures(record: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
+
+
+def has_checkpoint(out: Path) -> bool:
+    """A run that can go on is in the folder."""
+    return checkpoint.latest(out) is not None

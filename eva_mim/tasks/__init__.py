@@ -1,0 +1,37 @@
+"""(prediction, target) -> (loss, metrics): no networks, no devices. This file holds the settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from eva_mim.core.settings import Settings
+
+
+class ObjectiveSettings(Settings):
+    """How prediction and target are compared."""
+
+    kind: str = "cosine"
+    """"cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE's, for pixel targets)."""
+
+
+class ContrastiveSettings(Settings):
+    """How images and texts find each other."""
+
+    kind: Literal["clip", "siglip"] = "clip"
+    """"clip": cross entropy over the batch, both ways; "siglip": one sigmoid for each pair, with a learned bias."""
+    chunk: int | None = Field(None, ge=1)
+    """Rows of logits computed at once, and again in the backward pass: memory chunk x global_batch in place of a whole
+    micro-batch's (with accumulation: of all of this process's). The result is the same. Default all rows."""
+
+
+class MixSettings(Settings):
+    """Mixed images and soft labels (timm's Mixup)."""
+
+    mixup: Annotated[float, Field(ge=0.0)] = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    """Alpha of cutmix; 0 is off."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Label smoothing."""

@@ -1,0 +1,119 @@
+"""CLIP's softmax loss and SigLIP's sigmoid loss over the pairs of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from open_clip.loss import gather_features
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from eva_mim.core.contracts import Batch, StepOutput, Task, WholeStep
+from eva_mim.core.distributed import rank, world_size
+from eva_mim.core.timing import phase
+from eva_mim.tasks import ContrastiveSettings
+
+Objective = Callable[..., StepOutput]
+
+
+class Contrastive:
+    """Each rank compares its own rows with everybody's columns; gathered features carry gradients, so that the mean of the
+    ranks' losses and gradients is that of the global batch (open_clip's local loss with gather-with-gradient)."""
+
+    def __init__(self, settings: ContrastiveSettings | None = None):
+        self.settings = settings or ContrastiveSettings()
+
+    def __call__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> StepOutput:
+        """Unit features [B, C] of both sides, the logit scale, and the logit bias where the student has one; in fp32."""
+        with torch.autocast(image.device.type, enabled=False):
+            loss = self._loss(image.float(), text.float(), scale.float(), None if bias is None else bias.float())
+        metrics = {"logit_scale": scale.detach().float()}
+        return StepOutput(loss, metrics).with_metrics(logit_bias=None if bias is None else bias.detach().float())
+
+    def _loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        images, texts = image, text
+        if world_size() > 1:
+            images, texts = gather_features(image, text, gather_with_grad=True, world_size=world_size())
+        siglip = self.settings.kind == "siglip"
+        part = _sigmoid if siglip else _softmax
+        own = torch.arange(len(image), device=image.device) + rank() * len(image)
+        chunk = self.settings.chunk or len(image)
+        total = image.new_zeros(())
+        # SigLIP has one term for a pair: its texts see the images when these see them.
+        for side, others in [(image, texts)] if siglip else [(image, texts), (text, images)]:
+            for rows, partners in zip(torch.split(side, chunk), torch.split(own, chunk), strict=True):
+                given = rows, others, scale, bias, partners
+                total = total + (part(*given) if chunk >= len(side) else
+                                 checkpoint(part, *given, use_reentrant=False, preserve_rng_state=False))
+        return total / len(image) / (1 if siglip else 2)
+
+
+def _softmax(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, partners: Tensor) -> Tensor:
+    """Sum over [b, C] rows of the cross entropy of finding their partner among all others (CLIP, Radford et al. 2021)."""
+    return F.cross_entropy(_logits(rows, others, scale, bias), partners, reduction="sum")
+
+
+def _sigmoid(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, partners: Tensor) -> Tensor:
+    """Sum over all [b, B] pairs of -log sigmoid(+-logit), plus for partners (SigLIP, Zhai et al. 2023)."""
+    logits = _logits(rows, others, scale, bias)
+    signs = torch.full_like(logits, -1.0).scatter_(1, partners[:, None], 1.0)
+    return -F.logsigmoid(signs * logits).sum()
+
+
+def _logits(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    logits = scale * rows @ others.T
+    return logits if bias is None else logits + bias
+
+
+class ImageText(Task):
+    """Both towers learn to find each other's half of a pair, among the pairs of the global batch."""
+
+    def __init__(self, student: nn.Module, objective: Objective):
+        self.student, self.objective = student, objective
+
+    def prepare(self, student: Callable[..., Any], batches: list[Batch]) -> list[Batch]:
+        """With several micro-batches, a first pass without gradients says the features of all. The loss and its gradient by
+        these features are computed once; each micro-batch then passes its part back (GradCache, Gao et al. 2021)."""
+        if len(batches) == 1:
+            return batches
+        with phase("student"):
+            image, text, *scalars = zip(*self._first_pass(student, batches), strict=True)
+            said = [torch.cat(image), torch.cat(text), *(same[0] for same in scalars)]
+            leaves = [tensor.detach().float().requires_grad_() for tensor in said]
+            with torch.autocast(leaves[0].device.type, enabled=False):
+                loss, metrics = self.objective(*leaves)
+                by_image, by_text, *by_scalars = torch.autograd.grad(loss, leaves)
+        # The engines take the mean over micro-batches. A row of features is in one of them, a scalar in each.
+        count = len(batches)
+        rows = zip(batches, (by_image * count).chunk(count), (by_text * count).chunk(count), strict=True)
+        whole = StepOutput(loss.detach(), metrics)
+        return [replace(batch, whole=WholeStep(whole, (image, text, *by_scalars))) for batch, image, text in rows]
+
+    @torch.no_grad()
+    def _first_pass(self, student: Callable[..., Any], batches: list[Batch]) -> list[tuple[Tensor, ...]]:
+        """What the student says of each micro-batch. The second pass draws the same random numbers, and moves what buffers
+        hold (running means of batch norms)."""
+        device = batches[0].images.device
+        before = [buffer.clone() for buffer in self.student.buffers()]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            said = [student(batch.images, batch.texts) for batch in batches]
+        for buffer, old in zip(self.student.buffers(), before, strict=True):
+            buffer.copy_(old)
+        return said
+
+    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+        """The contrastive loss of this pass, or its part of the whole step's: then the value is the whole step's."""
+        with phase("student"):
+            said = student(batch.images, batch.texts)
+            if batch.whole is None:
+                return self.objective(*said)
+            (loss, metrics), gradients = batch.whole
+            inner = sum((one.float() * gradient).sum() for one, gradient in zip(said, gradients, strict=True))
+            return StepOutput(loss + (inner - inner.detach()), metrics)
+
+    def terms(self, batch: Batch) -> None:
+        """Every batch has the same size."""

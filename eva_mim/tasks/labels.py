@@ -1,0 +1,39 @@
+"""Cross entropy with class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Batch, StepOutput, Task
+from eva_mim.core.timing import phase
+from eva_mim.tasks import MixSettings
+
+
+class Labels(Task):
+    """Cross entropy with label smoothing; with mixup or cutmix against soft labels."""
+
+    def __init__(self, student: nn.Module, classes: int, settings: MixSettings):
+        self.student, self.settings, self._mix = student, settings, None
+        if settings.mixup or settings.cutmix:
+            from timm.data import Mixup
+
+            self._mix = Mixup(
+                settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes
+            )
+
+    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+        """Mean cross entropy of the batch, in fp32."""
+        images, target = batch.images, batch.labels
+        assert target is not None
+        if self._mix is not None:
+            images, target = self._mix(images.float(), target)
+        smoothing = 0.0 if self._mix is not None else self.settings.smoothing
+        with phase("student"):
+            logits: Tensor = student(images)
+        return StepOutput(nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing), {})
+
+    def terms(self, batch: Batch) -> None:
+        """Every batch has the same size."""

@@ -1,0 +1,32 @@
+"""Linear layers on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Batch, StepOutput, Task
+from eva_mim.core.timing import phase
+
+
+class Heads(Task):
+    """Every layer of a probe learns from the same features. The loss is the sum of theirs, so each has the gradient that it would
+    have alone."""
+
+    def __init__(self, student: nn.Module, names: Sequence[str], smoothing: float):
+        self.student, self.names, self.smoothing = student, names, smoothing
+
+    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+        """Sum over layers of the batch's mean cross entropies; with several, each under its name."""
+        assert batch.labels is not None
+        with phase("student"):
+            logits: Tensor = student(batch.images).float()
+        labels = batch.labels[:, None].expand(-1, logits.shape[2])
+        losses = nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none").mean(0)
+        named = {f"loss_{name}": loss.detach() for name, loss in zip(self.names, losses, strict=True)}
+        return StepOutput(losses.sum(), named if len(named) > 1 else {})
+
+    def terms(self, batch: Batch) -> None:
+        """Every batch has the same size."""

@@ -1,0 +1,74 @@
+"""timm models: settings, and how a student says what its towers are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field, model_validator
+
+from eva_mim.core.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Tower(NamedTuple):
+    """A part of a student that may have a learning rate of its own."""
+
+    module: nn.Module
+    """Holds all its parameters."""
+    layered: nn.Module
+    """The part of it with layers; what else it holds is at the top."""
+    layers: Any
+    """timm's group matcher for the names in `layered`; None where the layers are not known."""
+
+    @classmethod
+    def of_timm(cls, trunk: Any, module: nn.Module | None = None) -> Tower:
+        """A timm model, alone or inside a module."""
+        matcher = trunk.group_matcher(coarse=False) if hasattr(trunk, "group_matcher") else None
+        return cls(trunk if module is None else module, trunk, matcher)
+
+
+class TrunkSettings(Settings):
+    """The timm model inside every student."""
+
+    name: str
+    """timm's architecture name."""
+    image_size: int | None = Field(None, ge=1)
+    """Input side in pixels; default the architecture's own."""
+    patch_size: int | None = Field(None, ge=1)
+    """Patch side in pixels; default the architecture's own."""
+    drop_path: Rate = 0.0
+    """Stochastic depth: the last block's rate, rising linearly from 0 at the first."""
+    patch_grad_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """Factor on the gradient of the patch embedding. EVA-02 uses 0.1 in masked pretraining (modeling_pretrain.py,
+    stop_grad_conv1); EVA's classifiers freeze it (0)."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    mean: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None = None
+    """Mean of each channel, of pixels between 0 and 1, as `eva-mim data stats` prints it: as many as `data.channels`. Default the
+    architecture's own, of RGB."""
+    std: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
+    """Standard deviation of each channel."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return 3 if self.mean is None else len(self.mean)
+
+    def timm_options(self) -> dict[str, Any]:
+        """Keyword arguments for `timm.create_model` that describe the architecture."""
+        options = {
+            "img_size": self.image_size, "patch_size": self.patch_size, "in_chans": None if self.channels == 3 else self.channels
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _mean_and_std_are_a_pair(self) -> TrunkSettings:
+        mean, std = (None if values is None else len(values) for values in (self.mean, self.std))
+        if mean != std:
+            raise ValueError(f"student.mean has {mean or 'no'} values and student.std {std or 'none'}; give one of each for each "
+                             "channel: `eva-mim data stats` prints them")
+        return self

@@ -1,0 +1,79 @@
+"""Building the timm model inside a student."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+from eva_mim.core.errors import UserError
+from eva_mim.trunks import TrunkSettings
+
+
+def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
+    """A timm model. Raises UserError for an unknown name or arguments that this architecture does not take."""
+    check_name(settings.name)
+    arguments = settings.timm_options() | options
+    if settings.drop_path:
+        arguments["drop_path_rate"] = settings.drop_path
+    try:
+        trunk: nn.Module = timm.create_model(settings.name, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
+    if settings.grad_checkpointing:
+        trunk.set_grad_checkpointing()  # type: ignore[operator]
+    scale_patch_gradient(trunk, settings)
+    return trunk
+
+
+def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
+    """Multiply the gradient of the patch embedding by `patch_grad_scale`; 0 freezes it. What it computes stays as it is.
+
+    Raises UserError for a trunk without patch embedding.
+    """
+    scale = settings.patch_grad_scale
+    if scale == 1:
+        return
+    embed: Any = getattr(trunk, "patch_embed", None)
+    if embed is None:
+        raise UserError(f"student.patch_grad_scale={scale}: {settings.name} has no patch embedding; set it to 1")
+    if scale == 0:
+        embed.requires_grad_(False)
+        return
+
+    def scale_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        patches: Tensor = output[0] if isinstance(output, tuple) else output  # some return their grid as well
+        if patches.requires_grad:
+            patches.register_hook(lambda gradient: scale * gradient)  # type: ignore[no-untyped-call]
+
+    embed.register_forward_hook(scale_output)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError, with the nearest names, for an architecture that timm does not know."""
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"student.name: timm has no {name!r}; near: {', '.join(near) or 'nothing'}")
+
+
+def has_tokens(settings: TrunkSettings) -> bool:
+    """The architecture works on patch tokens (and so has a choice of pooling). Builds nothing: meta device."""
+    check_name(settings.name)
+    with torch.device("meta"):
+        return hasattr(timm.create_model(settings.name), "num_prefix_tokens")
+
+
+def input_size(trunk: nn.Module, settings: TrunkSettings) -> int:
+    """Side of the trunk's input in pixels."""
+    config: Any = trunk.pretrained_cfg
+    return int(settings.image_size or config["input_size"][-1])
+
+
+def mean_std(trunk: nn.Module, settings: TrunkSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of the settings, else the architecture's own."""
+    config: Any = trunk.pretrained_cfg
+    return settings.mean or tuple(config["mean"]), settings.std or tuple(config["std"])

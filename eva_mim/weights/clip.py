@@ -1,0 +1,76 @@
+"""A CLIP student that starts from a whole CLIP model: both towers, their projections, the logit scale and bias."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eva_mim.core.errors import UserError
+from eva_mim.core.report import KeyReport
+from eva_mim.students import ClipSettings, whole_file
+from eva_mim.students.clip import ClipStudent, TextSource, seed_text
+from eva_mim.weights import HandOverSettings
+from eva_mim.weights.files.lazy import real
+from eva_mim.weights.handover import parent_of, seed_trunk
+from eva_mim.weights.names.eva import TRUNK
+from eva_mim.weights.names.translate import read_source
+
+OWN = ("visual.head.", "logit_scale", "logit_bias")
+"""What is in neither the trunk nor the text tower."""
+
+
+TRUNK_HEAD = f"{TRUNK}head."
+
+
+def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
+    """The settings, with the architecture of the text tower read from the folder that `path` is, where they do not name it.
+    Raises UserError when it is no such folder."""
+    if settings.text.init_from is not None:
+        return settings
+    if not (Path(path) / "open_clip_config.json").is_file():
+        raise UserError(f"student.whole=true: {path} does not describe its text tower; name its architecture in "
+                        "student.text.init_from (one of open_clip's, without student.text.weights)")
+    return settings.model_copy(update={"text": settings.text.model_copy(update={"init_from": path})})
+
+
+@torch.no_grad()
+def seed_whole(student: ClipStudent, path: str, settings: ClipSettings, hand_over: HandOverSettings) -> KeyReport:
+    """Copy a CLIP model into a student, in place; positions and the patch kernel are resized as `hand_over` says.
+
+    Raises UserError for a checkpoint that is no CLIP model with a timm trunk, and for towers or a space of other sizes.
+    """
+    try:
+        source = read_source(whole_file(path), hand_over.container)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    given = dict(source.weights)
+    for name in [name for name in given if name.startswith(TRUNK_HEAD)]:  # open_clip's own EVA models: the trunk's head projects
+        given.setdefault(f"{OWN[0]}proj.{name.removeprefix(TRUNK_HEAD)}", given[name])
+    if not any(name.startswith(TRUNK) for name in given) or not any(name.startswith("text.") for name in given):
+        raise UserError(f"student.whole=true: {path} is no CLIP model with a timm image tower and a text tower; leave it out to "
+                        "start the image tower alone")
+    report = seed_trunk(student.trunk, parent_of(path, source, hand_over), hand_over)
+    for name in [name for name in report.ignored if name.startswith((*OWN, "text.", "head.", TRUNK_HEAD))]:  # they have a place
+        report.ignored.remove(name)
+        report.reasons.pop(name, None)
+    state: dict[str, Any] = student.model.state_dict()
+    for name, value in state.items():
+        if not name.startswith(OWN):
+            continue
+        if name not in given:
+            report.note(report.new, name, "the whole model has none")
+            continue
+        if value.numel() != given[name].numel():
+            raise UserError(f"student.embed_dim={settings.embed_dim}: {name} is {list(given[name].shape)} in {path} and "
+                            f"{list(value.shape)} here; set student.embed_dim and student.proj_bias as they are there")
+        value.copy_(real(given[name]).reshape(value.shape))
+        report.loaded.append(name)
+    for name in given:
+        if name.startswith(OWN) and name not in state:
+            report.note(report.ignored, name, "no part of the new model")
+    weights = {name.removeprefix("text."): real(value) for name, value in given.items() if name.startswith("text.")}
+    reused = settings.model_copy(update={"text": settings.text.model_copy(update={"projection": "reused"})})
+    text = seed_text(student.model.text, TextSource(path, student.config["text_cfg"], False, weights), reused)
+    return report.beside(KeyReport(**text))

@@ -1,0 +1,213 @@
+"""Between stages: what a finished stage left, and the seeding of a new trunk with it, accounted for key by key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
+from eva_mim.core.report import KeyReport
+from eva_mim.weights import HandOverSettings
+from eva_mim.weights.files.lazy import real
+from eva_mim.weights.hints import Pixels, read_told
+from eva_mim.weights.names.eva import unshare_relative, with_norm
+from eva_mim.weights.names.translate import Source, content_hash, read_source
+from eva_mim.weights.resize import adapt_kernel, resize_trunk
+
+__all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "parent_of", "read_parent", "read_record", "seed_trunk"]
+WEIGHTS, LINEAGE = "model.safetensors", "lineage.json"
+INNER_NORM = ".attn.norm."
+"""EVA-02's CLIP towers normalise inside attention, its masked students do not (facts on EVA-CLIP, section 4): starts fresh."""
+
+
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+PARTS_OF_A_HEAD = ("head", "fc.", "classifier", "fc_norm.", "norm.")
+"""What of a parent may be left over: its own head, or the norm in front of it."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A trunk of an earlier stage, or of a foreign checkpoint, under timm's names."""
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    classes: tuple[str, ...] | None
+    """Of its head."""
+    grid: Grid | None
+    """Of its positions."""
+    ignored: KeyReport
+    """What of the checkpoint is outside the trunk."""
+    pixels: tuple[Pixels | None, Pixels | None] = (None, None)
+    """Mean and standard deviation that its images were normalised with, where the files beside it tell."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A stage's lineage record; empty when there is none."""
+    file = folder / LINEAGE
+    try:
+        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return record
+
+
+def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> Parent:
+    """The folder of a stage, or any checkpoint that `convert.source.read_source` opens. Raises UserError."""
+    settings = settings or HandOverSettings()
+    if (record := read_record(Path(path))) and not record.get("finished"):
+        raise UserError(f"init_from: {path} is not finished; to start from it as it is, "
+                        "name one of its checkpoints (checkpoints/step-N)")
+    try:
+        source = read_source(path, settings.container)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    return parent_of(path, source, settings)
+
+
+def parent_of(path: str | Path, source: Source, settings: HandOverSettings) -> Parent:
+    """The trunk of an opened checkpoint. Raises UserError where it has none."""
+    try:
+        trunk, told = source.trunk(), read_told(source.description)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    ignored = KeyReport()
+    for report in (source.report, trunk.report):
+        for name in report.ignored:
+            ignored.note(ignored.ignored, name, report.reasons.get(name, "outside the trunk"))
+    for name in source.outside:
+        ignored.note(ignored.ignored, name, "of the masked model, outside its trunk")
+    classes = source.description.record.get("classes") or source.description.config.get("label_names")
+    return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored,
+                  (told.mean, told.std))
+
+
+def seed_trunk(
+    trunk: nn.Module, parent: Parent, settings: HandOverSettings | None = None, classes: tuple[str, ...] | None = None
+) -> KeyReport:
+    """Copy a parent's weights into a timm model, in place.
+
+    Positions, patch kernel and the norm behind mean pooling follow the rules of `settings`; a kernel of RGB is made one for other
+    channels by timm's rule; one table of relative positions for
+    all blocks is copied to each where the trunk has one a block. The head is kept when `classes` equals the parent's class list
+    and is new otherwise; norms inside attention that the parent lacks are new. Raises UserError, before anything is copied, when
+    another tensor is missing, left over or of another shape: that is another architecture.
+    """
+    settings = settings or HandOverSettings()
+    state, head = trunk.state_dict(), _head_prefix(trunk)
+    given, report = _fitted(trunk, state, parent, settings)
+    same_classes = classes is not None and classes == parent.classes
+    fresh = {name: why for name in state if (why := _why_fresh(name, head, given, settings, same_classes))}
+    left = {name for name in given if name not in state and name.startswith((*PARTS_OF_A_HEAD, *([head] if head else [])))}
+    wrong = [f"{name}: not in the checkpoint" for name in state if name not in given and name not in fresh]
+    for name in given.keys() - fresh.keys() - left:
+        here = f"{list(state[name].shape)} here" if name in state else "not here"
+        if name not in state or given[name].shape != state[name].shape:
+            wrong.append(f"{name}: {list(given[name].shape)} in the checkpoint, {here}")
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise UserError(
+            f"init_from: {parent.path} is of another architecture:\n  " + "\n  ".join(sorted(wrong)[:12]) + more
+        )
+    for name, value in state.items():
+        if name in fresh:
+            report.note(report.new, name, fresh[name])
+            continue
+        value.copy_(real(given[name]))
+        if name not in report.resized:
+            report.loaded.append(name)
+    for name in [name for name in given if name in fresh or name in left]:
+        report.note(report.ignored, name, fresh.get(name, "no part of the new trunk"))
+    for name in parent.ignored.ignored:
+        report.note(report.ignored, name, parent.ignored.reasons[name])
+    _prove(trunk, given, report.loaded)
+    return report
+
+
+def _fitted(
+    trunk: nn.Module, state: Mapping[str, Tensor], parent: Parent, settings: HandOverSettings
+) -> tuple[dict[str, Tensor], KeyReport]:
+    """The parent's tensors under the names and of the sizes that the trunk has, and what that took."""
+    given, report = dict(parent.weights), KeyReport()
+    if SHARED_TABLE in given and SHARED_TABLE not in state:
+        given = unshare_relative(given).weights
+    places: tuple[tuple[Literal["fc_norm", "norm"], str], ...] = (("fc_norm", "norm"), ("norm", "fc_norm"))
+    for here, there in places:
+        if f"{here}.weight" in state and f"{here}.weight" not in given and f"{there}.weight" in given:
+            done = with_norm(given, settings.norm, into=here)
+            given = done.weights
+            for name in done.report.ignored:
+                report.note(report.ignored, name, done.report.reasons[name])
+    _adapt_channels(trunk, state, given, report, parent.path)
+    embed: Any = getattr(trunk, "patch_embed", None)
+    grid, kernel = getattr(embed, "grid_size", None), state.get("patch_embed.proj.weight")
+    if grid is None:
+        return given, report
+    tables = [name for name in given if name.endswith(("pos_embed", "relative_position_bias_table")) and name in state]
+    if any(given[name].shape[-1] != state[name].shape[-1] for name in tables):
+        return given, report  # another architecture
+    old = parent.grid
+    if old is None and any(given[name].shape != state[name].shape for name in tables):
+        raise UserError(
+            f"init_from: {parent.path} does not say for which grid of patches its positions were made; "
+            "set hand_over.grid=[rows, columns]"
+        )
+    given, resized = resize_trunk(
+        given, old or grid, grid, positions=settings.positions, kernel=settings.kernel,
+        patch=(kernel.shape[2], kernel.shape[3]) if kernel is not None and kernel.ndim == 4 else None,
+    )
+    for name in resized.resized:
+        if name in report.resized:  # for its channels
+            report.reasons[name] += f"; {resized.reasons[name]}"
+        else:
+            report.note(report.resized, name, resized.reasons[name])
+    return given, report
+
+
+def _adapt_channels(
+    trunk: nn.Module, state: Mapping[str, Tensor], given: dict[str, Tensor], report: KeyReport, path: Path
+) -> None:
+    """Put kernels for the trunk's channels, of the layers that timm says see the images, in the place of those in `given`."""
+    config: Any = getattr(trunk, "pretrained_cfg", None) or {}
+    first = config.get("first_conv") or ()
+    for name in (f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first)):
+        if not (name in given and name in state) or given[name].ndim != 4 or given[name].shape[1] == state[name].shape[1]:
+            continue
+        old, channels = given[name], state[name].shape[1]
+        try:
+            given[name] = adapt_kernel(real(old), channels)
+        except UserError as error:
+            raise UserError(f"init_from: {path}: {error}") from None
+        rule = "summed" if channels == 1 else f"repeated and scaled by 3/{channels}"
+        report.note(report.resized, name, f"{list(old.shape)} to {list(given[name].shape)}, the kernel of RGB {rule} (timm)")
+
+
+def _why_fresh(
+    name: str, head: str | None, given: Mapping[str, Tensor], settings: HandOverSettings, same_classes: bool
+) -> str | None:
+    """Why a tensor of the trunk starts as it was made; None for one that the parent gives."""
+    if head is not None and name.startswith(head) and not (same_classes and name in given):
+        return "a head for other classes"
+    if name in given:
+        return None
+    if name.startswith(("norm.", "fc_norm.")) and settings.norm == "drop":
+        return "hand_over.norm=drop: starts fresh"
+    return "a norm inside attention, which the parent does not have" if INNER_NORM in name else None
+
+
+def _prove(trunk: nn.Module, given: Mapping[str, Tensor], loaded: list[str]) -> None:
+    """What the report calls loaded is in the trunk, bit for bit."""
+    state = trunk.state_dict()
+    unequal = [name for name in loaded if not torch.equal(state[name].cpu(), real(given[name]).to(state[name].dtype))]
+    assert not unequal, unequal
+
+
+def _head_prefix(trunk: nn.Module) -> str | None:
+    head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
+    return next((f"{name}." for name, module in trunk.named_modules() if module is head and name), None)

@@ -1,0 +1,70 @@
+"""A classification head that starts from the rows of another one: those of the classes that both know."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from eva_mim.core.errors import UserError
+from eva_mim.core.report import KeyReport
+from eva_mim.core.settings import few
+from eva_mim.data.class_lists import class_hash, describe, layouts_with, positions, read_classes
+from eva_mim.students import ClassifierSettings
+from eva_mim.weights.files.lazy import real
+from eva_mim.weights.handover import Parent
+
+
+@torch.no_grad()
+def seed_head(
+    trunk: nn.Module, parent: Parent, settings: ClassifierSettings, classes: tuple[str, ...], report: KeyReport
+) -> None:
+    """Give a new head the rows that the parent's head has for the same classes, in place, after `seed_trunk`.
+
+    Classes are the same when their synset ids are, or their names. `report` is `seed_trunk`'s and gets the change. Does nothing
+    to a head that `seed_trunk` kept. Raises UserError when the parent has no head, its classes are not known or do not fit its
+    rows, none is shared, or one is missing with `head_rows` "all".
+    """
+    head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
+    prefix = next(name for name, module in trunk.named_modules() if module is head)
+    state = {f"{prefix}.{name}": value for name, value in head.named_parameters()}
+    names = [name for name in state if name in parent.weights]
+    if f"{prefix}.weight" not in names:
+        raise UserError(f"student.head_rows={settings.head_rows}: {parent.path} has no {prefix}.weight; use new")
+    if not set(names) & set(report.new):
+        return
+    theirs = _classes_of(parent, settings, len(parent.weights[f"{prefix}.weight"]))
+    places = positions(classes, theirs)
+    rows = [row for row, place in enumerate(places) if place is not None]
+    missing = [name for name, place in zip(classes, places, strict=True) if place is None]
+    if not rows or (missing and settings.head_rows == "all"):
+        raise UserError(
+            f"student.head_rows={settings.head_rows}: the head of {parent.path} ({describe(theirs)}) has rows for {len(rows)} of "
+            f"the {len(classes)} classes ({describe(classes)}), not for {few(missing)}; "
+            + ("use shared to start the others anew" if rows else "use new")
+        )
+    for name in names:
+        value, given = state[name], real(parent.weights[name])
+        if given.shape[1:] != value.shape[1:]:
+            raise UserError(f"student.head_rows: {name} is {list(given.shape)} in {parent.path} and {list(value.shape)} here")
+        value[rows] = given[[place for place in places if place is not None]].to(value)
+        report.new.remove(name)
+        report.ignored.remove(name)
+        report.note(report.resized, name, f"rows of {len(rows)} of {len(classes)} classes, from a head for {len(theirs)}")
+
+
+def _classes_of(parent: Parent, settings: ClassifierSettings, rows: int) -> tuple[str, ...]:
+    """Of the parent's head, checked against its number of rows."""
+    told = read_classes(settings.head_classes) if settings.head_classes else None
+    if parent.classes and told and class_hash(parent.classes) != class_hash(told):
+        raise UserError(
+            f"student.head_classes={settings.head_classes}: {parent.path} says that its head is for {describe(parent.classes)}"
+        )
+    classes = parent.classes or told
+    if classes is None:
+        guesses = layouts_with(rows)
+        hint = f"(layouts with {rows} classes: {', '.join(guesses)})" if guesses else f"(a file with its {rows} classes)"
+        raise UserError(f"student.head_rows={settings.head_rows}: {parent.path} does not name the classes of its head; set "
+                        f"student.head_classes {hint}")
+    if len(classes) != rows:
+        raise UserError(f"student.head_rows: the head of {parent.path} has {rows} rows, its class list {len(classes)} classes")
+    return classes

@@ -1,0 +1,172 @@
+"""What is told about an architecture besides names and shapes: by files beside the source, and by the user. Nothing is believed:
+types are checked, numbers are bounded, and nothing that would fetch or read weights gets through.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg
+
+from eva_mim.core.contracts import Grid
+from eva_mim.core.errors import UserError
+from eva_mim.data import MAX_CHANNELS
+from eva_mim.weights.files.sidecar import Description, at, number, text
+from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.families import Family
+from eva_mim.weights.names.layout import Shape
+
+FORBIDDEN = frozenset(inspect.signature(timm.create_model).parameters) | frozenset(
+    inspect.signature(build_model_with_cfg).parameters
+) | {"device", "dtype", "features_only"}
+"""Keywords that say where weights come from or how a model runs, not what it is."""
+MAX_NUMBER = 65_536
+"""Of an argument: a file may ask for a network of any size."""
+MAX_SIDE, MAX_TOKENS, MAX_CONTEXT = 2048, 8192, 1024
+"""Of an image in pixels; patches and registers of one; tokens of a text. A file of megabytes can ask for terabytes by them."""
+CLIP_KEYS = ("embed_dim", "quick_gelu", "custom_text", "init_logit_bias")
+Pixels = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """Of files beside the source; empty where they do not say."""
+
+    name: str | None = None
+    """timm's."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """For `timm.create_model`."""
+    config: dict[str, Any] | None = None
+    """open_clip's `model_cfg`."""
+    mean: Pixels | None = None
+    std: Pixels | None = None
+    size: int | None = None
+    heads: int | None = None
+    text_heads: int | None = None
+    quick_gelu: bool | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model must be."""
+
+    shapes: dict[str, Shape]
+    family: Family | None
+    arguments: dict[str, Any]
+    """The user's: never changed."""
+    size: tuple[int, int] | None
+    """(height, width) of its images."""
+    grid: Grid | None
+    rope: Rope | None
+    told: Told
+
+    @property
+    def heads(self) -> int | None:
+        """Of the image tower, where anything tells. Raises UserError where the user contradicts the tables of the source."""
+        given, family = self.arguments.get("num_heads"), self.family
+        of_tables = family and (family.heads or (family.width // self.rope.head_width if self.rope else None))
+        if of_tables and given not in (None, of_tables):  # parity would not see it: both sides would have it
+            raise UserError(f"--argument num_heads={given}: the position tables of the source are of {of_tables} heads")
+        return given if isinstance(given, int) else of_tables or self.told.heads
+
+
+def bounded(want: Wanted) -> None:
+    """Raise UserError for sizes that nobody can run; only shapes are looked at."""
+    family, arguments = want.family, {**want.told.arguments, **want.arguments}
+    sides = want.size or arguments.get("img_size") or 0
+    height, width = sides if isinstance(sides, tuple) and len(sides) == 2 else (sides, sides)
+    patch = arguments.get("patch_size") or (family.patch[0] if family and family.patch else None)
+    tables = [shape[0] for name, shape in want.shapes.items() if name.endswith("relative_position_bias_table")]
+    found = {
+        "rows of positions": ((family and family.positions) or 0, MAX_TOKENS),
+        "registers": ((family and family.registers) or 0, MAX_TOKENS),
+        "rows of relative positions": (max(tables, default=0), 4 * MAX_TOKENS),
+        "text tokens": (family.text.context if family and family.text else 0, MAX_CONTEXT),
+    }
+    if isinstance(height, int) and isinstance(width, int):
+        found["pixels on a side"] = (max(height, width), MAX_SIDE)
+        if isinstance(patch, int) and patch > 0:
+            found["patches of an image"] = (height // patch * (width // patch), MAX_TOKENS)
+    if over := [f"{count:,} {what} (at most {limit:,})" for what, (count, limit) in found.items() if count > limit]:
+        raise UserError(f"checkpoint: more than is converted here: {', '.join(over)}")
+
+
+def read_told(found: Description) -> Told:
+    """What configurations of timm, open_clip, transformers and our stages say. Raises UserError for hostile ones."""
+    model, config = at(found.open_clip, "model_cfg"), None
+    student, own = at(found.record, "settings", "student"), at(found.config, "model_args")
+    name, arguments = found.architecture, own if isinstance(own, dict) else {}
+    if name is None and text(student, "name"):
+        name = text(student, "name")
+        sizes = {
+            "img_size": at(student, "image_size"), "patch_size": at(student, "patch_size"), "in_chans": _channels(student, "mean")
+        }
+        arguments = {key: value for key, value in sizes.items() if value is not None}
+    heads = size = words = quick = None
+    if hub := found.transformers:  # what its configuration leaves out is as transformers has it by itself
+        tower, clip = at(hub, "vision_config") or hub, str(text(hub, "model_type")).startswith("clip")
+        heads, size = number(tower, "num_attention_heads") or 12, number(tower, "image_size") or 224
+        quick = (text(tower, "hidden_act") or ("quick_gelu" if clip else "gelu")) == "quick_gelu"
+        words = number(hub, "text_config", "num_attention_heads") or 8
+    if isinstance(model, dict):
+        config = read_clip_config(model)
+        vision = config["vision_cfg"]
+        name = name or text(vision, "timm_model_name")
+        if not vision.get("timm_model_name"):
+            heads = (number(vision, "width") or 768) // (number(vision, "head_width") or 64)
+            quick = config.get("quick_gelu") is True
+    places: list[tuple[Any, str]] = [
+        (at(found.config, "pretrained_cfg"), ""), (at(found.open_clip, "preprocess_cfg"), ""), (found.preprocessor, "image_"),
+        (student, ""),
+    ]
+    mean, std = (
+        next((pixels for tree, stem in places if (pixels := _pixels(tree, stem + key))), None) for key in ("mean", "std")
+    )
+    return Told(
+        name, plain(arguments, "config.json: model_args."), config, mean, std,
+        int(size) if size and 0 < size <= MAX_SIDE else None, int(heads or 0) or None, int(words or 0) or None, quick,
+    )
+
+
+def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Keywords for a model that are plain values; lists become tuples. Raises UserError for others."""
+    for name, value in arguments.items():
+        if name in FORBIDDEN:
+            raise UserError(f"{source}{name}: not a size or part of a model; leave it out")
+        for item in value if isinstance(value, (list, tuple)) and len(value) <= 100 else [value]:
+            if not isinstance(item, (bool, int, float, str, type(None))):
+                raise UserError(f"{source}{name}: {str(value)[:60]} is not a plain value")
+            if not isinstance(item, (str, type(None))) and not abs(item) <= MAX_NUMBER:
+                raise UserError(f"{source}{name}: {str(value)[:60]} is out of bounds; numbers are at most {MAX_NUMBER}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+
+
+def read_clip_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of open_clip's `model_cfg`. Raises UserError for values that are not plain, and for a text tower of
+    transformers, which open_clip would fetch."""
+    source = "open_clip_config.json: model_cfg."
+    config = plain({key: model[key] for key in CLIP_KEYS if key in model}, source)
+    for tower in ("vision_cfg", "text_cfg"):
+        parts = model[tower] if isinstance(model.get(tower), dict) else {}
+        inner = {key: plain(value, f"{source}{tower}.{key}.") for key, value in parts.items() if isinstance(value, dict)}
+        config[tower] = plain({key: value for key, value in parts.items() if key not in inner}, f"{source}{tower}.") | inner
+    if config["text_cfg"].get("hf_model_name"):
+        raise UserError(f"{source}text_cfg.hf_model_name: text towers of transformers are not converted")
+    return config
+
+
+def _channels(tree: Any, name: str) -> int | None:
+    """How many values a list has."""
+    values = at(tree, name)
+    return len(values) if isinstance(values, list) and 0 < len(values) <= MAX_CHANNELS else None
+
+
+def _pixels(tree: Any, name: str) -> Pixels | None:
+    values = [number(tree, name, channel) for channel in range(_channels(tree, name) or 3)]
+    if name.endswith("std") and any(value is not None and value <= 0 for value in values):
+        raise UserError(f"{name}: {values} beside the source; a standard deviation is above 0")
+    return tuple(value for value in values if value is not None) if None not in values else None

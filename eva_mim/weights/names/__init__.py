@@ -1,0 +1,1 @@
+"""Naming schemes of checkpoints: each to ours and back."""
