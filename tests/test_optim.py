@@ -17,7 +17,7 @@ from timm.models.eva import Eva
 from torch import nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.engine.base import set_rates
+from eva_mim.engine.step import set_rates
 from eva_mim.optim import OptimSettings, Rates, TowerSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.schedule import lr_at, rates_at

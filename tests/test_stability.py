@@ -155,7 +155,7 @@ def test_loss_scale_moves_like_deepspeeds_own(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_update_ratio_is_the_distance_that_the_weights_move() -> None:
-    from eva_mim.engine.base import set_rates
+    from eva_mim.engine.step import set_rates
     from eva_mim.optim.optimizers import WatchedAdamW
 
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     from eva_mim.core.registry import PROGRAMS, lookup
     from eva_mim.core.rng import derive, seed_all
     from eva_mim.core.settings import override, parse, read_yaml
-    from eva_mim.engine.base import autocast
+    from eva_mim.engine.step import autocast
     from eva_mim.run.diagnose import diagnose, first_bad, largest_of
     from eva_mim.run.dump import RECORD, SETTINGS, WEIGHTS
     from eva_mim.run.stage import prepare

@@ -19,9 +19,9 @@ from eva_mim.core.contracts import Batch, Part, Rates, StepOutput, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, world_size
 from eva_mim.core.timing import phase
 from eva_mim.engine import RunSettings
-from eva_mim.engine.base import autocast, clip_and_step, conclude, loss_weights, low_precision, set_rates, telling
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import Holdings
+from eva_mim.engine.step import autocast, clip_and_step, conclude, loss_weights, low_precision, set_rates, telling
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer

@@ -14,9 +14,9 @@ from eva_mim.core.distributed import world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.timing import phase
 from eva_mim.engine import RunSettings
-from eva_mim.engine.base import autocast, clip_and_step, conclude, loss_weights, set_rates, telling
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import Holdings
+from eva_mim.engine.step import autocast, clip_and_step, conclude, loss_weights, set_rates, telling
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer

@@ -20,7 +20,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.data.class_lists import layouts_with, read_classes
 from eva_mim.data.loader import EvalLoader, Preparation
 from eva_mim.data.views import EvalView
-from eva_mim.engine.base import autocast
+from eva_mim.engine.step import autocast
 from eva_mim.evaluate.imagenet import Variant, columns
 from eva_mim.trunks.kernels import choose_kernels
 from eva_mim.trunks.pixels import normalise

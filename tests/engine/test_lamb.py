@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from eva_mim.core.contracts import Batch, Rates, StepOutput
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
-from eva_mim.engine.base import clip_and_step, set_rates
 from eva_mim.engine.deepspeed import DeepSpeedEngine
 from eva_mim.engine.local import LocalEngine
 from eva_mim.engine.loss_scale import LossScale
+from eva_mim.engine.step import clip_and_step, set_rates
 from eva_mim.optim import LambSettings, OptimSettings
 from eva_mim.optim.optimizers import Watched, WatchedLamb, build_optimizer
 from eva_mim.run import checkpoints as snapshot

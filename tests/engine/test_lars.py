@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
-from eva_mim.engine.base import clip_and_step, set_rates
 from eva_mim.engine.deepspeed import DeepSpeedEngine
 from eva_mim.engine.loss_scale import LossScale
+from eva_mim.engine.step import clip_and_step, set_rates
 from eva_mim.optim import LarsSettings, OptimSettings
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import Watched, WatchedLars, build_optimizer
