@@ -76,7 +76,7 @@ def _pipeline(arguments: list[str]) -> int:
     mode.add_argument("--dry-run", action="store_true", help="print what would run and why")
     mode.add_argument("--print-shell", action="store_true", help="print the stages as plain commands")
     options = parser.parse_intermixed_args(arguments)
-    from eva_mim.pipeline import plan as pipeline
+    from eva_mim.pipeline import run as pipeline
     from eva_mim.run.program import guard
 
     call = options.pipeline, options.overrides, options.out

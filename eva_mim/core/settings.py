@@ -44,7 +44,7 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_file():
         return path
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for home in (package / "configs", package.parent / "configs"):
         if not path.is_absolute() and (home / inside).is_file():
             return home / inside

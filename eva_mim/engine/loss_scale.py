@@ -1,4 +1,4 @@
-"""The dynamic loss scale of fp16."""
+"""Dynamic loss scale of fp16, kept on the device."""
 
 from __future__ import annotations
 

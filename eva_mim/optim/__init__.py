@@ -1,4 +1,4 @@
-"""Parameter groups, and the learning rate and weight decay of each step."""
+"""Optimizers: settings. `groups.py` makes parameter groups, `schedule.py` the rates of each step, `optimizers.py` the optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter groups of a student."""
+"""Parameter groups of a student: weight decay, layer-wise and tower-wise learning rates."""
 
 from __future__ import annotations
 

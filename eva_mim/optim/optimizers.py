@@ -1,4 +1,4 @@
-"""Optimizers that can leave a step out without asking the host."""
+"""AdamW, LAMB and LARS that can skip a step on the device, without a host sync."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Networks under training. This file holds the settings, and how a student says what its towers are; a student is imported
-when it is used."""
+"""Networks under training: settings. A student is imported when it is used."""
 
 from __future__ import annotations
 

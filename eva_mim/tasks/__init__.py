@@ -1,4 +1,4 @@
-"""(prediction, target) -> (loss, metrics): no networks, no devices. This file holds the settings."""
+"""Tasks: one file for each kind of training step, with its losses beside it. Settings only here."""
 
 from __future__ import annotations
 

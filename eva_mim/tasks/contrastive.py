@@ -1,4 +1,4 @@
-"""CLIP's softmax loss and SigLIP's sigmoid loss over the pairs of all ranks."""
+"""Contrastive image-text training over the global batch: open_clip's losses, with gradient caching over micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross entropy with class labels."""
+"""Classification: cross entropy with label smoothing, mixup and cutmix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prediction and target have to do with each other, patch by patch: EVA's cosine, and squared error."""
+"""Masked feature prediction: the student predicts a teacher's features of patches that it does not see (EVA: cosine; MAE: MSE)."""
 
 from __future__ import annotations
 

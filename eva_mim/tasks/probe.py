@@ -1,4 +1,4 @@
-"""Linear layers on frozen features."""
+"""Linear probes: one or several linear layers on the same frozen features."""
 
 from __future__ import annotations
 

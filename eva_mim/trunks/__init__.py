@@ -1,4 +1,4 @@
-"""timm models: settings, and how a student says what its towers are."""
+"""timm models: settings of a trunk, and the towers of a student for tower-wise learning rates. Settings only here."""
 
 from __future__ import annotations
 

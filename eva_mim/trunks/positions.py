@@ -1,4 +1,4 @@
-"""Fixed position tables."""
+"""Fixed sine-cosine position tables."""
 
 from __future__ import annotations
 
