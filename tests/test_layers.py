@@ -31,9 +31,11 @@ LIBRARIES = {
 FILES = sorted(path for package in ("eva_mim", "pretrain", "finetune") for path in (REPOSITORY / package).rglob("*.py"))
 LIGHT = [
     "eva_mim.cli", "eva_mim.pipeline.run", "eva_mim.run.program", "eva_mim.run.recipe", "eva_mim.core.registry",
-    "eva_mim.core.settings", "eva_mim.core.errors", "eva_mim.core.report", "eva_mim.core.run_folder", "eva_mim.trunks", "eva_mim.data",
+    "eva_mim.core.settings", "eva_mim.core.errors", "eva_mim.core.report", "eva_mim.core.run_folder", "eva_mim.trunks",
+    "eva_mim.data",
     "eva_mim.engine", "eva_mim.tasks", "eva_mim.students", "eva_mim.teachers", "eva_mim.optim", "eva_mim.weights",
-    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.commands.teacher", "eva_mim.commands.evaluate",
+    "pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "eva_mim.commands.teacher",
+    "eva_mim.commands.evaluate",
     "eva_mim.commands.replay", "eva_mim.data.class_lists", "eva_mim.commands.labels", "eva_mim.commands.inspect",
     "eva_mim.weights.files.read", "eva_mim.commands.convert", "eva_mim.commands.data", "eva_mim.commands.bench",
 ]

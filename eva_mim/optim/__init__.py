@@ -1,4 +1,4 @@
-"""Optimizers: settings. `groups.py` makes parameter groups, `schedule.py` the rates of each step, `optimizers.py` the optimizers."""
+"""Optimizers: settings. `groups.py` makes parameter groups, `schedule.py` the rates of a step, `optimizers.py` the optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked feature prediction: the student predicts a teacher's features of patches that it does not see (EVA: cosine; MAE: MSE)."""
+"""Masked feature prediction: a student predicts a teacher's features of patches that it does not see (EVA: cosine; MAE: MSE)."""
 
 from __future__ import annotations
 
