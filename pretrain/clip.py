@@ -120,7 +120,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         for name in student.model.visual.head.state_dict() if seeded else ():
             seeded.note(seeded.new, f"visual.head.{name}", "the projection into the shared space")
     if student.text_report is not None:
-        seeded = (seeded or KeyReport()).beside(KeyReport(**student.text_report))
+        seeded = (seeded or KeyReport()).beside(student.text_report)
     return Built(
         Parts(ImageText(student, Contrastive(recipe.contrastive)), train, evaluator, recipe.data.max_broken),
         export,

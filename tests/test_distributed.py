@@ -39,7 +39,7 @@ try:
     store = distributed._store()
     print(store.check(["agreed/2/all"]), store.check(["agreed/3/all"]))
     distributed.leave_group()
-except distributed.LostProcess as error:
+except LostProcess as error:
     print(f"stopped: {error}")
     sys.stdout.flush()
     os._exit(2)

@@ -146,7 +146,7 @@ def test_unknown_names_list_known_ones(tmp_path: Path) -> None:
     assert "data.source: 'shard' is not known; did you mean shards?" in refused(
         tmp_path, "classify", CLASSIFY, "data.source=shard", "data.root=."
     )
-    assert "near: vit_nano_patch4_32" in refused(tmp_path, "classify", CLASSIFY, "student.name=vit_nano_patch4_33")
+    assert "did you mean vit_nano_patch4_32" in refused(tmp_path, "classify", CLASSIFY, "student.name=vit_nano_patch4_33")
 
 
 def test_no_space_left_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,4 +180,4 @@ def test_the_command_names_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert label_check.main([str(tmp_path), "--expect", "mini-imagenet"]) == 0
     assert f"hash      {class_hash(names)}\nlayout    mini-imagenet\n" in capsys.readouterr().out
     assert label_check.main([str(tmp_path), "--expect", "imagenet-2k"]) == 2
-    assert "layout 'imagenet-2k': did you mean" in capsys.readouterr().err
+    assert "layout 'imagenet-2k': not known; did you mean" in capsys.readouterr().err

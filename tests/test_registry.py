@@ -18,7 +18,7 @@ from eva_mim.core import registry
 from eva_mim.core.contracts import Engine, Features, Sample, Source, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json
-from eva_mim.core.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, lookup
+from eva_mim.core.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, lookup, nearest
 from eva_mim.data import ColumnSettings, DataSettings, SceneSettings
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, TextSettings
@@ -39,6 +39,14 @@ def test_every_name_stands_for_something_that_exists(table: str, name: str) -> N
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"run.engine: 'lokal' is not known; did you mean local\? known: local, deepspeed"):
         lookup(ENGINES, "lokal", "run.engine")
+
+
+def test_near_names_end_a_message() -> None:
+    names = ["mask", "masks", "mast", "optim"]
+    assert nearest("maks", names) == "; did you mean masks?"
+    assert nearest("maks", names, count=3) == "; did you mean masks, mast or mask?"
+    assert nearest("maks", names, count=3, cutoff=0.8) == "; did you mean masks?"
+    assert nearest("zzz", names) == nearest("zzz", []) == ""
 
 
 @pytest.mark.parametrize("name", ENGINES)

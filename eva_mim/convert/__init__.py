@@ -2,7 +2,7 @@
 
 On plain state dicts, without files and side effects: `families.py` (with `layout.py`) says what a checkpoint is, `keys.py` lists
 the names, `names.py`, `openai.py` and `huggingface.py` rename, `tables.py` computes the buffers that only the original code
-stores, `resize.py` fits weights to other grids and patch sizes, `report.py` says what became of each tensor.
+stores, `resize.py` fits weights to other grids and patch sizes.
 
 On files that nobody trusts: `reading.py` opens a checkpoint of any kind lazily (`formats.py`, `pickles.py`, `known.py`,
 `torchscript.py`, `tensors.py`; `zero.py` for DeepSpeed's shards), `describe.py` reads what lies beside it, `deferred.py` keeps

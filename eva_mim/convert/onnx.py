@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from eva_mim.convert.parity import outputs
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import fsync
 
 OPSET = 20
 """The first with Gelu as one operator; below it the exporter writes the formula."""
@@ -73,8 +73,7 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
             raise UserError(f"{type(module).__name__} cannot be exported to ONNX: {reason}") from error
         files = sorted(made.parent.iterdir(), key=lambda file: file.name == path.name)  # the graph last: then it is whole
         for file in files:
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
+            fsync(file)
             file.replace(path.parent / file.name)
     return [path.parent / file.name for file in files]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known 
 from eva_mim.convert.compose import pool, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.registry import nearest
 from eva_mim.core.settings import few
 from eva_mim.weights.hints import Pixels, Told, Wanted
 from eva_mim.weights.names.layout import Shape
@@ -279,5 +279,4 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def check_name(name: str, names: list[str], library: str, source: str) -> None:
     """Raise UserError, with near names, for one that a library does not know; timm's may have a tag behind a point."""
     if name.partition(".")[0] not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        raise UserError(f"{source}: {library} has no {name[:100]!r}; near: {', '.join(near) or 'nothing'}")
+        raise UserError(f"{source}: {library} has no {name[:100]!r}{nearest(name, names, count=3)}")

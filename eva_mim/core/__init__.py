@@ -1,1 +1,1 @@
-"""The words of the project: errors, contracts, settings, and helpers without any other file of ours. No torch at import."""
+"""The lowest room: what every other one may use. It imports nothing of ours, and no torch."""

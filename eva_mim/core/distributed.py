@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eva_mim.core.errors import UserError
+from eva_mim.core.errors import LostProcess, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,6 @@ BEAT = timedelta(seconds=10)
 """Between signs of life of a rank that works while others wait."""
 _turns = itertools.count()
 _patience = timedelta(minutes=30)
-
-
-class LostProcess(Exception):
-    """Another process of the run has gone, or does not answer in time."""
 
 
 def rank() -> int:

@@ -1,7 +1,61 @@
-"""Errors that end a program."""
+"""Errors that end a program: each is shown as one text without a traceback, and has the exit code of the command."""
 
 from __future__ import annotations
 
+import signal
 
-class UserError(ValueError):
-    """A mistake of the user's: shown as its text alone, without traceback, with exit code 2."""
+
+class ProgramError(Exception):
+    """Base of the errors that end a program; any other exception is a fault of the code and keeps its traceback."""
+
+    exit_code = 1
+
+    def message(self) -> str:
+        """The text for the terminal."""
+        return f"error: {self}"
+
+
+class UserError(ProgramError, ValueError):
+    """A mistake of the user's in settings, files or arguments. A ValueError, so that pydantic collects it from a validator."""
+
+    exit_code = 2
+
+
+class Diverged(ProgramError):
+    """The gradient stays non-finite after every rewind that the settings allow. The text names the dump."""
+
+    exit_code = 3
+
+    def message(self) -> str:
+        """The text for the terminal."""
+        return f"diverged: {self}"
+
+
+class LostProcess(ProgramError):
+    """Another process of the run has gone, or does not answer in time; its own log says whether a restart helps."""
+
+    exit_code = 69
+    """EX_UNAVAILABLE."""
+
+    def message(self) -> str:
+        """The text for the terminal."""
+        return f"error: {self}; if it was a fault of its host, the same command goes on from the last checkpoint"
+
+
+class Interrupted(ProgramError):
+    """A signal ended the run after a checkpoint. `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else REQUEUE
+
+    def message(self) -> str:
+        """The text for the terminal."""
+        return "stopped; the same command goes on from the last checkpoint"
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C (SIGINT)."""
+REQUEUE = 75
+"""EX_TEMPFAIL: exit code after SIGTERM, SIGUSR1 or SIGUSR2; start the same command again."""

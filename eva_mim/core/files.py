@@ -5,18 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """Yields a temporary path in the same folder. The file written there is flushed to disk and renamed to `path` when the block
+    ends; after an error it is removed, and `path` is as before. `writer` tells processes apart that may write `path` at once."""
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """UTF-8 text, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,10 +42,8 @@ def write_weights(path: Path, weights: dict[str, Any]) -> None:
     """A safetensors file, atomically."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.contiguous() for name, value in weights.items()}, temporary, metadata={"format": "pt"})
-    fsync(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in weights.items()}, temporary, metadata={"format": "pt"})
 
 
 def fsync(path: Path) -> None:
@@ -55,4 +67,15 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(2**20):
             total.update(block)
+    return total.hexdigest()
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names and values of tensors, in the order of their names; hexadecimal."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from eva_mim.core.distributed import is_main
+from eva_mim.core.files import write_text
 
 SAY_EVERY = 10.0
 """Seconds between lines of progress."""
@@ -64,9 +65,7 @@ class RunLog:
         if not is_main():
             return
         kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step] if step else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -38,11 +39,16 @@ PROGRAMS = {
 """Stage programs: modules with `StageRecipe`, `build` and `main(argv)`; each is also `python -m MODULE`."""
 
 
+def nearest(name: str, names: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> str:
+    """End of a message: "; did you mean A, B or C?", the up to `count` of `names` that are most like `name`, with a similarity of
+    at least `cutoff` (0 to 1); empty where there is none."""
+    *others, last = difflib.get_close_matches(name, list(names), n=count, cutoff=cutoff) or [""]
+    return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?" if last else ""
+
+
 def lookup(table: dict[str, str], name: str, setting: str) -> Any:
     """The object that `name` stands for in `table`. Raises UserError that lists the known names."""
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{setting}: {name!r} is not known; {hint}known: {', '.join(table)}")
+        raise UserError(f"{setting}: {name!r} is not known{nearest(name, table) or ';'} known: {', '.join(table)}")
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute) if attribute else import_module(module)

@@ -5,7 +5,6 @@ Only light imports here: a mistyped setting is answered before torch is loaded.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.registry import nearest
 
 MAX_RECIPE_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake (or an attack on the YAML reader)."""
@@ -53,9 +53,7 @@ def find_recipe(name: str | Path) -> Path:
         for home in (package / "configs", package.parent / "configs")
         for file in home.rglob("*.yaml")
     )
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"recipe {name} does not exist{hint}")
+    raise UserError(f"recipe {name} does not exist{nearest(str(name), known, cutoff=0.4)}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -127,9 +125,8 @@ def _explain(model: type[Settings], item: Any) -> str:
         names = setting_names(model)
         parent = path.rpartition(".")[0]
         beside = [name for name in names if name.rpartition(".")[0] == parent]
-        near = difflib.get_close_matches(path, beside, n=1, cutoff=0.5) or difflib.get_close_matches(path, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(beside)
-        return f"{path}: no such setting; {hint}"
+        hint = nearest(path, beside, cutoff=0.5) or nearest(path, names) or f"; known here: {', '.join(beside)}"
+        return f"{path}: no such setting{hint}"
     if item["type"] == "missing":
         return f"{path}: must be given"
     message = item["msg"].removeprefix("Value error, ")

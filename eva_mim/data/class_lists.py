@@ -6,7 +6,6 @@ has one, else by the whole name.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.registry import nearest
 from eva_mim.core.settings import digest, few
 
 LAYOUTS = {
@@ -70,7 +70,7 @@ def table(file: str) -> Path:
 def layout_classes(layout: str) -> tuple[str, ...]:
     """Class names of a layout, by label. Raises UserError for an unknown one."""
     if layout not in LAYOUTS:
-        why = "timm has no list of it; name a file with its classes" if layout == WINTER21 else _near(layout)
+        why = "timm has no list of it; name a file with its classes" if layout == WINTER21 else f"not known{_near(layout)}"
         raise UserError(f"layout {layout!r}: {why}")
     return tuple(table(LAYOUTS[layout]).read_text().split())
 
@@ -160,7 +160,7 @@ def read_classes(what: str | Path) -> tuple[str, ...]:
     elif path.is_dir():
         found = _from_folder(path)
     else:
-        raise UserError(f"{what}: no file, no folder and no layout; {_near(str(what))}")
+        raise UserError(f"{what}: no file, no folder and no layout{_near(str(what))}")
     if not found:
         raise UserError(f"{what}: no class names here")
     return found
@@ -199,5 +199,4 @@ def _from_json(path: Path) -> tuple[str, ...]:
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, LAYOUTS, n=1)
-    return (f"did you mean {near[0]}? " if near else "") + f"known layouts: {', '.join((*LAYOUTS, WINTER21))}"
+    return f"{nearest(name, LAYOUTS) or ';'} known layouts: {', '.join((*LAYOUTS, WINTER21))}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from eva_mim.core.contracts import Batch
 from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import write_json
+from eva_mim.core.files import fsync, write_json
 from eva_mim.core.log import Progress, say
 from eva_mim.core.settings import digest
 from eva_mim.data.sampler import GlobalOrder
@@ -127,8 +127,7 @@ def _join(folder: Path) -> None:
         part.unlink()
         part.with_suffix(".pt").unlink()
     for file in folder.iterdir():
-        with file.open("rb+") as written:
-            os.fsync(written.fileno())
+        fsync(file)
 
 
 def _part(folder: Path, number: int) -> Path:

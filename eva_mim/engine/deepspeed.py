@@ -10,24 +10,23 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Part, Rates, StepOutput, Task
+from eva_mim.core.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, world_size
-from eva_mim.core.timing import phase
 from eva_mim.engine import RunSettings
+from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import Holdings
-from eva_mim.engine.step import autocast, clip_and_step, conclude, loss_weights, low_precision, set_rates, telling
+from eva_mim.engine.step import clip_and_step, low_precision
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(BaseEngine):
     """Our optimizers under DeepSpeed: nothing is compiled at start."""
 
     def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
@@ -73,55 +72,43 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+        self._network, self._optimizer, _, _ = deepspeed.initialize(
             model=student.to(device), optimizer=self._watched, config=config
         )
         if world_size() > 1:  # DeepSpeed's own group of all processes, which has torch's default
-            torch.distributed.set_timeout(timedelta(minutes=run.timeout_minutes), self._engine.data_parallel_group)
+            torch.distributed.set_timeout(timedelta(minutes=run.timeout_minutes), self._network.data_parallel_group)
         # DeepSpeed gives each group of a rank its own loss scale, and these drift apart; ours is one for all.
-        self._engine.torch_autocast_z0_gradscaler = None
+        self._network.torch_autocast_z0_gradscaler = None
         self._optimizer.torch_autocast_gradscaler = None
-        self._zero, self._device = run.zero_stage, device
-        self.module: nn.Module = self._engine.module
+        self._sharded, self._device = run.zero_stage > 0, device
+        self.module: nn.Module = self._network.module
         from eva_mim.engine.sharded_state import Fragments
 
+        # Not DeepSpeed's own checkpoints: these belong to one stage and one number of processes.
         whole = self.module, self._watched, self._scale
         self._holdings = Fragments(*whole, self._optimizer, run.zero_stage) if run.zero_stage else Holdings(*whole)
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
-        set_rates(self._watched.param_groups, rates)
-        self._watched.watch = watch
-        with self.autocast():
-            batches = task.prepare(self._engine, batches)
-        weights = loss_weights(task, batches)
-        scale = self._scale.value
-        if self._zero and self._scale.dynamic:
-            self._optimizer.override_loss_scale(float(scale))  # DeepSpeed multiplies and divides by it
-        outputs = []
-        for batch, weight in zip(batches, weights, strict=True):
-            with self.autocast():
-                output = task.loss(self._engine, batch)
-            with phase("backward"):  # divides by the number of micro-batches itself; reduces over ranks after the last
-                self._engine.backward(telling(output.loss) * (weight if self._zero else weight * scale))
-            outputs.append(output)
-            with phase("optimizer"):
-                norm = self._update(last=batch is batches[-1])
-        assert norm is not None
-        ratio = self._watched.update_ratio(self._device, sharded=self._zero > 0)
-        return conclude(outputs, weights, norm, self._scale, ratio)
+        if self._sharded and self._scale.dynamic:
+            self._optimizer.override_loss_scale(float(self._scale.value))  # DeepSpeed multiplies and divides by it
+        return super().step(task, batches, rates, watch)
+
+    def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
+        # Divides by the number of micro-batches itself; reduces over ranks after the last.
+        self._network.backward(loss * (weight if self._sharded else weight * self._scale.value))
 
     def _update(self, last: bool) -> Tensor | None:
         """After each micro-batch; the norm of the unscaled, unclipped gradient after the last."""
         if not last:
-            self._engine.step()
+            self._network.step()
             return None
-        if self._zero:
-            self._engine.step()  # leaves the weights alone, on all ranks, where the gradient is not finite
-            return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._device).detach()
+        if self._sharded:
+            self._network.step()  # leaves the weights alone, on all ranks, where the gradient is not finite
+            return torch.as_tensor(self._network.get_global_grad_norm(), dtype=torch.float32, device=self._device).detach()
         norm = clip_and_step(self._watched, self.module.parameters(), self._clip, self._scale)
         self._watched.zero_grad(set_to_none=True)  # DeepSpeed's own step then finds nothing to do but count
-        self._engine.step()
+        self._network.step()
         return norm
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -141,15 +128,3 @@ class DeepSpeedEngine:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             self._plain.load_state_dict(self.module.state_dict())
         yield self._plain
-
-    def autocast(self) -> Any:
-        """bf16 or fp16 autocast, or nothing for fp32."""
-        return autocast(self._device, self._precision)
-
-    def loss_scale(self) -> float:
-        """See `contracts.Engine`."""
-        return float(self._scale.value)
-
-    def parts(self) -> dict[str, Part]:
-        """See `contracts.Engine`. DeepSpeed's own checkpoints belong to one stage and one number of processes."""
-        return self._holdings.parts()

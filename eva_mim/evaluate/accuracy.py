@@ -21,13 +21,12 @@ from eva_mim.data.class_lists import layouts_with, read_classes
 from eva_mim.data.loader import EvalLoader, Preparation
 from eva_mim.data.views import EvalView
 from eva_mim.engine.step import autocast
+from eva_mim.evaluate.counts import hits
 from eva_mim.evaluate.imagenet import Variant, columns
 from eva_mim.trunks.kernels import choose_kernels
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, precision_of
 from eva_mim.weights.handover import WEIGHTS
-
-TOP = 5
 
 
 class Finished(nn.Module):
@@ -115,8 +114,8 @@ def count(
         with context():
             logits = model(batch.images).float()[:, chosen]
         right = answers[batch.labels]
-        hits = (logits.topk(min(TOP, len(chosen)), dim=1).indices[:, :, None] == right[:, None, :]).any(2)
-        for row, rows in enumerate((torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(1))):
+        top1, top5 = hits(logits, right)
+        for row, rows in enumerate((torch.ones_like(top1), top1, top5)):
             named = right[rows]
             totals[row] += rows.sum()
             by_class[row] += torch.bincount(named[named >= 0], minlength=len(chosen))

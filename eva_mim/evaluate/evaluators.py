@@ -14,6 +14,7 @@ from eva_mim.core.distributed import all_gather_rows, all_reduce_sum, rank, worl
 from eva_mim.core.log import say
 from eva_mim.data.prompts import filled, prompt_templates
 from eva_mim.evaluate import features
+from eva_mim.evaluate.counts import TopCounts
 from eva_mim.evaluate.features import CHUNK
 from eva_mim.evaluate.retrieval import retrieval
 from eva_mim.tasks.masked import MaskedFeatures
@@ -223,12 +224,11 @@ def by_rank(groups: Sequence[G], rows_of: Callable[[G], Tensor]) -> Tensor:
 
 def zero_shot(image: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
     """Percent of this rank's images [I, C] and all others' whose class [K, C] is the nearest, or among the five nearest."""
-    count = torch.zeros(3, dtype=torch.float64, device=image.device)
+    counts = TopCounts(image.device)
     for rows, truth in zip(torch.split(image, CHUNK), torch.split(labels, CHUNK), strict=True):
-        ranked = (rows @ weights.T).topk(min(5, len(weights)), dim=1).indices == truth[:, None]
-        count += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), ranked.new_tensor(len(rows), dtype=torch.int64)])
-    one, five, images = (float(value) for value in all_reduce_sum(count))
-    return {"zeroshot_top1": 100 * one / images, "zeroshot_top5": 100 * five / images}
+        counts.add(rows @ weights.T, truth)
+    found = counts.figures()
+    return {f"zeroshot_{name}": found[name] for name in ("top1", "top5")}
 
 
 class ClassifierEvaluator:
@@ -241,16 +241,13 @@ class ClassifierEvaluator:
 
     def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]:
         """`top1` and `top5` in percent, `loss` without smoothing."""
-        total = torch.zeros(4, dtype=torch.float64, device=self.device)
+        counts = TopCounts(self.device)
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 logits = student(batch.images).float()
             assert batch.labels is not None
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-            total += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss, loss.new_tensor(len(logits))]).double()
-        right, five, summed, count = (float(value) for value in all_reduce_sum(total))
-        return {"top1": 100 * right / count, "top5": 100 * five / count, "loss": summed / count}
+            counts.add(logits, batch.labels, F.cross_entropy(logits, batch.labels, reduction="sum"))
+        return counts.figures()
 
 
 class ProbeEvaluator:
@@ -289,14 +286,11 @@ class ProbeEvaluator:
 
     def _measure(self, student: Any, autocast: Autocast, batches: Iterable[Batch]) -> dict[str, list[float]]:
         """Of each layer, over all ranks."""
-        total = torch.zeros(4, len(self.names), dtype=torch.float64, device=self.device)
+        counts = TopCounts(self.device, len(self.names))
         for batch in (batch.to(self.device) for batch in batches):
             with autocast():
                 logits = student(batch.images).float()
             assert batch.labels is not None
             labels = batch.labels[:, None].expand(-1, len(self.names))
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="none").sum(0)
-            total += torch.stack([ranked[:, 0].sum(0), ranked.any(1).sum(0), loss, torch.full_like(loss, len(logits))]).double()
-        right, five, summed, count = all_reduce_sum(total)
-        return {"top1": (100 * right / count).tolist(), "top5": (100 * five / count).tolist(), "loss": (summed / count).tolist()}
+            counts.add(logits, batch.labels, F.cross_entropy(logits, labels, reduction="none").sum(0))
+        return counts.figures()

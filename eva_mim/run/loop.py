@@ -15,7 +15,7 @@ import torch
 from eva_mim.core import run_folder as checkpoint
 from eva_mim.core.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
 from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, losses_told, rank, world_size
-from eva_mim.core.errors import UserError
+from eva_mim.core.errors import Diverged, Interrupted, UserError
 from eva_mim.core.log import RunLog, duration, say
 from eva_mim.core.rng import derive, seed_all
 from eva_mim.core.timing import Stopwatch, measuring, phase
@@ -26,14 +26,10 @@ from eva_mim.optim.schedule import rates_at
 from eva_mim.run import checkpoints as snapshot
 from eva_mim.run.dump import write_dump
 from eva_mim.run.meter import Meter, Row, Window
-from eva_mim.run.signals import Interrupted, caught_signals
+from eva_mim.run.signals import caught_signals
 from eva_mim.run.stability import Detours, SkipStreak, SpikeAlarm
 
 EMA = "ema"
-
-
-class Diverged(Exception):
-    """The gradient stays non-finite after every rewind that the settings allow. The text names the dump."""
 
 
 @dataclass

@@ -6,7 +6,6 @@ import argparse
 import errno
 import gc
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,21 +13,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from eva_mim.core.distributed import LostProcess, leave_group, losses_told, world_size
-from eva_mim.core.errors import UserError
+from eva_mim.core.distributed import leave_group, losses_told, world_size
+from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
 from eva_mim.core.settings import override, parse, read_yaml
 from eva_mim.run.recipe import Recipe
 
-USER_ERROR = 2
-INTERRUPTED = 130
-DIVERGED = 3
-"""The gradient stayed non-finite after every rewind; the text names the dump."""
-LOST = 69
-"""EX_UNAVAILABLE: another process has gone or does not answer. What it said itself tells whether to start the command again."""
 GRACE = 2.0
 """Seconds in which the other ranks come to say the same, before a launcher that sees this one end ends them."""
-REQUEUE = 75
-"""EX_TEMPFAIL: SIGTERM, SIGUSR1 or SIGUSR2 ended the run after a checkpoint; start the same command again."""
 
 
 def guard(work: Callable[[], Any]) -> int:
@@ -37,31 +28,19 @@ def guard(work: Callable[[], Any]) -> int:
     try:
         with losses_told():
             work()
-    except LostProcess as error:
-        sys.stderr.write(f"error: {error}; if it was a fault of its host, the same command goes on from the last checkpoint\n")
-        return LOST
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except ProgramError as error:
+        sys.stderr.write(f"{error.message()}\n")
         sys.stderr.flush()
-        return USER_ERROR
+        return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror}; make room, then the same command goes on from "
                          "the last checkpoint\n")
-        return USER_ERROR
+        return UserError.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
-    except Exception as error:
-        if type(error).__name__ == "Diverged":
-            sys.stderr.write(f"diverged: {error}\n")
-            return DIVERGED
-        number = getattr(error, "number", None)
-        if type(error).__name__ != "Interrupted" or number is None:
-            raise
-        sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
-        return INTERRUPTED if number == signal.SIGINT else REQUEUE
     return 0
 
 
@@ -72,7 +51,7 @@ def leave(code: int) -> None:
     gc.freeze()  # or the last collections look at a million objects of the libraries: seconds after the last line
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (USER_ERROR, LOST) and world_size() > 1:
+    if code in (UserError.exit_code, LostProcess.exit_code) and world_size() > 1:
         time.sleep(GRACE)
     os._exit(code) if code and (world_size() > 1 or "RANK" in os.environ) else sys.exit(code)
 

@@ -11,14 +11,6 @@ from eva_mim.core.distributed import is_main
 from eva_mim.core.log import say
 
 
-class Interrupted(Exception):
-    """A signal ended the run after a checkpoint. `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of dying; a second Ctrl-C is Python's again."""

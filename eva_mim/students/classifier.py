@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.distributed import all_reduce_sum, world_size
+from eva_mim.core.files import weights_sha256
 from eva_mim.students import ClassifierSettings
 from eva_mim.trunks.create import build_trunk, has_tokens, input_size, mean_std
 from eva_mim.trunks.pixels import normalise
@@ -112,11 +112,8 @@ class LinearProbe(Classifier):
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values of the weights that the features depend on."""
-        total, head = hashlib.sha256(), self._timm_head()
-        for name, value in sorted(self.trunk.state_dict().items()):
-            if not name.startswith(f"{head}."):
-                total.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        head = f"{self._timm_head()}."
+        return weights_sha256({name: value for name, value in self.trunk.state_dict().items() if not name.startswith(head)})
 
     def timm_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The chosen layer folded into timm's own head: W (x - m) / s + b = (W / s) x + (b - W m / s)."""

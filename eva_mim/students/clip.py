@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.report import KeyReport
 from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings
 from eva_mim.trunks import Tower
 from eva_mim.trunks.create import build_trunk, mean_std, scale_patch_gradient
@@ -65,7 +66,7 @@ class ClipStudent(nn.Module):
         # A vector of one: DeepSpeed cannot broadcast a scalar parameter.
         self.model = CustomTextCLIP(**self.config, nonscalar_logit_scale=True)
         self.text_report = seed_text(self.model.text, source, settings) if source.weights and not settings.whole else None
-        """What became of the source's tensors: the fields of a `KeyReport`. None when the text tower starts from scratch."""
+        """What became of the source's tensors. None when the text tower starts from scratch."""
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
         scale_patch_gradient(self.trunk, settings)
@@ -204,35 +205,31 @@ def _text_weights(name: str, weights: str | None) -> dict[str, Tensor]:
     return {name.removeprefix("text."): torch.as_tensor(value) for name, value in state.items() if name.startswith("text.")}
 
 
-def seed_text(tower: nn.Module, source: TextSource, settings: ClipSettings) -> dict[str, Any]:
-    """Copy a source's weights into a text tower, in place; what became of each, as the fields of a `KeyReport`.
+def seed_text(tower: nn.Module, source: TextSource, settings: ClipSettings) -> KeyReport:
+    """Copy a source's weights into a text tower, in place. Returns a report of every tensor, under its name in a CLIP model.
 
     Raises UserError where the projection shall be reused and leads into a space of another width.
     """
     wanted = settings.text.projection or ("reused" if settings.lock_text else "new")
     given = {name: value for name, value in source.weights.items() if wanted == "reused" or not name.startswith(PROJECTION)}
     state = tower.state_dict()
-    report: dict[str, Any] = {"loaded": [], "resized": [], "new": [], "ignored": [], "reasons": {}}
-
-    def note(into: str, name: str, reason: str) -> None:
-        report[into].append(f"text.{name}")
-        report["reasons"][f"text.{name}"] = reason
-
+    report = KeyReport()
     for name in source.weights.keys() - given.keys():
-        note("ignored", name, "the source's projection")
+        report.note(report.ignored, f"text.{name}", "the source's projection")
     for name, value in state.items():
         if name not in given and name.startswith(PROJECTION):
-            note("new", name, "the projection into the shared space")
+            report.note(report.new, f"text.{name}", "the projection into the shared space")
         elif name.startswith(PROJECTION) and value.shape != given[name].shape:
             raise UserError(f"student.embed_dim={settings.embed_dim}: the projection of {source.name}, which is reused, is "
                             f"{list(given[name].shape)}; set student.embed_dim to its width")
         elif name == "positional_embedding" and len(value) != len(given[name]):
             old, new = len(given[name]), len(value)
-            note("resized", name, f"{old} positions -> {new}: " + ("the first ones" if new < old else "interpolated"))
+            how = "the first ones" if new < old else "interpolated"
+            report.note(report.resized, f"text.{name}", f"{old} positions -> {new}: {how}")
             given[name] = given[name][:new].clone()
             if new > old:
                 resize_text_pos_embed(given, tower)
         else:
-            report["loaded"].append(f"text.{name}")
+            report.loaded.append(f"text.{name}")
     tower.load_state_dict(state | given)
     return report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import weights_sha256
 from eva_mim.trunks.kernels import choose_kernels
 from eva_mim.trunks.pixels import normalise
 
@@ -73,10 +73,7 @@ class FrozenTeacher:
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values of all weights: proof that a run left the teacher alone."""
-        total = hashlib.sha256()
-        for name, value in sorted(self._network.state_dict().items()):
-            total.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        return weights_sha256(self._network.state_dict())
 
     def facts(self) -> dict[str, Any]:
         """What it is and what is read off it, in JSON's types."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import timm
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.core.errors import UserError
+from eva_mim.core.registry import nearest
 from eva_mim.trunks import TrunkSettings
 
 
@@ -56,8 +56,7 @@ def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
 def check_name(name: str) -> None:
     """Raises UserError, with the nearest names, for an architecture that timm does not know."""
     if name not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"student.name: timm has no {name!r}; near: {', '.join(near) or 'nothing'}")
+        raise UserError(f"student.name: timm has no {name!r}{nearest(name, timm.list_models(), count=3)}")
 
 
 def has_tokens(settings: TrunkSettings) -> bool:

@@ -73,4 +73,4 @@ def seed_whole(student: ClipStudent, path: str, settings: ClipSettings, hand_ove
     weights = {name.removeprefix("text."): real(value) for name, value in given.items() if name.startswith("text.")}
     reused = settings.model_copy(update={"text": settings.text.model_copy(update={"projection": "reused"})})
     text = seed_text(student.model.text, TextSource(path, student.config["text_cfg"], False, weights), reused)
-    return report.beside(KeyReport(**text))
+    return report.beside(text)

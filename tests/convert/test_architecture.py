@@ -332,7 +332,7 @@ def test_a_small_clip_model_of_transformers_becomes_a_configuration() -> None:
 
 def mistakes() -> Iterator[tuple[str, dict[str, Any], str]]:
     base, b16 = "eva02_tiny_patch14_224", "EVA02-B-16"
-    yield base, {"name": "eva02_tiny_patch14_242"}, "--architecture: timm has no .*near: eva02_tiny_patch14_224"
+    yield base, {"name": "eva02_tiny_patch14_242"}, "--architecture: timm has no .*did you mean .*eva02_tiny_patch14_224"
     yield base, {"name": "hf-hub:somebody/model"}, "timm has no 'hf-hub:somebody/model'"
     yield base, {"name": "eva02_small_patch14_224"}, r"not those of eva02_small_patch14_224: 1\d\d of other shapes \(cls_token"
     yield base, {"name": base, "grid": (8, 30)}, r"1 of other shapes \(pos_embed \(1, 257, 192\), not \(1, 241, 192\)\)"
@@ -343,7 +343,7 @@ def mistakes() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield base, {"arguments": {"checkpoint_path": "/etc/passwd"}}, "--argument checkpoint_path: not a size or part"
     yield base, {"arguments": {"num_heads": 10**9}}, "num_heads: 1000000000 is out of bounds"
     yield b16, {"arguments": {"num_heads": 4}}, "--argument num_heads: open_clip's configurations have no place"
-    yield b16, {"name": "EVA02-B-61"}, "open_clip has no 'EVA02-B-61'; near: EVA02-B-16"
+    yield b16, {"name": "EVA02-B-61"}, "open_clip has no 'EVA02-B-61'; did you mean EVA02-B-16"
     yield b16, {"name": "EVA02-L-14"}, "not those of EVA02-L-14: text width 768, not 512"
     yield b16, {"name": "ViT-B-16"}, "not those of ViT-B-16: image tower of timm False, not True"
     arguments: list[tuple[Any, str]] = [

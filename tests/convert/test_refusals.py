@@ -227,7 +227,7 @@ def test_what_nothing_tells_is_asked_for(shared: Path, tmp_path: Path) -> None:
     source = written(golden(shared, "clip_bige_visual"), tmp_path)
     refused(source, "timm", r"do not tell the number of heads: --argument num_heads=N; rows and columns: --image-size N")
     refused(source, "timm", r"do not tell rows and columns: --image-size N", arguments={"num_heads": 4})
-    refused(source, "timm", "--architecture: timm has no 'eva_giant'; near: ", architecture="eva_giant")
+    refused(source, "timm", "--architecture: timm has no 'eva_giant'; did you mean ", architecture="eva_giant")
     refused(source, "timm", "the weights are not those of eva_giant_patch14_224", architecture="eva_giant_patch14_224")
     refused(source, "hf", r"timm cannot build .*no_such", arguments={"num_heads": 4, "no_such": 1}, image_size=(84, 84))
     with pytest.raises(UserError, match=r"nothing\.pt does not exist"):

@@ -52,7 +52,7 @@ def main(stage: int, folder: Path, frozen: str | None = None) -> None:
     run = RunSettings(epochs=1, global_batch=4, engine="deepspeed", zero_stage=stage, precision="fp32")
     engine = build_engine(student, run, OptimSettings(lr=1e-3, layer_decay=0.8), torch.device("cpu"))
     engine.step(Squares(), [torch.randn(2, 3, 32, 32)], Rates(1e-3, 0.05))
-    engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    engine._network.save_checkpoint(str(folder), tag="engine", save_latest=False)
     weights = dict(engine.weights())
     if is_main():
         save_file(weights, folder / "wanted.safetensors")

@@ -275,7 +275,7 @@ RANKS = """
 import os, sys, time
 import torch
 from eva_mim import distributed
-from eva_mim.config import UserError
+from eva_mim.core.errors import UserError
 from eva_mim.data import folder
 from pathlib import Path
 

@@ -256,7 +256,7 @@ def test_a_process_ends_with_the_reason_that_a_worker_gave(tmp_path: Path) -> No
     code = (
         "from pathlib import Path\n"
         "from tests.data.test_loader import folder, loader, preparation\n"
-        "from eva_mim.core.settings import UserError\n"
+        "from eva_mim.core.errors import UserError\n"
         "try:\n"
         f"    next(loader(folder(Path({str(tmp_path)!r})), preparation(), 1).steps(0, 1))\n"
         "except UserError as error:\n"

@@ -80,7 +80,7 @@ def test_locked_text_tuning_as_vitamins(source: str, optimizer: str) -> None:
     changed, engine = moved(student, optimizer=optimizer)
     names = {name for name, _ in student.named_parameters()}
     assert changed == {name for name in names if not name.startswith("model.text.")}
-    held = {id(parameter) for parameter in engine._optimizer.state}
+    held = {id(parameter) for parameter in engine._watched.state}
     assert held == {id(parameter) for name, parameter in student.named_parameters() if name in changed}
     origin = load_file(Path(source) / "open_clip_model.safetensors")
     for name, value in student.model.text.state_dict().items():

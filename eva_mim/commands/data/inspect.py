@@ -16,6 +16,7 @@ from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import Crew, chunks, progress
 from eva_mim.core.contracts import Bands, Sample, Source
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import replacing
 from eva_mim.data.class_lists import spoken
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sources.decode import FileSource, header
@@ -140,9 +141,8 @@ def _write_sheet(source: Source, path: Path) -> Path:
         sheet.paste(label, (left, top + TILE))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        sheet.save(temporary, "png")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            sheet.save(temporary, "png")
     except OSError as error:
         raise UserError(f"--out {path.parent}: {error.strerror}") from None
     return path

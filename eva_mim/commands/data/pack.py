@@ -18,7 +18,7 @@ import numpy as np
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import Crew, progress
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import flush_folder, fsync, write_json, write_text
+from eva_mim.core.files import flush_folder, replacing, write_json, write_text
 from eva_mim.core.log import duration, say
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
@@ -127,10 +127,9 @@ def shard_name(split: str, number: int) -> str:
 def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written:
     """One shard, under a temporary name until it is on the disk. Raises UserError for a full disk or many unreadable files."""
     target = job.out / shard_name(job.split, places.start // per_shard)
-    temporary = target.with_name(f".{target.name}.tmp")
     faults, count = list[str](), 0
     try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+        with replacing(target) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
             for place in places:
                 record = int(_order(job.seed, job.split, job.records)[place])
                 if record in job.left_out:
@@ -148,12 +147,8 @@ def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
                 count += 1
-        fsync(temporary)
-        temporary.replace(target)
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}; what is there is whole, the same command goes on") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return Written(count, target.stat().st_size, faults)
 
 

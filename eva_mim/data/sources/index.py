@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from eva_mim.core.distributed import agreed, is_main, local_rank
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import fsync
+from eva_mim.core.files import replacing
 from eva_mim.core.log import duration, say
 from eva_mim.core.settings import digest
 
@@ -133,15 +133,11 @@ def read_index(path: Path) -> Index | None:
 
 def write_index(path: Path, content: Content) -> Index:
     """Write under a name of this process, flush to disk, rename. Raises UserError when the cache folder cannot take it."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        save_file({name: np.ascontiguousarray(column) for name, column in content.columns.items()}, temporary, content.facts)
-        fsync(temporary)
-        temporary.replace(path)
+        with replacing(path, writer=f".{socket.gethostname()}.{os.getpid()}") as temporary:
+            save_file({name: np.ascontiguousarray(column) for name, column in content.columns.items()}, temporary, content.facts)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path.parent}: cannot keep an index here ({error}); set EVA_MIM_CACHE to another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return Index(path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import os
 import time
@@ -17,6 +16,7 @@ import numpy as np
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
+from eva_mim.core.registry import nearest
 from eva_mim.data import RGB, ColumnSettings, Pixels, SourceSettings
 from eva_mim.data.class_lists import known_as
 from eva_mim.data.prompts import class_file
@@ -139,9 +139,8 @@ def read_list(path: Path, columns: ColumnSettings) -> Rows:
     for setting, group in wanted.items():
         for name in group:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise UserError(f"data.columns.{setting}: {path} has no column {name!r}; {hint}columns: {', '.join(names)}")
+                hint = nearest(name, names, cutoff=0.5) or ";"
+                raise UserError(f"data.columns.{setting}: {path} has no column {name!r}{hint} columns: {', '.join(names)}")
     return rows
 
 
@@ -249,7 +248,5 @@ def _labels(path: Path, index: Index, classes: tuple[str, ...]) -> list[int]:
         number = {str(label): label for label in range(len(classes))}
     for row, value in zip(index["labels.row"].tolist(), values, strict=True):  # in the order in which they are met
         if value not in number:
-            near = difflib.get_close_matches(value, number, n=1)
-            raise UserError(f"{path}:{row}: label {value!r} is none of the {len(classes)} classes"
-                            + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(f"{path}:{row}: label {value!r} is none of the {len(classes)} classes{nearest(value, number)}")
     return [number[value] for value in values]

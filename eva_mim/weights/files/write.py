@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import pickle
 import shutil
 import struct
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import replacing
 from eva_mim.weights.files.allowlist import DTYPES, STORAGES
 from eva_mim.weights.files.formats import SAFETENSORS
 from eva_mim.weights.files.lazy import real
@@ -162,9 +162,7 @@ def _content(value: Tensor, kind: str) -> memoryview:
 
 @contextmanager
 def _replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path` that takes its place at the end, or is removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-
+    """`files.replacing`, opened for writing. Raises UserError where the disk has less than `size` bytes or fails."""
     def full() -> UserError:
         free = shutil.disk_usage(path.parent).free
         return UserError(f"{path}: needs {size:,} bytes, but {free:,} are free in {path.parent}; make room or write elsewhere")
@@ -172,13 +170,8 @@ def _replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
     try:
         if size > shutil.disk_usage(path.parent).free:
             raise full()
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         no_space = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise full() if no_space else UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""The step that both engines share; see `contracts.Engine`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Batch, Part, Rates, StepOutput, Task
+from eva_mim.core.timing import phase
+from eva_mim.engine.loss_scale import LossScale
+from eva_mim.engine.state import Holdings
+from eva_mim.engine.step import autocast, conclude, loss_weights, set_rates, telling
+from eva_mim.optim.optimizers import Watched
+
+
+class BaseEngine:
+    """An engine except for the backward pass and the update of the weights. A subclass sets the attributes below."""
+
+    module: nn.Module
+    _network: Any
+    """What a task calls: the module, or a wrapper of it."""
+    _watched: Watched
+    _holdings: Holdings
+    _scale: LossScale
+    _precision: str
+    _device: torch.device
+    _sharded: bool
+    """Each rank holds a share of the optimizer's state."""
+
+    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
+        """See `contracts.Engine`."""
+        set_rates(self._watched.param_groups, rates)
+        self._watched.watch = watch
+        with self.autocast():
+            batches = task.prepare(self._network, batches)
+        weights = loss_weights(task, batches)
+        outputs = []
+        for batch, weight in zip(batches, weights, strict=True):
+            with self.autocast():
+                output = task.loss(self._network, batch)
+            with phase("backward"):
+                self._backward(telling(output.loss), weight, len(batches))
+            outputs.append(output)
+            with phase("optimizer"):
+                norm = self._update(last=batch is batches[-1])
+        assert norm is not None
+        ratio = self._watched.update_ratio(self._device, sharded=self._sharded)
+        return conclude(outputs, weights, norm, self._scale, ratio)
+
+    def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
+        """Add the gradient of one of `count` micro-batches: that of loss * weight * loss scale / count."""
+        raise NotImplementedError
+
+    def _update(self, last: bool) -> Tensor | None:
+        """Called after each micro-batch. After the last it updates the weights and returns the gradient's norm, neither scaled
+        nor clipped; else None."""
+        raise NotImplementedError
+
+    def autocast(self) -> Any:
+        """bf16 or fp16 autocast, or nothing for fp32."""
+        return autocast(self._device, self._precision)
+
+    def loss_scale(self) -> float:
+        """See `contracts.Engine`."""
+        return float(self._scale.value)
+
+    def parts(self) -> dict[str, Part]:
+        """See `contracts.Engine`."""
+        return self._holdings.parts()
