@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,11 @@ from eva_mim.trunks import TrunkSettings
 from eva_mim.trunks.create import build_trunk
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.export import write_timm
+from eva_mim.weights.files.tensors import Entry
 from eva_mim.weights.handover import content_hash, read_parent, seed_trunk
+from eva_mim.weights.names import eva as names
+from eva_mim.weights.names import families
+from eva_mim.weights.names import translate as source
 from eva_mim.weights.names.eva import from_eva
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, pixels
@@ -124,6 +130,28 @@ def test_a_kernel_of_other_channels_is_not_made_one_of_rgb(tmp_path: Path, old: 
     with pytest.raises(UserError, match=rf"the patch kernel is for images of {old} channels and cannot be made one for {new},"):
         seed(child, folder)
     assert all(torch.equal(value, before[name]) for name, value in child.state_dict().items())
+
+
+def test_each_tensor_is_read_once_and_the_names_are_classified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, calls = write_stage(tmp_path / "parent", trunk(1)), Counter[object]()
+
+    def counted(function: Callable[..., Any], key: Callable[[Any], object]) -> Callable[..., Any]:
+        return lambda *given: (calls.update([key(given[0])]), function(*given))[1]
+
+    monkeypatch.setattr(Entry, "load", counted(Entry.load, lambda entry: entry.pieces[0].start))
+    for module in (source, names):
+        monkeypatch.setattr(module, "detect", counted(families.detect, lambda weights: "classified"))
+    report, _ = seed(trunk(2), folder)
+    assert set(calls.values()) == {1}
+    assert len(calls) == len(report.loaded) + 1
+
+
+def test_what_did_not_arrive_is_noticed(tmp_path: Path) -> None:
+    """Two names that share their elements hold what was copied last."""
+    folder, child = write_stage(tmp_path / "parent", trunk(1)), trunk(2)
+    child.blocks[1].mlp.fc1.weight = child.blocks[0].mlp.fc1.weight  # type: ignore[index, union-attr]
+    with pytest.raises(AssertionError, match=r"blocks\.0\.mlp\.fc1\.weight"):
+        seed(child, folder)
 
 
 def test_timm_itself_reads_the_same_weights(tmp_path: Path) -> None:

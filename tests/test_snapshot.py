@@ -188,16 +188,6 @@ def test_another_optimizer_s_checkpoint_is_refused(tmp_path: Path) -> None:
         snapshot.load(write(tmp_path, 1), parts | {"exp_avg_sq": parts["exp_avg"]})
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_with_a_way_on(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, 5)
-    folder.mkdir(parents=True)
-    (folder / "engine.pt").write_bytes(b"1234")
-    (folder / MANIFEST).write_text(json.dumps({"step": 5, "files": {"engine.pt": 4}}))
-    assert snapshot.newest(tmp_path) == (5, folder)
-    with pytest.raises(UserError, match=r"format of an earlier version, which cannot be resumed.*init_from="):
-        snapshot.load(folder, fresh()[0])
-
-
 def mounted(place: Path, options: str) -> bool:
     """A file system in memory; False without the right to mount one."""
     place.mkdir(exist_ok=True)

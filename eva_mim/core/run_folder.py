@@ -39,8 +39,8 @@ def latest(out: Path) -> tuple[int, Path] | None:
 def is_whole(folder: Path) -> bool:
     """Every file of the manifest is there with its size."""
     try:
-        sizes = {name: _size(said) for name, said in read_manifest(folder)["files"].items()}
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        files = read_manifest(folder)["files"]
+        return all((folder / name).stat().st_size == said["size"] for name, said in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -49,7 +49,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises OSError or ValueError where there is none."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
-
-
-def _size(said: Any) -> int:
-    return int(said["size"] if isinstance(said, dict) else said)  # earlier versions: the size alone

@@ -145,9 +145,6 @@ def load(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     """Put a checkpoint back on all ranks; returns its facts. Raises UserError where names, shapes or, after all is done, the norm
     of a part is not what it should be: never a part of a load."""
     manifest = read_manifest(folder)
-    if "norms" not in manifest:
-        raise UserError(f"{folder} has the format of an earlier version, which cannot be resumed; its weights can be read: "
-                        f"start another run with init_from={folder}, or use eva-mim convert")
     if set(manifest["norms"]) != set(parts):
         raise UserError(f"{folder} holds {', '.join(sorted(manifest['norms']))}, but this run keeps {', '.join(sorted(parts))}")
     opened = {name: open_checkpoint(folder / file_of(name)) for name in parts}
@@ -248,7 +245,7 @@ def _prune(target: Path, keep_last: int, keep_every: int | None) -> None:
 def _damaged(folder: Path) -> str | None:
     """The first file that is not as its hash says."""
     for name, said in read_manifest(folder)["files"].items():
-        if isinstance(said, dict) and sha256(folder / name) != said["sha256"]:
+        if sha256(folder / name) != said["sha256"]:
             return str(name)
     return None
 

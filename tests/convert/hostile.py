@@ -132,9 +132,9 @@ def example(kind: str, folder: Path) -> tuple[Path, list[str], str]:
     if kind == "safetensors":
         save_file(random_state("vit_tiny_patch16_224", num_classes=3, **VIT), folder / "a.safetensors")
         return folder / "a.safetensors", keywords("vit_tiny_patch16_224", VIT), "hf"
-    if kind in ("zip", "legacy"):
-        torch.save({"module": original(), "epoch": 3}, folder / "a.pt", _use_new_zipfile_serialization=kind == "zip")
-        return folder / "a.pt", keywords("eva02_base_patch14_224", EVA02), "timm" if kind == "zip" else "eva"
+    if kind == "zip":
+        torch.save({"module": original(), "epoch": 3}, folder / "a.pt")
+        return folder / "a.pt", keywords("eva02_base_patch14_224", EVA02), "timm"
     if kind == "timm":
         return timm_folder(folder / "a"), [], "safetensors"
     if kind == "open_clip":

@@ -35,7 +35,7 @@ from tests.convert.hostile import (
     timm_folder,
 )
 
-KINDS = ["safetensors", "zip", "legacy", "timm", "open_clip", "transformers"]
+KINDS = ["safetensors", "zip", "timm", "open_clip", "transformers"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -87,8 +87,8 @@ def test_a_wrong_renaming_is_found_out(shared: Path, tmp_path: Path, monkeypatch
         source = written(found, tmp_path)
         before = source_module.from_eva
 
-        def wrong(weights: Any) -> Converted:
-            done = before(weights)
+        def wrong(*given: Any) -> Converted:
+            done = before(*given)
             return Converted(change(done.weights), done.report, done.outside, done.rope, done.grid)
 
         monkeypatch.setattr(source_module, "from_eva", wrong)

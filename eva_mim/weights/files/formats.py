@@ -1,4 +1,4 @@
-"""The two kinds of file that hold tensors: safetensors, and what torch.save writes (zip, and the older plain pickle).
+"""The two kinds of file that hold tensors: safetensors, and the zip archive that torch.save writes since torch 1.6.
 
 Told by their content, not by their name. Only headers are read; every size that a file declares is checked against the file.
 """
@@ -11,13 +11,12 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from eva_mim.core.errors import UserError
 from eva_mim.weights.files.allowlist import DTYPES, RE_SAVE, Stored
-from eva_mim.weights.files.pickles import MAX_BYTES, MAX_STEPS, read_pickle
+from eva_mim.weights.files.pickles import MAX_BYTES, read_pickle
 from eva_mim.weights.files.tensors import Entry, Piece, contiguous
 from eva_mim.weights.files.torchscript import state_of
 
@@ -36,7 +35,7 @@ SAFETENSORS = {
 }
 """Names of element types in a header -> torch's (safetensors, format description)."""
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""What torch.save's older format begins with, behind the pickle protocol: a pickled magic number."""
+"""What a file of torch before 1.6 begins with, behind the pickle protocol: a pickled magic number."""
 
 
 class TorchFile(NamedTuple):
@@ -56,7 +55,8 @@ def read_file(path: Path) -> dict[str, Any] | TorchFile:
             if head[:4] == b"PK\x03\x04":
                 return _read_zip(path, file, size)
             if head[:1] == b"\x80" and LEGACY in head:
-                return _read_legacy(path, file, size, head.index(LEGACY) + len(LEGACY))
+                raise UserError(f"{path}: in the format of torch before 1.6, which is not read; save it again with a newer torch "
+                                "(torch.load and torch.save)")
             if head[8:9] == b"{":
                 return _read_safetensors(path, file, size)
     except OSError as error:
@@ -138,7 +138,7 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
     order = records.get(f"{root}/byteorder")
     if order is not None and _content(path, file, order, size) != b"little":
         raise UserError(f"{path}: written on a big-endian machine; {RE_SAVE}")
-    value = read_pickle(_content(path, file, records[f"{root}/data.pkl"], size), str(path)).value
+    value = read_pickle(_content(path, file, records[f"{root}/data.pkl"], size), str(path))
     script = f"{root}/constants.pkl" in records
     if script:
         value = _script(path, file, {name: record for name, record in records.items() if name.endswith(".py")}, size, value)
@@ -244,34 +244,6 @@ def _content(path: Path, file: BinaryIO, record: _Record, size: int) -> bytes:
     if record.crc and zlib.crc32(content) != record.crc:
         raise UserError(f"{path}: damaged: its pickle does not have its recorded checksum")
     return content
-
-
-def _read_legacy(path: Path, file: BinaryIO, size: int, at: int) -> TorchFile:
-    """From byte `at` on pickles of the version, the machine, the value and the order of storages; then the storages."""
-    with mmap(file.fileno(), min(size, MAX_BYTES), access=ACCESS_READ) as data:
-        for _ in range(2):
-            at = read_pickle(data, str(path), at, steps=1000).end
-        read = read_pickle(data, str(path), at)
-        keys, at, _ = read_pickle(data, str(path), read.end, steps=MAX_STEPS // 8)
-    count = len(keys) if isinstance(keys, list) else -1
-    if not 0 <= count <= len(read.storages) or any(type(key) is not str or key not in read.storages for key in keys):
-        raise UserError(f"{path}: damaged: storages that nothing mentions")
-    starts = {}
-    for key in keys:
-        storage = read.storages[key]
-        file.seek(min(at, size))
-        if file.read(8) != storage.elements.to_bytes(8, "little"):
-            raise UserError(f"{path}: truncated or damaged: storage {key[:40]!r} is not where it should be")
-        starts[key], at = at + 8, at + 8 + storage.elements * DTYPES[storage.dtype]
-    if at != size:
-        raise UserError(f"{path}: {size} bytes, but {at} are described; it is truncated or damaged")
-
-    def place(tensors: Mapping[Any, Stored]) -> dict[Any, Entry]:
-        if lost := [stored.storage.key for stored in tensors.values() if stored.storage.key not in starts]:
-            raise UserError(f"{path}: damaged: storage {lost[0][:40]!r} is missing")
-        return {name: _entry(path, stored, starts[stored.storage.key], 0, size) for name, stored in tensors.items()}
-
-    return TorchFile("torch, before 1.6", read.value, place)
 
 
 def _entry(path: Path, stored: Stored, start: int, crc: int, limit: int) -> Entry:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable
-from mmap import mmap
-from typing import Any, NamedTuple
+from typing import Any
 
 from eva_mim.core.errors import UserError
 from eva_mim.weights.files.allowlist import DTYPES, RE_SAVE, Rebuild, Storage, Stored, Stub, find_global
@@ -26,21 +25,11 @@ _WORD = struct.Struct("<I").unpack_from
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
-class Read(NamedTuple):
-    """What a pickle says."""
-
-    value: Any
-    end: int
-    """Position behind it."""
-    storages: dict[str, Storage]
-    """All that it mentions."""
-
-
-def read_pickle(data: bytes | mmap, source: str, start: int = 0, steps: int = MAX_STEPS) -> Read:
-    """Raises UserError for a damaged file, and for one that asks for anything that is not listed here."""
-    machine = _Machine(data, start)
+def read_pickle(data: bytes, source: str) -> Any:
+    """What a pickle says. Raises UserError for a damaged one, and for one that asks for anything that is not listed here."""
+    machine = _Machine(data)
     try:
-        return Read(machine.run(steps), machine.at, machine.storages)
+        return machine.run()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:  # damage may break any rule of the format
@@ -59,16 +48,16 @@ def _key(value: Any) -> Any:
 class _Machine:
     """The stack machine of Python's pickle format, protocols 2 to 4 (docs: pickletools)."""
 
-    def __init__(self, data: bytes | mmap, start: int):
-        self.data, self.at = data, start
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
         self.storages: dict[str, Storage] = {}
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, steps: int) -> Any:
+    def run(self) -> Any:
         data, instructions, stop = self.data, _INSTRUCTIONS, pickle.STOP[0]
-        for _ in range(steps):
+        for _ in range(MAX_STEPS):
             code = data[self.at]
             self.at += 1
             if code == stop:
@@ -77,7 +66,7 @@ class _Machine:
             if instruction is None:
                 raise UserError(f"damaged pickle, or a kind that no state dict needs (instruction {code} at byte {self.at - 1})")
             instruction(self)
-        raise UserError(f"more than {steps:,} pickle instructions; split it, or save it as safetensors")
+        raise UserError(f"more than {MAX_STEPS:,} pickle instructions; split it, or save it as safetensors")
 
     def take(self, count: int) -> bytes:
         found = self.data[self.at : self.at + count]

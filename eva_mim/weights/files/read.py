@@ -38,8 +38,8 @@ FOLDER_FILES = (
 )
 """Weights of a folder, the first that exists: ours and timm's, open_clip's, transformers'."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-MODULE_FILE, ENGINE_FILE, ENGINE_FOLDER = "module.safetensors", "engine.pt", "engine"
-"""Of a run's checkpoint: the weights; and as earlier versions wrote it, the local engine's file and DeepSpeed's folder."""
+MODULE_FILE = "module.safetensors"
+"""The weights of a run's checkpoint."""
 MAX_NAME = 500
 """Characters of a tensor's name."""
 MAX_SHARING = 16
@@ -49,7 +49,8 @@ stays below 2; a small file that stands for terabytes does not.)"""
 
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, "Tensor"]):
-    """Tensors by name, in the order of the file. Each is read when it is asked for, anew each time."""
+    """Tensors by name, in the order of the file. Each is read when it is asked for, anew each time: contiguous, on the CPU, in
+    memory of its own; UserError is raised for damage."""
 
     path: Path
     """The file or folder that holds them."""
@@ -76,10 +77,6 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    def load(self, name: str) -> Tensor:
-        """The same as `self[name]`: contiguous, on the CPU, in memory of its own. Raises UserError for damage."""
-        return self[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Without reading any tensor."""
@@ -200,12 +197,6 @@ def _open_folder(folder: Path, container: str | None) -> Checkpoint:
         return _open_zero(folder / _tag(folder), container)
     if is_zero_folder(folder):
         return _open_zero(folder, container)
-    if is_zero_folder(folder / ENGINE_FOLDER):
-        _complete(folder)
-        return _open_zero(folder / ENGINE_FOLDER, container)
-    if (folder / ENGINE_FILE).is_file():
-        _complete(folder)
-        return _checked(_open_file(folder / ENGINE_FILE, container))
     if (folder / MODULE_FILE).is_file():
         _complete(folder)
     named = [folder / name for name in (*FOLDER_FILES, MODULE_FILE) if (folder / name).is_file()]

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from eva_mim.weights.files.formats import read_json
-from eva_mim.weights.files.read import ENGINE_FILE, FOLDER_FILES, MODULE_FILE
+from eva_mim.weights.files.read import FOLDER_FILES, MODULE_FILE
 
 MAX_DESCRIPTION = 10_000_000
 """Bytes of a config.json or lineage.json; one with the names of 21,841 classes has 1,000,000."""
-STANDARD = (*FOLDER_FILES, MODULE_FILE, ENGINE_FILE, "head.safetensors")
+STANDARD = (*FOLDER_FILES, MODULE_FILE, "head.safetensors")
 """Names of weight files that a folder is made for."""
 MAX_BATCH = 250
 """Images in one forward pass of an evaluation, at most."""
-INSIDE_A_RUN = ("step-", "checkpoints", "engine", "ema")
+INSIDE_A_RUN = ("step-", "checkpoints", "ema")
 """Folders of a run: its record lies above them."""
 
 

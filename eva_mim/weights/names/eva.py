@@ -44,13 +44,13 @@ class Converted:
     """Of the tables that were left out, where there are any."""
 
 
-def from_eva(weights: Mapping[str, Tensor]) -> Converted:
-    """Original names -> ours; a bare trunk, or a CLIP model where there is a text tower.
+def from_eva(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
+    """Original names -> ours; a bare trunk, or a CLIP model where there is a text tower. `family`: of `weights`, where known.
 
     Tables that can be computed are left out, after a look that they can (unless the tensors have no values: meta device).
     Raises UserError for other names, for tables of another kind, and for what timm cannot represent.
     """
-    family = expect_scheme(weights, "eva")
+    family = expect_scheme(weights, "eva", family=family)
     family.timm_class()  # for its error
     prefix = TRUNK if family.form == "clip" else ""
     table = block_names(family.qkv, family.mlp)
@@ -124,9 +124,10 @@ def to_eva(
     return Converted(made, report)
 
 
-def from_stage(weights: Mapping[str, Tensor]) -> Converted:
-    """Names of a student in training (`trunk.*` beside a masked model's head, or `model.*`) -> ours."""
-    expect_scheme(weights, "stage")
+def from_stage(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
+    """Names of a student in training (`trunk.*` beside a masked model's head, or `model.*`) -> ours. `family`: of `weights`,
+    where known."""
+    expect_scheme(weights, "stage", family=family)
     made, masked = {}, {}
     for name, value in weights.items():
         if name.startswith(("trunk.", "model.")):
@@ -136,9 +137,9 @@ def from_stage(weights: Mapping[str, Tensor]) -> Converted:
     return Converted(made, KeyReport(loaded=[*made, *masked]), masked)
 
 
-def visual_trunk(weights: Mapping[str, Tensor]) -> Converted:
-    """The timm model inside an open_clip model."""
-    family = expect_scheme(weights, "open_clip")
+def visual_trunk(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
+    """The timm model inside an open_clip model. `family`: of `weights`, where known."""
+    family = expect_scheme(weights, "open_clip", family=family)
     report, made = KeyReport(), {}
     for name, value in weights.items():
         if family.prefix == TRUNK and name.startswith(TRUNK):
@@ -181,16 +182,19 @@ def unshare_relative(weights: Mapping[str, Tensor]) -> Converted:
     report = KeyReport(loaded=list(made))
     if shared in weights:
         report.note(report.ignored, shared, "copied to every block")
-        for number in range(detect(weights).depth):
+        for number in sorted({found[1] for name in weights if (found := split_block(name)) and found[0] == "blocks"}):
             name = f"blocks.{number}.attn.relative_position_bias_table"
             made[name] = weights[shared].clone()
             report.note(report.new, name, f"a copy of {shared}")
     return Converted(made, report)
 
 
-def expect_scheme(weights: Mapping[str, Tensor], *schemes: Scheme, needs: str | None = None) -> Family:
-    """The family of weights under names of one of `schemes` (and of the family `needs`). Raises UserError for others."""
-    family = detect(weights)
+def expect_scheme(
+    weights: Mapping[str, Tensor], *schemes: Scheme, needs: str | None = None, family: Family | None = None
+) -> Family:
+    """The family of weights under names of one of `schemes` (and of the family `needs`); `family`, where it is known already.
+    Raises UserError for others."""
+    family = family or detect(weights)
     if not set(schemes) & set(family.schemes) or needs not in (None, family.name):
         raise UserError(
             f"checkpoint: {family.name} under names of {' and '.join(family.schemes)}; this conversion starts from "

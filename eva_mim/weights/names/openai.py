@@ -12,6 +12,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.core.settings import few
 from eva_mim.weights.files.lazy import real
 from eva_mim.weights.names.eva import Converted, expect_scheme, text_name
+from eva_mim.weights.names.families import Family
 from eva_mim.weights.names.name_tables import OPENAI_NUMBERS, RESBLOCK, TEXT
 
 _ROOT = {"conv1.weight": "patch_embed.proj.weight", "class_embedding": "cls_token", "positional_embedding": "pos_embed",
@@ -21,9 +22,10 @@ _BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj", "mlp.c
 _STEM = "transformer.resblocks."
 
 
-def from_openai(weights: Mapping[str, Tensor], *, custom_text: bool = False) -> Converted:
-    """OpenAI's CLIP -> open_clip's `CLIP`, which has the same flat names, or with `custom_text` its `CustomTextCLIP`."""
-    expect_scheme(weights, "openai")
+def from_openai(weights: Mapping[str, Tensor], family: Family | None = None, *, custom_text: bool = False) -> Converted:
+    """OpenAI's CLIP -> open_clip's `CLIP`, which has the same flat names, or with `custom_text` its `CustomTextCLIP`.
+    `family`: of `weights`, where known."""
+    expect_scheme(weights, "openai", family=family)
     report, made = KeyReport(), {}
     for name, value in weights.items():
         if name in OPENAI_NUMBERS:
@@ -41,12 +43,13 @@ def to_openai(weights: Mapping[str, Tensor]) -> Converted:
     return Converted(made, KeyReport(loaded=list(made)))
 
 
-def openai_to_timm(weights: Mapping[str, Tensor]) -> Converted:
+def openai_to_timm(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
     """The image tower -> timm's `vit_*_clip_quickgelu_*`: pre-norm, QuickGELU, LayerNorm eps 1e-5, class token, head.
 
-    OpenAI's projection, [D, C], is the head's weight turned; timm's head has a bias, which is new and zero.
+    OpenAI's projection, [D, C], is the head's weight turned; timm's head has a bias, which is new and zero. `family`: of
+    `weights`, where known.
     """
-    expect_scheme(weights, "openai", "open_clip", needs="OpenAI CLIP")
+    expect_scheme(weights, "openai", "open_clip", needs="OpenAI CLIP", family=family)
     report, made = KeyReport(), {}
     for name, value in weights.items():
         if not name.startswith("visual."):

@@ -61,7 +61,7 @@ def trunk_of(weights: dict[str, Tensor], family: Family | None) -> Converted:
     """The timm model inside a CLIP model, or the trunk as it is. Raises UserError where there is none."""
     if family is None or not family.prefix:
         return Converted(weights, KeyReport(loaded=list(weights)))
-    return visual_trunk(weights) if family.prefix == TRUNK else openai_to_timm(weights)
+    return visual_trunk(weights, family) if family.prefix == TRUNK else openai_to_timm(weights, family)
 
 
 def read_source(path: str | Path, container: str | None = None) -> Source:
@@ -74,23 +74,30 @@ def read_source(path: str | Path, container: str | None = None) -> Source:
     if len(opened) > MAX_NAMES:
         raise UserError(f"{path}: {len(opened):,} tensors; a model has at most {MAX_NAMES:,}")
     found = describe(opened.path)
-    weights, unknown = deferred(opened), None
+    weights, family, unknown = deferred(opened), None, None
     if found.transformers is not None:
         scheme, done = "transformers", from_transformers(weights, found.transformers)
     else:
         try:
-            schemes = detect(weights).schemes
+            family = detect(weights)
         except UserError as error:
-            schemes, unknown = ("timm",), str(error)
-        # Where names are both ours and another's, they are ours.
-        scheme = next((ours for ours in ("timm", "open_clip") if ours in schemes and "openai" not in schemes), schemes[0])
-        by_scheme: dict[str, Callable[[Mapping[str, Tensor]], Converted]] = {
+            unknown = str(error)
+        scheme = _scheme(family)
+        by_scheme: dict[str, Callable[[Mapping[str, Tensor], Family | None], Converted]] = {
             "eva": from_eva, "openai": from_openai, "stage": from_stage
         }
-        done = by_scheme[scheme](weights) if scheme in by_scheme else Converted(weights, KeyReport(loaded=list(weights)))
-    family = detect(done.weights) if unknown is None else None
+        plain = Converted(weights, KeyReport(loaded=list(weights)))
+        done = by_scheme[scheme](weights, family) if scheme in by_scheme else plain
+    if unknown is None and done.weights is not weights:
+        family = detect(done.weights)
     outside = done.outside or _head_beside(opened.path)
     return Source(opened, found, scheme, done.weights, outside, done.report, family, unknown, done.rope, done.grid or found.grid)
+
+
+def _scheme(family: Family | None) -> str:
+    """Where names are both ours and another's, they are ours."""
+    schemes = family.schemes if family else ("timm",)
+    return next((ours for ours in ("timm", "open_clip") if ours in schemes and "openai" not in schemes), schemes[0])
 
 
 def _head_beside(path: Path) -> dict[str, Tensor]:
