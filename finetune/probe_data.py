@@ -19,7 +19,7 @@ from eva_mim.core.rng import derive
 from eva_mim.data import too_many
 from eva_mim.data.feature_store import EvalRows, Positions, RowLoader, Rows, cached_features
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.subset import HOLD_OUT_SEED, Selected, Splits
+from eva_mim.data.subset import HOLD_OUT_SEED, Splits, Subset
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.evaluators import ProbeEvaluator
 from eva_mim.evaluate.features import ridge_accuracy
@@ -47,8 +47,8 @@ def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, devic
         val, select = eval_loader(recipe, splits.val, sizes, recipe.view), ()
         if len(names) > 1:
             kept, aside = set_aside(len(source), recipe.probe.select)
-            select = eval_loader(recipe, Selected(source, aside, None), sizes, recipe.view)
-            source = Selected(source, kept, None)
+            select = eval_loader(recipe, Subset(source, aside), sizes, recipe.view)
+            source = Subset(source, kept)
         train = train_loader(recipe, source, sizes, recipe.view, pixels=(student.mean, student.std))
     evaluator = ProbeEvaluator(val, select, names, fixed=fixed, device=device)
     return Parts(Heads(student, names, recipe.mix.smoothing), train, evaluator, recipe.data.max_broken)

@@ -24,7 +24,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data.feature_store import ABANDONED, EvalRows, RowLoader, Rows, cached_features
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.subset import Selected, open_splits
+from eva_mim.data.subset import Subset, open_splits
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
 from eva_mim.evaluate.evaluators import ProbeEvaluator
@@ -281,7 +281,7 @@ def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> Non
     kept, _ = set_aside(len(source), 0.25)
     whole = Rows(torch.randn(len(source), 5), torch.tensor([source.read(i).label for i in range(len(source))]),
                  torch.arange(len(source)))
-    images = train_loader(recipe, Selected(source, kept, None), [32], recipe.view)
+    images = train_loader(recipe, Subset(source, kept), [32], recipe.view)
     order = {"seed": recipe.run.seed, "global_batch": 24, "micro_batch": 6}
     rows = RowLoader(whole, kept, GlobalOrder(len(kept), **order), source.key)
     assert rows.steps_per_epoch == images.steps_per_epoch == 3

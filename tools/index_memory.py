@@ -43,6 +43,7 @@ def made_up(root: Path, images: int) -> Content:
             "folders": np.frombuffer("".join(folders).encode(), np.uint8),
             "folders.ends": narrow(np.cumsum([len(name) for name in folders])),
             "changed": np.array([(root / name).stat().st_mtime_ns for name in folders], np.int64),
+            "captioned": np.zeros(len(folders), np.uint8),
         },
         {"fingerprint": "made up", "made": str(time.time_ns() + 10**10)},
     )
@@ -102,7 +103,7 @@ def main() -> int:
         root, images = base / "images", round(options.millions * 1e6)
         for number in range(options.classes):
             (root / f"n{number:08d}").mkdir(parents=True)
-        folder._scan = lambda _: made_up(root, images)
+        folder._scan = lambda _root, _suffixes: made_up(root, images)
         size = folder.folder_index(root).path.stat().st_size
         context = get_context("spawn")
         barrier, results = context.Barrier(options.ranks * (options.workers + 1)), context.SimpleQueue()

@@ -254,7 +254,6 @@ class EvalLoader:
         self._named: dict[str, None] = {}
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # spread: a folder is sorted by class
         self._indices = [int(index) for index in chosen[rank() :: world_size()]]
-        self.classes = source.classes
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self._batch)

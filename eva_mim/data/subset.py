@@ -53,21 +53,24 @@ class AllBut:
         return kept
 
 
-class Selected:
+class Subset:
     """Some records of a source, with labels regrouped when a map is given, and classes renamed when words are."""
 
     def __init__(
         self,
         source: Source,
         indices: AllBut | Positions,
-        label_map: dict[str, list[str]] | None,
+        label_map: dict[str, list[str]] | None = None,
         words: tuple[str, ...] | None = None,
         quarantined: Mapping[int, str] = MappingProxyType({}),
+        *,
+        labels: Sequence[int] | None = None,
     ):
-        """`quarantined`: position in `source` -> why it is not read."""
+        """`quarantined`: position in `source` -> why it is not read. `labels`: one for each record, in place of the source's."""
         self._source, self._indices, self._quarantined = source, indices, dict(quarantined)
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
+        self._own_labels = labels
         self._label_map = label_map
         if words is not None:
             if len(words) != len(self.classes or ()):
@@ -86,7 +89,8 @@ class Selected:
     @cached_property
     def fingerprint(self) -> str:
         """Of the source and the choice; it takes a second for 14 million."""
-        return _fingerprint(self._source.fingerprint, self._indices, self._label_map)
+        labels = self._label_map if self._own_labels is None else self._own_labels
+        return _fingerprint(self._source.fingerprint, self._indices, labels)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -104,18 +108,20 @@ class Selected:
         if position in self._quarantined:
             raise Quarantined(self._quarantined[position])
         sample = self._source.read(position)
+        if self._own_labels is not None:
+            return sample._replace(label=self._own_labels[index])
         if self._labels is not None and sample.label is not None:
             sample = sample._replace(label=self._labels[sample.label])
         return sample
 
 
-def _fingerprint(source: str, indices: AllBut | Positions, label_map: dict[str, list[str]] | None) -> str:
-    """`digest([source, all indices as bytes in hex, label_map])`, which for 14 million would be a text of 224 MB."""
+def _fingerprint(source: str, indices: AllBut | Positions, labels: Any) -> str:
+    """`digest([source, all indices as bytes in hex, labels])`, which for 14 million would be a text of 224 MB."""
     total = hashlib.sha256(f'["{source}", "'.encode())
     for start in range(0, len(indices), CHUNK):
         places = np.arange(start, min(start + CHUNK, len(indices)))
         total.update(np.asarray(indices[places], np.int64).tobytes().hex().encode())
-    total.update(f'", {json.dumps(label_map, sort_keys=True)}]'.encode())
+    total.update(f'", {json.dumps(labels, sort_keys=True)}]'.encode())
     return total.hexdigest()
 
 
@@ -223,7 +229,7 @@ def _open_held_out(settings: SourceSettings, listed: Quarantine | None) -> Sourc
     opener = lookup(SOURCES, settings.source, "data.held_out.source")
     source: Source = opener(settings, "val") or opener(settings, "train")
     every = AllBut(_at_most(settings.val_limit, len(source)))
-    return Selected(source, every, settings.label_map, class_words(settings), _quarantined(source, listed, settings))
+    return Subset(source, every, settings.label_map, class_words(settings), _quarantined(source, listed, settings))
 
 
 def _quarantined(source: Source, listed: Quarantine | None, settings: SourceSettings) -> dict[int, str]:
@@ -245,11 +251,11 @@ def _open_source(settings: SourceSettings, listed: Quarantine | None, *, share: 
         raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
     words, images = class_words(settings), len(train) - len(held)
     reasons = _quarantined(train, listed, settings)
-    chosen = Selected(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words, reasons)
+    chosen = Subset(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words, reasons)
     if val is None:
         return Opened(chosen, None, images)
     reasons = reasons if val is train else _quarantined(val, listed, settings)
-    return Opened(chosen, Selected(val, val_indices, settings.label_map, words, reasons), images)
+    return Opened(chosen, Subset(val, val_indices, settings.label_map, words, reasons), images)
 
 
 def _at_most(limit: int | None, count: int) -> int:

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from eva_mim.data.loader import EvalLoader, Preparation
 from eva_mim.data.views import EvalView
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.counts import hits
-from eva_mim.evaluate.imagenet import Variant, columns
+from eva_mim.evaluate.imagenet import Variant, columns, without_border
 from eva_mim.trunks.kernels import choose_kernels
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, precision_of
@@ -139,7 +140,8 @@ class Classifies(Protocol):
 def measure(model: Classifies, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
     """The model's figures at its own image size. Every rank must call."""
     choose_kernels(model, device)  # type: ignore[arg-type]
-    made = Preparation(EvalView([model.image_size], model.crop_pct), 0, training=False)
+    view = partial(without_border, variant.border, EvalView([model.image_size], model.crop_pct))
+    made = Preparation(view, 0, training=False)
     loader = EvalLoader(variant.source, made, batch, workers)
     return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from eva_mim.core.contracts import Sample, Source
+import numpy as np
+
+from eva_mim.core.contracts import Bands, Source
 from eva_mim.core.errors import UserError
-from eva_mim.core.settings import digest, few
+from eva_mim.core.settings import few
 from eva_mim.data.class_lists import class_id, layout_classes, layout_of, positions, table
 from eva_mim.data.sources.folder import FolderSource
+from eva_mim.data.subset import Subset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from eva_mim.data.loader import View
 
 TARGET = "imagenet-1k"
 REAL_FILE = "real.json"
@@ -33,37 +43,20 @@ class Variant(NamedTuple):
     """Classes that compete: other outputs of a head are not looked at."""
     left_out: int = 0
     """Images of the folder without an answer."""
+    border: int = 0
+    """Pixels to cut off around every image."""
 
 
-class Labelled:
+def _labelled(files: FolderSource, labels: Sequence[int | None]) -> Subset:
     """Images of a folder under labels of a variant; those without one are left out."""
+    chosen = [index for index, label in enumerate(labels) if label is not None]
+    return Subset(files, np.array(chosen, np.int64), labels=[label for label in labels if label is not None])
 
-    classes: tuple[str, ...] | None = None
-    blocks = None
 
-    def __init__(self, files: FolderSource, labels: Sequence[int | None], border: int = 0):
-        self._files, self._border = files, border
-        self._chosen = [(index, label) for index, label in enumerate(labels) if label is not None]
-        self.left_out = len(files) - len(self._chosen)
-        self.fingerprint = digest([files.fingerprint, self._chosen])
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def key(self, index: int) -> str:
-        """The file's path below the folder."""
-        return self._files.key(self._chosen[index][0])
-
-    def expect(self, indices: Sequence[int]) -> None:
-        """Files at hand need no asking."""
-
-    def read(self, index: int) -> Sample:
-        """Decode one file as RGB, without its border. Raises what Pillow raises."""
-        place, label = self._chosen[index]
-        sample = self._files.read(place)
-        (width, height), border = sample.image.size, self._border
-        inner = sample.image.crop((border, border, width - border, height - border))
-        return sample._replace(image=inner, label=label)
+def without_border(border: int, view: View, image: Image | Bands, rng: random.Random) -> list[Tensor]:
+    """The views of an image without so many pixels at each side."""
+    width, height = image.size
+    return view(image.crop((border, border, width - border, height - border)), rng)
 
 
 def open_variant(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
@@ -107,7 +100,7 @@ def _by_folder(name: str, files: FolderSource, label_of: dict[str, int], classes
     if missing or extra:
         faults = [f"{len(names)} {what}: {few(names)}" for what, names in (("missing", missing), ("not known", extra)) if names]
         raise UserError(f"--on {name}={files.folder}: expected {len(label_of)} class folders with images; {'; '.join(faults)}")
-    source = Labelled(files, [label_of[folder] for folder in folders])
+    source = _labelled(files, [label_of[folder] for folder in folders])
     return Variant(name, source, tuple((label,) for label in range(len(classes))), classes)
 
 
@@ -133,8 +126,8 @@ def _real(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
     labels: list[int | None] = [None] * len(files)
     for index, row in zip(order, real, strict=True):
         labels[index] = label_of.get(tuple(row))
-    source = Labelled(files, labels)
-    return Variant(name, source, tuple(answers), classes, source.left_out)
+    source = _labelled(files, labels)
+    return Variant(name, source, tuple(answers), classes, len(files) - len(source))
 
 
 def _objectnet(first_only: bool) -> Callable[[str, Path, tuple[str, ...]], Variant]:
@@ -149,9 +142,9 @@ def _objectnet(first_only: bool) -> Callable[[str, Path, tuple[str, ...]], Varia
         if missing := sorted(objects.keys() - set(folders)):
             raise UserError(f"--on {name}={folder}: {len(missing)} of {len(objects)} class folders are missing: {few(missing)}")
         label_of = {given: label for label, given in enumerate(objects)}
-        source = Labelled(files, [label_of.get(given) for given in folders], OBJECTNET_BORDER)
+        source = _labelled(files, [label_of.get(given) for given in folders])
         answers = tuple(right[:1] if first_only else right for right in objects.values())
-        return Variant(name, source, answers, layout_classes(TARGET), source.left_out)
+        return Variant(name, source, answers, layout_classes(TARGET), len(files) - len(source), OBJECTNET_BORDER)
 
     return opened
 

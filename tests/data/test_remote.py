@@ -27,7 +27,7 @@ from eva_mim.core.settings import as_tree, parse
 from eva_mim.data import DataSettings
 from eva_mim.data.sources.remote import Reading, as_url, listed
 from eva_mim.data.sources.shards import open_shards
-from eva_mim.data.subset import Mixture, Selected
+from eva_mim.data.subset import Mixture, Subset
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import BOTH, batches, faults, seen
 from tests.data.test_sources import content, shards
@@ -224,7 +224,7 @@ def test_parts_and_mixtures_expect_their_own(server: Server) -> None:
     make_shards(server.folder, "x.tar", count=6)
     make_shards(server.folder, "y.tar", count=6, first=6)
     parts = [remote(server, root=url(server, "many"), train=name) for name in ("x.tar", "y.tar")]
-    chosen = Selected(parts[1], np.array([1, 3, 4]), None, quarantined={3: "broken"})
+    chosen = Subset(parts[1], np.array([1, 3, 4]), None, quarantined={3: "broken"})
     both = Mixture([parts[0], chosen], [1, 1], [])
     server.requests.clear()
     both.expect([5, 6, 7, 8])
@@ -297,7 +297,7 @@ def test_a_server_without_ranges_is_refused(server: Server) -> None:
     """It answers with the whole file, of which the beginning would be taken for the middle."""
     make_shards(server.folder, "x.tar", count=40)
     server.whole = True
-    with pytest.raises(UserError, match=r"x\.tar: .* \d+ bytes where 65536 were asked for: it knows no ranges"):
+    with pytest.raises(UserError, match=r"x\.tar: .* \d+ bytes where 66048 were asked for: it knows no ranges"):
         remote(server)
 
 
@@ -364,7 +364,7 @@ def test_a_url_comes_back_from_a_path(written: str, expected: str | None) -> Non
 def test_reading_seeks_like_a_file(server: Server, tmp_path: Path) -> None:
     whole = bytes(range(256)) * 40
     (server.folder / "x").write_bytes(whole)
-    with Reading(f"{url(server)}/x", len(whole)) as far, (server.folder / "x").open("rb") as near:
+    with Reading(f"{url(server)}/x", len(whole), 100) as far, (server.folder / "x").open("rb") as near:
         for offset, whence, count in ((5, 0, 7), (-3, 1, 4), (-10, 2, 100), (0, 2, 5), (9000, 0, -1)):
             assert far.seek(offset, whence) == near.seek(offset, whence)
             assert far.read(count) == near.read(count)

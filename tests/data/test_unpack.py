@@ -1,13 +1,13 @@
-"""Compressed shards in the cache: their limit, who makes room, what a kill leaves."""
+"""Compressed shards in the cache: their limit, several processes at once, what a kill leaves."""
 
 from __future__ import annotations
 
 import gzip
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from eva_mim.core.errors import UserError
 from eva_mim.data.sources.shards import ShardSource
 from eva_mim.data.sources.tar_index import found
-from eva_mim.data.sources.unpack import copy_of, hold, limit, make_room, unpack, unpacked_size
+from eva_mim.data.sources.unpack import copy_of, limit, unpacked_size
 from tests.conftest import REPOSITORY, picture, png, write_tar
 
 SIZE = 102_400
@@ -60,87 +60,91 @@ def test_the_size_is_known_before_it_is_unpacked(tmp_path: Path) -> None:
         assert unpacked_size(found(path)) == expected
 
 
-def test_what_never_fits_is_refused_before_anything_is_unpacked(
+def test_what_does_not_fit_is_refused_before_anything_is_unpacked(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allow(monkeypatch, 2.5)
-    paths = [shard(tmp_path, name) for name in "abc"]
-    with pytest.raises(UserError, match=r"3 compressed shards take about 0\.000307 GB unpacked, more than the 0\.000256 GB of "
-                                        r"EVA_MIM_UNPACKED_GB; set it higher, or unpack them yourself"):
+    paths = [shard(tmp_path, name, number) for number, name in enumerate("abc")]
+    with pytest.raises(UserError, match=r"3 compressed shards take about 0\.000307 GB unpacked in .*, whose copies take 0 GB of "
+                                        r"the 0\.000256 GB of EVA_MIM_UNPACKED_GB; set it higher, or remove the \.tar files"):
         ShardSource(paths, None)
     assert copies(cache) == 0
-    allow(monkeypatch, 3)
-    open_shards(*paths)
-    assert copies(cache) == 3
+    open_shards(*paths[:2])
+    with pytest.raises(UserError, match=r"1 compressed shards take about 0\.000102 GB .* take 0\.000205 GB of the 0\.000256 GB"):
+        ShardSource(paths, None)
+    assert copies(cache) == 2
+    copy_of(found(paths[0])).unlink()  # as the user may do
+    assert open_shards(paths[2]).read(0).image.tobytes() == picture(2).tobytes()
+    allow(monkeypatch, 0.5)  # what is there is read whatever the limit
+    open_shards(*paths[1:])
 
 
 def test_a_disk_without_room_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shard(tmp_path, "a")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"need about 0\.000102 GB more in .*, where 1e-06 GB are free; set EVA_MIM_CACHE"):
+    with pytest.raises(UserError, match=r"take about 0\.000102 GB unpacked in .*, where 1e-06 GB are free; remove the "):
         ShardSource([path], None)
     assert copies(cache) == 0
 
 
-def test_copies_used_longest_ago_make_room(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    allow(monkeypatch, 3)
-    paths = {name: shard(tmp_path, name, number) for number, name in enumerate("abcd")}
-    for name in "abc":
-        open_shards(paths[name])  # and no longer used
-        time.sleep(0.01)
-    open_shards(paths["a"])
-    open_shards(paths["d"])
-    assert {name for name, path in paths.items() if copy_of(found(path)).exists()} == {"a", "c", "d"}
-    again = open_shards(paths["b"])
-    assert again.read(0).image.tobytes() == picture(1).tobytes()
-    assert {name for name, path in paths.items() if copy_of(found(path)).exists()} == {"a", "d", "b"}
-
-
-def test_what_this_run_uses_is_never_removed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    allow(monkeypatch, 2)
-    train, other, val = (shard(tmp_path, name, number) for number, name in enumerate(("train", "other", "val")))
-    source = open_shards(train)
-    open_shards(other)
-    held_out = open_shards(val)  # in the place of `other`, though `train` was used longer ago
-    assert [one.read(0).image.tobytes() for one in (source, held_out)] == [picture(0).tobytes(), picture(2).tobytes()]
-    with pytest.raises(UserError, match=r"need about 0\.000102 GB more, and other runs use 0\.000205 GB of the 0\.000205 GB"):
-        open_shards(other)
-    del source
-    open_shards(other)
-    assert copies(cache) == 2
-
-
-HOLDER = """
-import sys, time
+LITTLE_DISK = """
+import resource, sys
 from pathlib import Path
-from eva_mim.data.shards import ShardSource
-source = ShardSource([Path(sys.argv[1])], None)
-sys.stdout.write("open\\n")
-sys.stdout.flush()
-time.sleep(600)
+from eva_mim.config import UserError
+from eva_mim.data.tars import found
+from eva_mim.data.unpack import unpack
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    unpack(found(Path(sys.argv[1])))
+except UserError as error:
+    sys.exit(str(error))
 """
 
 
-def test_what_another_process_uses_stays_until_it_is_dead(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    allow(monkeypatch, 1)
-    one, two = shard(tmp_path, "one"), shard(tmp_path, "two")
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(one)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match="other runs use"):
-            ShardSource([two], None)
-        assert copy_of(found(one)).exists()
-    finally:
-        other.kill()
-        other.wait()
-    assert list(cache.glob("*.use"))  # what a killed process leaves is in nobody's way
-    source = open_shards(two)
-    assert not copy_of(found(one)).exists()
-    assert len(list(cache.glob("*.use"))) == 1
-    assert source._held is not None
+def test_a_disk_that_fills_up_meanwhile_is_named_and_nothing_is_left(tmp_path: Path, cache: Path) -> None:
+    """As others write to it, too: here a limit of the process makes the write fail."""
+    path = shard(tmp_path, "a")
+    done = subprocess.run([sys.executable, "-c", LITTLE_DISK, str(path)], cwd=REPOSITORY, check=False, capture_output=True)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"{path}: cannot be unpacked into {cache} \(.* GB free\): File too large; make room there, or set "
+                        r"EVA_MIM_CACHE to another folder\n", done.stderr.decode())
+    assert copies(cache) == 0
+    assert not list(cache.glob("*.unpacking"))
+
+
+SLOWLY = """
+import sys, time
+from pathlib import Path
+from eva_mim.data import unpack
+from eva_mim.data.tars import found
+read, shard = unpack._next, found(Path(sys.argv[1]))
+def reading(packed, shard):
+    time.sleep(0.05)
+    return read(packed, shard)
+unpack._next = reading
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+sys.stdin.readline()
+sys.stdout.write(repr(unpack.unpack(shard)))
+"""
+
+
+def test_processes_that_unpack_the_same_shard_at_once_get_one_copy(tmp_path: Path, cache: Path) -> None:
+    path = write_tar(tmp_path / "x.tar.gz", [("a.png", png(picture(1))), ("pad.bin", os.urandom(5 * 2**20))])
+    start = [sys.executable, "-c", SLOWLY, str(path)]
+    makers = [subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(3)]
+    for maker in makers:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == "ready\n"
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write("\n")
+        maker.stdin.flush()
+    made = [maker.communicate(timeout=60)[0] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0, 0]
+    assert made == [repr(found(copy_of(found(path))))] * 3  # none replaced the copy that another one has opened
+    assert copy_of(found(path)).read_bytes() == gzip.decompress(path.read_bytes())
+    assert not list(cache.glob("*.unpacking"))
 
 
 KILLED = """
@@ -170,30 +174,6 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_believed(tmp_path: Path, ca
     assert source.read(0).image.tobytes() == picture(1).tobytes()
     assert copy_of(found(path)).read_bytes() == gzip.decompress(path.read_bytes())
     assert not half.exists()
-
-
-def test_a_copy_in_the_making_is_left_to_its_maker(tmp_path: Path, cache: Path) -> None:
-    """`make_room` removes what dead processes left, and no file that is being written."""
-    from eva_mim.data.sources.unpack import _locked
-
-    file, path = _locked(".unpacking")
-    make_room([found(shard(tmp_path, "a"))])
-    assert path.exists()
-    file.close()
-    make_room([found(shard(tmp_path, "a"))])
-    assert not path.exists()
-
-
-def test_holding_marks_a_copy_as_used_and_does_not_change_it(tmp_path: Path) -> None:
-    one = found(shard(tmp_path, "one"))
-    copy = Path(unpack(one).place)
-    os.utime(copy, ns=(10**18, 10**18))
-    before = copy.stat().st_mtime_ns
-    held = hold([one])
-    assert held is not None
-    assert copy.stat().st_mtime_ns == before
-    assert copy.stat().st_atime_ns > 17 * 10**17
-    assert hold([found(write_tar(tmp_path / "y.tar", []))]) is None
 
 
 @pytest.mark.parametrize("text", ["", "many", "0", "-3", "nan", "inf"])

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eva_mim.commands.data.index import every_split, read_data
-from eva_mim.commands.data.parallel import Crew, chunks, progress
+from eva_mim.commands.data.parallel import Crew, chunks
 from eva_mim.core.contracts import Bands, Sample, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import replacing
+from eva_mim.core.log import Progress
 from eva_mim.data.class_lists import spoken
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sources.decode import FileSource, header
@@ -76,10 +77,11 @@ def _look_around(name: str, source: Source, count: int, processes: int | None) -
     every = list(chunks(0, len(source), CHUNK))  # neighbours together: reading stays sequential in shards
     ranges = [every[number] for number in spread(len(every), min(len(every), -(-count // CHUNK)))]
     found = list[Look | Fault]()
-    with Crew(source, processes) as crew, progress(f"looking at {name}", sum(map(len, ranges))) as advance:
+    progress = Progress(f"looking at {name}", sum(map(len, ranges)))
+    with Crew(source, processes) as crew:
         for _, one in crew.records(look, ranges):
             found.append(one)
-            advance(1)
+            progress.advance()
     return found
 
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eva_mim.commands.data.index import every_split, read_data
-from eva_mim.commands.data.parallel import Crew, progress
+from eva_mim.commands.data.parallel import Crew
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, replacing, write_json, write_text
-from eva_mim.core.log import duration, say
+from eva_mim.core.log import Progress, duration, say
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
 from eva_mim.data import RGB, DataSettings, Pixels, too_many
@@ -108,12 +108,13 @@ def _pack_split(source: Any, job: Job, per_shard: int, processes: int | None) ->
     if done:
         say(f"  {job.split}: {len(every) - len(todo)} of {len(every)} shards are there already")
     began, faults, size, count = time.monotonic(), list[str](), 0, 0
-    with Crew(source, processes) as crew, progress(f"packing {job.split}", job.records, done) as advance:
+    progress = Progress(f"packing {job.split}", job.records, done)
+    with Crew(source, processes) as crew:
         for records, written in crew.each(partial(write_shard, job, per_shard), todo):
             for fault in written.faults:
                 say(f"  left out: {fault}")
             faults, size, count = faults + written.faults, size + written.size, count + written.records
-            advance(len(records))
+            progress.advance(len(records))
     flush_folder(job.out)
     seconds = max(time.monotonic() - began, 1e-9)
     say(f"  {job.split}: {count} records, {size / 1e9:.3g} GB in {duration(seconds)}, {len(faults)} unreadable")

@@ -1,19 +1,16 @@
-"""Work on the records of a source in several processes, with progress; a record that takes its process down is named."""
+"""Work on the records of a source in several processes; a record that takes its process down is named."""
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
-from eva_mim.core.log import Progress
 from eva_mim.core.processes import cores, pool_of
 from eva_mim.data.quarantine import Fault
 
@@ -113,18 +110,3 @@ def _each_record(work: Callable[[Any, int], R], source: Source, records: range) 
 def chunks(first: int, last: int, size: int) -> Iterator[range]:
     """first .. last - 1 in ranges of at most `size`."""
     return (range(start, min(start + size, last)) for start in range(first, last, size))
-
-
-@contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Gives a function that takes how many more are done: a bar on a terminal, elsewhere a line now and then."""
-    if sys.stderr.isatty():
-        from rich import progress as rich
-        from rich.console import Console
-
-        columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, completed=done)
-            yield lambda more: bar.advance(task, more)
-        return
-    yield Progress(what, total, done).advance

@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_mim.commands.data.index import read_data
-from eva_mim.commands.data.parallel import Crew, chunks, progress
+from eva_mim.commands.data.parallel import Crew, chunks
 from eva_mim.core.contracts import Bands, Source
 from eva_mim.core.errors import UserError
+from eva_mim.core.log import Progress
 from eva_mim.core.rng import derive
 from eva_mim.data import RGB, DataSettings, SourceSettings
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sampler import MixedOrder, MixedPart
 from eva_mim.data.sources.decode import OPEN
-from eva_mim.data.subset import Mixture, Selected, open_splits
+from eva_mim.data.subset import Mixture, Subset, open_splits
 
 CHUNK = 16
 VALUES, MOST_VALUES = 2**24, 2**12
@@ -98,13 +99,14 @@ def measure(settings: DataSettings, images: int, processes: int | None = None) -
     source, seen, faults = sample_of(open_splits(settings).train, images), list[Seen](), list[Fault]()
     work = partial(look, most=min(MOST_VALUES, max(1, VALUES // len(source))))
 
-    with Crew(source, processes) as crew, progress("measuring", len(source)) as advance:
+    progress = Progress("measuring", len(source))
+    with Crew(source, processes) as crew:
         for _, one in crew.records(work, chunks(0, len(source), CHUNK)):
             if isinstance(one, Fault):
                 faults.append(one)
             else:
                 seen.append(one)
-            advance(1)
+            progress.advance()
     if not seen:
         raise UserError(f"none of {len(faults)} training images can be read; the first: {faults[0]}")
     means, squares = (np.stack([getattr(one, name) for one in seen]) for name in ("mean", "square"))
@@ -120,7 +122,7 @@ def sample_of(source: Source, count: int) -> Source:
     count = min(count, len(source))
     parts = source.parts if isinstance(source, Mixture) else [MixedPart(len(source), 1.0)]
     places = MixedOrder(parts, seed=0, global_batch=count, micro_batch=count).global_step(0)
-    return Selected(source, np.sort([place.index for place in places]), None)
+    return Subset(source, np.sort([place.index for place in places]))
 
 
 def look(source: Source, record: int, most: int) -> Seen:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eva_mim.commands.data.index import every_split, read_data
-from eva_mim.commands.data.parallel import Crew, chunks, progress
+from eva_mim.commands.data.parallel import Crew, chunks
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
-from eva_mim.core.log import duration, say
+from eva_mim.core.log import Progress, duration, say
 from eva_mim.data.quarantine import Checked, Quarantine, read_quarantine
 
 CHUNK = 64
@@ -48,12 +48,13 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
         _write(listed)
 
     try:
-        with Crew(source, processes) as crew, progress(f"decoding {name}", len(source), checked) as advance:
+        progress = Progress(f"decoding {name}", len(source), checked)
+        with Crew(source, processes) as crew:
             for record, fault in crew.records(decode, chunks(checked, len(source), CHUNK)):
                 if fault is not None:
                     broken[record] = fault
                 checked = record + 1
-                advance(1)
+                progress.advance()
                 if time.monotonic() - kept > KEEP_EVERY:
                     keep()
                     kept = time.monotonic()

@@ -6,13 +6,15 @@ one a process, and none goes through a fork.
 
 from __future__ import annotations
 
-import io
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple, TypeVar
+
+from fsspec.core import url_to_fs
+from fsspec.spec import AbstractBufferedFile
 
 from eva_mim.core.errors import UserError
 
@@ -94,39 +96,19 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
             for content, (_, start, end) in zip(found, ranges, strict=True)]
 
 
-class Reading(io.RawIOBase):
-    """A file for readers that seek: each read is a range."""
+class Reading(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
+    """A file for readers that seek: fsspec's, whose every request has the time-out and the attempts of `read_range`."""
 
-    def __init__(self, url: str, size: int):
-        self._url, self._size, self._at = url, size, 0
+    def __init__(self, url: str, size: int, ahead: int):
+        """`size` and `ahead`, what is read beyond what is asked for, in bytes."""
+        super().__init__(None, url, block_size=ahead, cache_type="readahead", size=size)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        if end <= self._at:
-            return 0
-        content = read_range(self._url, self._at, end)
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self.path, start, end)
 
 
 def _system(url: str) -> tuple[Any, str]:
     """fsspec's file system of this process, and the path in it. Raises UserError without a driver."""
-    from fsspec.core import url_to_fs
-
     try:
         system, path = url_to_fs(url)
     except ImportError as error:

@@ -15,7 +15,7 @@ from eva_mim.core.processes import cores, pool_of
 from eva_mim.core.settings import digest, few
 from eva_mim.data.sources.index import Column, Content, Index, narrow, open_index, say_indexed
 from eva_mim.data.sources.tar_index import BadShard, Shard, tar_index
-from eva_mim.data.sources.unpack import make_room, ready, unpack
+from eva_mim.data.sources.unpack import check_room, ready, unpack
 
 SHARDS_A_PROCESS = 4
 """Fewer shards to index are not worth another process."""
@@ -73,7 +73,7 @@ def _joined(parts: Sequence[Index]) -> dict[str, Column]:
 def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
     """Unpack and index every shard for which that has not been done, in several processes. By number, what is wrong with the bad
     ones. Raises UserError."""
-    make_room(shards)
+    check_room(shards)
     progress, bad = Progress(f"indexing shards in {shards[0].folder}", len(shards)), dict[int, str]()
     for number, fault in enumerate(_each(shards)):
         progress.advance()

@@ -31,7 +31,7 @@ from eva_mim.data.sources.index import Column
 from eva_mim.data.sources.remote import as_url, listed, read_range, read_ranges
 from eva_mim.data.sources.shard_index import shards_index
 from eva_mim.data.sources.tar_index import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
-from eva_mim.data.sources.unpack import hold, unpack
+from eva_mim.data.sources.unpack import unpack
 
 MAX_OPEN = 512
 """Shards that a process holds open; systems allow about a thousand files. Two pools fit: a loader process may be at the end of
@@ -68,7 +68,6 @@ class ShardSource(FileSource):
         self.blocks: Blocks | None = None
         self._caption_lines, self._pixels = caption_lines, pixels
         shards = [found(path) if isinstance(path, Path) else path for path in paths]
-        self._held = hold(shards)
         self.index = shards_index(shards, skip_bad)
         if left_out := json.loads(self.index.facts["left_out"]):
             names = few(shards[number].name for number in left_out)
@@ -203,7 +202,7 @@ class ShardSource(FileSource):
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_arrived": {}, "_held": None}
+        return {**self.__dict__, "_open": {}, "_asked": {}, "_last": None, "_arrived": {}}
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:

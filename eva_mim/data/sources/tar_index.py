@@ -6,12 +6,11 @@ checked against the file.
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -80,8 +79,8 @@ class Shard(NamedTuple):
         return self.place if self.remote else os.path.realpath(self.place)
 
     def open(self, ahead: int = HEADERS_AHEAD) -> BinaryIO:
-        """For readers that seek; `ahead` bytes at once by URL. Raises OSError, UserError."""
-        return io.BufferedReader(Reading(self.place, self.size), ahead) if self.remote else open(self.place, "rb")
+        """For readers that seek; `ahead` more bytes at once by URL. Raises OSError, UserError."""
+        return cast(BinaryIO, Reading(self.place, self.size, ahead)) if self.remote else open(self.place, "rb")
 
 
 class Member(NamedTuple):
