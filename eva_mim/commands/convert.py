@@ -13,22 +13,15 @@ from typing import Any
 
 import yaml
 
+from eva_mim.convert.targets import FORMATS
 from eva_mim.core.errors import UserError
 from eva_mim.run.program import guard
 
 DTYPES = ("float32", "float16", "bfloat16")
-TARGETS = ("safetensors", "timm", "open_clip", "eva", "hf", "transformers", "onnx")
-DESCRIPTION = """\
-Write a checkpoint of any kind for another program, and prove it: the same images go through source and result.
-
-  safetensors   folder as a stage of ours leaves it: init_from=DST
-  timm          file: timm.create_model(NAME, checkpoint_path=DST)
-  open_clip     file: open_clip.create_model_and_transforms(NAME, pretrained=DST)
-  eva           file under the original code's names: torch.load(DST)
-  hf            folder: timm.create_model("local-dir:DST", pretrained=True); a CLIP model: open_clip.create_model("local-dir:DST")
-  transformers  folder: transformers.AutoModel.from_pretrained(DST)
-  onnx          file for onnxruntime: fixed image size, any batch
-"""
+DESCRIPTION = "\n".join([
+    "Write a checkpoint of any kind for another program, and prove it: the same images go through source and result.\n",
+    *("  {:<13} {}".format(form.name, form.help.replace("\n", "\n" + " " * 16)) for form in FORMATS.values()),
+])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("src", type=Path, metavar="SRC", help="file or folder that `eva-mim inspect` knows")
     parser.add_argument("dst", type=Path, metavar="DST", help="file or folder to write; a record is written beside or into it")
-    parser.add_argument("--to", required=True, choices=TARGETS)
+    parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--container", metavar="NAME", help="part of a torch file (model_ema, ...) or file of a folder")
     parser.add_argument("--architecture", metavar="NAME", help="timm's or open_clip's name; default: found by names and shapes")
     parser.add_argument("--argument", action="append", default=[], metavar="K=V",

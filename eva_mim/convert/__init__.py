@@ -8,7 +8,7 @@ On files that nobody trusts: `reading.py` opens a checkpoint of any kind lazily 
 `torchscript.py`, `tensors.py`; `zero.py` for DeepSpeed's shards), `describe.py` reads what lies beside it, `deferred.py` keeps
 its tensors on the disk, `source.py` puts it under our names. Nothing in a file is ever called.
 
-From there to a result: `architecture.py` (with `told.py`, `candidates.py`, `compose.py`) finds the model, `convert.py` changes
-it, `targets.py` (with `writing.py`, `onnx.py`) writes it, `proof.py` (with `parity.py`, `originals.py`) proves it. `command.py`
-and `inspect.py` are the commands. This file stays light: no torch.
+From there to a result: `architecture.py` (with `told.py`, `candidates.py`) finds the model, `convert.py` changes it,
+`targets.py` lists the formats, `writers.py` (with `writing.py`, `onnx.py`) writes them, `proof.py` (with `parity.py`,
+`originals.py`) proves the result. `command.py` and `inspect.py` are the commands. This file stays light: no torch.
 """

@@ -18,8 +18,7 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from eva_mim.convert.compose import clip_config, side, timm_keywords
-from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search
+from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.weights.files.sidecar import Description
@@ -128,16 +127,47 @@ def _find_trunk(want: Wanted, name: str | None) -> Candidate:
     named = name or want.told.name
     if named:
         check_name(named, timm.list_models(), "timm", "--architecture" if name else "the configuration beside the source")
-        try:
-            return fit(want, named, want.told.arguments if named == want.told.name else {})
-        except UserError:
-            if not (name and want.family and "num_heads" in want.arguments):
-                raise
-    elif want.family is None:
+        return fit(want, named, want.told.arguments if named == want.told.name else {})
+    if want.family is None:
         raise UserError("checkpoint: of no family that is known here; name its timm model with --architecture")
-    elif found := search(want):
+    if found := search(want):
         return choose(want, found)
-    return fit(want, *timm_keywords(want, named))
+    if want.told.config and "norm_pre.weight" in want.shapes:
+        return fit(want, *_tower(want.told.config))
+    family = want.family
+    ratio = f"{family.hidden / family.width:.8g}"
+    sizes = {"embed_dim": family.width, "depth": family.depth, "mlp_ratio": ratio, "num_heads": "N"}
+    options = " ".join(f"--argument {key}={value}" for key, value in sizes.items())
+    own, size = ("", "") if want.size else (" at its own size", "say --image-size N, or ")
+    raise UserError(
+        f"checkpoint: no registered architecture of timm has these names and shapes{own}; {size}name one of its kind, and what "
+        f"differs from it: --architecture {_like(want)} {options}"
+    )
+
+
+def _like(want: Wanted) -> str:
+    """An architecture of timm of the same kind, for an error."""
+    family = want.family
+    assert family
+    if family.patch is None or family.mlp == "geglu":
+        return "vitamin_small_224"
+    kind = family.timm_class()
+    if kind == "Eva" and family.mlp != "plain":
+        tower = family.sub_ln and family.inner_attn_ln
+        return "eva02_tiny_patch14_224" if family.mlp == "packed" else f"eva02_base_patch{'16_clip' if tower else '14'}_224"
+    if kind == "VisionTransformer" and "norm_pre.weight" in want.shapes:
+        return "vit_base_patch16_clip_quickgelu_224 (OpenAI's; open_clip's: vit_base_patch16_clip_224)"
+    return {"Eva": "eva_giant_patch14_224", "Beit": "beit_base_patch16_224"}.get(kind, "vit_base_patch16_224")
+
+
+def _tower(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(architecture, keywords) of the ViT of an open_clip configuration in timm, which has registered few of them."""
+    vision = config["vision_cfg"]
+    width = vision.get("width", 768)
+    return f"vit_base_patch16_clip_{'quickgelu_' if config.get('quick_gelu') else ''}224", {
+        "embed_dim": width, "depth": vision.get("layers", 12), "num_heads": width // vision.get("head_width", 64),
+        "mlp_ratio": vision.get("mlp_ratio", 4.0),
+    }
 
 
 def _find_clip(want: Wanted, name: str | None) -> Candidate:
@@ -158,8 +188,6 @@ def _find_clip(want: Wanted, name: str | None) -> Candidate:
                 found.append(_fit_clip(want, known, config))
     if found:
         return choose(want, found)
-    if composed := clip_config(want):
-        return _fit_clip(want, "", composed)
     tower = "; it names the tower, which has to be registered with timm (see eva_mim/students/small.py)"
     raise UserError(
         "checkpoint: no model of open_clip has these names and shapes, and they do not tell the heads. Put its "

@@ -16,8 +16,9 @@ import torch
 
 from eva_mim import __version__
 from eva_mim.convert.architecture import find_architecture
-from eva_mim.convert.targets import FORMATS, Format, Model
+from eva_mim.convert.targets import FORMATS, Format
 from eva_mim.convert.verify import Proof, prove
+from eva_mim.convert.writers import Model
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json
@@ -88,10 +89,10 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
         path = stage / dst.name
         if not form.suffixes:
             path.mkdir()
-        written = form.write(after, path, options.dtype)
+        written = form.writer()(after, path, options.dtype)
         report = _joined(source, before, changed, written, after)
         proof = prove(
-            source, before, after, path, to, dtype=options.dtype, bound=options.bound, images=options.images
+            source, before, after, path, form.runner(), dtype=options.dtype, bound=options.bound, images=options.images
         )
         if not proof.passed:
             failed = [f"{what}:\n{parity}" for what, parity in proof.parities.items() if not parity.passed]

@@ -19,7 +19,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
-from eva_mim.convert.compose import pool, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
@@ -85,7 +84,7 @@ def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
     if changes := {key: value for key, value in _changes(want, model).items() if key not in want.arguments}:
         options |= changes
         model = on_meta(name, options)
-    check(want, model, name)
+    check(want, model, name, "; say with --argument what differs from it" if want.family else "")
     told = want.told if want.told.name in (None, name) else Told()
     pixels: Any = model.pretrained_cfg
     return Candidate(name, options, None, model, told.mean or tuple(pixels["mean"]), told.std or tuple(pixels["std"]))
@@ -125,7 +124,7 @@ def _changes(want: Wanted, model: Any) -> dict[str, Any]:
     if family.patch and kernel is not None and tuple(kernel.shape[2:]) != family.patch:
         changes["patch_size"] = side(family.patch)
     if [name in want.shapes for name in NORMS] != [name in names for name in NORMS]:
-        changes["global_pool"] = pool(want.shapes)
+        changes["global_pool"] = _pool(want.shapes)
     if want.rope and getattr(model, "rope", None) is not None:
         grid = tuple(embed.grid_size)
         if want.size and family.patch:
@@ -136,7 +135,19 @@ def _changes(want: Wanted, model: Any) -> dict[str, Any]:
     return changes
 
 
-def check(want: Wanted, model: Any, label: str) -> None:
+def _pool(shapes: Mapping[str, Shape]) -> str:
+    """timm's `global_pool`, by where the norm stands."""
+    if "attn_pool.q.weight" in shapes:
+        return "map"
+    return "avg" if "fc_norm.weight" in shapes else "token" if "cls_token" in shapes else ""
+
+
+def side(size: tuple[int, int]) -> int | tuple[int, int]:
+    """One number for a square."""
+    return size[0] if size[0] == size[1] else size
+
+
+def check(want: Wanted, model: Any, label: str, hint: str = "") -> None:
     """Raise UserError unless the model has exactly these names and shapes, and the heads, image size and grid that are told."""
     shapes, given = shapes_of(model), dict(want.shapes)
     for scalar in ("logit_scale", "logit_bias"):  # open_clip loads a vector of one as a scalar
@@ -154,7 +165,7 @@ def check(want: Wanted, model: Any, label: str) -> None:
     heads = next((module.num_heads for module in getattr(model, "visual", model).modules() if hasattr(module, "num_heads")), None)
     mistakes += [f"{want.heads} heads, not {heads}"] if want.family and want.heads not in (None, heads) else []
     if mistakes:
-        raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(mistakes)}")
+        raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(mistakes)}{hint}")
 
 
 def shapes_of(model: nn.Module) -> dict[str, Shape]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from eva_mim.convert.onnx import runner
 from eva_mim.convert.parity import BOUNDS, Parity, compare, outputs, sample_images, sample_tokens, streamed, unloaded
-from eva_mim.convert.targets import Model
 from eva_mim.convert.timm_filters import under_timms_names
+from eva_mim.convert.writers import Model
 from eva_mim.core.errors import UserError
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.lazy import deferred, real
@@ -24,6 +24,8 @@ from eva_mim.weights.files.sidecar import describe
 from eva_mim.weights.names import huggingface
 from eva_mim.weights.names.translate import Source, read_source
 
+Run = Callable[[Path, Model, Tensor, Tensor | None], dict[str, Tensor]]
+"""(what was written, Model, normalised images [B, channels, H, W], token ids [B, L] or None) -> outputs by name."""
 HALF = ("float16", "bfloat16")
 IMAGES = 4
 """Through source and result."""
@@ -45,10 +47,10 @@ class Proof:
 
 
 def prove(
-    source: Source, before: Model, after: Model, path: Path, to: str, *,
+    source: Source, before: Model, after: Model, path: Path, run: Run, *,
     dtype: str | None = None, bound: float | None = None, images: Path | None = None,
 ) -> Proof:
-    """Compare the source, read by its own library where there is one, with the file or folder that was written.
+    """Compare the source, read by its own library where there is one, with the file or folder that was written, as `run` runs it.
 
     A model that was changed on the way (`after` is not `before`) is compared twice, before the change and after it; one that was
     rounded also with rounded weights in the source's place, which shows mistakes that rounding would hide. `bound` is for the
@@ -56,17 +58,20 @@ def prove(
     """
     exact = BOUNDS["float32"]
     bound = bound if bound is not None else BOUNDS.get(dtype or "float32", exact)
-    first = _source_says(source, before, images)
-    last = _result_says(after, path, to, dtype, images)
+    given, later = (_inputs(model, images) for model in (before, after))
+    first = _source_says(source, before, *given)
+    last = run(path, after, *later)
+    if after.outside:
+        _same_outside(path, after, dtype)
     rounded: dict[str, Parity] = {}
     if dtype in HALF:
         kind = getattr(torch, dtype)
         half = {name: value.to(kind) if value.is_floating_point() else value for name, value in after.weights.items()}
-        expected = _says(after, images, half)
+        expected = _says(after, *later, half)
         rounded = {f"rounded to {dtype}, and result": compare(expected, _aligned(expected, last), bound=exact)}
     if after is before:
         return Proof({"source and result": compare(first, _aligned(first, last), bound=bound)} | rounded)
-    middle, changed = _says(before, images), _says(after, images)
+    middle, changed = _says(before, *given), _says(after, *later)
     parities = rounded | {
         "source, and the same under our names": compare(first, _aligned(first, middle), bound=exact),
         "with the change, and the result": compare(changed, _aligned(changed, last), bound=bound),
@@ -77,10 +82,12 @@ def prove(
     return Proof(parities, [round(float(value), 4) for value in F.cosine_similarity(middle[key], changed[key], dim=-1)])
 
 
-def _says(model: Model, images: Path | None, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _says(
+    model: Model, images: Tensor, tokens: Tensor | None, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     built = streamed(model.built(), model.weights if weights is None else weights)
     with _runs(model.architecture.name):
-        return outputs(built, *_inputs(model, images))
+        return outputs(built, images, tokens)
 
 
 @contextmanager
@@ -102,26 +109,29 @@ def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
     return pixels, sample_tokens(text.context, text.vocabulary, IMAGES) if text else None
 
 
-def _source_says(source: Source, model: Model, images: Path | None) -> dict[str, Tensor]:
+def _source_says(source: Source, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
     raw = deferred(source.checkpoint)
     if source.scheme == "transformers":
-        return _transformers_says(source.description.config, raw, *_inputs(model, images))
-    if source.scheme == "eva":
-        return _says(model, images, under_timms_names(raw, model.built()))
-    return _says(model, images)
+        return _transformers_says(source.description.config, raw, images, tokens)
+    return _says(model, images, tokens, under_timms_names(raw, model.built()) if source.scheme == "eva" else None)
 
 
-def _result_says(model: Model, path: Path, to: str, dtype: str | None, images: Path | None) -> dict[str, Tensor]:
-    if to == "onnx":
-        return runner(path)(*_inputs(model, images))
-    if to == "transformers":
-        return _transformers_says(describe(path).config, deferred(open_checkpoint(path)), *_inputs(model, images))
+def reopened(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+    """What the written weights say in timm's or open_clip's model; timm's own loaders read the original code's names."""
     found = read_source(path / "open_clip_model.safetensors" if model.trunk and path.is_dir() else path)
-    if model.outside:
-        _same_outside(path, model, dtype)
     if found.scheme == "eva":
-        return _says(model, images, under_timms_names(deferred(found.checkpoint), model.built()))
-    return _says(model, images, found.weights if model.trunk else found.trunk().weights)
+        return _says(model, images, tokens, under_timms_names(deferred(found.checkpoint), model.built()))
+    return _says(model, images, tokens, found.weights if model.trunk else found.trunk().weights)
+
+
+def by_transformers(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+    """What transformers' own model of a folder says."""
+    return _transformers_says(describe(path).config, deferred(open_checkpoint(path)), images, tokens)
+
+
+def by_onnxruntime(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+    """What a graph says."""
+    return runner(path)(images, tokens)
 
 
 def _transformers_says(

@@ -50,5 +50,10 @@ def lookup(table: dict[str, str], name: str, setting: str) -> Any:
     """The object that `name` stands for in `table`. Raises UserError that lists the known names."""
     if name not in table:
         raise UserError(f"{setting}: {name!r} is not known{nearest(name, table) or ';'} known: {', '.join(table)}")
-    module, _, attribute = table[name].partition(":")
+    return load(table[name])
+
+
+def load(place: str) -> Any:
+    """The object at "module:attribute", or the module itself."""
+    module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute) if attribute else import_module(module)

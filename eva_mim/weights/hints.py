@@ -44,9 +44,7 @@ class Told:
     """open_clip's `model_cfg`."""
     mean: Pixels | None = None
     std: Pixels | None = None
-    size: int | None = None
     heads: int | None = None
-    text_heads: int | None = None
     quick_gelu: bool | None = None
 
 
@@ -106,12 +104,11 @@ def read_told(found: Description) -> Told:
             "img_size": at(student, "image_size"), "patch_size": at(student, "patch_size"), "in_chans": _channels(student, "mean")
         }
         arguments = {key: value for key, value in sizes.items() if value is not None}
-    heads = size = words = quick = None
+    heads = quick = None
     if hub := found.transformers:  # what its configuration leaves out is as transformers has it by itself
         tower, clip = at(hub, "vision_config") or hub, str(text(hub, "model_type")).startswith("clip")
-        heads, size = number(tower, "num_attention_heads") or 12, number(tower, "image_size") or 224
+        heads = number(tower, "num_attention_heads") or 12
         quick = (text(tower, "hidden_act") or ("quick_gelu" if clip else "gelu")) == "quick_gelu"
-        words = number(hub, "text_config", "num_attention_heads") or 8
     if isinstance(model, dict):
         config = read_clip_config(model)
         vision = config["vision_cfg"]
@@ -126,10 +123,7 @@ def read_told(found: Description) -> Told:
     mean, std = (
         next((pixels for tree, stem in places if (pixels := _pixels(tree, stem + key))), None) for key in ("mean", "std")
     )
-    return Told(
-        name, plain(arguments, "config.json: model_args."), config, mean, std,
-        int(size) if size and 0 < size <= MAX_SIDE else None, int(heads or 0) or None, int(words or 0) or None, quick,
-    )
+    return Told(name, plain(arguments, "config.json: model_args."), config, mean, std, int(heads or 0) or None, quick)
 
 
 def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:

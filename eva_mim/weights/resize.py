@@ -20,8 +20,6 @@ KernelRule = Literal["bicubic", "pseudo-inverse"]
 
 CLASS_ROWS = 3
 """Last rows of a relative position table: class to patch, patch to class, class to itself."""
-DECOUPLED_RATIO = 1.0903078
-"""Fixed in the original loader for tables of rows and columns apart."""
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid, *, prefix: int, rule: PositionRule) -> Tensor:
@@ -83,23 +81,11 @@ def resize_relative(table: Tensor, old: Grid, new: Grid) -> Tensor:
     if old == new:
         return table
     rows, columns = (
-        _spline(_distances(_ratio(a, b), a), torch.arange(1 - b, b), clamp=True) for a, b in zip(old, new, strict=True)
+        _spline(_distances(_ratio(a, b), a), torch.arange(1 - b, b)) for a, b in zip(old, new, strict=True)
     )
     source = table[:-CLASS_ROWS].double().reshape(2 * old[0] - 1, 2 * old[1] - 1, -1)
     resized = torch.einsum("ry,yxh,cx->rch", rows, source, columns).flatten(0, 1)
     return torch.cat([resized.to(table.dtype), table[-CLASS_ROWS:]])
-
-
-def resize_relative_axis(table: Tensor, old: int, new: int) -> Tensor:
-    """[2s'-1 + 3, heads] of [2s-1 + 3, heads]: one axis of the decoupled form, for grids of side s and s'.
-
-    As `resize_relative`, with the ratio fixed at 1.0903078, and the spline goes on beyond its ends.
-    """
-    _expect(table, 2 * old - 1, f"side {old}")
-    if old == new:
-        return table
-    weights = _spline(_distances(DECOUPLED_RATIO, old), torch.arange(1 - new, new), clamp=False)
-    return torch.cat([(weights @ table[:-CLASS_ROWS].double()).to(table.dtype), table[-CLASS_ROWS:]])
 
 
 def resize_trunk(
@@ -164,11 +150,11 @@ def _distances(q: float, side: int) -> Tensor:
     return torch.cat([-positive.flip(0), torch.zeros(1), positive])
 
 
-def _spline(x: Tensor, at: Tensor, *, clamp: bool) -> Tensor:
+def _spline(x: Tensor, at: Tensor) -> Tensor:
     """[T, S] float64: the values at `at`, [T], of the cubic spline through (x, y) are this times y, [S].
 
     Not-a-knot: the first two pieces are one cubic, and the last two (FITPACK's interpolating spline, scipy's `interp2d` and
-    `interp1d` with kind cubic). Its second derivatives solve a linear system. Outside `x` it is held, or goes on without `clamp`.
+    `interp1d` with kind cubic). Its second derivatives solve a linear system. Outside `x` it is held.
     """
     count, h = len(x), x.diff()
     if count < 4:
@@ -181,8 +167,7 @@ def _spline(x: Tensor, at: Tensor, *, clamp: bool) -> Tensor:
     for row, i in ((0, 0), (-1, count - 3)):  # equal third derivatives on both sides of the second and the last but one point
         system[row, i : i + 3] = torch.stack([-1 / h[i], 1 / h[i] + 1 / h[i + 1], -1 / h[i + 1]])
     curvature = torch.linalg.solve(system, right)
-    at = at.double()
-    at = at.clamp(x[0], x[-1]) if clamp else at
+    at = at.double().clamp(x[0], x[-1])
     piece = (torch.searchsorted(x, at, right=True) - 1).clamp(0, count - 2)
     width, left = h[piece][:, None], (at - x[piece])[:, None]
     rest = width - left

@@ -31,11 +31,20 @@ GOLDEN = (*TRUNKS, *CLIPS)
 SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva": ".pt", "onnx": ".onnx"}
 """Of a file; the other formats are folders."""
 TOLD: dict[str, Options] = {
-    "eva01_cls": Options(arguments={"num_heads": 4}, image_size=(112, 112)),
-    "clip_bige_visual": Options(arguments={"num_heads": 4, "use_post_norm": True}, image_size=(84, 84)),
-    "openai_visual": Options(arguments={"num_heads": 5, "act_layer": "quick_gelu"}, image_size=(112, 112)),
+    "eva01_cls": Options(
+        architecture="eva_giant_patch14_224", image_size=(112, 112),
+        arguments={"embed_dim": 88, "depth": 2, "num_heads": 4, "mlp_ratio": 384 / 88},
+    ),
+    "clip_bige_visual": Options(
+        architecture="eva_giant_patch14_224", image_size=(84, 84),
+        arguments={"embed_dim": 84, "depth": 2, "num_heads": 4, "mlp_ratio": 720 / 84, "use_post_norm": True},
+    ),
+    "openai_visual": Options(
+        architecture="vit_base_patch16_clip_quickgelu_224", image_size=(112, 112),
+        arguments={"embed_dim": 80, "depth": 2, "num_heads": 5},
+    ),
 }
-"""What names and shapes do not tell, where no registered architecture has them."""
+"""Where no registered architecture has their names and shapes: one of their kind, and what differs from it."""
 QUICK = ("eva02_b_cls", "clip_eva02_b", "openai_visual")
 """One of each kind, for tests that are slow with all."""
 TOKENS, ANSWERS = 2e-5, 1e-5

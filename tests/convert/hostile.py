@@ -139,4 +139,4 @@ def example(kind: str, folder: Path) -> tuple[Path, list[str], str]:
         return timm_folder(folder / "a"), [], "safetensors"
     if kind == "open_clip":
         return clip_folder(folder / "a"), [], "hf"
-    return hub_folder(folder / "a"), [], "timm"
+    return hub_folder(folder / "a"), keywords("vit_tiny_patch16_224", VIT), "timm"

@@ -168,7 +168,7 @@ def test_arguments_of_a_configuration(home: Path, changes: dict[str, list[Any]])
 ], ids=lambda changes: next(iter(changes)))
 def test_configurations_of_transformers(home: Path, changes: dict[str, list[Any]]) -> None:
     for number, (key, value) in enumerate((key, value) for key, values in changes.items() for value in values):
-        ends(home, hub_folder(home / "source" / f"a{number}", **{key: value}))
+        ends(home, hub_folder(home / "source" / f"a{number}", **{key: value}), *keywords("vit_tiny_patch16_224", VIT))
         clean(home)
 
 

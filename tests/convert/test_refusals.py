@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eva_mim.convert.convert as convert_module
-import eva_mim.convert.targets as targets_module
+import eva_mim.convert.writers as writers_module
 import eva_mim.weights.names.translate as source_module
 from eva_mim.convert.convert import Options, convert
 from eva_mim.convert.parity import sample_images
@@ -100,7 +100,7 @@ def test_a_wrong_renaming_is_found_out(shared: Path, tmp_path: Path, monkeypatch
 def test_a_wrong_way_back_is_found_out(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into the original's names, of a trunk; and what parity cannot see, because no output depends on it."""
     source = written(golden(shared, "eva02_s_mim"), tmp_path)
-    before = targets_module.to_eva
+    before = writers_module.to_eva
     for change, match in (
         (swapped("blocks.0.norm1", "blocks.1.norm1"), "more than 2e-05 of it"),
         (shifted("mask_token"), "mask_token was not written as it is in the source"),
@@ -110,7 +110,7 @@ def test_a_wrong_way_back_is_found_out(shared: Path, tmp_path: Path, monkeypatch
             done = before(*given, **options)
             return Converted(change(done.weights), done.report)
 
-        monkeypatch.setattr(targets_module, "to_eva", wrong)
+        monkeypatch.setattr(writers_module, "to_eva", wrong)
         refused(source, "eva", match)
 
 
@@ -126,7 +126,7 @@ def test_an_interruption_leaves_what_was_there(
     if old:
         converted(classifier, to, tmp_path, dtype="float16")
     before, there = contents(tmp_path), left(tmp_path)
-    real_write = targets_module.write_safetensors
+    real_write = writers_module.write_safetensors
 
     def stop(path: Any, *given: Any, **options: Any) -> None:
         if moment == "write":
@@ -134,7 +134,7 @@ def test_an_interruption_leaves_what_was_there(
         raise KeyboardInterrupt
 
     if moment == "write":
-        monkeypatch.setattr(targets_module, "write_safetensors", stop)
+        monkeypatch.setattr(writers_module, "write_safetensors", stop)
     else:
         monkeypatch.setattr(convert_module, "prove", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -225,11 +225,13 @@ def test_weights_that_are_not_finite(shared: Path, tmp_path: Path, value: float)
 
 def test_what_nothing_tells_is_asked_for(shared: Path, tmp_path: Path) -> None:
     source = written(golden(shared, "clip_bige_visual"), tmp_path)
-    refused(source, "timm", r"do not tell the number of heads: --argument num_heads=N; rows and columns: --image-size N")
-    refused(source, "timm", r"do not tell rows and columns: --image-size N", arguments={"num_heads": 4})
+    asked = r"--architecture eva_giant_patch14_224 .*embed_dim=84 --argument depth=2 .*mlp_ratio=8.5714286 .*num_heads=N"
+    refused(source, "timm", rf"at its own size; say --image-size N, or name one of its kind, .*: {asked}")
+    refused(source, "timm", rf"these names and shapes; name one of its kind, .*: {asked}", image_size=(84, 84))
     refused(source, "timm", "--architecture: timm has no 'eva_giant'; did you mean ", architecture="eva_giant")
-    refused(source, "timm", "the weights are not those of eva_giant_patch14_224", architecture="eva_giant_patch14_224")
-    refused(source, "hf", r"timm cannot build .*no_such", arguments={"num_heads": 4, "no_such": 1}, image_size=(84, 84))
+    refused(source, "timm", "12 blocks|2 blocks, but|not those of eva_giant_patch14_224: .*; say with --argument what differs",
+            architecture="eva_giant_patch14_224")
+    refused(source, "hf", r"timm cannot build .*no_such", architecture="eva_giant_patch14_224", arguments={"no_such": 1})
     with pytest.raises(UserError, match=r"nothing\.pt does not exist"):
         convert(tmp_path / "nothing.pt", tmp_path / "x.pt", "timm")
 
@@ -267,12 +269,12 @@ def test_what_timm_cannot_represent_is_named(shared: Path, tmp_path: Path, chang
 @pytest.mark.parametrize(("name", "to", "options", "match"), [
     ("eva02_b_cls", "open_clip", {}, "no text tower here.*use --to timm or hf"),
     ("eva02_b_cls", "onnx", {"dtype": "float16"}, "graphs are written in float32"),
-    ("evaL_mae", "transformers", {"image_size": (112, 168)}, r"images of \(112, 168\) are not square"),
+    ("openai_visual", "transformers", {"image_size": (112, 168), "grid": (8, 8)}, r"images of \(112, 168\) are not square"),
     ("eva02_b_cls", "timm", {"image_size": (100, 112)}, "100x112 is no multiple of the patch 14x14"),
     ("eva02_b_cls", "timm", {"grid": (4, 16)}, r"--grid: \(4, 16\) patches, but the source says that there are \(8, 8\)"),
     ("clip_eva02_b", "hf", {"norm": "copy"}, "--norm copy: a CLIP model keeps its norm; convert the tower with --to timm"),
     ("clip_eva02_b", "hf", {"arguments": {"num_heads": 4}}, "no place for keywords of timm"),
-    ("clip_bige_visual", "transformers", {}, "does not say what the source says"),  # it has no post-norm
+    ("clip_bige_visual", "transformers", {}, "only OpenAI's CLIP has names of its own there; use --to hf"),
 ])
 def test_what_a_format_or_a_model_has_no_place_for(
     shared: Path, tmp_path: Path, name: str, to: str, options: dict[str, Any], match: str

@@ -374,40 +374,11 @@ HUB = {
 }
 
 
-def there_and_back(case: Hub, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(under our names, the file of transformers again, its config.json)."""
-    ours = from_transformers(state, {"model_type": case.kind}).weights
-    back, settings = to_transformers(ours, detect(ours), heads=case.width // 64 or 2, image_size=case.side * case.patch, eps=1e-6)
-    return ours, back.weights, settings
-
-
 @pytest.mark.parametrize("name", HUB)
-def test_transformers_names_are_timm_s_and_come_back(name: str) -> None:
-    pytest.importorskip("transformers")
+def test_transformers_names_are_timm_s(name: str) -> None:
     case = HUB[name]
-    wanted = case.names()
-    ours, back, settings = there_and_back(case, empty(wanted))
+    ours = from_transformers(empty(case.names()), {"model_type": case.kind}).weights
     assert shapes(ours) == shapes(case.library().state_dict())
-    lost = {"embeddings.mask_token"} if case.kind == "dinov2" else set()  # of pretraining: said to be ignored
-    assert shapes(back) == {key: shape for key, shape in wanted.items() if key not in lost}
-    with unloaded():
-        module = build(settings)
-    assert shapes(for_module(back, module)) == shapes(module.state_dict())
-
-
-@pytest.mark.parametrize("name", HUB)
-def test_transformers_weights_come_back(name: str) -> None:
-    """With registers the class token's position is added to the token, which has none in timm: the sum comes back."""
-    torch.manual_seed(0)
-    case = replace(HUB[name], width=48, depth=2, side=3, hidden=128 if HUB[name].hidden else 0, classes=min(HUB[name].classes, 5))
-    state = drawn(case.names())
-    _, back, _ = there_and_back(case, state)
-    token, rows = "embeddings.cls_token", "embeddings.position_embeddings"
-    same = set(state) - {"embeddings.mask_token"} - ({token, rows} if "registers" in case.kind else set())
-    assert [key for key in same if not torch.equal(real(back[key]), state[key])] == []
-    if "registers" in case.kind:
-        assert torch.equal(back[token] + back[rows][:, :1], state[token] + state[rows][:, :1])
-        assert torch.equal(back[rows][:, 1:], state[rows][:, 1:])
 
 
 @pytest.mark.parametrize(("name", "trunk"), [

@@ -1,4 +1,4 @@
-"""Hugging Face's transformers: its names to ours and back, its configurations, and its models' outputs.
+"""Hugging Face's transformers: its names to ours, CLIP's also back, its configurations, and its models' outputs.
 
 transformers 5 renames tensors when it loads a file, and back when it saves one. Tables here are of files; `for_module` gives a
 model in memory its names. Sources: models and `conversion_mapping.py` of transformers 5.23.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
 from eva_mim.core.settings import few
-from eva_mim.weights.files.sidecar import at, number, text
+from eva_mim.weights.files.sidecar import at, text
 from eva_mim.weights.names.eva import Converted
 from eva_mim.weights.names.families import Family
 from eva_mim.weights.names.openai import to_openai
@@ -53,8 +53,8 @@ _VIT = {"norm1.*": "layernorm_before.*", "norm2.*": "layernorm_after.*", "mlp.fc
 _DINOV2 = {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
            **{name: name for name in ("norm1.*", "norm2.*", "mlp.fc1.*", "mlp.fc2.*")}}
 _SWIGLU = {"mlp.fc1.*": "mlp.weights_in.*", "mlp.fc2.*": "mlp.weights_out.*"}
-_NO_K_BIAS = {"attn.q_bias": "attention.attention.query.bias", "attn.v_bias": "attention.attention.value.bias"}
 """Our name: a file's. * is weight and bias; | ends what q, k and v have in common."""
+_TEXT_HIDDEN = "transformer.resblocks.0.mlp.c_fc.weight"
 _TURNED = ("visual.proj", "text_projection")
 """Matrices that OpenAI multiplies from the right."""
 _IGNORED = {
@@ -71,7 +71,7 @@ _IN_MEMORY = (
 """In this order: part of a name in a file -> of the same tensor in transformers 5."""
 
 
-def _table(kind: str, packed: bool = False, without_k: bool = False) -> dict[str, list[str]]:
+def _table(kind: str, packed: bool = False) -> dict[str, list[str]]:
     """Our name -> the one of a file, or the three of q, k and v; N is a block's number."""
     if kind in ("clip", "clip_vision_model"):
         rows = dict(_CLIP)
@@ -82,7 +82,6 @@ def _table(kind: str, packed: bool = False, without_k: bool = False) -> dict[str
         rows = {new: old for new, old in rows.items() if kind == "clip" or new.startswith("visual.")}
     else:
         inside = _ATTENTION | (_VIT if kind == "vit" else _DINOV2 | _SWIGLU if packed else _DINOV2)
-        inside |= _NO_K_BIAS if without_k else {}
         rows = _TRUNK | {f"blocks.N.{new}": f"encoder.layer.N.{old}" for new, old in inside.items()}
         rows |= {"vit": {"head.*": "classifier.*"}, "dinov2": {}}.get(kind, {"reg_token": "embeddings.register_tokens"})
     table = {}
@@ -145,90 +144,47 @@ def from_transformers(weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 def to_transformers(
     weights: Mapping[str, Tensor], family: Family, *, heads: int, image_size: int, eps: float,
-    activation: Literal["gelu", "quick_gelu"] = "gelu", text_heads: int | None = None, classes: Sequence[str] | None = None,
+    activation: Literal["gelu", "quick_gelu"] = "gelu", text_heads: int | None = None,
 ) -> tuple[Converted, dict[str, Any]]:
-    """Ours -> (a file of transformers, its config.json): `clip` of OpenAI's architecture, `dinov2` of a ViT with layer scale
-    (with or without registers), else `vit`.
+    """OpenAI's CLIP, whole or its image tower -> (a file of transformers, its config.json).
 
-    Names and shapes do not tell the heads, the side of the image in pixels, the eps of the norms, the activation, the heads of a
-    text tower, and what a head's outputs are called. What only transformers has is new in the report: EVA-01's k bias (zeros), a
-    pooler that hands the class token on, a mask token (zeros). Raises UserError with the parts that transformers cannot hold.
+    Names and shapes do not tell the heads, the side of the image in pixels, the eps of the norms, the activation and the heads of
+    the text tower. Raises UserError for a size that does not fit.
     """
-    clip = family.name == "OpenAI CLIP"
-    scaled = "dinov2_with_registers" if family.registers else "dinov2"
-    kind = ("clip" if family.text else "clip_vision_model") if clip else scaled if family.layer_scale else "vit"
-    weights = to_openai(weights).weights if clip else weights
-    table = _table(kind, family.mlp == "packed", family.bias == "q, v")
-    common = {"hidden_act": activation, "layer_norm_eps": eps}
-    vision = common | {"num_attention_heads": heads, "image_size": image_size}
-    config = _config(weights, family, kind, table, vision, common | {"num_attention_heads": text_heads}, classes)
-    prefix = "vit." if kind == "vit" and family.head else ""
-    report, made = KeyReport(), dict[str, Tensor]()
-    for name, value in weights.items():
+    kind = "clip" if family.text else "clip_vision_model"
+    table, report, made = _table(kind), KeyReport(), dict[str, Tensor]()
+    config = _config(weights, family, kind, {"hidden_act": activation, "layer_norm_eps": eps}, heads, text_heads, image_size)
+    for name, value in to_openai(weights).weights.items():
         pattern, block = _numbered(name)
-        names = [("" if name.startswith("head.") else prefix) + new.replace(".N.", block) for new in table[pattern]]
-        values = value.chunk(3) if len(names) == 3 else [value.T if name in _TURNED else value]
-        made |= zip(names, values, strict=True)
+        names = [new.replace(".N.", block) for new in table[pattern]]
+        made |= zip(names, value.chunk(3) if len(names) == 3 else [value.T if name in _TURNED else value], strict=True)
     report.loaded += made
-    new = {name.replace(".query.", ".key."): (torch.zeros_like(value), "zeros: EVA-01 has no k bias")
-           for name, value in made.items() if family.bias == "q, v" and name.endswith(".query.bias")}
-    if not clip and family.patch and family.positions == (image_size // family.patch[0]) ** 2:
-        name = f"{prefix}embeddings.position_embeddings"
-        made[name] = torch.cat([torch.zeros_like(made[name][:, :1]), made[name]], dim=1)
-        report.reasons[name] = "with zeros for the class token, which has no position"
-    if kind == "dinov2_with_registers":
-        new["embeddings.mask_token"] = torch.zeros_like(weights["cls_token"][0]), "zeros: used with a mask only"
-    if kind == "vit" and not prefix:
-        zeros = torch.zeros_like(weights["norm.bias"])
-        new["pooler.dense.weight"] = torch.eye(len(zeros), dtype=zeros.dtype), "identity: hands the class token on"
-        new["pooler.dense.bias"] = zeros, "zeros: hands the class token on"
-    for name, (made[name], reason) in new.items():
-        report.note(report.new, name, reason)
     return Converted(made, report), config
 
 
 def _config(
-    weights: Mapping[str, Tensor], family: Family, kind: str, table: Mapping[str, Any], vision: dict[str, Any],
-    language: dict[str, Any], classes: Sequence[str] | None,
+    weights: Mapping[str, Tensor], family: Family, kind: str, common: dict[str, Any],
+    heads: int, text_heads: int | None, size: int,
 ) -> dict[str, Any]:
-    """The content of config.json. Raises UserError with what transformers cannot hold or lacks, or a size that does not fit."""
-    words, packed, (side, width) = family.text, family.mlp == "packed", family.patch or (1, 0)
-    # a SwiGLU of transformers is two thirds as wide as a plain MLP, rounded up to a multiple of 8
-    ratios = {(family.width * r * 2 // 3 + 7) // 8 * 8 if packed else family.width * r: r for r in range(1, 17)}
-    lacks = list(dict.fromkeys(pattern for pattern, _ in map(_numbered, weights) if pattern not in table))
-    if (kind == "vit" and packed) or (kind.startswith("dinov2") and family.hidden not in ratios):
-        lacks.append(f"a {family.mlp} MLP of width {family.hidden} in a width of {family.width}")
-    needed = [name for name in table if ".N." not in name and not name.startswith("head.") and name not in weights]
-    if lacks or needed:
-        said = [f"has no place for {few(lacks)}"] * bool(lacks) + [f"needs {few(needed)}"] * bool(needed)
-        raise UserError(f"transformers' {kind} {' and '.join(said)}")
-    for what, tower, sizes in ("heads", family, vision), ("text_heads", words, language):
-        heads = sizes["num_attention_heads"]
-        if tower and (not heads or tower.width % heads):
-            raise UserError(f"{what}: {heads} does not divide the width {tower.width}")
-    patches = (vision["image_size"] // side) ** 2
-    if side != width or family.positions not in (patches, patches + 1):
-        raise UserError(f"image_size: {vision['image_size']} gives {patches} patches, and there are {family.positions} positions")
-    top: dict[str, Any] = {"model_type": kind, "architectures": [CLASSES[kind][kind == "vit" and family.head is not None]]}
-    vision |= {"hidden_size": family.width, "num_hidden_layers": family.depth, "patch_size": side}
-    if kind.startswith("clip"):
-        vision |= {"intermediate_size": family.hidden, "projection_dim": family.head}
-    elif kind == "vit":
-        names = classes or [f"LABEL_{index}" for index in range(family.head or 0)]
-        if len(names) != (family.head or 0):
-            raise UserError(f"classes: {len(names)} names for a head of {family.head}")
-        vision |= {"intermediate_size": family.hidden, "pooler_act": "linear", "qkv_bias": family.bias != "none"}
-        vision |= {"id2label": {str(index): name for index, name in enumerate(names)},
-                   "label2id": {name: index for index, name in enumerate(names)}} if names else {}
-    else:
-        vision |= {"mlp_ratio": ratios[family.hidden], "use_swiglu_ffn": packed, "qkv_bias": family.bias != "none"}
-        vision |= {"num_register_tokens": family.registers} if family.registers else {"use_mask_token": False}
+    """The content of config.json. Raises UserError for a size that does not fit."""
+    words, (side, width) = family.text, family.patch or (1, 0)
+    for what, tower, count in ("heads", family, heads), ("text_heads", words, text_heads):
+        if tower and (not count or tower.width % count):
+            raise UserError(f"{what}: {count} does not divide the width {tower.width}")
+    if side != width or family.tokens != (size // side) ** 2:
+        raise UserError(f"image_size: {size} gives {(size // side) ** 2} patches, and there are {family.positions} positions")
+    top: dict[str, Any] = {"model_type": kind, "architectures": [CLASSES[kind][0]]}
+    vision = common | {
+        "num_attention_heads": heads, "image_size": size, "hidden_size": family.width, "num_hidden_layers": family.depth,
+        "patch_size": side, "intermediate_size": family.hidden, "projection_dim": family.head,
+    }
     if words is None:
         return top | vision
+    hidden = next(len(value) for name, value in weights.items() if name.removeprefix("text.") == _TEXT_HIDDEN)
     # 2 as the end token stands for open_clip's rule: the feature is taken where the largest id is
-    language |= {
-        "hidden_size": words.width, "num_hidden_layers": words.depth, "max_position_embeddings": words.context,
-        "intermediate_size": len(weights["transformer.resblocks.0.mlp.c_fc.weight"]), "projection_dim": family.head,
+    language = common | {
+        "num_attention_heads": text_heads, "hidden_size": words.width, "num_hidden_layers": words.depth,
+        "max_position_embeddings": words.context, "intermediate_size": hidden, "projection_dim": family.head,
         "vocab_size": words.vocabulary, "bos_token_id": 0, "eos_token_id": 2,
     }
     return top | {"projection_dim": family.head, "text_config": language, "vision_config": vision}
@@ -302,17 +258,6 @@ def outputs(module: Any, images: Tensor, tokens: Tensor | None = None) -> dict[s
     features = module.base_model(pixel_values=images).last_hidden_state
     head = module.config.model_type == "vit" and hasattr(module, "classifier")
     return {"tokens": features} | ({"answer": module.classifier(features[:, 0])} if head else {})
-
-
-def read_preprocessor(tree: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...], int] | None:
-    """(mean, standard deviation, side of the image) of a preprocessor_config.json; None where it does not say all, or the image
-    is not square."""
-    size = "size" if tree.get("do_center_crop") is False or tree.get("crop_size") is None else "crop_size"
-    sides = {number(tree, size, *key) for key in ((), ("height",), ("width",), ("shortest_edge",))} - {None}
-    mean, std = ([number(tree, f"image_{name}", channel) for channel in range(3)] for name in ("mean", "std"))
-    if len(sides) != 1 or None in mean or None in std:
-        return None
-    return tuple(map(float, mean)), tuple(map(float, std)), int(sides.pop())  # type: ignore[arg-type]
 
 
 def preprocessor(mean: Sequence[float], std: Sequence[float], size: int) -> dict[str, Any]:
