@@ -26,7 +26,7 @@ from eva_mim.evaluate.features import ridge_accuracy
 from eva_mim.run.loaders import batch_cut, eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.students.classifier import LinearProbe
-from eva_mim.tasks.probe import Heads
+from eva_mim.tasks.probe import ProbeTask
 from eva_mim.trunks.kernels import choose_kernels
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, devic
             source = Subset(source, kept)
         train = train_loader(recipe, source, sizes, recipe.view, pixels=(student.mean, student.std))
     evaluator = ProbeEvaluator(val, select, names, fixed=fixed, device=device)
-    return Parts(Heads(student, names, recipe.mix.smoothing), train, evaluator, recipe.data.max_broken)
+    return Parts(ProbeTask(student, names, recipe.mix.smoothing), train, evaluator, recipe.data.max_broken)
 
 
 def set_aside(images: int, share: float) -> tuple[Positions, Positions]:

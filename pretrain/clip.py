@@ -87,7 +87,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.stage import Built
     from eva_mim.students.clip import ClipStudent, as_open_clip
     from eva_mim.tasks.contrastive import Contrastive, ImageText
-    from eva_mim.weights.clip import seed_whole, with_text_of
+    from eva_mim.weights.clip import init_clip_from_clip, with_text_of
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
 
     splits = open_splits(recipe.data)
@@ -114,7 +114,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
     if settings.whole and recipe.init_from is not None:
-        seeded: KeyReport | None = seed_whole(student, recipe.init_from, settings, recipe.hand_over)
+        seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, settings, recipe.hand_over)
     else:
         seeded = seed_from(recipe, student.trunk)
         for name in student.model.visual.head.state_dict() if seeded else ():

@@ -45,7 +45,7 @@ FUZZ = settings(max_examples=200, derandomize=True, deadline=None, database=None
 
 
 @pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
+def check_limits() -> Iterator[None]:
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
 

@@ -69,14 +69,14 @@ def test_means_are_over_the_steps_that_were_taken() -> None:
     ]
     meter.broken = ["a", "b"]
     window = meter.read(torch.device("cpu"))
-    assert window.means == pytest.approx({
+    assert window.figures == pytest.approx({
         "loss": -0.6, "grad_norm": 2.0, "grad_norm_max": 3.0, "loss_scale": 4.0, "update_ratio": 0.25, "skipped": 1.0,
         "broken": 2.0,
     })
     assert window.losses[0] == pytest.approx(-0.5)
     assert math.isnan(window.losses[1])
     meter.outputs = [output(float("nan"), 1, grad_norm=float("nan"))]
-    alone = meter.read(torch.device("cpu")).means
+    alone = meter.read(torch.device("cpu")).figures
     assert math.isnan(alone["loss"])
     assert alone["grad_norm_max"] == 0.0
 

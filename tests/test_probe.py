@@ -34,7 +34,7 @@ from eva_mim.run.loaders import eval_loader, train_loader
 from eva_mim.run.stage import prepare
 from eva_mim.students import ClassifierSettings
 from eva_mim.students.classifier import LinearProbe
-from eva_mim.tasks.probe import Heads
+from eva_mim.tasks.probe import ProbeTask
 from eva_mim.trunks import TrunkSettings
 from eva_mim.weights.export import write_timm
 from finetune.probe import StageRecipe, build
@@ -105,7 +105,7 @@ def test_what_is_set_aside_is_not_learned_from() -> None:
         set_aside(1, 0.9)
 
 
-def task_and_rows(scales: list[float]) -> tuple[Heads, list[Batch]]:
+def task_and_rows(scales: list[float]) -> tuple[ProbeTask, list[Batch]]:
     torch.manual_seed(0)
     student = LinearProbe(ClassifierSettings(name=VIT["name"]), 4, scales=scales)
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +115,7 @@ def task_and_rows(scales: list[float]) -> tuple[Heads, list[Batch]]:
               labels=torch.randint(0, 4, (24,), generator=generator))
         for _ in range(6)
     ]  # fmt: skip
-    return Heads(student, [f"lr{scale:g}" for scale in scales], 0.1), batches
+    return ProbeTask(student, [f"lr{scale:g}" for scale in scales], 0.1), batches
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])

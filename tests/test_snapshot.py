@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eva_mim.core.contracts import Part
+from eva_mim.core.contracts import StateGroup
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
-from eva_mim.core.run_folder import MANIFEST, folder_of, is_whole, latest, read_manifest
+from eva_mim.core.run_folder import MANIFEST, folder_of, is_complete, latest, read_manifest
 from eva_mim.run import checkpoints as snapshot
 from eva_mim.weights.files.write import stream_safetensors
 from tests import tiny
@@ -32,7 +32,7 @@ MODULE = {"weight": torch.randn(4, 5, generator=GENERATOR), "count": torch.tenso
 MOMENT = {"weight": torch.rand(4, 5, generator=GENERATOR), "bias": torch.rand(4, generator=GENERATOR)}
 
 
-def fresh() -> tuple[dict[str, Part], list[dict[str, Tensor]]]:
+def fresh() -> tuple[dict[str, StateGroup], list[dict[str, Tensor]]]:
     """Parts over zeros, and the zeros."""
     held = [{name: torch.zeros_like(value) for name, value in tensors.items()} for tensors in (MODULE, MOMENT)]
     return dict(zip(("module", "exp_avg"), map(snapshot.kept_here, held), strict=True)), held
@@ -86,7 +86,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         began = time.monotonic()
         writer.save(2, parts, {"step": 2})
         assert time.monotonic() - began > 0.2
-        assert is_whole(folder_of(tmp_path, 1))
+        assert is_complete(folder_of(tmp_path, 1))
         writer.finish()
     for step in (1, 2):
         fits, held = fresh()
@@ -138,7 +138,7 @@ def test_a_byte_that_has_changed_sends_the_run_to_the_checkpoint_before(
         content = bytearray((folder / file).read_bytes())
         content[-1] ^= 1
         (folder / file).write_bytes(content)
-        assert is_whole(folder)
+        assert is_complete(folder)
         if folder is folders[1]:
             assert snapshot.newest(tmp_path) == (4, folders[0])
             assert f"{folder}: {file} is not as it was written" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from eva_mim.core.contracts import Rates
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.run.stability import SPIKE_PATIENCE, Detours, SkipStreak, SpikeAlarm
+from eva_mim.run.stability import SPIKE_PATIENCE, SkipCounter, SkippedData, SpikeAlarm
 from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, losses, python, records, write_recipe
 
 BATCH, SAMPLES = 24, 96
@@ -74,7 +74,7 @@ def updates(out: Path, step: int) -> float:
 
 def test_streak_counts_the_last_run_of_skips() -> None:
     flags = [0, 1, 1, 0, 1, 1, 1, 0, 0, 1]
-    streak, run = SkipStreak(), 0
+    streak, run = SkipCounter(), 0
     assert streak.clean()
     for flag in flags:
         streak.note(torch.tensor(float(flag)))
@@ -93,7 +93,7 @@ def test_detours_leave_exactly_their_data_steps_out(tmp_path: Path) -> None:
         def steps(self, first: int, last: int) -> Iterator[list[Any]]:
             return iter([[number] for number in range(first, last)])
 
-    detours = Detours(tmp_path, main=True)
+    detours = SkippedData(tmp_path, main=True)
     for first, last in ((5, 6), (7, 7), (0, 1), (20, 29)):
         detours.add(first, last)
     left = {0, 1, 5, 6, 7, *range(20, 30)}
@@ -103,11 +103,11 @@ def test_detours_leave_exactly_their_data_steps_out(tmp_path: Path) -> None:
     assert [batches[0] for _, batches in found] == expected
     later = list(detours.stream(Steps(), 11, 40))  # type: ignore[arg-type]
     assert [data_step for data_step, _ in later] == expected[11:]
-    again = Detours(tmp_path, main=True)
+    again = SkippedData(tmp_path, main=True)
     again.load()
     assert (again.rewinds, again.left_out) == (4, detours.left_out)
     again.forget()
-    fresh = Detours(tmp_path, main=True)
+    fresh = SkippedData(tmp_path, main=True)
     fresh.load()
     assert fresh.left_out == []
 
@@ -156,7 +156,7 @@ def test_loss_scale_moves_like_deepspeeds_own(monkeypatch: pytest.MonkeyPatch) -
 
 def test_update_ratio_is_the_distance_that_the_weights_move() -> None:
     from eva_mim.engine.step import set_rates
-    from eva_mim.optim.optimizers import WatchedAdamW
+    from eva_mim.optim.optimizers import SkippableAdamW
 
     torch.manual_seed(0)
     weights = [torch.randn(7, 5, requires_grad=True), torch.randn(5, requires_grad=True)]
@@ -164,10 +164,10 @@ def test_update_ratio_is_the_distance_that_the_weights_move() -> None:
         {"params": weights[:1], "weight_decay": 0.1, "lr_scale": 1.0, "decays": True},
         {"params": weights[1:], "weight_decay": 0.0, "lr_scale": 0.5, "decays": False},
     ]
-    optimizer = WatchedAdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = SkippableAdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
     for step in range(4):
         set_rates(optimizer.param_groups, Rates(1e-2 * (step + 1), 0.1))
-        optimizer.watch = step != 1
+        optimizer.measure_update = step != 1
         for weight in weights:
             weight.grad = torch.randn_like(weight)
         before = [weight.detach().double().clone() for weight in weights]
@@ -207,10 +207,10 @@ def test_a_skipped_step_leaves_batch_norms_alone(tmp_path: Path, settings: tuple
     poisoned(samples_of(2), "classify", path, *settings, "--out", tmp_path / "run", processes=2 if settings else 1)
     assert records(tmp_path / "run")[-1]["skipped"] >= 1
     weights = load_file(tmp_path / "run" / "model.safetensors")
-    means = {name: value for name, value in weights.items() if name.endswith("running_mean")}
-    assert len(means) > 3
+    figures = {name: value for name, value in weights.items() if name.endswith("running_mean")}
+    assert len(figures) > 3
     assert all(value.isfinite().all() for value in weights.values())
-    assert all(value.abs().max() > 1e-4 for value in means.values())
+    assert all(value.abs().max() > 1e-4 for value in figures.values())
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights import HandOverSettings
-from eva_mim.weights.clip import seed_whole, with_text_of
+from eva_mim.weights.clip import init_clip_from_clip, with_text_of
 from pretrain.clip import StageRecipe
 from tests.students.tiny_towers import clip_folder, clip_settings, pairs
 from tests.tiny import CLIP, run, write_recipe
@@ -37,7 +37,7 @@ def child_of(folder: str, **options: Any) -> tuple[ClipStudent, Any]:
     settings = with_text_of(clip_settings(whole=True, proj_bias=True, text={}, **options), folder)
     torch.manual_seed(1)
     student = ClipStudent(settings).eval()
-    return student, seed_whole(student, folder, settings, HandOverSettings())
+    return student, init_clip_from_clip(student, folder, settings, HandOverSettings())
 
 
 def test_the_child_says_what_its_parent_says(parent: tuple[ClipStudent, str]) -> None:
@@ -74,7 +74,7 @@ def test_what_is_no_whole_model_or_another_space_is_refused(parent: tuple[ClipSt
     torch.save(student.trunk.state_dict(), tmp_path / "trunk.pt")
     settings = clip_settings(whole=True)
     with pytest.raises(UserError, match="no CLIP model with a timm image tower and a text tower"):
-        seed_whole(ClipStudent(settings), str(tmp_path / "trunk.pt"), settings, HandOverSettings())
+        init_clip_from_clip(ClipStudent(settings), str(tmp_path / "trunk.pt"), settings, HandOverSettings())
     for wrong in ({"weights": "openai", "init_from": "ViT-B-32"}, {"projection": "new"}):
         with pytest.raises(ValueError, match=r"student\.whole=true takes the text tower"):
             clip_settings(whole=True, text=TextSettings(**wrong))
@@ -109,7 +109,7 @@ def test_open_clips_own_eva_models_keep_their_projection(tmp_path: Path) -> None
     settings = ClipSettings(name="eva02_base_patch16_clip_224", embed_dim=512, pool="token", proj_bias=True, whole=True,
                             text={"init_from": name})  # fmt: skip
     student = ClipStudent(settings).eval()
-    report = seed_whole(student, str(tmp_path / "model.pt"), settings, HandOverSettings())
+    report = init_clip_from_clip(student, str(tmp_path / "model.pt"), settings, HandOverSettings())
     assert (report.new, report.ignored) == ([], [])
     images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
     with torch.no_grad():

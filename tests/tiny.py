@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from eva_mim.core.contracts import Part
+from eva_mim.core.contracts import StateGroup
 from eva_mim.core.run_folder import folder_of
 from eva_mim.run import checkpoints as snapshot
 from tests import forked
@@ -87,7 +87,7 @@ def losses(out: Path) -> list[float]:
     return [record["loss"] for record in records(out)]
 
 
-def save(out: Path, step: int, parts: dict[str, Part], facts: dict[str, Any], **keep: int) -> Path:
+def save(out: Path, step: int, parts: dict[str, StateGroup], facts: dict[str, Any], **keep: int) -> Path:
     """A checkpoint, written to its end."""
     writer = snapshot.Writer(out, **keep)
     writer.save(step, parts, facts)

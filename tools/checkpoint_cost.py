@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401
-from eva_mim.core.contracts import Part, Rates, StepOutput
+from eva_mim.core.contracts import Rates, StateGroup, StepOutput
 from eva_mim.core.distributed import pick_device
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
@@ -61,7 +61,7 @@ class Squares:
         return
 
 
-def trained(step: Callable[[], None], parts: Callable[[], dict[str, Part]], folder: Path, options: Any) -> dict[str, float]:
+def trained(step: Callable[[], None], parts: Callable[[], dict[str, StateGroup]], folder: Path, options: Any) -> dict[str, float]:
     """Seconds of the steps, of the saves, and of the last write after its save."""
     writer, steps, held = snapshot.Writer(folder, keep_last=1), 0.0, 0.0
     for number in range(options.saves * options.every):
@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def parts() -> dict[str, Part]:
-        return engine.parts() | {"ema": snapshot.kept_here(average.module.state_dict())}
+    def parts() -> dict[str, StateGroup]:
+        return engine.state() | {"ema": snapshot.kept_here(average.module.state_dict())}
 
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-cost-", dir=options.folder))
     for _ in range(3):

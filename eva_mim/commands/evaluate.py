@@ -87,7 +87,7 @@ def on_sets(options: argparse.Namespace) -> None:
 
 def opened(options: argparse.Namespace, device: Any) -> Any:
     """A classifier, or a CLIP model that becomes one by its prompts. Raises UserError."""
-    from eva_mim.evaluate.accuracy import Finished
+    from eva_mim.evaluate.accuracy import FolderClassifier
     from eva_mim.evaluate.zeroshot import ZeroShot
     from eva_mim.weights.files.sidecar import describe
 
@@ -96,7 +96,7 @@ def opened(options: argparse.Namespace, device: Any) -> Any:
                         precision=options.precision, device=device)
     if options.templates:
         raise UserError(f"--templates {options.templates}: {options.checkpoint} is no CLIP model (open_clip_config.json)")
-    return Finished(options.checkpoint, options.classes)
+    return FolderClassifier(options.checkpoint, options.classes)
 
 
 def table(now: dict[str, float], before: dict[str, float]) -> str:

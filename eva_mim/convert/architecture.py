@@ -22,7 +22,7 @@ from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choos
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.weights.files.sidecar import Description
-from eva_mim.weights.hints import Pixels, Told, Wanted, bounded, plain, read_clip_config, read_told
+from eva_mim.weights.hints import Hints, Pixels, Requirements, check_limits, plain, read_clip_config, read_hints
 from eva_mim.weights.names.buffers import Rope
 from eva_mim.weights.names.families import Family
 
@@ -110,9 +110,9 @@ def find_architecture(
     if size is None and grid and family and family.patch:
         size = (grid[0] * family.patch[0], grid[1] * family.patch[1])
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    told = read_told(described) if described else Told()
-    want = Wanted(shapes, family, plain(arguments or {}, "--argument "), size, grid, rope, told)
-    bounded(want)
+    told = read_hints(described) if described else Hints()
+    want = Requirements(shapes, family, plain(arguments or {}, "--argument "), size, grid, rope, told)
+    check_limits(want)
     if family and family.text:
         found = _find_clip(want, name)
     elif family and family.prefix:
@@ -123,7 +123,7 @@ def find_architecture(
     return Architecture(library, found.name, found.arguments, found.config, *image_of(found.model), found.mean, found.std)
 
 
-def _find_trunk(want: Wanted, name: str | None) -> Candidate:
+def _find_trunk(want: Requirements, name: str | None) -> Candidate:
     named = name or want.told.name
     if named:
         check_name(named, timm.list_models(), "timm", "--architecture" if name else "the configuration beside the source")
@@ -145,7 +145,7 @@ def _find_trunk(want: Wanted, name: str | None) -> Candidate:
     )
 
 
-def _like(want: Wanted) -> str:
+def _like(want: Requirements) -> str:
     """An architecture of timm of the same kind, for an error."""
     family = want.family
     assert family
@@ -170,7 +170,7 @@ def _tower(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _find_clip(want: Wanted, name: str | None) -> Candidate:
+def _find_clip(want: Requirements, name: str | None) -> Candidate:
     assert want.family
     if want.arguments:
         raise UserError(f"--argument {', '.join(want.arguments)}: open_clip's configurations have no place for keywords of timm")
@@ -202,7 +202,7 @@ def _same(name: str, config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _fit_clip(want: Wanted, name: str, config: dict[str, Any]) -> Candidate:
+def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidate:
     """A CLIP model of open_clip's. Raises UserError where its names and shapes are not exactly those of the weights."""
     label = name or "open_clip_config.json"
     if other := _mismatch(want, config):
@@ -223,7 +223,7 @@ def _fit_clip(want: Wanted, name: str, config: dict[str, Any]) -> Candidate:
     return Candidate(name, {}, config, model, mean, std)
 
 
-def _mismatch(want: Wanted, config: Mapping[str, Any]) -> list[str]:
+def _mismatch(want: Requirements, config: Mapping[str, Any]) -> list[str]:
     """Sizes of a configuration that are not the weights', said without building anything."""
     family, vision, words = want.family, config["vision_cfg"], config["text_cfg"]
     assert family

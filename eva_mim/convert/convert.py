@@ -27,7 +27,7 @@ from eva_mim.weights.files.sidecar import Description
 from eva_mim.weights.names.eva import NormRule, with_norm
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.name_tables import OUTSIDE
-from eva_mim.weights.names.translate import Source, content_hash, read_source, trunk_of
+from eva_mim.weights.names.translate import NamedCheckpoint, content_hash, read_source, trunk_of
 from eva_mim.weights.resize import CLASS_ROWS, KernelRule, PositionRule, resize_trunk
 
 LIBRARIES = ("torch", "timm", "open_clip_torch", "safetensors")
@@ -139,7 +139,7 @@ def _staged(dst: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _model(source: Source, form: Format, options: Options) -> Model:
+def _model(source: NamedCheckpoint, form: Format, options: Options) -> Model:
     """What is converted, at the source's own size."""
     if source.family is not None and source.family.text and form.whole:
         found = find_architecture(
@@ -208,7 +208,7 @@ def _changed(before: Model, options: Options) -> tuple[Model, KeyReport]:
     return _with_trunk(after) if before.trunk else after, report
 
 
-def _joined(source: Source, before: Model, changed: KeyReport, written: KeyReport, after: Model) -> KeyReport:
+def _joined(source: NamedCheckpoint, before: Model, changed: KeyReport, written: KeyReport, after: Model) -> KeyReport:
     """Every tensor of the result, and every one of the source that is not in it."""
     trunk = KeyReport() if before.trunk else source.trunk().report
     report = source.report.plus(trunk).plus(changed).plus(written)
@@ -223,7 +223,7 @@ def _joined(source: Source, before: Model, changed: KeyReport, written: KeyRepor
 
 
 def _record(
-    source: Source, src: Path, dst: Path, to: str, options: Options, model: Model, report: KeyReport, proof: Proof
+    source: NamedCheckpoint, src: Path, dst: Path, to: str, options: Options, model: Model, report: KeyReport, proof: Proof
 ) -> dict[str, Any]:
     found = model.architecture
     return {

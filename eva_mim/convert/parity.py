@@ -23,7 +23,7 @@ from eva_mim.data import SceneSettings
 from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import to_tensor
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 
 BOUNDS = {"float32": 2e-5, "float64": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
 """dtype of the result -> largest difference, over the source's largest absolute value.
@@ -94,7 +94,7 @@ def _fill(module: nn.Module, names: list[str], weights: Mapping[str, Tensor] | N
         if weights is None:
             new = torch.empty_like(old, device="meta")
         else:  # into torch's own memory, as load_state_dict does: alignment and strides decide the last bit of a product
-            new = torch.empty(old.shape, dtype=old.dtype).copy_(real(weights[name]))
+            new = torch.empty(old.shape, dtype=old.dtype).copy_(materialise(weights[name]))
         setattr(part, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 

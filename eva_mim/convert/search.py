@@ -23,7 +23,7 @@ from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
 from eva_mim.core.settings import few
-from eva_mim.weights.hints import Pixels, Told, Wanted
+from eva_mim.weights.hints import Hints, Pixels, Requirements
 from eva_mim.weights.names.layout import Shape
 from eva_mim.weights.names.name_tables import split_block
 
@@ -66,7 +66,7 @@ class Candidate:
     std: Pixels
 
 
-def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
+def fit(want: Requirements, name: str, arguments: Mapping[str, Any]) -> Candidate:
     """A timm model, with what is told changed in it: size, patches, place of the norm, rotary reference.
 
     Raises UserError where its names and shapes are not exactly those of the weights.
@@ -85,7 +85,7 @@ def fit(want: Wanted, name: str, arguments: Mapping[str, Any]) -> Candidate:
         options |= changes
         model = on_meta(name, options)
     check(want, model, name, "; say with --argument what differs from it" if want.family else "")
-    told = want.told if want.told.name in (None, name) else Told()
+    told = want.told if want.told.name in (None, name) else Hints()
     pixels: Any = model.pretrained_cfg
     return Candidate(name, options, None, model, told.mean or tuple(pixels["mean"]), told.std or tuple(pixels["std"]))
 
@@ -112,7 +112,7 @@ def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _changes(want: Wanted, model: Any) -> dict[str, Any]:
+def _changes(want: Requirements, model: Any) -> dict[str, Any]:
     """Keywords with which a timm model becomes the one that is wanted."""
     family, embed, changes = want.family, getattr(model, "patch_embed", None), dict[str, Any]()
     if family is None or embed is None:
@@ -147,7 +147,7 @@ def side(size: tuple[int, int]) -> int | tuple[int, int]:
     return size[0] if size[0] == size[1] else size
 
 
-def check(want: Wanted, model: Any, label: str, hint: str = "") -> None:
+def check(want: Requirements, model: Any, label: str, hint: str = "") -> None:
     """Raise UserError unless the model has exactly these names and shapes, and the heads, image size and grid that are told."""
     shapes, given = shapes_of(model), dict(want.shapes)
     for scalar in ("logit_scale", "logit_bias"):  # open_clip loads a vector of one as a scalar
@@ -183,7 +183,7 @@ def image_of(model: Any) -> tuple[tuple[int, int], Grid | None]:
     return tuple(size), tuple(grid) if grid else None
 
 
-def search(want: Wanted) -> list[Candidate]:
+def search(want: Requirements) -> list[Candidate]:
     """Architectures that fit at their own size. Where there is none and the image size is told, those that fit at that size, or
     else with other patches as well."""
     own = [{"img_size", "patch_size"}, {"patch_size"}, set[str]()]
@@ -198,7 +198,7 @@ def search(want: Wanted) -> list[Candidate]:
     return found
 
 
-def plausible(want: Wanted, kept: Collection[str]) -> Iterator[str]:
+def plausible(want: Requirements, kept: Collection[str]) -> Iterator[str]:
     """timm's names of the classes that are searched, and those that users have registered without a class; not those of another
     kind of stem, nor those whose name and default input say another `img_size` or `patch_size` where that is to be kept."""
     family, stem = want.family, "patch_embed.backbone." in "".join(want.shapes)
@@ -244,7 +244,7 @@ def _stem(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     return kept
 
 
-def choose(want: Wanted, candidates: Iterable[Candidate]) -> Candidate:
+def choose(want: Requirements, candidates: Iterable[Candidate]) -> Candidate:
     """The first of those that compute the same. Raises UserError where some differ."""
     found = sorted(candidates, key=lambda candidate: (len(candidate.arguments), len(candidate.name), candidate.name))
     if want.told.quick_gelu is not None:

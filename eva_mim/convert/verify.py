@@ -18,11 +18,11 @@ from eva_mim.convert.timm_filters import under_timms_names
 from eva_mim.convert.writers import Model
 from eva_mim.core.errors import UserError
 from eva_mim.trunks.pixels import normalise
-from eva_mim.weights.files.lazy import deferred, real
+from eva_mim.weights.files.lazy import deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.files.sidecar import describe
 from eva_mim.weights.names import huggingface
-from eva_mim.weights.names.translate import Source, read_source
+from eva_mim.weights.names.translate import NamedCheckpoint, read_source
 
 Run = Callable[[Path, Model, Tensor, Tensor | None], dict[str, Tensor]]
 """(what was written, Model, normalised images [B, channels, H, W], token ids [B, L] or None) -> outputs by name."""
@@ -47,7 +47,7 @@ class Proof:
 
 
 def prove(
-    source: Source, before: Model, after: Model, path: Path, run: Run, *,
+    source: NamedCheckpoint, before: Model, after: Model, path: Path, run: Run, *,
     dtype: str | None = None, bound: float | None = None, images: Path | None = None,
 ) -> Proof:
     """Compare the source, read by its own library where there is one, with the file or folder that was written, as `run` runs it.
@@ -109,7 +109,7 @@ def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
     return pixels, sample_tokens(text.context, text.vocabulary, IMAGES) if text else None
 
 
-def _source_says(source: Source, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+def _source_says(source: NamedCheckpoint, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
     raw = deferred(source.checkpoint)
     if source.scheme == "transformers":
         return _transformers_says(source.description.config, raw, images, tokens)
@@ -155,7 +155,7 @@ def _same_outside(path: Path, model: Model, dtype: str | None) -> None:
     """Mask token and head of a masked model were written bit for bit."""
     written = deferred(open_checkpoint(path / "head.safetensors")) if path.is_dir() else read_source(path).outside
     for name, value in model.outside.items():
-        wanted = real(value)
+        wanted = materialise(value)
         wanted = wanted.to(getattr(torch, dtype)) if dtype and wanted.is_floating_point() else wanted
-        if name not in written or not torch.equal(real(written[name]), wanted):
+        if name not in written or not torch.equal(materialise(written[name]), wanted):
             raise UserError(f"{path}: {name} was not written as it is in the source; nothing was written")

@@ -15,7 +15,7 @@ from eva_mim.convert.targets import TORCH_SUFFIXES
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json
 from eva_mim.core.report import KeyReport
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.write import write_safetensors, write_torch
 from eva_mim.weights.names.buffers import Rope
 from eva_mim.weights.names.eva import to_eva
@@ -145,6 +145,6 @@ def write_onnx(model: Model, path: Path, dtype: str | None) -> KeyReport:
         raise UserError(f"--to onnx --dtype {dtype}: graphs are written in float32; leave --dtype out")
     built = model.built()
     weights = {name: value.float() if value.is_floating_point() else value for name, value in model.weights.items()}
-    built.load_state_dict({name: real(value) for name, value in weights.items()}, assign=True)
+    built.load_state_dict({name: materialise(value) for name, value in weights.items()}, assign=True)
     export(built, path, model.architecture.image_size, channels=len(model.architecture.mean))
     return KeyReport()

@@ -84,7 +84,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         """These are read next, in this process: what is slow to arrive may be fetched together. Loses nothing if it fails."""
 
     def read(self, index: int) -> Sample: ...
@@ -113,7 +113,7 @@ class Batch:
     """[T] int64, row of the image that each text belongs to."""
     broken: tuple[str, ...] = ()
     """Records that could not be read and were replaced: "key: reason"."""
-    whole: WholeStep | None = None
+    grad_cache: GradCacheStep | None = None
     """Where the loss is of all micro-batches together: what `Task.prepare` found out."""
 
     def to(self, device: Any) -> Batch:
@@ -151,7 +151,7 @@ class StepOutput(NamedTuple):
         return StepOutput(self.loss, self.metrics | {name: value for name, value in more.items() if value is not None})
 
 
-class WholeStep(NamedTuple):
+class GradCacheStep(NamedTuple):
     """The loss of a whole step, and what one of its micro-batches passes back."""
 
     output: StepOutput
@@ -192,7 +192,8 @@ class Task(Protocol):
     student: nn.Module
 
     def prepare(self, student: Callable[..., Any], batches: list[Batch]) -> list[Batch]:
-        """Once a step, before the first `loss`: the same micro-batches, with what the loss of each needs of all (`Batch.whole`).
+        """Once a step, before the first `loss`: the same micro-batches, with what the loss of each needs of
+        all (`Batch.grad_cache`).
         Every rank must call."""
         return batches
 
@@ -221,7 +222,7 @@ class Rates(NamedTuple):
     """For groups with `decays` 1."""
 
 
-class Part(NamedTuple):
+class StateGroup(NamedTuple):
     """Tensors that make one file of a checkpoint, whole and in fp32 however they are kept in memory. Every rank calls `read` and
     `put`, for the same names in the same order."""
 
@@ -238,7 +239,7 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
+    def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
         """One optimizer update from this process's micro-batches.
 
         A loss or gradient that is not finite on any rank leaves the weights alone on all. Metrics: `grad_norm`, `skipped`
@@ -248,7 +249,7 @@ class Engine(Protocol):
     def weights(self) -> Mapping[str, Tensor]:
         """Whole fp32 weights on the CPU (empty on ranks other than 0). Every rank must call."""
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
+    def full_module(self) -> AbstractContextManager[nn.Module]:
         """Context that gives a module with the whole weights on every rank, for evaluation. Every rank must enter."""
 
     def autocast(self) -> Any:
@@ -257,7 +258,7 @@ class Engine(Protocol):
     def loss_scale(self) -> float:
         """What the loss is multiplied by before the backward pass (1 but for fp16)."""
 
-    def parts(self) -> dict[str, Part]:
+    def state(self) -> dict[str, StateGroup]:
         """What a checkpoint holds of it: `module` (all of the state dict), each moment of the optimizer under the parameters'
         names, and `counts`. Every rank must call."""
 

@@ -80,7 +80,7 @@ def grouped() -> bool:
 
 
 @contextmanager
-def losses_told(place: Callable[[], str] = str) -> Iterator[None]:
+def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
     """Raises LostProcess where a collective breaks inside; its text has `place()`, where the run was. With nccl torch's watchdog
     may end the process first."""
     try:
@@ -139,7 +139,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def agreed(work: Callable[[], T], mine: bool) -> dict[int, T]:
+def run_on(work: Callable[[], T], mine: bool) -> dict[int, T]:
     """By rank, what `work` says on the ranks where it is `mine` to do, while the others wait. Every rank must call; without a
     group it is this process's alone. The work may take longer than a collective may: its process shows that it lives. A failure
     is raised on every rank, elsewhere as UserError; LostProcess, when a rank is gone."""
@@ -220,7 +220,7 @@ def _wait(store: Any, turn: str, before: str) -> None:
             raise LostProcess(f"{here}, and the others gave no sign of life for {_patience.total_seconds():.0f} s")
 
 
-def on_main(work: Callable[[], T]) -> T:
+def run_on_main(work: Callable[[], T]) -> T:
     """Let the main rank work; every rank gets what it returns, or its UserError. An OSError becomes one."""
 
     def told() -> T:
@@ -229,4 +229,4 @@ def on_main(work: Callable[[], T]) -> T:
         except OSError as error:
             raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
 
-    return agreed(told, is_main())[0]
+    return run_on(told, is_main())[0]

@@ -25,18 +25,18 @@ def file_of(part: str) -> str:
     return f"{part}.safetensors"
 
 
-def whole(out: Path) -> list[tuple[int, Path]]:
+def complete(out: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each whole checkpoint, the newest first."""
     folders = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    return [(step_of(folder), folder) for folder in folders if is_whole(folder)]
+    return [(step_of(folder), folder) for folder in folders if is_complete(folder)]
 
 
 def latest(out: Path) -> tuple[int, Path] | None:
     """(step, folder) of the newest whole checkpoint, or None."""
-    return next(iter(whole(out)), None)
+    return next(iter(complete(out)), None)
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Every file of the manifest is there with its size."""
     try:
         files = read_manifest(folder)["files"]

@@ -87,7 +87,7 @@ class Reader(Dataset["Item | str | Failure"]):
     def __getitems__(self, places: list[Place]) -> list[Item | str | Failure]:
         """torch asks for a whole batch by this name."""
         try:
-            self.source.expect([place.index for place in places])
+            self.source.prefetch([place.index for place in places])
         except UserError as error:
             return [Failure(str(error))]
         return [self[place] for place in places]

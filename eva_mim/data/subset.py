@@ -32,7 +32,7 @@ HOLD_OUT_SEED = 0
 """The held-out share is the same for every run seed, so that runs can be compared."""
 
 
-class AllBut:
+class Complement:
     """The whole numbers from 0 without a few that are listed: `count` of them, held in the memory of those few."""
 
     def __init__(self, count: int, few: Positions = NONE):
@@ -59,7 +59,7 @@ class Subset:
     def __init__(
         self,
         source: Source,
-        indices: AllBut | Positions,
+        indices: Complement | Positions,
         label_map: dict[str, list[str]] | None = None,
         words: tuple[str, ...] | None = None,
         quarantined: Mapping[int, str] = MappingProxyType({}),
@@ -83,7 +83,7 @@ class Subset:
         if self._source.blocks is None:
             return None
         ends, pooled = self._source.blocks
-        kept = self._indices.below(ends) if isinstance(self._indices, AllBut) else np.searchsorted(self._indices, ends)
+        kept = self._indices.below(ends) if isinstance(self._indices, Complement) else np.searchsorted(self._indices, ends)
         return Blocks(np.unique(kept[kept > 0]), pooled)
 
     @cached_property
@@ -98,9 +98,9 @@ class Subset:
     def key(self, index: int) -> str:
         return self._source.key(int(self._indices[index]))
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         positions = (int(self._indices[index]) for index in indices)
-        self._source.expect([position for position in positions if position not in self._quarantined])
+        self._source.prefetch([position for position in positions if position not in self._quarantined])
 
     def read(self, index: int) -> Sample:
         """Raises Quarantined, and what the source raises."""
@@ -115,7 +115,7 @@ class Subset:
         return sample
 
 
-def _fingerprint(source: str, indices: AllBut | Positions, labels: Any) -> str:
+def _fingerprint(source: str, indices: Complement | Positions, labels: Any) -> str:
     """`digest([source, all indices as bytes in hex, labels])`, which for 14 million would be a text of 224 MB."""
     total = hashlib.sha256(f'["{source}", "'.encode())
     for start in range(0, len(indices), CHUNK):
@@ -155,10 +155,10 @@ class Mixture:
         part, inner = self._place(index)
         return f"{part}:{self._sources[part].key(inner)}"
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         places = [self._place(index) for index in indices]
         for part, source in enumerate(self._sources):
-            source.expect([inner for other, inner in places if other == part])
+            source.prefetch([inner for other, inner in places if other == part])
 
     def read(self, index: int) -> Sample:
         part, inner = self._place(index)
@@ -228,7 +228,7 @@ def open_splits(settings: DataSettings) -> Splits:
 def _open_held_out(settings: SourceSettings, listed: Quarantine | None) -> Source:
     opener = lookup(SOURCES, settings.source, "data.held_out.source")
     source: Source = opener(settings, "val") or opener(settings, "train")
-    every = AllBut(_at_most(settings.val_limit, len(source)))
+    every = Complement(_at_most(settings.val_limit, len(source)))
     return Subset(source, every, settings.label_map, class_words(settings), _quarantined(source, listed, settings))
 
 
@@ -242,7 +242,7 @@ def _open_source(settings: SourceSettings, listed: Quarantine | None, *, share: 
     train: Source = opener(settings, "train")
     val: Source | None = opener(settings, "val")
     held = NONE
-    val_indices: AllBut | Positions = AllBut(_at_most(settings.val_limit, len(val or ())))
+    val_indices: Complement | Positions = Complement(_at_most(settings.val_limit, len(val or ())))
     if val is None and share and settings.val_share:
         shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "hold-out")).permutation(len(train))
         held = np.sort(shuffled[: max(1, round(settings.val_share * len(train)))])
@@ -251,7 +251,7 @@ def _open_source(settings: SourceSettings, listed: Quarantine | None, *, share: 
         raise UserError(f"the training split has classes {train.classes}, the held-out split {val.classes}")
     words, images = class_words(settings), len(train) - len(held)
     reasons = _quarantined(train, listed, settings)
-    chosen = Subset(train, AllBut(_at_most(settings.limit, images), held), settings.label_map, words, reasons)
+    chosen = Subset(train, Complement(_at_most(settings.limit, images), held), settings.label_map, words, reasons)
     if val is None:
         return Opened(chosen, None, images)
     reasons = reasons if val is train else _quarantined(val, listed, settings)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Part, Rates, StepOutput, Task
+from eva_mim.core.contracts import Batch, Rates, StateGroup, StepOutput, Task
 from eva_mim.core.timing import phase
 from eva_mim.engine.loss_scale import LossScale
-from eva_mim.engine.state import Holdings
-from eva_mim.engine.step import autocast, conclude, loss_weights, set_rates, telling
-from eva_mim.optim.optimizers import Watched
+from eva_mim.engine.state import EngineState
+from eva_mim.engine.step import autocast, loss_weights, nan_gradient_if_not_finite, reduce_outputs, set_rates
+from eva_mim.optim.optimizers import SkippableOptimizer
 
 
 class BaseEngine:
@@ -21,18 +21,18 @@ class BaseEngine:
     module: nn.Module
     _network: Any
     """What a task calls: the module, or a wrapper of it."""
-    _watched: Watched
-    _holdings: Holdings
+    _watched: SkippableOptimizer
+    _state: EngineState
     _scale: LossScale
     _precision: str
     _device: torch.device
     _sharded: bool
     """Each rank holds a share of the optimizer's state."""
 
-    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
+    def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
         set_rates(self._watched.param_groups, rates)
-        self._watched.watch = watch
+        self._watched.measure_update = measure_update
         with self.autocast():
             batches = task.prepare(self._network, batches)
         weights = loss_weights(task, batches)
@@ -41,13 +41,13 @@ class BaseEngine:
             with self.autocast():
                 output = task.loss(self._network, batch)
             with phase("backward"):
-                self._backward(telling(output.loss), weight, len(batches))
+                self._backward(nan_gradient_if_not_finite(output.loss), weight, len(batches))
             outputs.append(output)
             with phase("optimizer"):
                 norm = self._update(last=batch is batches[-1])
         assert norm is not None
         ratio = self._watched.update_ratio(self._device, sharded=self._sharded)
-        return conclude(outputs, weights, norm, self._scale, ratio)
+        return reduce_outputs(outputs, weights, norm, self._scale, ratio)
 
     def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
         """Add the gradient of one of `count` micro-batches: that of loss * weight * loss scale / count."""
@@ -66,6 +66,6 @@ class BaseEngine:
         """See `contracts.Engine`."""
         return float(self._scale.value)
 
-    def parts(self) -> dict[str, Part]:
+    def state(self) -> dict[str, StateGroup]:
         """See `contracts.Engine`."""
-        return self._holdings.parts()
+        return self._state.state()

@@ -19,7 +19,7 @@ from eva_mim.core.distributed import is_main, local_rank, rank, world_size
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
-from eva_mim.engine.state import Holdings
+from eva_mim.engine.state import EngineState
 from eva_mim.engine.step import clip_and_step, low_precision
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
@@ -82,17 +82,17 @@ class DeepSpeedEngine(BaseEngine):
         self._optimizer.torch_autocast_gradscaler = None
         self._sharded, self._device = run.zero_stage > 0, device
         self.module: nn.Module = self._network.module
-        from eva_mim.engine.sharded_state import Fragments
+        from eva_mim.engine.sharded_state import ShardedState
 
         # Not DeepSpeed's own checkpoints: these belong to one stage and one number of processes.
         whole = self.module, self._watched, self._scale
-        self._holdings = Fragments(*whole, self._optimizer, run.zero_stage) if run.zero_stage else Holdings(*whole)
+        self._state = ShardedState(*whole, self._optimizer, run.zero_stage) if run.zero_stage else EngineState(*whole)
 
-    def step(self, task: Task, batches: list[Batch], rates: Rates, watch: bool = False) -> StepOutput:
+    def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
         if self._sharded and self._scale.dynamic:
             self._optimizer.override_loss_scale(float(self._scale.value))  # DeepSpeed multiplies and divides by it
-        return super().step(task, batches, rates, watch)
+        return super().step(task, batches, rates, measure_update)
 
     def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
         # Divides by the number of micro-batches itself; reduces over ranks after the last.
@@ -113,12 +113,12 @@ class DeepSpeedEngine(BaseEngine):
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `contracts.Engine`."""
-        with self.whole() as module:
+        with self.full_module() as module:
             state = module.state_dict() if is_main() else {}
             return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def full_module(self) -> Iterator[nn.Module]:
         """The module itself, or with ZeRO 3 an unsharded copy of it, brought up to date."""
         if self._plain is None:
             yield self.module

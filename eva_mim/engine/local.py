@@ -13,7 +13,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
-from eva_mim.engine.state import Holdings
+from eva_mim.engine.state import EngineState
 from eva_mim.engine.step import clip_and_step
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.groups import parameter_groups
@@ -31,7 +31,7 @@ class LocalEngine(BaseEngine):
         self._precision, self._clip, self._scale = run.precision, optim.clip_grad, LossScale(run.precision, device)
         groups = parameter_groups(student, optim)
         self._watched = build_optimizer(groups, optim)
-        self._holdings = Holdings(self.module, self._watched, self._scale)
+        self._state = EngineState(self.module, self._watched, self._scale)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
 
     def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
@@ -48,6 +48,6 @@ class LocalEngine(BaseEngine):
         """See `contracts.Engine`."""
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
+    def full_module(self) -> AbstractContextManager[nn.Module]:
         """Nothing is sharded."""
         return nullcontext(self.module)

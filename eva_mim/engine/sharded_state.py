@@ -11,24 +11,24 @@ from torch.nn import functional as F
 
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.engine.loss_scale import LossScale
-from eva_mim.engine.state import Holdings
-from eva_mim.optim.optimizers import Watched
+from eva_mim.engine.state import EngineState
+from eva_mim.optim.optimizers import SkippableOptimizer
 
 
-class Fragments(Holdings):
+class ShardedState(EngineState):
     """`zero` is DeepSpeed's optimizer around ours.
 
     With ZeRO 1 and 2 the weights are whole on each rank, and the optimizer works on copies of pieces of the vector that a
     parameter group makes; with ZeRO 3 each rank has an equal share of every parameter.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Watched, scale: LossScale, zero: Any, stage: int):
+    def __init__(self, module: nn.Module, optimizer: SkippableOptimizer, scale: LossScale, zero: Any, stage: int):
         super().__init__(module, optimizer, scale)
         self._zero, self._shared_out = zero, stage == 3
         self._vectors = zero.fp32_partitioned_groups_flat if self._shared_out else zero.single_partition_of_fp32_groups
 
     def _states(self) -> Iterable[dict[str, Tensor]]:
-        return [self._optimizer.begun(vector) for vector in self._vectors]
+        return [self._optimizer.state_of(vector) for vector in self._vectors]
 
     def _begin(self) -> None:
         self._states()

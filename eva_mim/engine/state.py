@@ -8,38 +8,38 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Part
+from eva_mim.core.contracts import StateGroup
 from eva_mim.engine.loss_scale import LossScale
-from eva_mim.optim.optimizers import Watched
+from eva_mim.optim.optimizers import SkippableOptimizer
 
 UPDATES, LOSS_SCALE = "updates", "loss_scale"
 
 
-class Holdings:
+class EngineState:
     """Of an engine whose tensors are whole on every rank."""
 
-    def __init__(self, module: nn.Module, optimizer: Watched, scale: LossScale):
+    def __init__(self, module: nn.Module, optimizer: SkippableOptimizer, scale: LossScale):
         self._module, self._optimizer, self._scale = module, optimizer, scale
         self._trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
 
-    def parts(self) -> dict[str, Part]:
+    def state(self) -> dict[str, StateGroup]:
         """See `contracts.Engine`. Moments that do not exist yet are zeros, as the optimizer would make them."""
         self._begin()
         tensors = self._module.state_dict(keep_vars=True)
         kinds = {name: (str(value.dtype).removeprefix("torch."), self._shape(value)) for name, value in tensors.items()}
-        parts = {"module": Part(kinds, lambda name: self._weight(tensors[name]),
+        parts = {"module": StateGroup(kinds, lambda name: self._weight(tensors[name]),
                                 lambda name, value: self._put_weight(tensors[name], value))}
         moments = {name: ("float32", self._shape(value)) for name, value in self._trained.items()}
         for moment in self._optimizer.moments:
-            parts[moment] = Part(moments, partial(self._read_moment, moment), partial(self._put_moment, moment))
+            parts[moment] = StateGroup(moments, partial(self._read_moment, moment), partial(self._put_moment, moment))
         counts: dict[str, tuple[str, tuple[int, ...]]] = {LOSS_SCALE: ("float64", (len(self._scale.state()),))}
         if self._optimizer.counts:
             counts[UPDATES] = "float64", ()
-        return parts | {"counts": Part(counts, self._count, self._put_count)}
+        return parts | {"counts": StateGroup(counts, self._count, self._put_count)}
 
     def _states(self) -> Iterable[dict[str, Tensor]]:
         """The optimizer's records, one for each tensor that it updates."""
-        return [self._optimizer.begun(value) for value in self._trained.values()]
+        return [self._optimizer.state_of(value) for value in self._trained.values()]
 
     def _begin(self) -> None:
         """Make the optimizer's records."""
@@ -55,10 +55,10 @@ class Holdings:
         value.data.copy_(new)
 
     def _moment(self, moment: str, value: Tensor) -> Tensor:
-        return self._optimizer.begun(value)[moment]
+        return self._optimizer.state_of(value)[moment]
 
     def _set_moment(self, moment: str, value: Tensor, new: Tensor) -> None:
-        self._optimizer.begun(value)[moment].copy_(new)
+        self._optimizer.state_of(value)[moment].copy_(new)
 
     def _read_moment(self, moment: str, name: str) -> Tensor:
         return self._moment(moment, self._trained[name])

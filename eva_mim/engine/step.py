@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Batch, Rates, StepOutput, Task
 from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.engine.loss_scale import LossScale
-from eva_mim.optim.optimizers import Watched
+from eva_mim.optim.optimizers import SkippableOptimizer
 
 
 def loss_weights(task: Task, batches: list[Batch]) -> list[Tensor | float]:
@@ -39,7 +39,7 @@ def low_precision(precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
-def telling(loss: Tensor) -> Tensor:
+def nan_gradient_if_not_finite(loss: Tensor) -> Tensor:
     """The loss, with a gradient that is NaN where it is not finite itself: so the reduced gradient tells every rank."""
     return loss * torch.where(loss.isfinite(), 1.0, float("nan"))
 
@@ -51,7 +51,7 @@ def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
         group["weight_decay"] = rates.weight_decay * group["decays"]
 
 
-def conclude(
+def reduce_outputs(
     outputs: list[StepOutput], weights: list[Tensor | float], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
 ) -> StepOutput:
     """This rank's share of the step's loss and metrics (detached); moves the loss scale. See `contracts.Engine.step`."""
@@ -67,7 +67,9 @@ def conclude(
     )
 
 
-def clip_and_step(optimizer: Watched, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale) -> Tensor:
+def clip_and_step(
+    optimizer: SkippableOptimizer, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale
+) -> Tensor:
     """Clip to the global norm `clip` and step, or leave the weights alone where the gradient is not finite.
 
     Returns the norm before clipping, of the unscaled gradient; nothing waits for the device.

@@ -30,7 +30,7 @@ from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, p
 from eva_mim.weights.handover import WEIGHTS
 
 
-class Finished(nn.Module):
+class FolderClassifier(nn.Module):
     """A classifier as timm opens it from a folder: a stage's result, its `ema`, or what `eva-mim convert --to hf` writes."""
 
     def __init__(self, folder: Path, classes: str | None = None):
@@ -128,7 +128,7 @@ def count(
 
 
 class Classifies(Protocol):
-    """A network with classes that knows its own images: `Finished`, `zeroshot.ZeroShot`."""
+    """A network with classes that knows its own images: `FolderClassifier`, `zeroshot.ZeroShot`."""
 
     classes: tuple[str, ...]
     image_size: int

@@ -11,10 +11,10 @@ from eva_mim.core.distributed import all_reduce_sum
 from eva_mim.optim import LambSettings, LarsSettings, OptimSettings
 
 
-class Watched(torch.optim.Optimizer):
+class SkippableOptimizer(torch.optim.Optimizer):
     """An optimizer that can leave a step out, and tell how far it moved the weights, without asking the host."""
 
-    watch = False
+    measure_update = False
     found_inf: Tensor | None = None
     """1 where the step is left out."""
     grad_scale: Tensor | None = None
@@ -26,7 +26,7 @@ class Watched(torch.optim.Optimizer):
     _squares: list[Tensor]
     """[2] squared norms of each tensor's update and of the tensor before it."""
 
-    def begun(self, parameter: Tensor) -> dict[str, Tensor]:
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Its record of a tensor, made as for a first update where there is none."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
@@ -37,7 +37,7 @@ class Watched(torch.optim.Optimizer):
 
     def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
         """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
-        if not self.watch:
+        if not self.measure_update:
             return None
         # Where DeepSpeed left the step out, nothing was measured.
         squares = torch.stack(self._squares).sum(0) if self._squares else torch.zeros(2, device=device)
@@ -52,7 +52,7 @@ class Watched(torch.optim.Optimizer):
         return done, torch.where(done > 0, p.grad if self.grad_scale is None else p.grad / self.grad_scale, 0.0)
 
 
-class WatchedAdamW(Watched, torch.optim.AdamW):
+class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
     """torch's fused AdamW."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
@@ -62,7 +62,7 @@ class WatchedAdamW(Watched, torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """One update; DeepSpeed calls it once for each group of its own."""
         result = super().step(closure)
-        if self.watch:
+        if self.measure_update:
             self._squares += [self._squared(group, p) for group in self.param_groups for p in group["params"]
                               if p.grad is not None and "step" in self.state[p]]
         return result
@@ -74,13 +74,13 @@ class WatchedAdamW(Watched, torch.optim.AdamW):
         # A skipped first step leaves the count at 0.
         count = state["step"].clamp(min=1).to(p.device)
         spread = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
-        moved = state["exp_avg"].div(1 - first**count).div_(spread).mul_(group["lr"])
-        before = (p + moved).div_(1 - group["lr"] * group["weight_decay"])
+        momentum_buffer = state["exp_avg"].div(1 - first**count).div_(spread).mul_(group["lr"])
+        before = (p + momentum_buffer).div_(1 - group["lr"] * group["weight_decay"])
         done = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         return torch.stack([(before - p).square_().sum() * done, before.square_().sum()])
 
 
-class TensorByTensor(Watched):
+class TensorByTensor(SkippableOptimizer):
     """An optimizer whose step is a rule for each whole tensor."""
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class TensorByTensor(Watched):
         raise NotImplementedError
 
 
-class WatchedLamb(TensorByTensor):
+class SkippableLamb(TensorByTensor):
     """LAMB, step by step as timm's `Lamb` with limits on the trust ratio (see `LambSettings`).
 
     Not timm's own class: that counts its steps on the host, and cannot leave one out without waiting for the device.
@@ -108,7 +108,7 @@ class WatchedLamb(TensorByTensor):
         self._squares = []
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
-        state, (beta1, beta2) = self.begun(p), group["betas"]
+        state, (beta1, beta2) = self.state_of(p), group["betas"]
         done, gradient = self._given(p)
         state["step"] += done
         state["exp_avg"].lerp_(gradient, (1 - beta1) * done)
@@ -124,17 +124,17 @@ class WatchedLamb(TensorByTensor):
                 ratio = ratio.clamp(*self._trust)
             rate = rate * torch.where((before > 0) & (length > 0), ratio, 1.0)
         p.addcmul_(update, rate, value=-1)
-        if self.watch:
+        if self.measure_update:
             self._squares.append(torch.stack([rate * length, before]).square_())
 
 
-class WatchedLars(TensorByTensor):
+class SkippableLars(TensorByTensor):
     """LARS, step by step as in MoCo v3 and MAE (see `LarsSettings`).
 
     Not timm's own class: that cannot leave a step out, and adds 1e-8 to norms that are divided by.
     """
 
-    moments, counts = ("moved",), False
+    moments, counts = ("momentum_buffer",), False
 
     def __init__(self, groups: list[dict[str, Any]], settings: LarsSettings, lr: float):
         super().__init__(groups, {"lr": lr})
@@ -142,25 +142,26 @@ class WatchedLars(TensorByTensor):
         self._squares = []
 
     def _update(self, group: dict[str, Any], p: Tensor) -> None:
-        state = self.begun(p)
+        state = self.state_of(p)
         done, gradient = self._given(p)
         update, before = gradient.add(p, alpha=group["weight_decay"]), p.norm()
         if p.ndim > 1:
             length = update.norm()
             update *= torch.where((before > 0) & (length > 0), self._trust * before / length, 1.0)
         # Exactly what it was where the step is left out.
-        state["moved"].copy_(torch.where(done > 0, state["moved"] * self._momentum + update, state["moved"]))
+        buffer = state["momentum_buffer"]
+        buffer.copy_(torch.where(done > 0, buffer * self._momentum + update, buffer))
         rate = group["lr"] * done
-        p.addcmul_(state["moved"], rate, value=-1)
-        if self.watch:
-            self._squares.append(torch.stack([rate * state["moved"].norm(), before]).square_())
+        p.addcmul_(state["momentum_buffer"], rate, value=-1)
+        if self.measure_update:
+            self._squares.append(torch.stack([rate * state["momentum_buffer"].norm(), before]).square_())
 
 
-def build_optimizer(groups: list[dict[str, Any]], settings: OptimSettings) -> Watched:
+def build_optimizer(groups: list[dict[str, Any]], settings: OptimSettings) -> SkippableOptimizer:
     """The optimizer that the settings name, for `parameter_groups`."""
     if settings.optimizer == "lars":
-        return WatchedLars(groups, settings.lars, settings.lr)
+        return SkippableLars(groups, settings.lars, settings.lr)
     options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.optimizer == "lamb":
-        return WatchedLamb(groups, settings.lamb, **options)
-    return WatchedAdamW(groups, **options)
+        return SkippableLamb(groups, settings.lamb, **options)
+    return SkippableAdamW(groups, **options)

@@ -14,7 +14,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     from eva_mim.core.distributed import barrier, is_main, pick_device, setup
     from eva_mim.core.log import say
     from eva_mim.pipeline.summary import write_summary
-    from eva_mim.run.stage import make_plan, run_stage
+    from eva_mim.run.stage import identity_of, run_stage
     from eva_mim.weights.handover import read_record
 
     first = planned[0].recipe.run
@@ -22,7 +22,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
         record = read_record(stage.out)
-        changes = make_plan(stage.entry.program, stage.recipe).changes(record) if record else []
+        changes = identity_of(stage.entry.program, stage.recipe).changes(record) if record else []
         barrier()
         if changes:
             say("  changed since it was run, so it runs again: " + "; ".join(changes[:8]))
@@ -45,7 +45,7 @@ def put_aside(folder: Path) -> None:
 
 def describe(path: str, overrides: list[str], out: Path) -> str:
     """The plan in words, for --dry-run."""
-    from eva_mim.run.stage import has_checkpoint, is_finished, make_plan
+    from eva_mim.run.stage import has_checkpoint, identity_of, is_finished
     from eva_mim.weights.handover import read_record
 
     _, planned = plan(path, overrides, out)
@@ -60,7 +60,7 @@ def describe(path: str, overrides: list[str], out: Path) -> str:
         elif not record:
             state = "runs"
         else:
-            made = make_plan(entry.program, stage.recipe)
+            made = identity_of(entry.program, stage.recipe)
             changes = made.changes(record)
             state = "finished, is skipped" if is_finished(stage.out, made) else (
                 "runs again: " + "; ".join(changes[:4]) if changes else

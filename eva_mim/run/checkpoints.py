@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole tensors under their names, the same for every engine, ZeRO stage and number of processes.
+"""Checkpoints of a run: full tensors under their names, the same for every engine, ZeRO stage and number of processes.
 Written beside their final name while training goes on, renamed when they are on the disk, then pruned; checked when read."""
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Part
-from eva_mim.core.distributed import is_main, on_main, world_size
+from eva_mim.core.contracts import StateGroup
+from eva_mim.core.distributed import is_main, run_on_main, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, sha256, write_json
 from eva_mim.core.log import say
-from eva_mim.core.run_folder import MANIFEST, file_of, folder_of, latest, read_manifest, step_of, whole
+from eva_mim.core.run_folder import MANIFEST, complete, file_of, folder_of, latest, read_manifest, step_of
 from eva_mim.core.settings import few
 from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from eva_mim.weights.files.write import Kinds, bytes_of, in_file_order, stream_safetensors
@@ -37,14 +37,14 @@ Values = Mapping[str, Iterable[Tensor]]
 """Part -> its tensors `in_file_order`."""
 
 
-def kept_here(tensors: Mapping[str, Tensor]) -> Part:
-    """A part whose tensors are whole on every rank."""
+def kept_here(tensors: Mapping[str, Tensor]) -> StateGroup:
+    """A state group whose tensors are full on every rank."""
     kinds = {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors.items()}
 
     def put(name: str, value: Tensor) -> None:
         tensors[name].data.copy_(value)
 
-    return Part(kinds, lambda name: tensors[name], put)
+    return StateGroup(kinds, lambda name: tensors[name], put)
 
 
 class Writer:
@@ -59,7 +59,7 @@ class Writer:
         """Of the checkpoint that is being written; `_end` tells the main rank what became of it."""
         self._told = False
 
-    def save(self, step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, parts: Mapping[str, StateGroup], facts: Mapping[str, Any]) -> None:
         """Begin a checkpoint, after the one before has been written. When this returns the tensors may change. `facts` are plain
         values for `load` to give back. Raises what `finish` raises."""
         self.finish(held=True)
@@ -67,7 +67,7 @@ class Writer:
         manifest = {"step": step, "processes": world_size(), "facts": dict(facts)}
         work = partial(self._write, manifest, kinds)
         values: Values = {name: _whole(part) for name, part in parts.items()}
-        copied = on_main(partial(self._fits, sum(map(bytes_of, kinds.values()))))
+        copied = run_on_main(partial(self._fits, sum(map(bytes_of, kinds.values()))))
         if is_main():
             if copied:
                 values = {name: [value.to("cpu", copy=True) for value in tensors] for name, tensors in values.items()}
@@ -87,7 +87,7 @@ class Writer:
         for example; then the checkpoints from before are as they were, and nothing is left of it. `held`: training waits."""
         step, self._step = self._step, None
         if step is not None:
-            on_main(partial(self._wait, step, held))
+            run_on_main(partial(self._wait, step, held))
 
     def close(self) -> None:
         """Wait, on this rank alone and whatever becomes of it."""
@@ -129,7 +129,7 @@ def newest(out: Path) -> tuple[int, Path] | None:
     Raises UserError where every one is damaged."""
 
     def search() -> tuple[int, Path] | None:
-        folders = whole(out)
+        folders = complete(out)
         for step, folder in folders:
             if not (damaged := _damaged(folder)):
                 return step, folder
@@ -138,10 +138,10 @@ def newest(out: Path) -> tuple[int, Path] | None:
             raise UserError(f"{out}: every checkpoint is damaged; to train from the start again, remove {out / 'checkpoints'}")
         return None
 
-    return on_main(search)
+    return run_on_main(search)
 
 
-def load(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
+def load(folder: Path, parts: Mapping[str, StateGroup]) -> dict[str, Any]:
     """Put a checkpoint back on all ranks; returns its facts. Raises UserError where names, shapes or, after all is done, the norm
     of a part is not what it should be: never a part of a load."""
     manifest = read_manifest(folder)
@@ -155,7 +155,7 @@ def load(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
             part.put(tensor, opened[name][tensor])
     for name, part in parts.items():  # of what arrived, wherever it lies now
         norm, squares = manifest["norms"][name], list(map(_square, _whole(part)))
-        on_main(partial(_equal, f"{folder / file_of(name)}", norm, math.sqrt(sum(squares))))
+        run_on_main(partial(_equal, f"{folder / file_of(name)}", norm, math.sqrt(sum(squares))))
     facts: dict[str, Any] = manifest["facts"]
     return facts
 
@@ -174,7 +174,7 @@ def _write(
     except (UserError, OSError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         before = latest(out)
-        stays = "there is no checkpoint" if before is None else f"the checkpoint of step {before[0]} is whole"
+        stays = "there is no checkpoint" if before is None else f"the checkpoint of step {before[0]} is complete"
         raise UserError(f"step {step} was not saved: {error}\n  {stays}; the same command goes on from there") from None
     _prune(target, keep_last, keep_every)
 
@@ -200,7 +200,7 @@ def _begin(temporary: Path, need: int) -> None:
         raise UserError(f"it needs {need:,} bytes, but {free:,} are free in {temporary.parent}; make room")
 
 
-def _whole(part: Part) -> Iterator[Tensor]:
+def _whole(part: StateGroup) -> Iterator[Tensor]:
     for name in in_file_order(part.kinds):
         yield part.read(name).detach()
 
@@ -250,7 +250,7 @@ def _damaged(folder: Path) -> str | None:
     return None
 
 
-def _same(opened: Checkpoint, part: Part) -> None:
+def _same(opened: Checkpoint, part: StateGroup) -> None:
     """Raise UserError unless the file has exactly the names, types and shapes that are wanted."""
     dtypes, shapes = opened.dtypes(), opened.shapes()
     found = {name: (dtypes[name], shapes[name]) for name in opened}

@@ -27,7 +27,7 @@ def write_dump(
     """
     step, data_step = bad[-1]
     folder = out / "dumps" / f"step-{step:08d}"
-    with engine.whole() as module:
+    with engine.full_module() as module:
         layers = _over_ranks([diagnose(parts.task, module, batch, engine.autocast).layers for batch in batches])
     weights = dict(engine.weights())
     if is_main():

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from eva_mim.core import run_folder as checkpoint
-from eva_mim.core.contracts import Batch, Engine, Evaluator, Part, Task, TrainData
-from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, losses_told, rank, world_size
+from eva_mim.core.contracts import Batch, Engine, Evaluator, StateGroup, Task, TrainData
+from eva_mim.core.distributed import all_reduce_sum, barrier, detect_lost_processes, is_main, rank, world_size
 from eva_mim.core.errors import Diverged, Interrupted, UserError
 from eva_mim.core.log import RunLog, duration, say
 from eva_mim.core.rng import derive, seed_all
@@ -27,7 +27,7 @@ from eva_mim.run import checkpoints as snapshot
 from eva_mim.run.dump import write_dump
 from eva_mim.run.meter import Meter, Row, Window
 from eva_mim.run.signals import caught_signals
-from eva_mim.run.stability import Detours, SkipStreak, SpikeAlarm
+from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
 
 EMA = "ema"
 
@@ -60,17 +60,17 @@ class Loop:
         self.steps_per_epoch = parts.train.steps_per_epoch
         self.total = run.steps(self.steps_per_epoch)
         self.ema = self._make_ema()
-        self.detours = Detours(out, is_main())
+        self.detours = SkippedData(out, is_main())
         self.norm_statistics = [buffer for name, buffer in engine.module.named_buffers()
                                 if name.endswith(("running_mean", "running_var"))]
         self.alarm, self.stopwatch = SpikeAlarm(), Stopwatch(device.type == "cuda")
         self.broken = self.skipped = 0
         self.window: list[Row] = []
-        self.owes_evaluation = False
+        self.evaluation_due = False
         self.writer = snapshot.Writer(out, keep_last=run.keep_last, keep_every=run.keep_every)
         self.step = self._resume()
         self.metrics: dict[str, float] = {}
-        self.owes_checkpoint = False
+        self.checkpoint_due = False
 
     def __call__(self) -> Trained:
         """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged, LostProcess."""
@@ -81,8 +81,8 @@ class Loop:
         self.log.write("start", self.step, self.step * self.run.global_batch, {})
         self.meter = Meter(self.stopwatch)
         self.engine.module.train()
-        with losses_told(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
-            if self.owes_evaluation:
+        with detect_lost_processes(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
+            if self.evaluation_due:
                 self._evaluate()
             while self.step < self.total:
                 self._train(caught)
@@ -94,7 +94,7 @@ class Loop:
 
     def _train(self, caught: list[int]) -> None:
         """Steps until the end, or until the run has been put back to an earlier checkpoint."""
-        streak, recent = SkipStreak(), deque[tuple[int, int]](maxlen=self.run.max_skips)
+        streak, recent = SkipCounter(), deque[tuple[int, int]](maxlen=self.run.max_skips)
         self.meter = Meter(self.stopwatch, self.window)
         for data_step, batches in self._loaded():
             streak.note(self._one_step(batches))
@@ -107,15 +107,15 @@ class Loop:
             if due:
                 self._write()
             stop = self._agree(caught) if due or world_size() == 1 else 0
-            self.owes_evaluation = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
+            self.evaluation_due = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
             if stop:
                 self._save(streak)
                 self.writer.finish()
                 self.log.close()
                 raise Interrupted(stop)
-            if self.owes_evaluation:
+            if self.evaluation_due:
                 self._evaluate()
-            if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.owes_checkpoint:
+            if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.checkpoint_due:
                 self._save(streak)
 
     def _place(self) -> str:
@@ -142,7 +142,7 @@ class Loop:
                               epochs=self.total / self.steps_per_epoch)
         self.step += 1
         before = [buffer.clone() for buffer in self.norm_statistics]
-        output = self.engine.step(self.parts.task, batches, self.rates, watch=self._is_due(self.run.log_every))
+        output = self.engine.step(self.parts.task, batches, self.rates, measure_update=self._is_due(self.run.log_every))
         for buffer, old in zip(self.norm_statistics, before, strict=True):  # a forward pass has moved them already
             buffer.copy_(torch.where(output.metrics["skipped"] > 0, old, buffer))
         self.meter.outputs.append(output)
@@ -159,10 +159,10 @@ class Loop:
             say(f"  broken image replaced: {fault}")
         for spike in self.alarm.feed(window.losses):
             say(f"  loss spike: {spike:.4f} against a running mean of {self.alarm.mean:.4f}, before step {self.step}")
-        self.broken += round(window.means["broken"])
-        self.skipped += round(window.means["skipped"])
+        self.broken += round(window.figures["broken"])
+        self.skipped += round(window.figures["skipped"])
         samples = self.step * self.run.global_batch
-        values = window.means | {
+        values = window.figures | {
             "lr": self.rates.lr,
             "weight_decay": self.rates.weight_decay,
             "epoch": self.step / self.steps_per_epoch,
@@ -229,14 +229,14 @@ class Loop:
         took = time.perf_counter() - began
         say(f"  held out, epoch {self.step / self.steps_per_epoch:g}: {text}  ({duration(took)})")
         self.meter.started += took
-        self.owes_evaluation = False
+        self.evaluation_due = False
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Held-out figures of the student, and of its average where one is kept. Every rank must call."""
         self._average_norm_statistics()
         with measuring(Stopwatch()):  # its teacher and student passes are none of a step's
-            with self.engine.whole() as module:
+            with self.engine.full_module() as module:
                 metrics = self._figures(module, "")
             if self.ema is not None:
                 metrics |= self._figures(self.ema.module, "ema_")
@@ -260,10 +260,10 @@ class Loop:
 
         return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=self.run.ema_warmup)
 
-    def _save(self, streak: SkipStreak) -> None:
+    def _save(self, streak: SkipCounter) -> None:
         # A checkpoint is a place to rewind to: none is written in a streak (its steps leave the weights alone), but at the end.
-        self.owes_checkpoint = self.step < self.total and not streak.clean()
-        if self.owes_checkpoint:
+        self.checkpoint_due = self.step < self.total and not streak.clean()
+        if self.checkpoint_due:
             return
         with phase("checkpoint"):
             self._average_norm_statistics()
@@ -273,12 +273,12 @@ class Loop:
                 "broken": self.broken + self.meter.broken_everywhere(self.device),
                 "skipped": self.skipped,
                 "alarm": self.alarm.state(),
-                "owes_evaluation": self.owes_evaluation,
+                "evaluation_due": self.evaluation_due,
             }
             self.writer.save(self.step, self._parts(), facts)
 
-    def _parts(self) -> dict[str, Part]:
-        return self.engine.parts() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
+    def _parts(self) -> dict[str, StateGroup]:
+        return self.engine.state() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
 
     def _resume(self) -> int:
         found = snapshot.newest(self.out)
@@ -291,7 +291,7 @@ class Loop:
     def _restore(self, step: int, folder: Path) -> int:
         facts = snapshot.load(folder, self._parts())
         self.window, self.broken, self.skipped = facts["window"], facts["broken"], facts["skipped"]
-        self.owes_evaluation = facts["owes_evaluation"]
+        self.evaluation_due = facts["evaluation_due"]
         self.alarm.restore(facts["alarm"])
         self.step = step
         return step

@@ -21,7 +21,7 @@ Row = dict[str, float]
 class Window:
     """What happened since the last log line, over all ranks."""
 
-    means: dict[str, float]
+    figures: dict[str, float]
     """Means over the steps that were taken; `skipped`, `broken`: sums; `loss_scale`: the last; `grad_norm_max`: the largest."""
     losses: list[float]
     """Loss of each step; NaN where it was not finite."""
@@ -58,15 +58,15 @@ class Meter:
         rows = self.rows(device)
         # A skipped step has no finite values; they would hide those of the others.
         taken = [row for row in rows if not row["skipped"]]
-        means = {}
+        figures = {}
         for name in sorted({name for row in rows for name in row} - {"skipped"}):
             values = [row[name] for row in taken if name in row]
-            means[name] = sum(values) / len(values) if values else math.nan
-        if "loss_scale" in means:
-            means["loss_scale"] = rows[-1]["loss_scale"]
-        means["grad_norm_max"] = max((row["grad_norm"] for row in taken), default=0.0)
-        means["skipped"] = float(len(rows) - len(taken))
-        means["broken"] = float(self.broken_everywhere(device))
+            figures[name] = sum(values) / len(values) if values else math.nan
+        if "loss_scale" in figures:
+            figures["loss_scale"] = rows[-1]["loss_scale"]
+        figures["grad_norm_max"] = max((row["grad_norm"] for row in taken), default=0.0)
+        figures["skipped"] = float(len(rows) - len(taken))
+        figures["broken"] = float(self.broken_everywhere(device))
         elapsed = time.perf_counter() - self.started
         shares = {name: seconds / elapsed for name, seconds in self._stopwatch.take().items()}
-        return Window(means, [row["loss"] for row in rows], shares, self.images / elapsed)
+        return Window(figures, [row["loss"] for row in rows], shares, self.images / elapsed)

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from eva_mim.core.distributed import leave_group, losses_told, world_size
+from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
 from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
 from eva_mim.core.settings import override, parse, read_yaml
 from eva_mim.run.recipe import Recipe
@@ -26,7 +26,7 @@ def guard(work: Callable[[], Any]) -> int:
     """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 3 (diverged), 69 (another process is
     lost), 75 (requeue) or 130 (Ctrl-C)."""
     try:
-        with losses_told():
+        with detect_lost_processes():
             work()
     except ProgramError as error:
         sys.stderr.write(f"{error.message()}\n")

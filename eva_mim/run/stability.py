@@ -24,7 +24,7 @@ SPIKE_PATIENCE = 50
 """Steps before the alarm listens: the loss of a fresh student falls fast."""
 
 
-class SkipStreak:
+class SkipCounter:
     """Skipped steps in a row. A flag is read when the next step has been queued: the device has it ready by then, so
     nothing waits, and on every device the answer comes after the same step."""
 
@@ -67,7 +67,7 @@ class SkipStreak:
         self.length = self.length + 1 if bool(flag) else 0
 
 
-class Detours:
+class SkippedData:
     """Which data steps are left out after rewinds. Kept beside the checkpoints, so that a resumed run knows them.
 
     A data step is a global batch by its position in the endless order of samples; the optimizer's step is the number of

@@ -55,7 +55,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StageIdentity:
     """A stage's identity: its settings and the content of its parents."""
 
     program: str
@@ -78,13 +78,13 @@ class Plan:
         return lines or ["settings of another version"]
 
 
-def make_plan(program: str, recipe: Recipe) -> Plan:
+def identity_of(program: str, recipe: Recipe) -> StageIdentity:
     """Raises UserError when a parent does not exist."""
     parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
-    return Plan(program, recipe.identity_tree(), parents)
+    return StageIdentity(program, recipe.identity_tree(), parents)
 
 
-def is_finished(out: Path, plan: Plan) -> bool:
+def is_finished(out: Path, plan: StageIdentity) -> bool:
     """The folder holds this very stage, whole."""
     record = read_record(out)
     return bool(record.get("finished")) and record.get("identity") == plan.identity and (out / WEIGHTS).is_file()
@@ -92,7 +92,7 @@ def is_finished(out: Path, plan: Plan) -> bool:
 
 def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, torch.device], Built]) -> dict[str, Any]:
     """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
-    plan = make_plan(program, recipe)
+    plan = identity_of(program, recipe)
     record = read_record(out)
     if is_finished(out, plan):
         say(f"{out}: finished before, nothing to do ({_figures(record)})")
@@ -198,10 +198,10 @@ def _same_data(out: Path, record: dict[str, Any], built: Built) -> None:
         counts = [f"{facts['train']} training and {facts['val']} held-out images" for facts in (begun, now)]
         raise UserError(f"{out} was begun with {counts[0]}; since then the data has changed (now {counts[1]}), and the run "
                         "would not go on with the same samples. Bring the data back, or start another run from these weights: "
-                        f"--out ANOTHER init_from={checkpoint.whole(out)[0][1]}")
+                        f"--out ANOTHER init_from={checkpoint.complete(out)[0][1]}")
 
 
-def _record(plan: Plan, built: Built, recipe: Recipe) -> dict[str, Any]:
+def _record(plan: StageIdentity, built: Built, recipe: Recipe) -> dict[str, Any]:
     return {
         "program": plan.program,
         "identity": plan.identity,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import Batch, StepOutput, Task, WholeStep
+from eva_mim.core.contracts import Batch, GradCacheStep, StepOutput, Task
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.timing import phase
 from eva_mim.tasks import ContrastiveSettings
@@ -91,7 +91,7 @@ class ImageText(Task):
         count = len(batches)
         rows = zip(batches, (by_image * count).chunk(count), (by_text * count).chunk(count), strict=True)
         whole = StepOutput(loss.detach(), metrics)
-        return [replace(batch, whole=WholeStep(whole, (image, text, *by_scalars))) for batch, image, text in rows]
+        return [replace(batch, grad_cache=GradCacheStep(whole, (image, text, *by_scalars))) for batch, image, text in rows]
 
     @torch.no_grad()
     def _first_pass(self, student: Callable[..., Any], batches: list[Batch]) -> list[tuple[Tensor, ...]]:
@@ -109,9 +109,9 @@ class ImageText(Task):
         """The contrastive loss of this pass, or its part of the whole step's: then the value is the whole step's."""
         with phase("student"):
             said = student(batch.images, batch.texts)
-            if batch.whole is None:
+            if batch.grad_cache is None:
                 return self.objective(*said)
-            (loss, metrics), gradients = batch.whole
+            (loss, metrics), gradients = batch.grad_cache
             inner = sum((one.float() * gradient).sum() for one, gradient in zip(said, gradients, strict=True))
             return StepOutput(loss + (inner - inner.detach()), metrics)
 

@@ -11,7 +11,7 @@ from eva_mim.core.contracts import Batch, StepOutput, Task
 from eva_mim.core.timing import phase
 
 
-class Heads(Task):
+class ProbeTask(Task):
     """Every layer of a probe learns from the same features. The loss is the sum of theirs, so each has the gradient that it would
     have alone."""
 

@@ -12,7 +12,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.students import ClipSettings, whole_file
 from eva_mim.students.clip import ClipStudent, TextSource, seed_text
 from eva_mim.weights import HandOverSettings
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.handover import parent_of, seed_trunk
 from eva_mim.weights.names.eva import TRUNK
 from eva_mim.weights.names.translate import read_source
@@ -36,7 +36,7 @@ def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
 
 
 @torch.no_grad()
-def seed_whole(student: ClipStudent, path: str, settings: ClipSettings, hand_over: HandOverSettings) -> KeyReport:
+def init_clip_from_clip(student: ClipStudent, path: str, settings: ClipSettings, hand_over: HandOverSettings) -> KeyReport:
     """Copy a CLIP model into a student, in place; positions and the patch kernel are resized as `hand_over` says.
 
     Raises UserError for a checkpoint that is no CLIP model with a timm trunk, and for towers or a space of other sizes.
@@ -65,12 +65,12 @@ def seed_whole(student: ClipStudent, path: str, settings: ClipSettings, hand_ove
         if value.numel() != given[name].numel():
             raise UserError(f"student.embed_dim={settings.embed_dim}: {name} is {list(given[name].shape)} in {path} and "
                             f"{list(value.shape)} here; set student.embed_dim and student.proj_bias as they are there")
-        value.copy_(real(given[name]).reshape(value.shape))
+        value.copy_(materialise(given[name]).reshape(value.shape))
         report.loaded.append(name)
     for name in given:
         if name.startswith(OWN) and name not in state:
             report.note(report.ignored, name, "no part of the new model")
-    weights = {name.removeprefix("text."): real(value) for name, value in given.items() if name.startswith("text.")}
+    weights = {name.removeprefix("text."): materialise(value) for name, value in given.items() if name.startswith("text.")}
     reused = settings.model_copy(update={"text": settings.text.model_copy(update={"projection": "reused"})})
     text = seed_text(student.model.text, TextSource(path, student.config["text_cfg"], False, weights), reused)
     return report.beside(text)

@@ -16,10 +16,10 @@ from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
 from eva_mim.weights import HandOverSettings
-from eva_mim.weights.files.lazy import real
-from eva_mim.weights.hints import Pixels, read_told
+from eva_mim.weights.files.lazy import materialise
+from eva_mim.weights.hints import Pixels, read_hints
 from eva_mim.weights.names.eva import unshare_relative, with_norm
-from eva_mim.weights.names.translate import Source, content_hash, read_source
+from eva_mim.weights.names.translate import NamedCheckpoint, content_hash, read_source
 from eva_mim.weights.resize import adapt_kernel, resize_trunk
 
 __all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "parent_of", "read_parent", "read_record", "seed_trunk"]
@@ -72,10 +72,10 @@ def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> P
     return parent_of(path, source, settings)
 
 
-def parent_of(path: str | Path, source: Source, settings: HandOverSettings) -> Parent:
+def parent_of(path: str | Path, source: NamedCheckpoint, settings: HandOverSettings) -> Parent:
     """The trunk of an opened checkpoint. Raises UserError where it has none."""
     try:
-        trunk, told = source.trunk(), read_told(source.description)
+        trunk, told = source.trunk(), read_hints(source.description)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     ignored = KeyReport()
@@ -121,7 +121,7 @@ def seed_trunk(
         if name in fresh:
             report.note(report.new, name, fresh[name])
             continue
-        read = real(given[name]).to(value.dtype)
+        read = materialise(given[name]).to(value.dtype)
         value.copy_(read)
         if name not in report.resized:
             report.loaded.append(name)
@@ -185,7 +185,7 @@ def _adapt_channels(
             continue
         old, channels = given[name], state[name].shape[1]
         try:
-            given[name] = adapt_kernel(real(old), channels)
+            given[name] = adapt_kernel(materialise(old), channels)
         except UserError as error:
             raise UserError(f"init_from: {path}: {error}") from None
         rule = "summed" if channels == 1 else f"repeated and scaled by 3/{channels}"

@@ -33,7 +33,7 @@ Pixels = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Told:
+class Hints:
     """Of files beside the source; empty where they do not say."""
 
     name: str | None = None
@@ -49,7 +49,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a model must be."""
 
     shapes: dict[str, Shape]
@@ -60,7 +60,7 @@ class Wanted:
     """(height, width) of its images."""
     grid: Grid | None
     rope: Rope | None
-    told: Told
+    told: Hints
 
     @property
     def heads(self) -> int | None:
@@ -72,7 +72,7 @@ class Wanted:
         return given if isinstance(given, int) else of_tables or self.told.heads
 
 
-def bounded(want: Wanted) -> None:
+def check_limits(want: Requirements) -> None:
     """Raise UserError for sizes that nobody can run; only shapes are looked at."""
     family, arguments = want.family, {**want.told.arguments, **want.arguments}
     sides = want.size or arguments.get("img_size") or 0
@@ -93,7 +93,7 @@ def bounded(want: Wanted) -> None:
         raise UserError(f"checkpoint: more than is converted here: {', '.join(over)}")
 
 
-def read_told(found: Description) -> Told:
+def read_hints(found: Description) -> Hints:
     """What configurations of timm, open_clip, transformers and our stages say. Raises UserError for hostile ones."""
     model, config = at(found.open_clip, "model_cfg"), None
     student, own = at(found.record, "settings", "student"), at(found.config, "model_args")
@@ -123,7 +123,7 @@ def read_told(found: Description) -> Told:
     mean, std = (
         next((pixels for tree, stem in places if (pixels := _pixels(tree, stem + key))), None) for key in ("mean", "std")
     )
-    return Told(name, plain(arguments, "config.json: model_args."), config, mean, std, int(heads or 0) or None, quick)
+    return Hints(name, plain(arguments, "config.json: model_args."), config, mean, std, int(heads or 0) or None, quick)
 
 
 def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from eva_mim.convert.convert import Options, convert
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.names.translate import read_source
 from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, load
@@ -114,7 +114,7 @@ def converted(source: Path, to: str, folder: Path, name: str = "", **options: An
 def tensors(path: Path) -> dict[str, Tensor]:
     """Of a trunk or a whole CLIP model, under our names."""
     whole = (path / "open_clip_model.safetensors").is_file()
-    return {name: real(value) for name, value in read_source(path, "open_clip_model" if whole else None).weights.items()}
+    return {name: materialise(value) for name, value in read_source(path, "open_clip_model" if whole else None).weights.items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eva_mim.core.errors import UserError
-from eva_mim.weights.files.lazy import Deferred, deferred, real
+from eva_mim.weights.files.lazy import Deferred, deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.files.tensors import Entry
 from eva_mim.weights.names.eva import from_eva, from_stage, to_eva, unshare_relative, visual_trunk, with_norm
@@ -48,7 +48,7 @@ def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert (found[name].shape, found[name].dtype, found[name].device) == (value.shape, value.dtype, value.device), name
-        assert torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (real(found[name]), value))), name
+        assert torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (materialise(found[name]), value))), name
 
 
 def eva_conversions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,8 +131,8 @@ def test_operations_wait(tmp_path: Path, name: str, loads: list[Entry]) -> None:
     assert not loads
     for one, other in parts:
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
-        assert torch.equal(real(one), other)
-        assert type(real(one)) is Tensor
+        assert torch.equal(materialise(one), other)
+        assert type(materialise(one)) is Tensor
     assert loads
 
 
@@ -161,13 +161,13 @@ def test_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     table = opened(tmp_path / "a", {"x": TABLE})["x"]
     chain = ((table.double() + 1).T * 2).chunk(2)[1]
     for _ in range(2):
-        value = real(chain)
+        value = materialise(chain)
         assert torch.equal(value, ((TABLE.double() + 1).T * 2).chunk(2)[1])
         assert value.untyped_storage().nbytes() == value.nbytes == 2 * 6 * 8
     assert len(alive) == 2
     assert alive[1]() is None
-    real(table).zero_()
-    assert torch.equal(real(table), TABLE)
+    materialise(table).zero_()
+    assert torch.equal(materialise(table), TABLE)
 
 
 def test_shapes_cost_nothing(tmp_path: Path, loads: list[Entry]) -> None:
@@ -182,7 +182,7 @@ def test_shapes_cost_nothing(tmp_path: Path, loads: list[Entry]) -> None:
     joined = torch.cat(parts)
     parts.clear()
     assert not loads
-    assert torch.equal(real(joined), TABLE)
+    assert torch.equal(materialise(joined), TABLE)
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path, loads: list[Entry]) -> None:
@@ -205,7 +205,7 @@ def test_a_file_that_changed_meanwhile(tmp_path: Path, kind: str) -> None:
     content = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(content[:100])
     with pytest.raises(UserError, match="truncated"):
-        real(table)
+        materialise(table)
     (tmp_path / "a").unlink()
     with pytest.raises(UserError, match="No such file"):
-        real(table)
+        materialise(table)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eva_mim.convert.parity import outputs as our_outputs
 from eva_mim.convert.parity import streamed, unloaded
 from eva_mim.core.errors import UserError
-from eva_mim.weights.files.lazy import Deferred, deferred, real
+from eva_mim.weights.files.lazy import Deferred, deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.huggingface import build, for_module, from_transformers, outputs, preprocessor, to_transformers
@@ -77,7 +77,7 @@ def saved(module: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def written(weights: Mapping[str, Tensor], config: dict[str, Any], folder: Path) -> Path:
     folder.mkdir()
-    save_file({name: real(value).clone().contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    save_file({name: materialise(value).clone().contiguous() for name, value in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -90,13 +90,13 @@ def loaded(folder: Path, how: str = "AutoModel") -> Any:
 
 
 def into(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    module.load_state_dict({name: real(value) for name, value in weights.items()})
+    module.load_state_dict({name: materialise(value) for name, value in weights.items()})
     return module.eval()
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(real(one[name]), real(other[name]))] == []
+    assert [name for name in one if not torch.equal(materialise(one[name]), materialise(other[name]))] == []
 
 
 def close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: set[str]) -> None:
@@ -194,7 +194,7 @@ def test_an_image_tower_alone(tmp_path: Path) -> None:
     weights, config = saved(tower, tmp_path / "theirs")
     done = from_transformers(weights, config)
     assert all(name.startswith("visual.") for name in done.weights)
-    ours.load_state_dict({**ours.state_dict(), **{name: real(value) for name, value in done.weights.items()}})
+    ours.load_state_dict({**ours.state_dict(), **{name: materialise(value) for name, value in done.weights.items()}})
     images = torch.randn(2, 3, 28, 28)
     close(outputs(tower, images), our_outputs(ours.eval(), images), {"image"})
     back, made = to_transformers(done.weights, detect(done.weights), **CLIP_UNTOLD)

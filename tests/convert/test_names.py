@@ -147,9 +147,9 @@ def test_an_openai_tower_answers_in_timm(shared: Path) -> None:
     patches = model.head(model.forward_features(golden["in/image"])[:, 1:])
     assert (patches - golden["out/dense_features"]).abs().max() < 2e-5
     with torch.device("meta"):
-        real = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=512)
+        materialise = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=512)
         source = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16-quickgelu"))
-    assert openai_to_timm(source.state_dict()).weights.keys() == real.state_dict().keys()
+    assert openai_to_timm(source.state_dict()).weights.keys() == materialise.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", EVA)

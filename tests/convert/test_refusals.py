@@ -21,7 +21,7 @@ from eva_mim.convert.convert import Options, convert
 from eva_mim.convert.parity import sample_images
 from eva_mim.core.errors import UserError
 from eva_mim.trunks.pixels import normalise
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.names.eva import Converted
 from tests.conftest import REPOSITORY, make_folder
 from tests.convert.golden_files import CLIPS, clip_config, converted, golden, known_to_open_clip, written
@@ -61,7 +61,7 @@ def swapped(one: str, other: str) -> Change:
 def shifted(wanted: str, by: float = 1e-2) -> Change:
     """One element of one bias is a little off."""
     def change(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        value = real(weights[wanted]).clone()
+        value = materialise(weights[wanted]).clone()
         value[0] += by
         return weights | {wanted: value}
 

@@ -20,7 +20,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from eva_mim.convert.parity import unloaded
-from eva_mim.weights.files.lazy import deferred, real
+from eva_mim.weights.files.lazy import deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.files.write import write_safetensors, write_torch
 from eva_mim.weights.names.buffers import Rope
@@ -313,7 +313,7 @@ def test_openai_s_weights_come_back_from_transformers() -> None:
     theirs, settings = to_transformers(state, detect(state), heads=2, text_heads=4, image_size=28, eps=1e-5)
     back = to_openai(from_transformers(theirs.weights, settings).weights).weights
     assert shapes(back) == shapes(state)
-    assert [key for key in state if not torch.equal(real(back[key]), state[key])] == []
+    assert [key for key in state if not torch.equal(materialise(back[key]), state[key])] == []
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class Told:
     def key(self, index: int) -> str:
         return str(index)
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         """Nothing to do."""
 
     def read(self, index: int) -> Sample:

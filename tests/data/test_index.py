@@ -21,7 +21,7 @@ from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.index import Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.sources.shards import ShardSource
-from eva_mim.data.subset import AllBut, Subset, open_splits
+from eva_mim.data.subset import Complement, Subset, open_splits
 from tests.conftest import REPOSITORY, make_folder, make_shards, picture, png, write_tar
 from tests.tiny import environment, write_recipe
 
@@ -233,7 +233,7 @@ def test_all_but_a_few(tmp_path: Path) -> None:
         total = int(generator.integers(1, 40))
         left_out = np.sort(generator.permutation(total)[: generator.integers(0, total + 1)])
         expected = np.setdiff1d(np.arange(total), left_out)
-        found = AllBut(len(expected), left_out)
+        found = Complement(len(expected), left_out)
         assert [int(found[place]) for place in range(len(found))] == expected.tolist()
         assert found[np.arange(len(found))].tolist() == expected.tolist()
 
@@ -244,7 +244,7 @@ def test_a_selection_keeps_its_fingerprint(tmp_path: Path, monkeypatch: pytest.M
     source = FolderSource(make_folder(tmp_path, {"a": 4, "b": 7}), ("a", "b"))
     kept = np.array([0, 1, 3, 4, 5, 6, 8, 9, 10], dtype=np.int64)
     for groups in (None, {"y": ["b"], "x": ["a"]}):
-        found = Subset(source, AllBut(9, np.array([2, 7])), groups).fingerprint
+        found = Subset(source, Complement(9, np.array([2, 7])), groups).fingerprint
         assert found == digest([source.fingerprint, kept.tobytes().hex(), groups])
 
 

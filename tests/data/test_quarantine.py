@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from eva_mim.cli import main
-from eva_mim.commands.data.parallel import Crew, chunks
+from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.commands.data.verify import decode
 from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings
@@ -149,7 +149,7 @@ def test_ctrl_c_while_the_processes_start(tmp_path: Path) -> None:
 
 def test_a_record_that_kills_its_process_is_named() -> None:
     source = Deadly()
-    with Crew(source, 2) as crew:
+    with RecordPool(source, 2) as crew:
         told = list(crew.records(decode, chunks(0, len(source), 8)))
     seen, found = [record for record, _ in told], {record: fault for record, fault in told if fault is not None}
     assert seen == list(range(50))

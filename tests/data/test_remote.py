@@ -227,7 +227,7 @@ def test_parts_and_mixtures_expect_their_own(server: Server) -> None:
     chosen = Subset(parts[1], np.array([1, 3, 4]), None, quarantined={3: "broken"})
     both = Mixture([parts[0], chosen], [1, 1], [])
     server.requests.clear()
-    both.expect([5, 6, 7, 8])
+    both.prefetch([5, 6, 7, 8])
     assert server.requests == {"x.tar": 1, "y.tar": 2}
     assert [both.read(index).image.tobytes() for index in (5, 6, 8)] == [picture(seed).tobytes() for seed in (5, 7, 10)]
     assert server.requests == {"x.tar": 1, "y.tar": 2}

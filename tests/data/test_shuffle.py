@@ -18,7 +18,7 @@ from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart, permuted
 from eva_mim.data.sources import shards as shards_module
 from eva_mim.data.sources.shards import ShardSource, open_shards
 from eva_mim.data.sources.tar_index import Shard
-from eva_mim.data.subset import AllBut, Mixture, Subset, open_splits
+from eva_mim.data.subset import Complement, Mixture, Subset, open_splits
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import batches, images, seen
 from tests.data.test_loader import assert_equal_steps
@@ -129,7 +129,7 @@ def test_a_selection_keeps_its_records_in_their_blocks() -> None:
         total = int(cut.ends[-1])
         left_out = np.sort(generator.permutation(total)[: generator.integers(0, total)])
         count = int(generator.integers(1, total - len(left_out) + 1))
-        for chosen in (AllBut(count, left_out), np.setdiff1d(np.arange(total), left_out)[:count]):
+        for chosen in (Complement(count, left_out), np.setdiff1d(np.arange(total), left_out)[:count]):
             found = Subset(Blocked(cut), chosen).blocks
             owners = [block_of(int(chosen[place]), cut) for place in range(count)]
             expected = [place for place in range(1, count) if owners[place] != owners[place - 1]] + [count]

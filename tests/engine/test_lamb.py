@@ -20,7 +20,7 @@ from eva_mim.engine.local import LocalEngine
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.step import clip_and_step, set_rates
 from eva_mim.optim import LambSettings, OptimSettings
-from eva_mim.optim.optimizers import Watched, WatchedLamb, build_optimizer
+from eva_mim.optim.optimizers import SkippableLamb, SkippableOptimizer, build_optimizer
 from eva_mim.run import checkpoints as snapshot
 from tests.tiny import CLIP, losses, run, save, write_recipe
 
@@ -35,7 +35,7 @@ def tensors(seed: int) -> list[Tensor]:
     return [scale * torch.randn(shape, generator=generator) for scale, shape in SIZES]
 
 
-def optimizer(weights: list[Tensor], **lamb: Any) -> Watched:
+def optimizer(weights: list[Tensor], **lamb: Any) -> SkippableOptimizer:
     """Matrices decay, vectors have half the rate."""
     settings = OptimSettings(lr=LR, optimizer="lamb", lamb=LambSettings(**lamb), betas=BETAS, eps=EPS)
     groups = [
@@ -81,7 +81,7 @@ def test_it_is_the_loop_with_steps_left_out_and_a_loss_scale(adapt: str) -> None
     ours = optimizer(weights, adapt=adapt)
     loops = [Loop(w, LR if i < 3 else LR / 2, DECAY if i < 3 else 0.0, (0.01, 10.0), adapt == "all" or i < 3)
              for i, w in enumerate(start)]  # fmt: skip
-    ours.grad_scale, ours.watch = torch.tensor(8.0), True
+    ours.grad_scale, ours.measure_update = torch.tensor(8.0), True
     for step in range(7):
         bad = step in (0, 3)
         gradients = tensors(step + 1)
@@ -149,8 +149,8 @@ def test_no_step_asks_the_host() -> None:
         weight = torch.zeros(3, 4, requires_grad=True)
         weight.grad = torch.zeros(3, 4)
         groups = [{"params": [weight], "weight_decay": 0.1, "lr_scale": 1.0, "decays": 1.0}]
-        ours = WatchedLamb(groups, LambSettings(), lr=LR, betas=BETAS, eps=EPS)
-        ours.watch = True
+        ours = SkippableLamb(groups, LambSettings(), lr=LR, betas=BETAS, eps=EPS)
+        ours.measure_update = True
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
             float(weight.detach().norm())
         clip_and_step(ours, [weight], 1.0, LossScale("fp16", CPU))

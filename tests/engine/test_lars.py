@@ -18,7 +18,7 @@ from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.step import clip_and_step, set_rates
 from eva_mim.optim import LarsSettings, OptimSettings
 from eva_mim.optim.groups import parameter_groups
-from eva_mim.optim.optimizers import Watched, WatchedLars, build_optimizer
+from eva_mim.optim.optimizers import SkippableLars, SkippableOptimizer, build_optimizer
 
 LR, MOMENTUM, TRUST = 0.3, 0.9, 0.02
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def gradients(seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for _, shape in SIZES]
 
 
-def optimizer(weights: list[Tensor], decay: float) -> Watched:
+def optimizer(weights: list[Tensor], decay: float) -> SkippableOptimizer:
     """Matrices decay, vectors have half the rate."""
     settings = OptimSettings(lr=LR, optimizer="lars", lars=LarsSettings(momentum=MOMENTUM, trust=TRUST))
     groups = [
@@ -75,7 +75,7 @@ def test_it_is_the_loop_with_steps_left_out_and_a_loss_scale(decay: float) -> No
     weights = trained(start)
     ours = optimizer(weights, decay)
     loops = [Loop(w, LR if i < 3 else LR / 2, decay if i < 3 else 0.0) for i, w in enumerate(start)]
-    ours.grad_scale, ours.watch = torch.tensor(8.0), True
+    ours.grad_scale, ours.measure_update = torch.tensor(8.0), True
     for step in range(8):
         bad = step in (0, 3)
         given = gradients(step)
@@ -92,8 +92,8 @@ def test_it_is_the_loop_with_steps_left_out_and_a_loss_scale(decay: float) -> No
             assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
             assert ratio == 0
             continue
-        moved, sizes = zip(*(loop.step(g) for loop, g in zip(loops, given, strict=True)), strict=True)
-        assert float(ratio) == pytest.approx(math.sqrt(sum(moved) / sum(sizes)), rel=1e-5)
+        momentum_buffer, sizes = zip(*(loop.step(g) for loop, g in zip(loops, given, strict=True)), strict=True)
+        assert float(ratio) == pytest.approx(math.sqrt(sum(momentum_buffer) / sum(sizes)), rel=1e-5)
         for weight, loop in zip(weights, loops, strict=True):
             assert weight.detach().flatten().tolist() == pytest.approx(loop.w, rel=2e-6, abs=1e-6), step
 
@@ -129,7 +129,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_that_follows() -> None:
                 weight.grad = gradient * (float("nan") if step in bad else 1.0) * scale.value
             clip_and_step(ours, weights, 1.0, scale)
             good += step not in bad
-        ends.append((weights, [ours.state[weight]["moved"] for weight in weights]))
+        ends.append((weights, [ours.state[weight]["momentum_buffer"] for weight in weights]))
     for first, second in zip(*ends, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -138,15 +138,15 @@ def test_no_step_asks_the_host() -> None:
     with FakeTensorMode():
         weight = torch.zeros(3, 4, requires_grad=True)
         weight.grad = torch.zeros(3, 4)
-        ours = WatchedLars([{"params": [weight], "weight_decay": 0.1, "lr_scale": 1.0, "decays": 1.0}], LarsSettings(), LR)
-        ours.watch = True
+        ours = SkippableLars([{"params": [weight], "weight_decay": 0.1, "lr_scale": 1.0, "decays": 1.0}], LarsSettings(), LR)
+        ours.measure_update = True
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
             float(weight.detach().norm())
         clip_and_step(ours, [weight], 1.0, LossScale("fp16", CPU))
         assert ours.update_ratio(CPU, sharded=False) is not None
 
 
-class Heads(nn.Module):
+class ProbeTask(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Linear(3, 2).requires_grad_(False)
@@ -155,7 +155,7 @@ class Heads(nn.Module):
 
 
 def test_a_student_gives_parameters_factors_of_their_own() -> None:
-    student = Heads()
+    student = ProbeTask()
     groups = parameter_groups(student, OptimSettings(lr=LR, optimizer="lars", weight_decay=0.0))
     found = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     assert found == {id(p): 0.25 if name.startswith("heads.1") else 1.0

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eva_mim.commands.data.index import every_split, read_data
-from eva_mim.commands.data.parallel import Crew, chunks
+from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Bands, Sample, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import replacing
@@ -78,7 +78,7 @@ def _look_around(name: str, source: Source, count: int, processes: int | None) -
     ranges = [every[number] for number in spread(len(every), min(len(every), -(-count // CHUNK)))]
     found = list[Look | Fault]()
     progress = Progress(f"looking at {name}", sum(map(len, ranges)))
-    with Crew(source, processes) as crew:
+    with RecordPool(source, processes) as crew:
         for _, one in crew.records(look, ranges):
             found.append(one)
             progress.advance()

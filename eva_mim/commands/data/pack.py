@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eva_mim.commands.data.index import every_split, read_data
-from eva_mim.commands.data.parallel import Crew
+from eva_mim.commands.data.parallel import RecordPool
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, replacing, write_json, write_text
 from eva_mim.core.log import Progress, duration, say
@@ -109,7 +109,7 @@ def _pack_split(source: Any, job: Job, per_shard: int, processes: int | None) ->
         say(f"  {job.split}: {len(every) - len(todo)} of {len(every)} shards are there already")
     began, faults, size, count = time.monotonic(), list[str](), 0, 0
     progress = Progress(f"packing {job.split}", job.records, done)
-    with Crew(source, processes) as crew:
+    with RecordPool(source, processes) as crew:
         for records, written in crew.each(partial(write_shard, job, per_shard), todo):
             for fault in written.faults:
                 say(f"  left out: {fault}")

@@ -23,7 +23,7 @@ AHEAD = 4
 _source: Any = None
 
 
-class Crew:
+class RecordPool:
     """Processes that have a source open."""
 
     def __init__(self, source: Source, processes: int | None = None):
@@ -79,7 +79,7 @@ class Crew:
         except BrokenProcessPool:
             return crashed(record)
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> RecordPool:
         return self
 
     def __exit__(self, *_: object) -> None:

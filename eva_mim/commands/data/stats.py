@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eva_mim.commands.data.index import read_data
-from eva_mim.commands.data.parallel import Crew, chunks
+from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Bands, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
@@ -100,7 +100,7 @@ def measure(settings: DataSettings, images: int, processes: int | None = None) -
     work = partial(look, most=min(MOST_VALUES, max(1, VALUES // len(source))))
 
     progress = Progress("measuring", len(source))
-    with Crew(source, processes) as crew:
+    with RecordPool(source, processes) as crew:
         for _, one in crew.records(work, chunks(0, len(source), CHUNK)):
             if isinstance(one, Fault):
                 faults.append(one)

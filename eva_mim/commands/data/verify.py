@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eva_mim.commands.data.index import every_split, read_data
-from eva_mim.commands.data.parallel import Crew, chunks
+from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress, duration, say
@@ -49,7 +49,7 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
 
     try:
         progress = Progress(f"decoding {name}", len(source), checked)
-        with Crew(source, processes) as crew:
+        with RecordPool(source, processes) as crew:
             for record, fault in crew.records(decode, chunks(checked, len(source), CHUNK)):
                 if fault is not None:
                     broken[record] = fault

@@ -76,7 +76,7 @@ class FileSource(ABC):
     def key(self, index: int) -> str:
         """What a record is called."""
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         """Files at hand need no asking."""
         return
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from eva_mim.core.distributed import agreed, is_main, local_rank
+from eva_mim.core.distributed import is_main, local_rank, run_on
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import replacing
 from eva_mim.core.log import duration, say
@@ -117,7 +117,7 @@ def open_index(name: Any, fresh: Callable[[Index], bool], make: Callable[[], Con
             index = write_index(path, make())
         return index.facts["fingerprint"]
 
-    found = agreed(ensure, is_main()) | agreed(ensure, local_rank() == 0 and not is_main())
+    found = run_on(ensure, is_main()) | run_on(ensure, local_rank() == 0 and not is_main())
     if len(set(found.values())) > 1:
         raise UserError(f"{what}: hosts see different files (rank: fingerprint {found})")
     return Index(path)

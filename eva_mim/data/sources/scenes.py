@@ -59,7 +59,7 @@ class SceneSource:
         """SPLIT/INDEX."""
         return f"{self.split}/{index}"
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         """Nothing takes long to arrive."""
 
     def read(self, index: int) -> Sample:

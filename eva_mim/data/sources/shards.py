@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from eva_mim.core.contracts import Blocks
-from eva_mim.core.distributed import agreed, is_main
+from eva_mim.core.distributed import is_main, run_on
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.settings import few
@@ -147,7 +147,7 @@ class ShardSource(FileSource):
             raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
         return content
 
-    def expect(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Sequence[int]) -> None:
         """By URL: all at once, where the driver can do that."""
         asked = {index: span for index in indices if self._tars[self._shard(index)].remote and (span := self._span(index))}
         with phase("read"):
@@ -228,7 +228,7 @@ def _find(root: Path, pattern: str, split: str) -> Sequence[Path | Shard]:
     if Path(pattern).is_absolute():
         raise UserError(f"data.{split}: {pattern} must be a pattern below data.root={root}")
     if (url := as_url(root)) is not None:
-        return agreed(lambda: [Shard(*file) for file in listed(url, pattern)], is_main())[0]
+        return run_on(lambda: [Shard(*file) for file in listed(url, pattern)], is_main())[0]
     if not root.is_dir():
         raise UserError(f"data.root: {root} is not a folder")
     return sorted(root.glob(pattern))

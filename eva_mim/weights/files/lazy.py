@@ -101,7 +101,7 @@ def deferred(checkpoint: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def real(value: Tensor) -> Tensor:
+def materialise(value: Tensor) -> Tensor:
     """Reads a `Deferred`; gives any other tensor back as it is."""
     return value.read() if isinstance(value, Deferred) else value
 

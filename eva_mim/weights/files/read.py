@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.run_folder import is_whole, latest
+from eva_mim.core.run_folder import is_complete, latest
 from eva_mim.weights.files.allowlist import Stored, Stub
 from eva_mim.weights.files.formats import MAX_TENSORS, TorchFile, read_file, read_json
 from eva_mim.weights.files.tensors import Entry
@@ -222,7 +222,7 @@ def _replace(opened: Checkpoint, container: str, containers: tuple[str, ...]) ->
 
 
 def _complete(folder: Path) -> None:
-    if not is_whole(folder):
+    if not is_complete(folder):
         raise UserError(f"{folder}: not whole: a file of its manifest is missing or of another size")
 
 

@@ -22,7 +22,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import replacing
 from eva_mim.weights.files.allowlist import DTYPES, STORAGES
 from eva_mim.weights.files.formats import SAFETENSORS
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.tensors import contiguous
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -156,7 +156,7 @@ def _kinds(weights: Mapping[str, Tensor], dtype: str | None, possible: set[str])
 
 
 def _content(value: Tensor, kind: str) -> memoryview:
-    made = real(value).detach().to("cpu", getattr(torch, kind)).contiguous()
+    made = materialise(value).detach().to("cpu", getattr(torch, kind)).contiguous()
     return made.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -18,7 +18,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
 from eva_mim.core.settings import few
 from eva_mim.trunks.positions import sincos_table
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.names.buffers import Rope, read_rope, relative_position_index, rope_tables
 from eva_mim.weights.names.families import Family, detect
 from eva_mim.weights.names.layout import Scheme
@@ -251,9 +251,9 @@ def _read_tables(tables: Mapping[str, Tensor]) -> tuple[Rope | None, Grid | None
     rope, grid = None, None
     tables = {name: value for name, value in tables.items() if _known(value)}
     if "rope.freqs_cos" in tables:
-        rope, grid = read_rope(real(tables["rope.freqs_cos"]), real(tables["rope.freqs_sin"]))
+        rope, grid = read_rope(materialise(tables["rope.freqs_cos"]), materialise(tables["rope.freqs_sin"]))
     for name, deferred in tables.items():
-        value = real(deferred)
+        value = materialise(deferred)
         if "rope.freqs" in name:
             top = tables.get(name[name.index("rope.") :])
             same = top is not None and torch.equal(value, top)

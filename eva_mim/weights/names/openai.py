@@ -10,7 +10,7 @@ from torch import Tensor
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
 from eva_mim.core.settings import few
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.names.eva import Converted, expect_scheme, text_name
 from eva_mim.weights.names.families import Family
 from eva_mim.weights.names.name_tables import OPENAI_NUMBERS, RESBLOCK, TEXT
@@ -80,7 +80,7 @@ def timm_to_openai(weights: Mapping[str, Tensor]) -> Converted:
     names = {_timm_name(name): name for name in old}
     report, made, lacks = KeyReport(), {}, [f"no {name}" for name in names if name not in weights]
     for name, value in weights.items():
-        if name == "head.bias" and not real(value).any():
+        if name == "head.bias" and not materialise(value).any():
             report.note(report.ignored, name, "zeros: OpenAI's projection has no bias")
         elif name not in names:
             lacks.append(name)

@@ -26,7 +26,7 @@ from eva_mim.weights.names.openai import from_openai, openai_to_timm
 
 
 @dataclass(frozen=True)
-class Source:
+class NamedCheckpoint:
     """A checkpoint, renamed but not read: its tensors are read when they are wanted (`deferred.real`)."""
 
     checkpoint: Checkpoint
@@ -64,7 +64,7 @@ def trunk_of(weights: dict[str, Tensor], family: Family | None) -> Converted:
     return visual_trunk(weights, family) if family.prefix == TRUNK else openai_to_timm(weights, family)
 
 
-def read_source(path: str | Path, container: str | None = None) -> Source:
+def read_source(path: str | Path, container: str | None = None) -> NamedCheckpoint:
     """Open a checkpoint of any kind (see `open_checkpoint`) under our names; headers and small tables are read.
 
     Names that are not understood count as timm's of an architecture that is to be named. Raises UserError for what cannot be
@@ -91,7 +91,9 @@ def read_source(path: str | Path, container: str | None = None) -> Source:
     if unknown is None and done.weights is not weights:
         family = detect(done.weights)
     outside = done.outside or _head_beside(opened.path)
-    return Source(opened, found, scheme, done.weights, outside, done.report, family, unknown, done.rope, done.grid or found.grid)
+    return NamedCheckpoint(
+        opened, found, scheme, done.weights, outside, done.report, family, unknown, done.rope, done.grid or found.grid
+    )
 
 
 def _scheme(family: Family | None) -> str:
