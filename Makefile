@@ -5,14 +5,29 @@ BIN := $(VENV)/bin
 # pip's CPU build of torch is enough here; override to install from elsewhere, e.g. PIP_ARGS="--index-url ..."
 PIP_ARGS ?=
 
-.PHONY: install demo test lint smoke soak clean
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=5
+# What CI takes of the long tests: another tenth for each commit.
+COMMIT = $(shell git rev-parse HEAD 2>/dev/null || echo none)
+
+.PHONY: install demo test test-long ci-slice lint smoke soak clean
 
 install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/eva-mim pipeline configs/pipelines/demo.yaml --out runs/demo
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=5
+	$(PYTEST) -m "not long"
+
+# Everything that is exhaustive for its own sake, property tests with 1,000 examples, and 40 kills: within an hour.
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -m long
+	$(PYTEST) -m "not long" --hypothesis-profile=long tests/test_fuzz.py
+	$(BIN)/python -m tools.soak $(SOAK)
+
+ci-slice: $(VENV)/.installed-test
+	@echo "of the long tests, those of $(COMMIT):"
+	@$(BIN)/python -m pytest -m long --long-slice=$(COMMIT) --collect-only || test $$? -eq 5
+	$(PYTEST) -m long --long-slice=$(COMMIT) || test $$? -eq 5
 
 smoke: $(VENV)/.installed-test
 	$(BIN)/python -m tools.cifar10_smoke

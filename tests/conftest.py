@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import tarfile
@@ -11,13 +12,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long-slice", metavar="TEXT", help="of the tests marked long a tenth; another text, another tenth")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Examples of property tests: few, unless `--hypothesis-profile=long` asks for many."""
+    settings.register_profile("short", max_examples=40)
+    settings.register_profile("long", max_examples=1000)
+    settings.load_profile(config.getoption("--hypothesis-profile") or "short")
+
+
+def in_slice(text: str, test: str) -> bool:
+    """A tenth of all tests, drawn by a hash: over some tens of commits each test has its turn."""
+    return hashlib.sha256(f"{text} {test}".encode()).digest()[0] * 10 < 256
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests first: what is left for the end of a parallel run is short."""
+    text = config.getoption("--long-slice")
+    if text is not None:
+        left = [item for item in items if item.get_closest_marker("long") and not in_slice(text, item.nodeid)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

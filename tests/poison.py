@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from eva_mim.cli import main as eva_mim
 from eva_mim.core.contracts import Batch, StepOutput
@@ -23,11 +25,11 @@ from eva_mim.tasks.labels import Labels
 from eva_mim.tasks.masked import MaskedFeatures
 
 
-def main() -> int:
-    """Poison the task, then run the command."""
-    bad = sys.argv[1]
+def main(argv: Sequence[str]) -> int:
+    """Poison the task, run the command, and take the poison out again."""
+    bad = argv[0]
     samples = {int(text) for text in bad.split(",")} if bad not in ("all", "none") else set()
-    healthy: dict[type[Any], Callable[..., StepOutput]] = {kind: kind.loss for kind in (MaskedFeatures, ImageText)}
+    healthy: dict[type[Any], Callable[..., StepOutput]] = {kind: kind.loss for kind in (MaskedFeatures, ImageText, Labels)}
 
     def ill(batch: Batch) -> bool:
         return bad == "all" or not samples.isdisjoint(batch.index.tolist())
@@ -36,19 +38,21 @@ def main() -> int:
         output = healthy[type(self)](self, student, batch)
         return StepOutput(output.loss * float("nan"), output.metrics) if ill(batch) else output
 
-    read = Labels.loss
-
     def labels_loss(self: Labels, student: Callable[..., Any], batch: Batch) -> StepOutput:
-        return read(self, student, replace(batch, images=batch.images.float() * float("nan")) if ill(batch) else batch)
+        images = batch.images.float() * float("nan") if ill(batch) else batch.images
+        return healthy[Labels](self, student, replace(batch, images=images))
 
-    MaskedFeatures.loss = ImageText.loss = loss  # type: ignore[method-assign]
-    Labels.loss = labels_loss  # type: ignore[method-assign]
-    step.SCALE_START = float(os.environ.get("POISON_SCALE", step.SCALE_START))
-    step.SCALE_WINDOW = int(os.environ.get("POISON_WINDOW", step.SCALE_WINDOW))
     fsync, seconds = os.fsync, float(os.environ.get("POISON_DISK", 0.0))
-    os.fsync = lambda number: (time.sleep(seconds), fsync(number))[1]
-    return eva_mim(sys.argv[2:])
+    with ExitStack() as poison:
+        for owner, name, value in (
+            (MaskedFeatures, "loss", loss), (ImageText, "loss", loss), (Labels, "loss", labels_loss),
+            (step, "SCALE_START", float(os.environ.get("POISON_SCALE", step.SCALE_START))),
+            (step, "SCALE_WINDOW", int(os.environ.get("POISON_WINDOW", step.SCALE_WINDOW))),
+            (os, "fsync", lambda number: (time.sleep(seconds), fsync(number))[1]),
+        ):  # fmt: skip
+            poison.enter_context(patch.object(owner, name, value))
+        return eva_mim(list(argv[1:]))
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(sys.argv[1:]))

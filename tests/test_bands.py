@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from eva_mim.trunks import TrunkSettings
 from eva_mim.weights.export import write_timm
-from tests.tiny import MIM, RUN, losses, run, write_recipe
+from tests.tiny import MIM, RUN, run, write_recipe
 
 pytestmark = pytest.mark.slow
 Array = npt.NDArray[np.uint16]
@@ -102,7 +102,7 @@ def test_what_only_one_band_tells_is_learned_and_not_without_it(tmp_path: Path) 
 
 
 def test_five_bands_through_masked_training_classifier_and_probe(tmp_path: Path) -> None:
-    """An RGB teacher sees three of the bands; the trunk starts from one of RGB; two processes learn what one learns."""
+    """An RGB teacher sees three of the bands; the trunk starts from one of RGB."""
     torch.manual_seed(1)
     parent = timm.create_model("vit_nano_patch4_32", num_classes=0)
     (tmp_path / "rgb").mkdir()
@@ -114,8 +114,6 @@ def test_five_bands_through_masked_training_classifier_and_probe(tmp_path: Path)
     }
     recipe = write_recipe(tmp_path, tree)
     run("mim", recipe, tmp_path / "mim")
-    run("mim", recipe, tmp_path / "two", "run.engine=deepspeed", processes=2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "mim"), abs=2e-5)
     record = json.loads((tmp_path / "mim" / "lineage.json").read_text())
     assert record["teacher"]["bands"] == [4, 1, 0]
     assert record["seeded"]["resized"] == ["patch_embed.proj.weight"]

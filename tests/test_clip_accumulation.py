@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  registers the architectures
 from eva_mim.core.contracts import Batch, Rates, StepOutput
-from eva_mim.core.distributed import leave_group, rank, setup, world_size
+from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data.subset import open_splits
@@ -31,7 +29,8 @@ from eva_mim.students.clip import ClipStudent
 from eva_mim.tasks import ContrastiveSettings
 from eva_mim.tasks.contrastive import Contrastive, ImageText
 from pretrain.clip import StageRecipe
-from tests.tiny import CLIP, finish, losses, python, run, write_recipe
+from tests.ranks import on_ranks
+from tests.tiny import CLIP, losses, run, write_recipe
 
 PAIRS, CLIP_NORM = 8, 0.5
 CPU = torch.device("cpu")
@@ -234,13 +233,13 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_deepspeed_processes_step_as_the_undivided_batch(tmp_path: Path, zero_stage: int) -> None:
+def test_two_deepspeed_processes_step_as_the_undivided_batch(zero_stage: int) -> None:
     """Two micro-batches a rank, and one: real DeepSpeed, real gloo, against open_clip in this process."""
-    finish(python("tests.test_clip_accumulation", tmp_path, str(zero_stage), processes=2))
-    for kind, micro in DIVISIONS:
+    said = on_ranks(2, step_of_each_division, zero_stage)
+    for number, (kind, _) in enumerate(DIVISIONS):
         wanted = make_student(kind)
         expected, _ = open_clip_step(wanted, kind, 0, batches(PAIRS))
-        ranks = [load_file(tmp_path / f"{kind}-{micro}-rank{number}.safetensors") for number in range(2)]
+        ranks = [found[number] for found in said]
         assert sum(found["/loss"].item() for found in ranks) / 2 == pytest.approx(expected.loss.item(), abs=1e-6)
         for found in ranks:
             assert found["/grad_norm"].item() == pytest.approx(expected.metrics["grad_norm"].item(), rel=1e-5)
@@ -258,11 +257,11 @@ def test_a_whole_run_is_that_of_the_undivided_batch(tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5, abs=2e-5)
 
 
-def main(out: Path, zero_stage: Any) -> None:
-    """One of two ranks: a step of each division, its figures and weights into a file."""
+def step_of_each_division(zero_stage: Any) -> list[dict[str, Tensor]]:
+    """On one of two ranks: figures and weights after a step of each division."""
     from eva_mim.engine.deepspeed import DeepSpeedEngine
 
-    setup(CPU)
+    said = []
     for kind, micro in DIVISIONS:
         settings = RunSettings(epochs=1, global_batch=PAIRS, micro_batch=micro, precision="fp32", engine="deepspeed",
                                zero_stage=zero_stage)
@@ -271,10 +270,5 @@ def main(out: Path, zero_stage: Any) -> None:
         output = engine.step(ImageText(student, Contrastive(ContrastiveSettings(kind=kind))),  # type: ignore[arg-type]
                              batches(micro, rank(), world_size()), RATES)
         found = dict(engine.weights()) | {"/loss": output.loss}
-        found |= {f"/{name}": output.metrics[name] for name in ("grad_norm", "logit_scale")}
-        save_file({name: value.contiguous() for name, value in found.items()}, out / f"{kind}-{micro}-rank{rank()}.safetensors")
-    leave_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+        said.append(found | {f"/{name}": output.metrics[name] for name in ("grad_norm", "logit_scale")})
+    return said

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eva_mim.run.program import guard
 from tests.conftest import make_shards
-from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, finish, python, records, run, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, command, finish, python, records, run, started, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +44,19 @@ def refused(tmp_path: Path, program: str, tree: dict[str, Any], *overrides: str)
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    """Both name the folder."""
-    assert f"{tmp_path / 'none'} is not a folder" in refused(tmp_path, "classify", on_folder(tmp_path / "none"))
+    """Both name the folder. A program of its own says so as well, with its exit code."""
+    recipe = write_recipe(tmp_path, on_folder(tmp_path / "none"))
+    done = started(command("classify", recipe, tmp_path / "run"), 2)
+    assert done.stderr.startswith("error: ")
+    assert f"{tmp_path / 'none'} is not a folder" in done.stderr
+    assert "Traceback" not in done.stderr
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'}: no images here" in refused(tmp_path, "classify", on_folder(tmp_path / "empty"))
 
 
 def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     """Keys and shapes are named."""
-    run("classify", write_recipe(tmp_path / "small", CLASSIFY), tmp_path / "small" / "run")
+    run("classify", write_recipe(tmp_path / "small", CLASSIFY), tmp_path / "small" / "run", "run.epochs=1")
     tree = CLASSIFY | {"student": {"name": "vit_mini_patch4_32"}, "init_from": str(tmp_path / "small" / "run")}
     text = refused(tmp_path, "classify", tree)
     assert "is of another architecture" in text
@@ -117,7 +121,7 @@ def test_mistakes_of_the_clip_stage(tmp_path: Path) -> None:
     text = refused(tmp_path, "clip", CLIP, "student.text={init_from: ViT-B-32, width: 64}")
     assert "student.text.width=64: the text tower of ViT-B-32 has 512; leave it out" in text
     few = ("run.engine=deepspeed", "run.global_batch=1")
-    done = run("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2, code=2)
+    done = started(command("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2), 2)
     said = "error: run.global_batch=1 is not a multiple of run.micro_batch=1 x 2 processes"
     assert done.stderr.count(said) == 2  # on every rank
     assert "in main" not in done.stderr.split("ChildFailedError")[0].split("Traceback")[0]

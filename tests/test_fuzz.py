@@ -37,11 +37,12 @@ from eva_mim.data.sources.shards import open_shards
 from eva_mim.data.views import EvalView
 from tests.conftest import REPOSITORY, picture, png
 
-SECONDS = 120
+FUZZ = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+"""Examples: 40, or 1,000 in the long tier (`--hypothesis-profile=long`, in tests/conftest.py)."""
+SECONDS = 120 + FUZZ.max_examples
 """For all examples of a test; an endless loop ends here."""
 MEGABYTES = 600
 """That the largest size of the process may grow by."""
-FUZZ = settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)

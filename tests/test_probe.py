@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,8 +38,7 @@ from eva_mim.trunks import TrunkSettings
 from eva_mim.weights.export import write_timm
 from finetune.probe import StageRecipe, build
 from finetune.probe_data import set_aside
-from tests.test_resume import stop_at
-from tests.tiny import RUN, SCENES, VIT, losses, records, run, write_recipe
+from tests.tiny import RUN, SCENES, VIT, losses, records, run, same_weights, stopped_after, write_recipe
 
 CPU = torch.device("cpu")
 LRS = [0.001, 0.01, 0.1]
@@ -363,21 +361,20 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, probe: dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_a_killed_sweep_on_features_ends_bit_for_bit_like_an_undisturbed_one(
+def test_a_sweep_on_features_that_was_stopped_ends_bit_for_bit_like_an_undisturbed_one(
     tmp_path: Path, probe: dict[str, Any], optimizer: str, cache: Path
 ) -> None:
-    """The averaged weights as well; the second start reads the features of the first."""
-    tree = probe | {"run": RUN | {"epochs": 60, "checkpoint_every": 3, "ema_decay": 0.9, "evaluate_every": 20}}
+    """The averaged weights as well; the second start reads the features of the first. A kill between two checkpoints."""
+    tree = probe | {"run": RUN | {"epochs": 6, "checkpoint_every": 3, "keep_last": 9, "ema_decay": 0.9, "evaluate_every": 2}}
     recipe = write_recipe(tmp_path, tree | {"optim": OPTIM | {"optimizer": optimizer}})
     run("probe", recipe, tmp_path / "straight")
-    assert stop_at(8, signal.SIGKILL, "probe", recipe, tmp_path / "stopped") == -9
-    run("probe", recipe, tmp_path / "stopped")
+    stopped = stopped_after(9, tmp_path / "straight", tmp_path / "stopped")
+    run("probe", recipe, stopped)
     assert len(list((cache / "features").iterdir())) == 2
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
-    assert len(losses(tmp_path / "straight")) == 180
-    assert len(records(tmp_path / "stopped", "start")) == 2
+    assert losses(stopped) == losses(tmp_path / "straight")
+    assert len(losses(stopped)) == 18
+    assert len(records(stopped, "start")) == 2
     for name in ("model.safetensors", "ema/model.safetensors"):
-        expected, found = (load_file(tmp_path / run_ / name) for run_ in ("straight", "stopped"))
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
-    figures = [json.loads((tmp_path / run_ / "lineage.json").read_text())["metrics"] for run_ in ("straight", "stopped")]
+        same_weights(stopped / name, tmp_path / "straight" / name)
+    figures = [json.loads((folder / "lineage.json").read_text())["metrics"] for folder in (tmp_path / "straight", stopped)]
     assert figures[0] == figures[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,20 @@ from safetensors.torch import load_file
 from eva_mim.cli import main
 from eva_mim.core import run_folder as checkpoint
 from tests.conftest import make_folder, picture, png
-from tests.tiny import CLASSIFY, CLIP, MIM, command, environment, losses, records, run, write_recipe
+from tests.tiny import (
+    CLASSIFY,
+    CLIP,
+    MIM,
+    command,
+    environment,
+    losses,
+    records,
+    run,
+    run_until,
+    same_weights,
+    stopped_after,
+    write_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -38,45 +52,71 @@ def stop_at(step: int, number: signal.Signals, program: str, recipe: Path, out: 
     return process.wait(120)
 
 
-@pytest.mark.parametrize(
-    ("program", "tree", "number"),
-    [
-        ("mim", MIM, signal.SIGKILL),
-        ("mim", MIM, signal.SIGTERM),
-        ("clip", CLIP, signal.SIGKILL),
-        ("classify", CLASSIFY, signal.SIGUSR1),
-    ],
-)
+def going_on_matters(tree: dict[str, Any]) -> dict[str, Any]:
+    """24 steps in 6 epochs, with drop path."""
+    return tree | {"run": tree["run"] | {"epochs": 6, "checkpoint_every": 3}, "student": tree["student"] | {"drop_path": 0.1}}
+
+
+def same_end(found: Path, straight: Path) -> None:
+    """Weights and every logged loss are equal, and each step is logged once."""
+    assert losses(found) == losses(straight)
+    assert [record["step"] for record in records(found)] == list(range(1, len(losses(straight)) + 1))
+    same_weights(found / "model.safetensors", straight / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a masked run that nobody stopped, and its recipe."""
+    folder = tmp_path_factory.mktemp("straight")
+    run("mim", write_recipe(folder, going_on_matters(MIM)), folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
 def test_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
-    tmp_path: Path, program: str, tree: dict[str, Any], number: signal.Signals
+    tmp_path: Path, straight: Path, number: signal.Signals, code: int
 ) -> None:
-    """Weights and every logged loss are equal; drop path, masks and augmentation are on."""
-    tree = tree | {"run": tree["run"] | {"epochs": 6, "checkpoint_every": 3}, "student": tree["student"] | {"drop_path": 0.1}}
-    recipe = write_recipe(tmp_path, tree)
-    run(program, recipe, tmp_path / "straight")
-    code = stop_at(8, number, program, recipe, tmp_path / "stopped")
-    assert code in ({-9} if number == signal.SIGKILL else {75})
-    run(program, recipe, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
-    assert [record["step"] for record in records(tmp_path / "stopped")] == list(range(1, 25))
-    expected = load_file(tmp_path / "straight" / "model.safetensors")
-    found = load_file(tmp_path / "stopped" / "model.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    """Two real programs with loader processes: drop path, masks and augmentation are on."""
+    assert stop_at(8, number, "mim", straight / "recipe.yaml", tmp_path / "stopped") == code
+    run("mim", straight / "recipe.yaml", tmp_path / "stopped")
+    same_end(tmp_path / "stopped", straight / "run")
+
+
+@pytest.mark.parametrize(("program", "tree", "number"), [("clip", CLIP, "SIGUSR2"), ("classify", CLASSIFY, "SIGUSR1")])
+def test_other_programs_end_bit_for_bit_after_a_stop_and_after_a_kill(
+    tmp_path: Path, program: str, tree: dict[str, Any], number: str
+) -> None:
+    """A signal in step 2 of 6, and the folder as a kill after step 5 leaves it."""
+    tree = going_on_matters(tree)
+    tree["run"] |= {"epochs": None, "samples": 144, "checkpoint_every": 1, "keep_last": 9}
+    recipe, straight = write_recipe(tmp_path, tree), tmp_path / "straight"
+    run(program, recipe, straight)
+    run_until(2, program, recipe, tmp_path / "stopped", by=number)
+    for out, step in ((tmp_path / "stopped", 2), (stopped_after(5, straight, tmp_path / "killed"), 5)):
+        assert f"going on from step {step}" in run(program, recipe, out).stderr
+        same_end(out, straight)
 
 
 def test_ctrl_c_writes_a_checkpoint_and_says_so(tmp_path: Path) -> None:
     """Exit code 130, and the checkpoint is of the step that was ended."""
-    recipe = write_recipe(tmp_path, MIM | {"run": MIM["run"] | {"epochs": 20}})
-    assert stop_at(5, signal.SIGINT, "mim", recipe, tmp_path / "run") == 130
+    recipe = write_recipe(tmp_path, CLASSIFY | {"run": CLASSIFY["run"] | {"epochs": 200}})
+    assert stop_at(5, signal.SIGINT, "classify", recipe, tmp_path / "run") == 130
     found = checkpoint.latest(tmp_path / "run")
     assert found is not None
     assert found[0] == records(tmp_path / "run")[-1]["step"]
 
 
-def test_half_written_checkpoint_is_not_believed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a classifier's run, to be copied, and its recipe."""
+    folder = tmp_path_factory.mktemp("classified")
+    run("classify", write_recipe(folder, CLASSIFY), folder / "run")
+    return folder
+
+
+def test_half_written_checkpoint_is_not_believed(tmp_path: Path, classified: Path) -> None:
     """A file cut short, and a folder without manifest: the one before counts."""
-    recipe = write_recipe(tmp_path, CLASSIFY)
-    run("classify", recipe, tmp_path / "run")
+    shutil.copytree(classified / "run", tmp_path / "run")
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000004", "step-00000008"]
     with (folders[1] / "exp_avg.safetensors").open("rb+") as file:
@@ -88,10 +128,10 @@ def test_half_written_checkpoint_is_not_believed(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "run") is None
 
 
-def test_finished_stage_is_not_run_again_and_other_settings_are_refused(tmp_path: Path) -> None:
+def test_finished_stage_is_not_run_again_and_other_settings_are_refused(tmp_path: Path, classified: Path) -> None:
     """The folder is left as it is in both cases."""
-    recipe = write_recipe(tmp_path, CLASSIFY)
-    run("classify", recipe, tmp_path / "run")
+    recipe = classified / "recipe.yaml"
+    shutil.copytree(classified / "run", tmp_path / "run")
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
     again = run("classify", recipe, tmp_path / "run")
     assert "finished before" in again.stderr

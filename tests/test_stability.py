@@ -6,13 +6,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from eva_mim.core.contracts import Rates
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.run.stability import SPIKE_PATIENCE, SkipCounter, SkippedData, SpikeAlarm
-from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, losses, python, records, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, finish, losses, python, records, same_weights, stopped_after, write_recipe
 
 BATCH, SAMPLES = 24, 96
 
@@ -32,7 +31,8 @@ def poisoned(
 ) -> subprocess.CompletedProcess[str]:
     """`eva-mim ARGUMENTS` with these samples poisoned, and a disk that takes so many seconds to flush a file."""
     surroundings = {"POISON_DISK": str(disk)} | ({"POISON_SCALE": str(scale)} if scale else {})
-    return finish(python("tests.poison", samples, *arguments, processes=processes), code, **surroundings)
+    with patch.dict(os.environ, surroundings):
+        return finish(python("tests.poison", samples, *arguments, processes=processes), code)
 
 
 def recipe(folder: Path, **run: Any) -> Path:
@@ -214,17 +214,17 @@ def test_a_skipped_step_leaves_batch_norms_alone(tmp_path: Path, settings: tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tmp_path: Path, zero_stage: int) -> None:
     """Each poisoned sample lies on one rank. The run follows the one-process run with the same poison."""
-    bad = samples_of(2, 5)
-    path = recipe(tmp_path)
+    bad = samples_of(1, 3)
+    path = recipe(tmp_path, epochs=None, samples=144, checkpoint_every=99)
     poisoned(bad, "mim", path, "--out", tmp_path / "one")
     settings = ["run.engine=deepspeed", f"run.zero_stage={zero_stage}", "run.micro_batch=6"]
     poisoned(bad, "mim", path, *settings, "--out", tmp_path / "two", processes=2)
     rows = [records(tmp_path / name) for name in ("one", "two")]
     skipped = [row["skipped"] for row in rows[0]]
-    assert skipped[-1] >= 4
+    assert skipped[-1] >= 2
     assert [row["skipped"] for row in rows[1]] == skipped
     finite = [[row["loss"] for row in side if row["loss"] is not None] for side in rows]
     assert finite[1] == pytest.approx(finite[0], abs=2e-5)
@@ -257,22 +257,10 @@ def test_a_streak_rewinds_and_leaves_its_samples_out(tmp_path: Path) -> None:
     # Two skipped steps and two left out meet the same data with the same weights, but for the learning rate of the step.
     assert losses(tmp_path / "straight")[5] == pytest.approx(losses(tmp_path / "patient")[7], abs=1e-6)
 
-    out = tmp_path / "killed"
-    line = python("tests.poison", bad, "mim", path, "--out", out)
-    process = subprocess.Popen(
-        line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "detours.json").exists() and len(records(out)) >= 8:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait(60) == -9
+    out = stopped_after(8, tmp_path / "straight", tmp_path / "killed")
     poisoned(bad, "mim", path, "--out", out)
     assert losses(out) == losses(tmp_path / "straight")
-    expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "straight", out))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    same_weights(out / "model.safetensors", tmp_path / "straight" / "model.safetensors")
 
 
 @pytest.mark.slow
@@ -339,7 +327,7 @@ def test_without_a_checkpoint_the_run_stops_at_once_with_a_dump(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [None, 0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [None, 2, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 3))])
 def test_fp16_brings_its_scale_down_and_learns(tmp_path: Path, zero_stage: int | None) -> None:
     """From an absurd scale: overflows are skipped, the scale halves after every second at first, then training goes on."""
     path = recipe(tmp_path, precision="fp16", epochs=4, checkpoint_every=99)

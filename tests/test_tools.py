@@ -1,15 +1,145 @@
-"""The measuring tools run: tiny, and through their own main."""
+"""Each tool says what it takes and does its work in small. Long runs of other programs are replaced by their figures."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.conftest import REPOSITORY
+from eva_mim.pipeline import run as pipeline
+from tests.conftest import REPOSITORY, make_folder
+from tests.ranks import pool
+from tools import cifar10_smoke, cifar10_styles, flickr8k
+
+TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if path.stem != "__init__")
+WITHOUT_WORDS = ("shuffle_cost",)
+"""Three numbers are all that it takes."""
+
+
+def tool(name: str, *words: str) -> int:
+    """`python -m tools.NAME WORDS`; its exit code."""
+    sys.argv = [name, *words]
+    try:
+        runpy.run_module(f"tools.{name}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def says(name: str, *words: str | Path, code: int = 0) -> str:
+    """What a tool says on standard output, else of errors; in a process of its own."""
+    (outcome,) = pool(1)(tool, name, *map(str, words))
+    assert not outcome.failed, outcome.err
+    assert outcome.value == code, outcome.out + outcome.err
+    return outcome.out or outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TOOLS if name not in WITHOUT_WORDS])
+def test_help(name: str) -> None:
+    assert "usage: " in says(name, "--help")
+
+
+@pytest.mark.slow
+def test_small_measurements(tmp_path: Path) -> None:
+    text = says("checkpoint_cost", "--model", "vit_nano_patch4_32", "--batch", "2", "--every", "1", "--saves", "1",
+                "--folder", tmp_path)  # fmt: skip
+    assert [line.split()[0] for line in text.splitlines()[-3:]] == ["none", "held", "background"]
+    assert list(tmp_path.iterdir()) == []
+    text = says("shuffle_cost", "200", "300", "1")
+    assert text.startswith("200 shards of 300 records of 1 kB\n")
+    assert text.count("a batch of ") == 4
+    text = says("convert_memory", "--gigabytes", "1e9", "--folder", tmp_path, code=1)
+    assert "GB are free, 2100000000.0 are needed" in text
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_memory_of_a_small_conversion(tmp_path: Path) -> None:
+    """The peak is that of the libraries."""
+    text = says("convert_memory", "--gigabytes", "0.4", "--bound", "99", "--folder", tmp_path)
+    assert "original.pt --to timm" in text
+    assert "bound 99.0: ok" in text
+
+
+@pytest.mark.slow
+def test_photographs_are_of_one_size(tmp_path: Path) -> None:
+    from PIL import Image
+
+    root = make_folder(tmp_path / "images", {"ant": 3, "bee": 2})
+    assert "5 photographs of 20 x 15, " in says("photographs", root, "--out", tmp_path / "out", "--size", "20", "15")
+    made = sorted((tmp_path / "out").glob("*/*.jpg"))
+    assert [path.parent.name for path in made] == ["0000"] * 3 + ["0001"] * 2
+    assert {Image.open(path).size for path in made} == {(20, 15)}
+
+
+def figures(out: Path, tree: dict[str, Any]) -> None:
+    """Look at a pipeline as a user does before it runs, and write what its stages would have found."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "pipeline.yaml").write_text(yaml.safe_dump(tree))
+    assert pipeline.describe(str(out / "pipeline.yaml"), [], out)
+    for number, stage in enumerate(tree["stages"]):
+        folder = out / stage["name"]
+        folder.mkdir(exist_ok=True)
+        found = dict.fromkeys(("zeroshot_top1", "knn_top1", "top1", "feature_std", "cosine"), 50.0 + number)
+        found |= {f"{way}_r{k}": 10.0 * k for way in flickr8k.WAYS for k in (1, 5, 10)} | {"cosine_of_mean": 0.0}
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "lineage.json").write_text(json.dumps({"metrics": found, "seconds": 2.0}))
+
+
+@pytest.mark.parametrize("module", [cifar10_styles, flickr8k])
+def test_a_table_of_chains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: Any
+) -> None:
+    """Every chain's pipeline would run; its figures come into the table."""
+    def instead(out: Path, tree: dict[str, Any], threads: int) -> None:
+        figures(out, tree)
+
+    make_folder(tmp_path / "data", {"": 2})
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(module, "pipeline", instead)
+    monkeypatch.setattr(sys, "argv", ["tool", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    assert module.main() == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(lines) > 4
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| - |" not in "\n".join(line for line in lines if "scratch" not in line and "untrained" not in line)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["tool", "--data", str(tmp_path / "none")])
+    assert module.main() == 0
+    assert capsys.readouterr().out.startswith(f"skipped: {tmp_path / 'none'} is not there")
+
+
+def test_the_smoke_test_fails_below_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"zeroshot_top1": 60.0, "cosine": 0.5, "cosine_of_mean": 0.2, "knn_top1": 40.0, "feature_std": 0.6, "top1": 70.0}
+    bad = good | {"zeroshot_top1": 50.0, "top1": 60.0}
+    asked = []
+
+    def main(words: list[str]) -> int:
+        asked.append(words[:-1])
+        for name in ("clip_teacher", "mim", "clip", "clip_scratch", "target", "target_scratch"):
+            folder = Path(words[-1]) / name
+            folder.mkdir(parents=True)
+            metrics = bad if name.endswith("scratch") and "seed0" in words[-1] else good
+            (folder / "lineage.json").write_text(json.dumps({"metrics": metrics}))
+        return 0
+
+    monkeypatch.setattr(cifar10_smoke, "eva_mim", main)
+    for seed, code in (("0", 0), ("1", 1)):
+        monkeypatch.setattr(sys, "argv", ["tool", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--seeds", seed])
+        assert cifar10_smoke.main() == code
+        assert capsys.readouterr().out.count("FAIL") == 2 * code
+    assert asked[1] == ["pipeline", "configs/pipelines/cifar10_smoke.yaml", f"data.root={tmp_path}", "run.seed=1", "--out"]
+    assert (REPOSITORY / asked[0][1]).is_file()
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """Two hosts, a process on each: a lost host, a hung one and a cut link end the run on every process that is left, which then goes
-on exactly. The hosts are network namespaces with a cable between them; faults of processes alone are also tried without."""
+on exactly. The hosts are network namespaces with a cable between them; faults of processes alone are tried without."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.tiny import MIM, command, environment, losses, write_recipe
+from tests.tiny import MIM, command, environment, losses, run, same_weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 15.0
-"""Seconds that processes wait for each other; more than a start takes longer on one host than on the other."""
+PATIENCE = 6.0
+"""Seconds that processes wait for each other once they have met."""
 RECIPE = MIM | {"run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 2, "epochs": 8, "checkpoint_every": 3,
                                      "timeout_minutes": PATIENCE / 60}}
 
@@ -38,7 +36,6 @@ class Hosts:
     """Of the first."""
     interfaces: tuple[str, str]
     cut: Callable[[], object]
-    mend: Callable[[], object]
 
     def start(self, out: Path, recipe: Path) -> list[subprocess.Popen[str]]:
         """Both ranks, without a launcher; each speaks into a file of its own."""
@@ -55,15 +52,8 @@ class Hosts:
                 started.append(subprocess.Popen(line, env=environment() | own, stdout=log, stderr=log, text=True))
         return started
 
-    def finish(self, out: Path, recipe: Path) -> str:
-        """To the end; what the main rank says."""
-        codes = [process.wait(200) for process in self.start(out, recipe)]
-        said = (out / "rank-0.log").read_text()
-        assert codes == [0, 0], said + (out / "rank-1.log").read_text()
-        return said
 
-
-ON_ONE_HOST = Hosts(([], []), "127.0.0.1", ("lo", "lo"), lambda: None, lambda: None)
+ON_ONE_HOST = Hosts(([], []), "127.0.0.1", ("lo", "lo"), lambda: None)
 
 
 def ip(*words: str, check: bool = True) -> bool:
@@ -87,8 +77,8 @@ def cabled() -> Iterator[Hosts]:
             for device in (f"cable{number}", "lo"):
                 ip("-n", name, "link", "set", device, "up")
         inside = ["ip", "netns", "exec", names[0]], ["ip", "netns", "exec", names[1]]
-        cut, mend = (partial(ip, "-n", names[1], "link", "set", "cable1", state) for state in ("down", "up"))
-        yield Hosts(inside, "10.77.0.1", ("cable0", "cable1"), cut, mend)
+        cut = partial(ip, "-n", names[1], "link", "set", "cable1", "down")
+        yield Hosts(inside, "10.77.0.1", ("cable0", "cable1"), cut)
     finally:
         for name in names:
             ip("netns", "del", name, check=False)
@@ -121,17 +111,28 @@ def ended(process: subprocess.Popen[str], log: Path) -> str:
     return line
 
 
+def finished(out: Path, recipe: Path) -> str:
+    """The same run to its end, by patient processes; what it says."""
+    return run("mim", recipe, out, "run.timeout_minutes=10", processes=2).stderr
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that was left alone."""
     folder = tmp_path_factory.mktemp("straight")
-    ON_ONE_HOST.finish(folder / "run", write_recipe(folder, RECIPE))
+    finished(folder / "run", write_recipe(folder, RECIPE))
     return folder / "run"
 
 
 @pytest.mark.parametrize(
     ("place", "fault", "lost"),
-    [("one_host", "kill", 1), ("one_host", "hang", 0), ("cabled", "kill", 0), ("cabled", "hang", 1), ("cabled", "cut", None)],
+    [
+        ("one_host", "kill", 1),
+        ("one_host", "hang", 0),
+        ("cabled", "cut", None),
+        pytest.param("cabled", "kill", 0, marks=pytest.mark.long),
+        pytest.param("cabled", "hang", 1, marks=pytest.mark.long),
+    ],
 )
 def test_who_is_left_stops_and_the_run_goes_on_exactly(
     tmp_path: Path, request: pytest.FixtureRequest, straight: Path, place: str, fault: str, lost: int | None
@@ -158,9 +159,6 @@ def test_who_is_left_stops_and_the_run_goes_on_exactly(
         for process in processes:
             process.kill()
             process.wait(30)
-    hosts.mend()
-    assert "going on from step " in hosts.finish(out, recipe)
+    assert "going on from step " in finished(out, recipe)
     assert losses(out) == losses(straight)
-    found, wanted = (load_file(folder / "model.safetensors") for folder in (out, straight))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    same_weights(out / "model.safetensors", straight / "model.safetensors")

@@ -1,21 +1,24 @@
-"""Tiny recipes that train in seconds, and the real programs started as a user starts them."""
+"""Tiny recipes that train in seconds, and the real programs: called in processes that stay (`tests/ranks.py`) or started anew."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from eva_mim.core.contracts import StateGroup
 from eva_mim.core.run_folder import folder_of
 from eva_mim.run import checkpoints as snapshot
-from tests import forked
 from tests.conftest import REPOSITORY
+from tests.ranks import LAUNCHERS, pool, program
 
 SCENES = {"source": "scenes", "scenes": {"size": 32, "train": 96, "val": 24, "labels": "coarse"}, "workers": 0}
 OPTIM = {"lr": 2e-3, "warmup_epochs": 1, "clip_grad": 1.0, "layer_decay": 0.8}
@@ -43,8 +46,7 @@ def write_recipe(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") 
 
 def environment(threads: int = 1) -> dict[str, str]:
     """This process's environment without a launcher's traces."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     return kept | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
 
 
@@ -61,19 +63,68 @@ def command(program: str, recipe: Path, out: Path, *overrides: str, processes: i
     return python(MODULES[program], recipe, *overrides, "--out", out, processes=processes)
 
 
-def finish(line: list[str], code: int = 0, **surroundings: str) -> subprocess.CompletedProcess[str]:
-    """Run a line to its end and check its exit code."""
-    done = forked.run(line, 400, cwd=REPOSITORY, env=environment() | surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def started(line: list[str], code: int = 0, **surroundings: str) -> subprocess.CompletedProcess[str]:
+    """Run a line to its end as a program of its own and check its exit code."""
+    done = subprocess.run(line, cwd=REPOSITORY, env=environment() | surroundings, capture_output=True, text=True, timeout=400)
     wanted = {code, 1} if code and "torch.distributed.run" in line else {code}  # torchrun has a code of its own for a failed rank
-    assert done.returncode in wanted, f"exit code {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
+    return _checked(done, wanted)
+
+
+def finish(line: list[str], code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the program of a line to its end in processes that are there already, and check its exit code."""
+    words = line[line.index("-m") + 1 :]
+    count = 1
+    if words[0] == "torch.distributed.run":
+        count = int(words[2].partition("=")[2])
+        words = words[4:]
+    if not words[0].startswith(("eva_mim.", "pretrain.", "finetune.", "tests.poison", "tests.stopping")):
+        return started(line, code)
+    outcomes = pool(count)(program, words[0], words[1:])
+    texts = ["".join(texts) for texts in zip(*((outcome.out, outcome.err) for outcome in outcomes), strict=True)]
+    first = next((outcome.value for outcome in outcomes if outcome.failed), 0)
+    return _checked(subprocess.CompletedProcess(line, first, *texts), {code})
+
+
+def _checked(done: subprocess.CompletedProcess[str], wanted: set[int]) -> subprocess.CompletedProcess[str]:
+    assert done.returncode in wanted, f"exit code {done.returncode}, wanted {wanted}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def run(
-    program: str, recipe: Path, out: Path, *overrides: str, processes: int = 1, code: int = 0
+    stage: str, recipe: Path, out: Path, *overrides: str, processes: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run a stage program to its end and check its exit code."""
-    return finish(command(program, recipe, out, *overrides, processes=processes), code)
+    return finish(command(stage, recipe, out, *overrides, processes=processes), code)
+
+
+def run_until(
+    step: int | None, stage: str, recipe: Path, out: Path, *overrides: str, processes: int = 1, by: str = "SIGTERM"
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage program until a signal comes in a step, or to its end for None."""
+    words = [] if step is None else ["tests.stopping", str(step), by]
+    module, *rest = *words, *([stage] if words else [MODULES[stage]]), str(recipe), *overrides, "--out", str(out)
+    return finish(python(module, *rest, processes=processes))
+
+
+def stopped_after(step: int, source: Path, out: Path) -> Path:
+    """A copy of a run as a kill right after the checkpoint of `step` and a later log line would have left it."""
+    shutil.copytree(source, out)
+    for folder in (out / "checkpoints").iterdir():
+        if folder > folder_of(out, step):
+            shutil.rmtree(folder)
+    record = json.loads((out / "lineage.json").read_text())
+    (out / "lineage.json").write_text(json.dumps(record | {"finished": False}))
+    for name in ("model.safetensors", "head.safetensors", "ema"):
+        found = out / name
+        shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
+    return out
+
+
+def same_weights(found: Path, expected: Path) -> None:
+    """Bit for bit."""
+    wanted, is_ = load_file(expected), load_file(found)
+    assert is_.keys() == wanted.keys()
+    assert not [name for name, value in wanted.items() if not torch.equal(is_[name], value)]
 
 
 def records(out: Path, kind: str = "train") -> list[dict[str, Any]]:

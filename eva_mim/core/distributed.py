@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BEAT = timedelta(seconds=10)
-"""Between signs of life of a rank that works while others wait."""
+"""Longest time between signs of life of a rank that works while others wait."""
+START = timedelta(minutes=1)
+"""Shortest patience while the processes start: one host may take longer for it than another."""
 _turns = itertools.count()
 _patience = timedelta(minutes=30)
 
@@ -58,8 +60,8 @@ def setup(device: torch.device, minutes: float = 30.0) -> None:
     _patience = timedelta(minutes=minutes)
     if world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=_patience)
-    elif dist.is_initialized():
+        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=max(START, _patience))
+    if dist.is_initialized():
         dist.set_timeout(_patience)
 
 
@@ -181,7 +183,7 @@ def _alive(turn: int) -> Iterator[None]:
     store, done = _store(), threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT.total_seconds()):
+        while not done.wait(min(BEAT, _patience / 3).total_seconds()):
             store.add(f"agreed/{turn}/beats", 1)
 
     heart = threading.Thread(target=beat, daemon=True)

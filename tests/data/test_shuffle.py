@@ -320,6 +320,6 @@ def test_a_run_on_shards_of_all_kinds_is_the_same_on_two_processes(tmp_path: Pat
     assert len(expected) == 6
     run("classify", recipe, tmp_path / "two", "run.engine=deepspeed", "data.workers=1", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-5)  # sums over ranks are rounded in another order
-    refused = run("classify", recipe, tmp_path / "three", "data.bad_shards=refuse", "run.engine=deepspeed", processes=2, code=1)
+    refused = run("classify", recipe, tmp_path / "three", "data.bad_shards=refuse", "run.engine=deepspeed", processes=2, code=2)
     assert "7.tar: not a readable tar: " in refused.stderr
     assert "1 of 8 shards cannot be used; mend or remove them, or set data.bad_shards=skip" in refused.stderr

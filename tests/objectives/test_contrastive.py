@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eva_mim.core.distributed import leave_group, rank, setup, world_size
+from eva_mim.core.distributed import rank, world_size
 from eva_mim.tasks import ContrastiveSettings
 from eva_mim.tasks.contrastive import Contrastive
-from tests.tiny import finish, python
+from tests.ranks import on_ranks
 
 PAIRS, WIDTH = 12, 10
 NAMES = ("image", "text", "scale", "bias")
@@ -133,11 +132,10 @@ def test_it_is_fp32_inside_autocast(kind: Any, chunk: int | None) -> None:
 
 
 @pytest.mark.slow
-def test_the_mean_of_two_ranks_is_the_undivided_batch(tmp_path: Path) -> None:
+def test_the_mean_of_two_ranks_is_the_undivided_batch() -> None:
     """Real gloo. A rank's gradients by its own rows are those of the sum of both losses: with the mean over ranks that engines
     take, half of them is the undivided batch's gradient."""
-    finish(python("tests.objectives.test_contrastive", tmp_path, processes=2))
-    ranks = [load_file(tmp_path / f"rank{number}.safetensors") for number in range(2)]
+    ranks = on_ranks(2, rows_of_this_rank)
     for kind in ("clip", "siglip"):
         loss, gradients = reference(kind)
         for chunk in (None, 4):
@@ -148,9 +146,8 @@ def test_the_mean_of_two_ranks_is_the_undivided_batch(tmp_path: Path) -> None:
                 same(torch.cat(parts) / 2 if name in ("image", "text") else sum(parts) / 2, expected)  # type: ignore[arg-type]
 
 
-def main(out: Path) -> None:
-    """One of the ranks: its rows of the batch, losses and gradients into a file."""
-    setup(torch.device("cpu"))
+def rows_of_this_rank() -> dict[str, Tensor]:
+    """Losses and gradients of one rank's rows of the batch."""
     found: dict[str, Tensor] = {}
     for kind in ("clip", "siglip"):
         for chunk in (None, 4):
@@ -161,9 +158,4 @@ def main(out: Path) -> None:
             at = f"{kind}/{chunk}/"
             found[at + "loss"] = loss.detach()
             found |= {at + name: value for name, value in zip(NAMES, torch.autograd.grad(loss, own), strict=False)}
-    save_file({name: value.contiguous() for name, value in found.items()}, out / f"rank{rank()}.safetensors")
-    leave_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

@@ -149,13 +149,14 @@ def test_mistakes_are_named(source: str) -> None:
 def test_sharded_runs_with_locked_parameters_follow_the_local_one(tmp_path: Path) -> None:
     """Text locked, the image tower's last group and its projection train."""
     path = write_recipe(tmp_path, CLIP)
-    run("clip", path, tmp_path / "parent")
+    run("clip", path, tmp_path / "parent", "run.epochs=1")
     student = {"name": "vit_nano_patch4_32", "embed_dim": 32, "lock_image": True, "image_unlocked_groups": 1, "lock_text": True,
                "text": {"init_from": str(tmp_path / "parent")}}  # fmt: skip
-    path = write_recipe(tmp_path, CLIP | {"student": student, "init_from": str(tmp_path / "parent")}, "locked.yaml")
+    tree = CLIP | {"student": student, "init_from": str(tmp_path / "parent"), "run": CLIP["run"] | {"epochs": 1}}
+    path = write_recipe(tmp_path, tree, "locked.yaml")
     run("clip", path, tmp_path / "local")
     parent = load_file(tmp_path / "parent" / "open_clip_model.safetensors")
-    for stage in range(4):
+    for stage in (1, 3):  # ZeRO 2 cuts as ZeRO 1 does, and ZeRO 0 is the plain module
         out = tmp_path / f"zero{stage}"
         run("clip", path, out, "run.engine=deepspeed", f"run.zero_stage={stage}", processes=2)
         assert losses(out) == pytest.approx(losses(tmp_path / "local"), abs=2e-5), stage

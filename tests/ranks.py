@@ -1,0 +1,156 @@
+"""Processes that stay for the session: tests call functions, and the programs themselves, in them, and start no programs.
+
+Importing the libraries costs more than a tiny run. `pool(n)` has n processes, for n > 1 the ranks of a gloo group; each has its
+own globals, signals and environment. A call that hangs is a failure, and after a failure the next call meets new processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PATIENCE = 240.0
+"""Seconds for a call."""
+GRACE = 10.0
+"""Seconds for the other ranks to come to an end after one has failed."""
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_pools: dict[int, Pool] = {}
+
+
+@dataclass
+class Outcome:
+    """What came of a call on one rank."""
+
+    value: Any
+    """What the function returned, or the exit code that it ended with."""
+    failed: bool
+    out: str
+    err: str
+
+
+class Pool:
+    """The processes; `Pool(n)(function, *arguments)` calls the function, which must be importable, in each of them."""
+
+    def __init__(self, size: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.lines: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self.lines.append(here)
+            self.processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Outcome]:
+        """What came of it, by rank. The processes have the caller's environment meanwhile."""
+        surroundings = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+        for line in self.lines:
+            line.send((function, arguments, surroundings))
+        found: dict[int, Outcome] = {}
+        end = time.monotonic() + patience
+        while len(found) < len(self.lines):
+            ready = wait([line for rank, line in enumerate(self.lines) if rank not in found], end - time.monotonic())
+            if not ready:
+                break
+            for line in ready:
+                rank = self.lines.index(line)  # type: ignore[arg-type]
+                try:
+                    found[rank] = line.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    found[rank] = Outcome(None, True, "", f"rank {rank} has died\n")
+                if found[rank].failed:
+                    end = min(end, time.monotonic() + GRACE)
+        outcomes = [found.get(rank, Outcome(None, True, "", f"rank {rank} hangs\n")) for rank in range(len(self.lines))]
+        lost = any(outcome.value is None and outcome.failed for outcome in outcomes)
+        if lost or (len(outcomes) > 1 and any(outcome.failed for outcome in outcomes)):
+            self.close()
+        return outcomes
+
+    def close(self) -> None:
+        """End the processes; the next `pool` of this size is another one."""
+        for size, known in list(_pools.items()):
+            if known is self:
+                del _pools[size]
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def pool(size: int) -> Pool:
+    """The session's processes, started when first asked for."""
+    if size not in _pools:
+        _pools[size] = Pool(size)
+    return _pools[size]
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function returns on each of `size` ranks. A rank that raises, dies or hangs fails the test."""
+    outcomes = pool(size)(function, *arguments)
+    assert not any(outcome.failed for outcome in outcomes), "\n".join(outcome.err for outcome in outcomes)
+    return [outcome.value for outcome in outcomes]
+
+
+def program(module: str, words: list[str]) -> None:
+    """`python -m MODULE WORDS` by its `main`, for a pool to call."""
+    sys.exit(import_module(module).main(words))
+
+
+def _serve(rank: int, size: int, port: int, line: Connection) -> None:
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if size > 1:
+        own |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port)}
+    os.environ.update(own)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, whose end is the end of this
+    import torch
+
+    from eva_mim.core.distributed import setup
+
+    torch.set_num_threads(1)
+    setup(torch.device("cpu"))
+    linear = torch.nn.functional.linear
+    gc.collect()
+    gc.freeze()
+    while True:
+        try:
+            function, arguments, surroundings = line.recv()
+        except EOFError:
+            return
+        os.environ.clear()
+        os.environ.update(surroundings | own)
+        line.send(_called(function, arguments))
+        torch.nn.functional.linear = linear  # DeepSpeed's ZeRO 3 puts its own in the place, which rounds otherwise
+        gc.collect()
+
+
+def _called(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcome:
+    out, err = io.StringIO(), io.StringIO()
+    failed, value = False, None
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            value = function(*arguments)
+        except SystemExit as end:
+            value = end.code or 0
+            failed = bool(value)
+        except BaseException:
+            failed, value = True, 1
+            traceback.print_exc()
+    return Outcome(value, failed, out.getvalue(), err.getvalue())
