@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 from eva_mim.cli import main as eva_mim
 from eva_mim.core.distributed import is_main
+from eva_mim.core.errors import INTERRUPTED, REQUEUE
 from eva_mim.run.loop import Loop
-from eva_mim.run.program import INTERRUPTED, REQUEUE, leave
+from eva_mim.run.program import leave
 
 
 def main(argv: Sequence[str]) -> int:

@@ -215,8 +215,8 @@ def test_gradients_by_features_are_fp32_inside_autocast() -> None:
     leaves = [tensor.clone().requires_grad_() for tensor in (image, text, torch.tensor(14.0))]
     by_image, by_text, by_scale = torch.autograd.grad(ClipLoss()(*leaves), leaves)
     for part in prepared:
-        assert part.whole is not None
-        mine = dict(zip("its", part.whole.gradients, strict=True))
+        assert part.grad_cache is not None
+        mine = dict(zip("its", part.grad_cache.gradients, strict=True))
         same(mine, {"i": by_image[part.index] * 4, "t": by_text[part.index] * 4, "s": by_scale})
 
 

@@ -16,9 +16,10 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import nn
 
+from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
 from eva_mim.engine.step import set_rates
-from eva_mim.optim import OptimSettings, Rates, TowerSettings, check_sharding
+from eva_mim.optim import OptimSettings, TowerSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.students import ClassifierSettings, MaskedSettings

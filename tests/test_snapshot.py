@@ -210,7 +210,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, monkeypatch: 
     values = {"a": torch.ones(20_000)}  # 80 kB
     parts = {"module": snapshot.kept_here(values), "exp_avg": snapshot.kept_here(values)}
     tiny.save(small_disk, 1, parts, {}, keep_last=9)
-    message = r"(?s)step 2 was not saved: it needs 160,000 bytes, but \d+,\d+ are free in .*the checkpoint of step 1 is whole"
+    message = r"(?s)step 2 was not saved: it needs 160,000 bytes, but \d+,\d+ are free in .*the checkpoint of step 1 is complete"
     with pytest.raises(UserError, match=message):
         tiny.save(small_disk, 2, parts, {}, keep_last=9)
 
@@ -220,7 +220,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, monkeypatch: 
 
     monkeypatch.setattr(snapshot, "stream_safetensors", slow)
     small = {"module": parts["module"]}
-    with pytest.raises(UserError, match=r"(?s)step 2 was not saved: .*needs 80,\d+ bytes, but .* are free.*step 1 is whole"):
+    with pytest.raises(UserError, match=r"(?s)step 2 was not saved: .*needs 80,\d+ bytes, but .* are free.*step 1 is complete"):
         tiny.save(small_disk, 2, small, {}, keep_last=9)
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
     assert latest(small_disk) == (1, folder_of(small_disk, 1))
@@ -267,7 +267,7 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk: P
     stopped = tiny.run("mim", recipe, small_disk / "run", *settings, processes=processes, code=2 if processes == 1 else 1)
     for rank in range(processes):
         assert f"error: {'rank 0: ' if rank else ''}step 3 was not saved: it needs 5," in stopped.stderr
-    assert stopped.stderr.count("the checkpoint of step 2 is whole; the same command goes on from there") == processes
+    assert stopped.stderr.count("the checkpoint of step 2 is complete; the same command goes on from there") == processes
     names = sorted(path.name for path in (small_disk / "run" / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002"]
     assert mounted(small_disk, "remount,size=80m")

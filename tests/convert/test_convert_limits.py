@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 SERVER = f"""
 import io, json, os, resource, sys, time
 from contextlib import redirect_stderr, redirect_stdout
-from eva_mim.convert.command import main
+from eva_mim.commands.convert import main
 import eva_mim.convert.convert
 for words in json.load(sys.stdin):
     read, write = os.pipe()

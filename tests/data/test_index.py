@@ -274,9 +274,9 @@ def test_an_index_that_became_another_one_is_refused(tmp_path: Path) -> None:
 RANKS = """
 import os, sys, time
 import torch
-from eva_mim import distributed
+from eva_mim.core import distributed
 from eva_mim.core.errors import UserError
-from eva_mim.data import folder
+from eva_mim.data.sources import folder
 from pathlib import Path
 
 root, own = Path(sys.argv[1]), sys.argv[2:]

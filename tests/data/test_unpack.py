@@ -90,9 +90,9 @@ def test_a_disk_without_room_is_named(tmp_path: Path, cache: Path, monkeypatch: 
 LITTLE_DISK = """
 import resource, sys
 from pathlib import Path
-from eva_mim.config import UserError
-from eva_mim.data.tars import found
-from eva_mim.data.unpack import unpack
+from eva_mim.core.errors import UserError
+from eva_mim.data.sources.tar_index import found
+from eva_mim.data.sources.unpack import unpack
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     unpack(found(Path(sys.argv[1])))
@@ -115,8 +115,8 @@ def test_a_disk_that_fills_up_meanwhile_is_named_and_nothing_is_left(tmp_path: P
 SLOWLY = """
 import sys, time
 from pathlib import Path
-from eva_mim.data import unpack
-from eva_mim.data.tars import found
+from eva_mim.data.sources import unpack
+from eva_mim.data.sources.tar_index import found
 read, shard = unpack._next, found(Path(sys.argv[1]))
 def reading(packed, shard):
     time.sleep(0.05)
@@ -150,8 +150,8 @@ def test_processes_that_unpack_the_same_shard_at_once_get_one_copy(tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from eva_mim.data import unpack
-from eva_mim.data.tars import found
+from eva_mim.data.sources import unpack
+from eva_mim.data.sources.tar_index import found
 read, left = unpack._next, [3]
 def reading(packed, shard):
     left[0] -= 1

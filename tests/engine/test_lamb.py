@@ -202,9 +202,9 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(tmp_path: Path, name: Literal["
     whole, first, second = engine(), engine(), engine()
     train(whole, range(5))
     train(first, range(stop))
-    folder = save(tmp_path, stop, first.parts(), {}, keep_last=1)
+    folder = save(tmp_path, stop, first.state(), {}, keep_last=1)
     train(second, range(1))  # what it did before does not matter
-    snapshot.load(folder, second.parts())
+    snapshot.load(folder, second.state())
     train(second, range(stop, 5))
     for weight, value in whole.weights().items():
         assert torch.equal(second.weights()[weight], value), weight
