@@ -1,15 +1,51 @@
-"""Where hostile checkpoints are tried."""
+"""Conversions that several tests look at, and where hostile checkpoints are tried."""
 
 from __future__ import annotations
 
+import functools
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from eva_mim.core.files import sha256
+from tests.convert.golden_files import CLIPS, clip_config, converted, golden, known_to_open_clip, written
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A golden checkpoint in a format: the record, and the file or folder. Nobody writes into it."""
+
+    record: dict[str, Any]
+    path: Path
+
+
+Convert = Callable[[str, str], Conversion]
+"""The conversion of a golden checkpoint, by its name and the format."""
+
+
+@pytest.fixture(scope="session")
+def conversion(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Convert]:
+    """Each (name, format) is converted once. open_clip knows the CLIP fixtures' architectures meanwhile, by `golden-NAME`."""
+    folder = tmp_path_factory.mktemp("conversions")
+    configs = {f"golden-{name}": clip_config(golden(shared, name)) for name in CLIPS}
+    made: list[Conversion] = []
+
+    @functools.cache
+    def convert(name: str, to: str) -> Conversion:
+        source = written(golden(shared, name), folder)
+        with known_to_open_clip(folder, **configs):
+            made.append(Conversion(*converted(source, to, folder, name)))
+        return made[-1]
+
+    yield convert
+    for done in made:
+        assert {name: sha256(folder / name) for name in done.record["files"]} == done.record["files"]
 
 
 @pytest.fixture

@@ -170,10 +170,13 @@ def open_clip_says(found: Golden, model: Any) -> None:
     close(scale * image @ text.T, reference["out/logits_per_image"], ANSWERS)
 
 
-def marked(fast: Callable[..., bool], cases: Iterable[Any]) -> list[Any]:
-    """Parameters of a test, of which those are slow that are not `fast`."""
+def marked(
+    fast: Callable[..., bool], cases: Iterable[Any], long: Callable[..., bool] = lambda *_: False
+) -> list[Any]:
+    """Parameters of a test, of which those are slow that are not `fast`; the `long` ones are left to `make test-long`."""
     rows = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*row, marks=[] if fast(*row) else [pytest.mark.slow]) for row in rows]
+    marks = [[pytest.mark.slow] * (not fast(*row)) + [pytest.mark.long] * long(*row) for row in rows]
+    return [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
 
 
 def close(mine: Tensor, wanted: Tensor, bound: float) -> None:

@@ -1,4 +1,4 @@
-"""The whole command on files that are damaged, or made to do harm: exit code 2 or a correct result, soon, in little memory.
+"""The whole command on files that are made to do harm: exit code 2 or a correct result, soon, in little memory.
 
 Nothing is written but the result, and nothing is left behind (`hostile.ends`).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eva_mim.commands.convert import main
-from eva_mim.weights.names.eva import from_eva
 from tests.convert.hostile import (
     CLIP_SIZES,
     VIT,
@@ -34,77 +32,6 @@ from tests.convert.hostile import (
     refused,
     timm_folder,
 )
-
-KINDS = ["safetensors", "zip", "timm", "open_clip", "transformers"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_examples_are_whole(home: Path, kind: str) -> None:
-    source, options, to = example(kind, home / "source")
-    code, text = ends(home, source, *options, to=to)
-    assert code == 0, text
-
-
-def parts(source: Path) -> list[Path]:
-    return [path for path in sorted(source.iterdir()) if path.is_file()] if source.is_dir() else [source]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_truncated_anywhere(home: Path, kind: str) -> None:
-    source, options, to = example(kind, home / "source")
-    for path in parts(source):
-        whole = path.read_bytes()
-        for length in [0, 1, 8, 9, len(whole) - 1, *random.Random(3).sample(range(len(whole)), 8)]:
-            path.write_bytes(whole[:length])
-            code, text = ends(home, source, *options, to=to)
-            assert code == 2 or path.suffix == ".json", text  # a JSON file may end with a line break that nothing needs
-            clean(home)
-        path.write_bytes(whole)
-
-
-def flip(home: Path, kind: str, seeds: range) -> None:
-    """Half of the bits in the first and last 1500 bytes of a file, where headers, directories and JSON are."""
-    source, options, to = example(kind, home / "source")
-    right = from_eva(torch.load(source, weights_only=True)["module"]).weights if kind == "zip" else {}
-    refusals = 0
-    for seed in seeds:
-        rng = random.Random(seed)
-        path = rng.choice(parts(source))
-        whole = path.read_bytes()
-        wrong = bytearray(whole)
-        wrong[rng.randrange(rng.choice([len(whole), min(len(whole), 1500)])) * rng.choice([1, -1])] ^= 1 << rng.randrange(8)
-        path.write_bytes(wrong)
-        code, _ = ends(home, source, *options, to=to)
-        refusals += code == 2
-        if kind == "zip" and code == 0:  # it has checksums: no other value ever comes out
-            found = load_file(home / "out" / "result.safetensors")
-            assert found.keys() == right.keys(), seed
-            assert all(torch.equal(found[name], value) for name, value in right.items()), seed
-        path.write_bytes(whole)
-        clean(home)
-    assert refusals > len(seeds) / 10
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_bit_flipped(home: Path, kind: str) -> None:
-    flip(home, kind, range(40))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_bit_flipped_at_more_places(home: Path, kind: str) -> None:
-    flip(home, kind, range(40, 240))
-
-
-def test_one_bit_of_a_tensor_in_a_zip(home: Path) -> None:
-    source, options, to = example("zip", home / "source")
-    whole = source.read_bytes()
-    for value in torch.load(source, weights_only=True)["module"].values():
-        if value.numel() > 4:
-            wrong = bytearray(whole)
-            wrong[whole.index(value.numpy().tobytes()) + 5] ^= 16
-            source.write_bytes(wrong)
-            refused(home, source, "checksum", *options, to=to)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "{home}/x", "..", "a\\b", "blocks.0/../x", "x" * 501, ""])
@@ -133,6 +60,7 @@ def test_values_that_are_no_numbers(home: Path, kind: str, value: float) -> None
 
 CODE = ["__import__('os').system('touch witness')", "os.system", "lambda: 0", "eval", "../../x", "hf-hub:x/y", "a" * 150]
 NUMBERS = [10**9, 65536, 0, -1, 0.5, True, [9] * 1000, {"a": 1}, "x" * 1000, None, float("nan")]
+ANYTHING = [*NUMBERS, *CODE]
 
 
 @pytest.mark.parametrize("architecture", [
@@ -155,9 +83,16 @@ def test_names_of_architectures(home: Path, architecture: str) -> None:
     {"pretrained_cfg_overlay": [{"file": "/etc/passwd"}]}, {"features_only": [True]}, {"scriptable": [True]}, {"no such": [1]},
 ], ids=lambda changes: next(iter(changes)))
 def test_arguments_of_a_configuration(home: Path, changes: dict[str, list[Any]]) -> None:
-    for number, (key, value) in enumerate((key, value) for key, values in changes.items() for value in values):
-        ends(home, timm_folder(home / "source" / f"a{number}", model_args=VIT | {key: value}))
+    source = timm_folder(home / "source" / "a")
+    for key, value in ((key, value) for key, values in changes.items() for value in values):
+        configure(source / "config.json", {"model_args": VIT | {key: value}})
+        ends(home, source)
         clean(home)
+
+
+def configure(path: Path, changes: dict[str, Any]) -> None:
+    """Other values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("changes", [
@@ -167,22 +102,32 @@ def test_arguments_of_a_configuration(home: Path, changes: dict[str, list[Any]])
     {"id2label": [{str(number): "x" for number in range(100_000)}]}, {"torch_dtype": ["eval"]},
 ], ids=lambda changes: next(iter(changes)))
 def test_configurations_of_transformers(home: Path, changes: dict[str, list[Any]]) -> None:
-    for number, (key, value) in enumerate((key, value) for key, values in changes.items() for value in values):
-        ends(home, hub_folder(home / "source" / f"a{number}", **{key: value}), *keywords("vit_tiny_patch16_224", VIT))
+    source = hub_folder(home / "source" / "a")
+    for key, value in ((key, value) for key, values in changes.items() for value in values):
+        configure(source / "config.json", {key: value})
+        ends(home, source, *keywords("vit_tiny_patch16_224", VIT))
         clean(home)
 
 
-@pytest.mark.parametrize(("tower", "key"), [
-    *(("vision_cfg", key) for key in ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "pool_type",
-                                      "patch_dropout", "timm_model_name", "timm_model_pretrained")),
-    *(("text_cfg", key) for key in ("context_length", "vocab_size", "width", "heads", "layers", "pool_type",
-                                    "hf_model_name", "hf_tokenizer_name")),
-    ("", "embed_dim"), ("", "quick_gelu"), ("", "custom_text"), ("", "vision_cfg"), ("", "multimodal_cfg"), ("", "text_cfg"),
-])
-def test_configurations_of_open_clip(home: Path, tower: str, key: str) -> None:
-    for number, value in enumerate([*NUMBERS, *CODE]):
+UNREAD = [("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_tokenizer_name"), ("", "multimodal_cfg"), ("", "quick_gelu")]
+"""Keys of open_clip's with which a model is converted whatever they say: three values, and the others in the long tier."""
+
+
+@pytest.mark.parametrize(("tower", "key", "values"), [
+    *(("vision_cfg", key, ANYTHING) for key in ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio",
+                                                "pool_type", "patch_dropout", "timm_model_name")),
+    *(("text_cfg", key, ANYTHING) for key in ("context_length", "vocab_size", "width", "heads", "layers", "pool_type",
+                                              "hf_model_name")),
+    *(("", key, ANYTHING) for key in ("embed_dim", "custom_text", "vision_cfg", "text_cfg")),
+    *((tower, key, ANYTHING[::6]) for tower, key in UNREAD),
+    *(pytest.param(*place, ANYTHING, marks=[pytest.mark.slow, pytest.mark.long]) for place in UNREAD),
+], ids=lambda part: str(len(part)) if isinstance(part, list) else part)
+def test_configurations_of_open_clip(home: Path, tower: str, key: str, values: list[Any]) -> None:
+    source = clip_folder(home / "source" / "a")
+    for value in values:
         changed = {tower: CLIP_SIZES[tower] | {key: value}} if tower else {key: value}
-        ends(home, clip_folder(home / "source" / f"a{number}", CLIP_SIZES | changed), to="hf")
+        configure(source / "open_clip_config.json", {"model_cfg": CLIP_SIZES | changed})
+        ends(home, source, to="hf")
         clean(home)
 
 

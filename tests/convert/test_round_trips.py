@@ -30,6 +30,8 @@ from eva_mim.weights.names.huggingface import build, for_module, from_transforme
 from eva_mim.weights.names.openai import from_openai, openai_to_timm, to_openai
 
 Shapes = dict[str, tuple[int, ...]]
+LONG = [pytest.mark.slow, pytest.mark.long]
+"""Another size or grid of a model that is tried at full size already."""
 
 
 def pair(name: str, *shape: int) -> Shapes:
@@ -224,7 +226,7 @@ KINDS = {name: case for name, case in ORIGINALS.items() if not name[-3:].isdigit
 """One of each at a small size."""
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in KINDS else LONG) for name in ORIGINALS])
 def test_the_original_names_are_the_library_s_and_come_back(name: str) -> None:
     case = ORIGINALS[name]
     state, tables = empty(case.names()), case.tables()
@@ -279,7 +281,7 @@ def openai(width: int, depth: int, patch: int, side: int, embed: int, text: int,
     return below("visual.", visual | resblocks(width, depth)) | text_tower(text, 12, embed, *rest) | {"logit_scale": ()}
 
 
-@pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG if name[-4:] == "-336" else []) for name in OPENAI])
 def test_openai_s_names_are_the_libraries_and_come_back(name: str) -> None:
     width, _, patch, side, embed, text, timm_name = OPENAI[name]
     state = empty(openai(*OPENAI[name][:6]))
@@ -382,8 +384,11 @@ def test_transformers_names_are_timm_s(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "trunk"), [
-    ("ViTamin-S", "vitamin_small_224"), ("ViTamin-B", "vitamin_base_224"), ("ViTamin-L", "vitamin_large_224"),
-    ("ViTamin-L2", "vitamin_large2_224"), ("ViTamin-XL-256", "vitamin_xlarge_256"),
+    ("ViTamin-S", "vitamin_small_224"),
+    *(pytest.param(*names, marks=LONG) for names in (
+        ("ViTamin-B", "vitamin_base_224"), ("ViTamin-L", "vitamin_large_224"), ("ViTamin-L2", "vitamin_large2_224"),
+        ("ViTamin-XL-256", "vitamin_xlarge_256"),
+    )),
 ])
 def test_vitamin_in_open_clip_timm_and_in_training(name: str, trunk: str) -> None:
     config = open_clip.get_model_config(name)
