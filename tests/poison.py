@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from eva_mim.cli import main as eva_mim
 from eva_mim.core.contracts import Batch, StepOutput
-from eva_mim.engine import base as step
+from eva_mim.engine import loss_scale as step
 from eva_mim.run.program import leave
 from eva_mim.tasks.contrastive import ImageText
 from eva_mim.tasks.labels import Labels

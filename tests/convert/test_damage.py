@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim.core.errors import UserError
-from eva_mim.weights.files.lazy import real
+from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.hints import read_hints
 from eva_mim.weights.names.eva import from_eva
 from eva_mim.weights.names.translate import read_source
@@ -53,7 +53,7 @@ def flipped(source: Path, seed: int) -> tuple[Path, bytes]:
 def test_damage_anywhere_is_a_user_error_to_the_reader(home: Path, kind: str) -> None:
     """All that a conversion reads: description, names, every value. A zip has checksums: no other value ever comes out."""
     source, _, _ = example(kind, home / "source")
-    right, read = {name: real(value) for name, value in read_source(source).weights.items()}, 0
+    right, read = {name: materialise(value) for name, value in read_source(source).weights.items()}, 0
     damaged = [(path, path.read_bytes()[:length]) for path in parts(source) for length in cuts(path.stat().st_size)]
     for path, wrong in [*damaged, *(flipped(source, seed) for seed in range(150))]:
         whole = path.read_bytes()
@@ -61,7 +61,7 @@ def test_damage_anywhere_is_a_user_error_to_the_reader(home: Path, kind: str) ->
         try:
             found = read_source(source)
             read_hints(found.description)
-            values = {name: real(value) for name, value in found.weights.items()}
+            values = {name: materialise(value) for name, value in found.weights.items()}
         except UserError:
             continue
         finally:
