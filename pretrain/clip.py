@@ -15,7 +15,7 @@ from pydantic import model_validator
 from eva_mim.data import ViewSettings
 from eva_mim.run.program import leave, run_program
 from eva_mim.run.recipe import Recipe
-from eva_mim.students import ClipSettings, whole_file
+from eva_mim.students import ClipSettings, clip_file
 from eva_mim.tasks import ContrastiveSettings
 
 if TYPE_CHECKING:
@@ -61,16 +61,16 @@ class StageRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
-    def _a_whole_model_is_somewhere(self) -> StageRecipe:
-        if self.student.whole and self.init_from is None:
-            raise ValueError("student.whole=true needs init_from, a CLIP model")
+    def _a_clip_model_is_somewhere(self) -> StageRecipe:
+        if self.student.init == "clip" and self.init_from is None:
+            raise ValueError("student.init=clip needs init_from, a CLIP model")
         return self
 
     def parents(self) -> dict[str, Path]:
         """Also the stage that gives the text tower."""
         found = super().parents()
-        if self.student.whole and self.init_from is not None:
-            found["init_from"] = whole_file(self.init_from)
+        if self.student.init == "clip" and self.init_from is not None:
+            found["init_from"] = clip_file(self.init_from)
         if self.student.text.init_from is not None and Path(self.student.text.init_from).is_dir():
             found["student.text.init_from"] = Path(self.student.text.init_from)
         return found
@@ -92,7 +92,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     splits = open_splits(recipe.data)
     settings = recipe.student
-    if settings.whole and recipe.init_from is not None:
+    if settings.init == "clip" and recipe.init_from is not None:
         settings = with_text_of(settings, recipe.init_from)
     student = ClipStudent(settings)
     tokenize = student.tokenizer()
@@ -113,7 +113,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_json(out / "open_clip_config.json", student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
-    if settings.whole and recipe.init_from is not None:
+    if settings.init == "clip" and recipe.init_from is not None:
         seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, settings, recipe.hand_over)
     else:
         seeded = seed_from(recipe, student.trunk)

@@ -310,7 +310,7 @@ def test_larger_images_change_the_positions_alone() -> None:
     assert large["visual.trunk.pos_embed"] == (1, 1 + 24 * 24, 1024)
     assert small.keys() == large.keys()
     recipe = read("eva02_l_336")
-    assert recipe.student.whole
+    assert recipe.student.init == "clip"
     assert recipe.parents().keys() == {"init_from"}
     assert (recipe.hand_over.grid, recipe.hand_over.positions) == ((16, 16), "original")  # interpolate_patch14_224to336.py
 

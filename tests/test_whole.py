@@ -34,7 +34,7 @@ def parent(tmp_path: Path) -> tuple[ClipStudent, str]:
 
 
 def child_of(folder: str, **options: Any) -> tuple[ClipStudent, Any]:
-    settings = with_text_of(clip_settings(whole=True, proj_bias=True, text={}, **options), folder)
+    settings = with_text_of(clip_settings(init="clip", proj_bias=True, text={}, **options), folder)
     torch.manual_seed(1)
     student = ClipStudent(settings).eval()
     return student, init_clip_from_clip(student, folder, settings, HandOverSettings())
@@ -70,16 +70,16 @@ def test_what_is_no_whole_model_or_another_space_is_refused(parent: tuple[ClipSt
     with pytest.raises(UserError, match=r"student\.embed_dim=20: visual\.head\.proj\.weight is \[12, 16\]"):
         child_of(folder, embed_dim=20)
     with pytest.raises(UserError, match=r"does not describe its text tower; name its architecture in student\.text\.init_from"):
-        with_text_of(clip_settings(whole=True, text={}), str(Path(folder) / "open_clip_model.safetensors"))
+        with_text_of(clip_settings(init="clip", text={}), str(Path(folder) / "open_clip_model.safetensors"))
     torch.save(student.trunk.state_dict(), tmp_path / "trunk.pt")
-    settings = clip_settings(whole=True)
+    settings = clip_settings(init="clip")
     with pytest.raises(UserError, match="no CLIP model with a timm image tower and a text tower"):
         init_clip_from_clip(ClipStudent(settings), str(tmp_path / "trunk.pt"), settings, HandOverSettings())
     for wrong in ({"weights": "openai", "init_from": "ViT-B-32"}, {"projection": "new"}):
-        with pytest.raises(ValueError, match=r"student\.whole=true takes the text tower"):
-            clip_settings(whole=True, text=TextSettings(**wrong))
-    with pytest.raises(ValueError, match=r"student\.whole=true needs init_from"):
-        StageRecipe(**CLIP | {"student": CLIP["student"] | {"whole": True}})
+        with pytest.raises(ValueError, match=r"student\.init=clip takes the text tower"):
+            clip_settings(init="clip", text=TextSettings(**wrong))
+    with pytest.raises(ValueError, match=r"student\.init=clip needs init_from"):
+        StageRecipe(**CLIP | {"student": CLIP["student"] | {"init": "clip"}})
     with pytest.raises(ValueError, match=r"student\.lock_image=true .* set init_from"):
         StageRecipe(**CLIP | {"student": CLIP["student"] | {"lock_image": True}})
 
@@ -89,7 +89,7 @@ def test_a_stage_goes_on_from_a_whole_stage(tmp_path: Path) -> None:
     """In real runs: nothing learned is lost, and the parent's content is part of the identity."""
     recipe = write_recipe(tmp_path, CLIP)
     run("clip", recipe, tmp_path / "first")
-    overrides = [f"init_from={tmp_path / 'first'}", "student.whole=true", "student.text={}", "optim.lr=1.0e-12",
+    overrides = [f"init_from={tmp_path / 'first'}", "student.init=clip", "student.text={}", "optim.lr=1.0e-12",
                  "run.epochs=null", "run.samples=50"]
     run("clip", recipe, tmp_path / "second", *overrides)
     first, second = (json.loads((tmp_path / name / "lineage.json").read_text()) for name in ("first", "second"))
@@ -106,7 +106,7 @@ def test_open_clips_own_eva_models_keep_their_projection(tmp_path: Path) -> None
     torch.manual_seed(0)
     theirs = open_clip.create_model(name).eval()
     torch.save(theirs.state_dict(), tmp_path / "model.pt")
-    settings = ClipSettings(name="eva02_base_patch16_clip_224", embed_dim=512, pool="token", proj_bias=True, whole=True,
+    settings = ClipSettings(name="eva02_base_patch16_clip_224", embed_dim=512, pool="token", proj_bias=True, init="clip",
                             text={"init_from": name})  # fmt: skip
     student = ClipStudent(settings).eval()
     report = init_clip_from_clip(student, str(tmp_path / "model.pt"), settings, HandOverSettings())

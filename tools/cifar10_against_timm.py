@@ -24,7 +24,8 @@ from pathlib import Path
 
 import yaml
 
-from eva_mim.core.settings import override, parse, read_yaml
+from eva_mim.core.resolve import resolve
+from eva_mim.core.settings import read_yaml
 from finetune.classify import StageRecipe
 
 RECIPE = "configs/classify/cifar10_target.yaml"
@@ -61,7 +62,7 @@ def our_settings(data: Path, epochs: int, seed: int) -> list[str]:
 
 def timm_line(train: Path, folders: Path, out: Path, settings: list[str]) -> list[str]:
     """timm's command line for the settings of our recipe."""
-    recipe = parse(StageRecipe, override(read_yaml(RECIPE), settings), RECIPE)
+    recipe = resolve(StageRecipe, read_yaml(RECIPE), settings, RECIPE)
     student, view, run, optim = recipe.student, recipe.view, recipe.run, recipe.optim
     epochs, warmup = int(run.epochs or 0), int(optim.warmup_epochs)
     flags: dict[str, object] = {

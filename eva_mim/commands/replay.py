@@ -38,8 +38,9 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
 
     from eva_mim.core.errors import UserError
     from eva_mim.core.registry import PROGRAMS, lookup
+    from eva_mim.core.resolve import resolve
     from eva_mim.core.rng import derive, seed_all
-    from eva_mim.core.settings import override, parse, read_yaml
+    from eva_mim.core.settings import read_yaml
     from eva_mim.engine.step import autocast
     from eva_mim.run.diagnose import diagnose, first_bad, largest_of
     from eva_mim.run.dump import RECORD, SETTINGS, WEIGHTS
@@ -55,7 +56,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     if tree.get("init_from") and not Path(tree["init_from"]).exists():
         tree["init_from"] = None  # the weights are in the dump; some recipes cannot be without a parent
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
-    recipe = parse(program.StageRecipe, override(tree, overrides), str(folder / SETTINGS))
+    recipe = resolve(program.StageRecipe, tree, overrides, str(folder / SETTINGS))
     device, built = prepare(recipe, program.build)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / WEIGHTS))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import TEACHERS, lookup
-from eva_mim.core.settings import override, parse, read_yaml
+from eva_mim.core.resolve import resolve
+from eva_mim.core.settings import parse, read_yaml
 from eva_mim.data import SceneSettings, ViewSettings
 from eva_mim.run.program import guard
 from eva_mim.students import MaskedSettings
@@ -84,7 +85,7 @@ def teacher_settings(text: str, overrides: Sequence[str]) -> TeacherSettings:
         lookup(TEACHERS, kind, "the teacher's kind")
         name, _, weights = rest.partition(":") if kind in ("open_clip", "timm") else (rest, "", "")
         tree = {"kind": kind, "name": name, "weights": weights or None}
-    return parse(TeacherSettings, override(tree, overrides), text)
+    return resolve(TeacherSettings, tree, overrides, text)
 
 
 def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:

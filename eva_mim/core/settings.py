@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,13 +29,93 @@ def few(names: Iterable[Any], count: int = 5) -> str:
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
 
 
+class For:
+    """Marks a setting, in its annotation, that has an effect only where another setting of its section has certain values:
+    `min_block: Annotated[int, For("kind", "block")]`. Written elsewhere it is a mistake (`parse`)."""
+
+    def __init__(self, setting: str, *values: str, reread: bool = False):
+        """`reread`: the same value means something else under each of `values`, so that it does not outlive a change."""
+        self.setting, self.values, self.reread = setting, values, reread
+
+
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
+    @classmethod
+    def chosen_in(cls, tree: Mapping[str, Any], setting: str) -> Any:
+        """The value that the section `tree` has for a setting that others depend on (`For`): written, or by default. None where
+        nothing depends on it."""
+        return tree.get(setting, cls.model_fields[setting].default)
+
 
 S = TypeVar("S", bound=Settings)
+
+
+class Dependent(NamedTuple):
+    """A written setting that has an effect only under certain values of another one."""
+
+    path: str
+    """Dotted name."""
+    kind: str
+    """Dotted name of the setting that it depends on."""
+    chosen: str
+    """The value of that."""
+    mark: For
+
+    @property
+    def foreign(self) -> bool:
+        """It has no effect."""
+        return self.chosen not in self.mark.values
+
+    def __str__(self) -> str:
+        wanted = " or ".join(self.mark.values)
+        return (f"{self.path}: is for {self.kind}={wanted}, and {self.kind} is {self.chosen}; leave it out, or set "
+                f"{self.kind}={self.mark.values[0]}")
+
+
+def dependents(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> Iterator[Dependent]:
+    """Every setting written in `tree` that is marked with `For`, at any depth, but for those that are null (which takes a setting
+    back) or stand beside an unknown kind (a mistake that is told elsewhere)."""
+    for name, value in tree.items():
+        field = model.model_fields.get(name)
+        if field is None or value is None:
+            continue
+        foreign = False
+        for mark in field.metadata:
+            if isinstance(mark, For) and (chosen := model.chosen_in(tree, mark.setting)) in _known(model, mark.setting):
+                found = Dependent(prefix + name, prefix + mark.setting, chosen, mark)
+                foreign |= found.foreign
+                yield found
+        for below, section, path in () if foreign else _sections(field.annotation, value, prefix + name):
+            yield from dependents(below, section, f"{path}.")
+
+
+def _known(model: type[Settings], setting: str) -> list[Any]:
+    """Values of a setting that others depend on: those of its type, or those that the others name."""
+    annotation = model.model_fields[setting].annotation
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    marks = [mark for field in model.model_fields.values() for mark in field.metadata if isinstance(mark, For)]
+    return [value for mark in marks if mark.setting == setting for value in mark.values]
+
+
+def _sections(annotation: Any, value: Any, path: str) -> Iterator[tuple[type[Settings], Mapping[str, Any], str]]:
+    """The sections that lie in a value: itself, or those in a list or mapping, each with its model and dotted name."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is None:
+        if isinstance(annotation, type) and issubclass(annotation, Settings) and isinstance(value, Mapping):
+            yield annotation, value, path
+    elif origin is dict:
+        for name, one in value.items() if isinstance(value, Mapping) else ():
+            yield from _sections(inner[1], one, f"{path}.{name}")
+    elif origin in (list, tuple):
+        for number, one in enumerate(value) if isinstance(value, (list, tuple)) else ():
+            yield from _sections(inner[0], one, f"{path}.{number}")
+    else:
+        for kind in inner:
+            yield from _sections(kind, value, path)
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -97,26 +177,44 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
 
 
 def put(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted `name` in `tree`, making sections on the way. Raises UserError through a plain value."""
-    *parents, leaf = name.split(".")
-    for part in parents:
-        below = tree.setdefault(part, {})
-        if below is None:
-            below = tree[part] = {}
-        if not isinstance(below, dict):
-            raise UserError(f"{name}: {part} is a value, not a section")
-        tree = below
-    tree[leaf] = value
+    """Set the dotted `name` in `tree`, making sections on the way; entries of a list go by number. Raises UserError through a
+    plain value, and for an entry that is not there."""
+    parts, place = name.split("."), tree
+    for number, part in enumerate(parts):
+        key: Any = part
+        if isinstance(place, list):
+            key = _entry(place, part, name, ".".join(parts[:number]))
+        elif not isinstance(place, dict):
+            raise UserError(f"{name}: {parts[number - 1]} is a value, not a section")
+        if number == len(parts) - 1:
+            place[key] = value
+        elif isinstance(place, list):
+            place = place[key]
+        else:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+
+
+def _entry(entries: list[Any], part: str, name: str, path: str) -> int:
+    if not part.isdecimal() or int(part) >= len(entries):
+        last = f", numbered 0 to {len(entries) - 1}" if entries else ""
+        raise UserError(f"{name}: {path} has no entry {part}; it is a list of {len(entries)}{last}")
+    return int(part)
 
 
 def parse(model: type[S], tree: Mapping[str, Any], source: str) -> S:
-    """Settings from a mapping. Raises one UserError that lists every mistake with its path."""
+    """Settings from a mapping. Raises one UserError that lists every mistake with its path; a setting that could have no effect
+    beside the others (`For`) is one."""
+    lines = [str(setting) for setting in dependents(model, tree) if setting.foreign]
     try:
-        return model.model_validate(tree)
+        settings = model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, item) for item in error.errors()]
+        lines = [_explain(model, item) for item in error.errors()] + lines
+    if lines:
         count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-        raise UserError(f"{source}: {count} in the settings\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise UserError(f"{source}: {count} in the settings\n" + "\n".join(f"  {line}" for line in lines))
+    return settings
 
 
 def _explain(model: type[Settings], item: Any) -> str:
@@ -145,9 +243,22 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def as_tree(settings: BaseModel) -> dict[str, Any]:
-    """Plain values (JSON types) of settings."""
-    return settings.model_dump(mode="json")
+def as_tree(settings: Settings) -> dict[str, Any]:
+    """Plain values (JSON types) of all settings that have an effect, defaults too: what `parse` reads back."""
+    tree = settings.model_dump(mode="json")
+    for setting in list(dependents(type(settings), tree)):
+        if setting.foreign:
+            take(tree, setting.path)
+    return tree
+
+
+def take(tree: dict[str, Any], name: str) -> None:
+    """Remove the dotted `name`, which is there, from `tree`."""
+    *parents, leaf = name.split(".")
+    place: Any = tree
+    for part in parents:
+        place = place[int(part) if isinstance(place, list) else part]
+    del place[leaf]
 
 
 def digest(value: Any) -> str:

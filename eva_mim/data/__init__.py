@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import For, Settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
@@ -61,51 +62,59 @@ class ColumnSettings(Settings):
     """Class of the image: its name, or its number in `data.classes`."""
 
 
+FILES = For("source", "folder", "shards", "list")
+"""Sources that read files: not the built-in pictures, which are 8-bit RGB and have held-out images of their own."""
+FILES_OF_A_SPLIT = For("source", "folder", "shards", "list", reread=True)
+"""A folder, a pattern or a file: each source takes the name in its own way."""
+PAIRS = For("source", "folder", "shards")
+"""Sources of images with a text file beside each."""
+
+
 class SourceSettings(Settings):
     """Where images, labels and captions of one dataset come from, and which of its images are used."""
 
     source: str = "folder"
     """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
     .parquet)."""
-    root: Path | None = None
+    root: Annotated[Path | None, FILES] = None
     """Folder of the dataset. A list may name no image outside it. shards: may be a URL, such as s3://bucket/folder, for which
     fsspec's driver must be installed (s3fs, gcsfs, aiohttp)."""
-    train: str | None = None
+    train: Annotated[str | None, FILES_OF_A_SPLIT] = None
     """folder: sub-folder with the training images; shards: file pattern such as "train-*.tar"; list: the list's file."""
-    val: str | None = None
+    val: Annotated[str | None, FILES_OF_A_SPLIT] = None
     """The same for held-out images; without it `val_share` of `train` is held out."""
-    val_share: Share = 0.05
+    val_share: Annotated[Share, FILES] = 0.05
     """Share of the training images held out when `val` is not given."""
-    classes: str | None = None
-    """shards, list: file in `root` with one class name a line, by label."""
+    classes: Annotated[str | None, For("source", "shards", "list")] = None
+    """File in `root` with one class name a line, by label."""
     class_names: str | None = None
     """Words for the classes, by label, in place of the dataset's own names (such as n01440764): "imagenet" (open_clip's 1,000),
     or a file in `root` with one name a line."""
     label_map: dict[str, list[str]] | None = None
     """New class -> old classes: trains on groups of the dataset's own classes."""
-    captions: str | None = None
-    """folder, shards: file in `root` with a line {"key": KEY, "captions": [...]} for each image, instead of KEY.txt, KEY.json."""
-    val_captions: str | None = None
+    captions: Annotated[str | None, PAIRS] = None
+    """File in `root` with a line {"key": KEY, "captions": [...]} for each image, instead of KEY.txt, KEY.json."""
+    val_captions: Annotated[str | None, PAIRS] = None
     """The same for the images of `val`, when they are not in `captions`."""
-    caption_lines: bool = False
-    """folder, shards: KEY.txt holds one caption a line, not one caption."""
-    bad_shards: Literal["refuse", "skip"] = "refuse"
-    """shards: a damaged one is named, and the run refused ("refuse") or made without it ("skip")."""
-    shuffle_gb: Annotated[float, Field(gt=0.0)] = 8.0
-    """shards: so many 10^9 bytes of them are shuffled together, which the host's memory should hold. Data that is no larger is
+    caption_lines: Annotated[bool, PAIRS] = False
+    """KEY.txt holds one caption a line, not one caption."""
+    bad_shards: Annotated[Literal["refuse", "skip"], For("source", "shards")] = "refuse"
+    """A damaged one is named, and the run refused ("refuse") or made without it ("skip")."""
+    shuffle_gb: Annotated[float, Field(gt=0.0), For("source", "shards")] = 8.0
+    """So many 10^9 bytes of shards are shuffled together, which the host's memory should hold. Data that is no larger is
     shuffled as a whole; of larger data blocks are permuted, and records within so many blocks, so that reading is sequential."""
-    columns: ColumnSettings = ColumnSettings()
-    channels: int = Field(3, ge=1, le=MAX_CHANNELS)
+    columns: Annotated[ColumnSettings, For("source", "list")] = ColumnSettings()
+    channels: Annotated[int, FILES] = Field(3, ge=1, le=MAX_CHANNELS)
     """Channels of an image. 3: RGB, into which everything is converted; 1: grey, into which colours are; other numbers: the
     channels of the file, which must be so many. See docs/data.md."""
-    window: tuple[float, float] | None = None
+    window: Annotated[tuple[float, float] | None, FILES] = None
     """[low, high] for images of more than 8 bits: values between are spread over 0 to 255, others are cut off, and nothing is
     rounded. `eva-mim data stats` proposes one."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training images."""
     val_limit: int | None = Field(None, ge=1)
     """Use only the first so many held-out images."""
-    scenes: SceneSettings = SceneSettings()
+    scenes: Annotated[SceneSettings, For("source", "scenes")] = SceneSettings()
 
     @property
     def own_root(self) -> Path:
@@ -123,8 +132,6 @@ class SourceSettings(Settings):
     def _pixels_are_there(self) -> SourceSettings:
         if self.window is not None and self.window[0] >= self.window[1]:
             raise ValueError(f"data.window={list(self.window)} must rise")
-        if self.source == "scenes" and self.pixels != RGB:
-            raise ValueError("data.channels and data.window: the built-in scenes are 8-bit RGB; leave both out")
         return self
 
     @model_validator(mode="after")
@@ -139,7 +146,7 @@ class PartSettings(SourceSettings):
 
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Training images are drawn from the parts in proportion to their weights."""
-    val_share: Share = 0.0
+    val_share: Annotated[Share, FILES] = 0.0
     """Share of this part's training images held out when `val` is not given; 0 holds out none."""
 
     @model_validator(mode="after")
@@ -180,6 +187,11 @@ class DataSettings(SourceSettings):
         elif self.source != "scenes":
             _ = self.own_root
         return self
+
+    @classmethod
+    def chosen_in(cls, tree: Mapping[str, Any], setting: str) -> Any:
+        """A mixture has no source of its own: what is set beside it is refused as a whole."""
+        return None if setting == "source" and tree.get("mixture") else super().chosen_in(tree, setting)
 
     @property
     def sources(self) -> dict[str, SourceSettings]:
@@ -273,12 +285,12 @@ class MaskSettings(Settings):
     ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.41
     """Masked share. block: the ceiling is round(ratio * N) patches (EVA's 105 of 256 is 0.41); random: N - int(N * (1 - ratio)).
     0 masks nothing: every patch is seen and predicted (plain distillation)."""
-    exact: bool = False
-    """block: always mask as many patches as the ceiling allows (fixed shapes); EVA's law may give up a little earlier."""
-    min_block: int | None = Field(None, ge=1)
-    """block: smallest block in patches; default N / 16 (EVA's 16 of 256)."""
-    min_aspect: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
-    """block: aspect ratios lie between this and its inverse."""
+    exact: Annotated[bool, For("kind", "block")] = False
+    """Always mask as many patches as the ceiling allows (fixed shapes); EVA's law may give up a little earlier."""
+    min_block: Annotated[int | None, For("kind", "block")] = Field(None, ge=1)
+    """Smallest block in patches; default N / 16 (EVA's 16 of 256)."""
+    min_aspect: Annotated[float, Field(gt=0.0, le=1.0), For("kind", "block")] = 0.3
+    """Aspect ratios lie between this and its inverse."""
 
     @property
     def varies(self) -> bool:

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import For, Settings
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TowerSettings(Settings):
@@ -47,10 +49,10 @@ class OptimSettings(Settings):
 
     optimizer: Literal["adamw", "lamb", "lars"] = "adamw"
     """LAMB and LARS compare whole tensors, so they need run.zero_stage=0: higher stages cut them up. (EVA-CLIP's released runs
-    used LAMB with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.) LARS is for linear probes; it
-    has no use for `betas` and `eps`."""
-    lamb: LambSettings = LambSettings()
-    lars: LarsSettings = LarsSettings()
+    used LAMB with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.) LARS is for linear
+    probes."""
+    lamb: Annotated[LambSettings, For("optimizer", "lamb")] = LambSettings()
+    lars: Annotated[LarsSettings, For("optimizer", "lars")] = LarsSettings()
     lr: Annotated[float, Field(gt=0.0)]
     """Peak learning rate at this run's global batch (never rescaled)."""
     image: TowerSettings = TowerSettings()
@@ -71,8 +73,8 @@ class OptimSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     weight_decay_end: Annotated[float, Field(ge=0.0)] | None = None
     """Weight decay that a cosine over all steps ends at; default constant."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    betas: Annotated[tuple[Beta, Beta], For("optimizer", "adamw", "lamb")] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0.0), For("optimizer", "adamw", "lamb")] = 1e-6
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Factor on the learning rate per layer below the head: layer id of D + 1 gets layer_decay^(D + 1 - id)."""
     clip_grad: Annotated[float, Field(gt=0.0)] | None = 3.0

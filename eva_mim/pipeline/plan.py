@@ -23,7 +23,8 @@ from pydantic import Field, field_validator, model_validator
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import PROGRAMS, lookup
-from eva_mim.core.settings import Settings, override, parse, read_yaml
+from eva_mim.core.resolve import Change, apply, say_changes, touched
+from eva_mim.core.settings import Settings, parse, read_yaml
 from eva_mim.run.recipe import Recipe
 
 RESERVED = {
@@ -105,25 +106,38 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
     names = {stage.name for stage in file.stages}
     planned, mistakes = [], []
     for stage in file.stages:
-        assignments = [f"{name}={_plain(value)}" for name, value in {**file.settings, **stage.settings}.items()]
-        for text in overrides:
-            head, _, rest = text.partition(".")
-            if head in names and head == stage.name:
-                assignments.append(rest)
-            elif head not in names:
-                assignments.append(text)
-        assignments += [f"{setting}={_plain(value)}" for setting, value in _parents(stage, out).items()]
-        model = lookup(PROGRAMS, stage.program, "program").StageRecipe
+        chosen = [rest if head == stage.name else text for text in overrides for head, _, rest in [text.partition(".")]
+                  if head == stage.name or head not in names]
+        common = {name: value for name, value in file.settings.items() if name not in stage.settings}
+        layers = [_assigned(common), _assigned(stage.settings), chosen + _assigned(_parents(stage, out))]
         try:
-            tree = read_yaml(stage.recipe)
-            kept = [text for text in assignments if _applies(model, text)]
-            recipe = parse(model, override(tree, kept), f"stage {stage.name} ({stage.recipe})")
-            planned.append(PlannedStage(stage, recipe, kept, out / stage.name))
+            planned.append(_planned(stage, layers, out))
         except UserError as error:
             mistakes.append(str(error))
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
     return file, planned
+
+
+def _planned(stage: StageEntry, layers: list[list[str]], out: Path) -> PlannedStage:
+    """A stage with its final settings. Each layer of overrides goes over those before it, and over the recipe: what these have
+    for a kind that it changes is left out. Raises UserError."""
+    model = lookup(PROGRAMS, stage.program, "program").StageRecipe
+    tree, source = read_yaml(stage.recipe), f"stage {stage.name} ({stage.recipe})"
+    kept: list[str] = []
+    changes: list[Change] = []
+    for layer in layers:
+        layer = [text for text in layer if _applies(model, text)]
+        tree, removed = apply(model, tree, layer)
+        paths = [change.setting.path for change in removed]
+        kept = [text for text in kept if not any(touched(path, [text]) for path in paths)] + layer
+        changes += removed
+    say_changes(source, changes)
+    return PlannedStage(stage, parse(model, tree, source), kept, out / stage.name)
+
+
+def _assigned(values: dict[str, Any]) -> list[str]:
+    return [f"{name}={_plain(value)}" for name, value in values.items()]
 
 
 def _applies(model: type[Recipe], assignment: str) -> bool:

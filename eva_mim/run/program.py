@@ -15,7 +15,8 @@ from typing import Any
 
 from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
 from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
-from eva_mim.core.settings import override, parse, read_yaml
+from eva_mim.core.resolve import resolve
+from eva_mim.core.settings import read_yaml
 from eva_mim.run.recipe import Recipe
 
 GRACE = 2.0
@@ -74,8 +75,7 @@ def run_program(module: str, program: str, argv: Sequence[str] | None, summary: 
     home = import_module(module)
 
     def work() -> None:
-        tree = override(read_yaml(arguments.recipe), arguments.overrides)
-        recipe: Recipe = parse(home.StageRecipe, tree, arguments.recipe)
+        recipe: Recipe = resolve(home.StageRecipe, read_yaml(arguments.recipe), arguments.overrides, arguments.recipe)
         from eva_mim.run.stage import run_stage
 
         run_stage(program, recipe, arguments.out, home.build)

@@ -24,8 +24,9 @@ from eva_mim.core.files import sha256, write_json, write_text
 from eva_mim.core.log import duration, say, seconds_at_work
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.report import KeyReport
+from eva_mim.core.resolve import resolve
 from eva_mim.core.rng import derive, seed_all
-from eva_mim.core.settings import as_tree, differences, digest, override, parse, read_yaml
+from eva_mim.core.settings import as_tree, differences, digest, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
 from eva_mim.run.dump import SETTINGS
@@ -157,7 +158,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     if not record or not has_checkpoint(out):
         raise UserError(f"{out} holds no run with a checkpoint")
     program = lookup(PROGRAMS, record["program"], "lineage.program")
-    recipe = parse(program.StageRecipe, override(read_yaml(out / SETTINGS), overrides), str(out / SETTINGS))
+    recipe = resolve(program.StageRecipe, read_yaml(out / SETTINGS), overrides, str(out / SETTINGS))
     device, built = prepare(recipe, program.build)
     _same_classes(out, record, built)
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)

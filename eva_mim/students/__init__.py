@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import For, Settings
 from eva_mim.trunks import Rate, TrunkSettings
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -20,8 +20,8 @@ class InitSettings(Settings):
 
     law: Literal["timm", "eva01", "eva02", "mae"] = "timm"
     """"timm": the architecture's own. The others: `students/initialise.py` says what each does, with its source."""
-    std: Annotated[float, Field(gt=0.0)] = 0.02
-    """eva01 and eva02: standard deviation before truncation at one of it (EVA-01 g: 0.015)."""
+    std: Annotated[float, Field(gt=0.0), For("law", "eva01", "eva02")] = 0.02
+    """Standard deviation before truncation at one of it (EVA-01 g: 0.015)."""
 
 
 class DecoderSettings(Settings):
@@ -48,7 +48,7 @@ class MaskedSettings(TrunkSettings):
     positions: Literal["learned", "sincos"] = "learned"
     """"sincos": fixed sine-cosine tables that are not trained (MAE, EVA-L)."""
     init: InitSettings = InitSettings()
-    decoder: DecoderSettings = DecoderSettings()
+    decoder: Annotated[DecoderSettings, For("form", "visible")] = DecoderSettings()
 
 
 class ClassifierSettings(TrunkSettings):
@@ -134,9 +134,10 @@ class ClipSettings(TrunkSettings):
     """Logarithm of the first temperature (CLIP: ln(1 / 0.07); SigLIP: ln 10)."""
     init_logit_bias: float | None = None
     """A learned bias of the logits that starts here (SigLIP: -10); null for none."""
-    whole: bool = False
-    """`init_from` is a whole CLIP model (EVA-CLIP L/14 at 336 px starts from the one at 224): text tower, both projections, logit
-    scale and bias start from it as well. Where it does not describe its text tower, `text.init_from` names the architecture."""
+    init: Literal["trunk", "clip"] = "trunk"
+    """What starts from `init_from`. "trunk": the image tower's trunk. "clip": all of a CLIP model (EVA-CLIP L/14 at 336 px starts
+    from the one at 224), so its text tower, both projections, logit scale and bias as well; where the model does not describe its
+    text tower, `text.init_from` names the architecture."""
     lock_image: bool = False
     """The trunk does not train (LiT); its projection does. Its batch norms keep their statistics."""
     image_unlocked_groups: int = Field(0, ge=0)
@@ -158,14 +159,14 @@ class ClipSettings(TrunkSettings):
         return self
 
     @model_validator(mode="after")
-    def _a_whole_model_has_its_text(self) -> ClipSettings:
-        if self.whole and (self.text.weights is not None or self.text.projection == "new"):
-            raise ValueError("student.whole=true takes the text tower and its projection from init_from; leave out "
+    def _a_clip_model_has_its_text(self) -> ClipSettings:
+        if self.init == "clip" and (self.text.weights is not None or self.text.projection == "new"):
+            raise ValueError("student.init=clip takes the text tower and its projection from init_from; leave out "
                              "student.text.weights and student.text.projection")
         return self
 
 
-def whole_file(path: str) -> Path:
-    """Where a whole CLIP model lies: in a clip stage's folder beside the trunk, else at `path` itself."""
+def clip_file(path: str) -> Path:
+    """The file of a CLIP model: in a clip stage's folder beside the trunk, else at `path` itself."""
     beside = Path(path) / "open_clip_model.safetensors"
     return beside if beside.is_file() else Path(path)

@@ -65,7 +65,7 @@ class ClipStudent(nn.Module):
         }
         # A vector of one: DeepSpeed cannot broadcast a scalar parameter.
         self.model = CustomTextCLIP(**self.config, nonscalar_logit_scale=True)
-        self.text_report = seed_text(self.model.text, source, settings) if source.weights and not settings.whole else None
+        self.text_report = seed_text(self.model.text, source, settings) if source.weights and settings.init != "clip" else None
         """What became of the source's tensors. None when the text tower starts from scratch."""
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
@@ -74,7 +74,7 @@ class ClipStudent(nn.Module):
 
     def _lock(self, settings: ClipSettings) -> None:
         """Raises UserError where there is nothing to keep, or nothing would be locked."""
-        if settings.lock_text and self.text_report is None and not settings.whole:
+        if settings.lock_text and self.text_report is None and settings.init != "clip":
             raise UserError("student.lock_text=true needs a trained text tower; set student.text.init_from (and .weights)")
         for name, locked, unlocked, tower, lock in (
             ("image", settings.lock_image, settings.image_unlocked_groups, self.trunk, self.model.lock_image_tower),

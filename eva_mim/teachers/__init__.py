@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 
 from eva_mim.core.registry import TEACHERS, lookup
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import For, Settings
 
 if TYPE_CHECKING:
     from eva_mim.core.contracts import Teacher
+
+
+NETWORKS = For("kind", "open_clip", "timm", "stage")
 
 
 class TeacherSettings(Settings):
@@ -21,28 +24,26 @@ class TeacherSettings(Settings):
     (each patch's own pixels, as MAE predicts them)."""
     name: str
     """Architecture name (open_clip, timm), the stage's folder, or the patch side (pixels: "patch16")."""
-    weights: str | None = None
+    weights: Annotated[str | None, For("kind", "open_clip", "timm", reread=True)] = None
     """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random (for tests only)."""
     image_size: int | None = Field(None, ge=1)
     """Input side in pixels; default the teacher's own (pixels: must be given)."""
-    layer: int = -1
+    layer: Annotated[int, NETWORKS] = -1
     """Block whose patches are the target, as a Python index; -1 is the last. The summary stays the network's own."""
     final_norm: bool = True
     """Put the output through the network's last norm (pixels: normalise each patch)."""
-    project: bool | None = None
+    project: Annotated[bool | None, NETWORKS] = None
     """Put each patch through CLIP's projection into the shared space; default where the network has one."""
     bands: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
     """Which channels of the images it sees, counted from 0: of the 13 of Sentinel-2, [3, 2, 1] are red, green and blue. Default
     all, where it sees as many; one that sees three sees the one of grey images three times."""
-    mean: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None = None
-    """pixels: mean of each channel, as `student.mean`; default ImageNet's, of RGB. A network has its own."""
-    std: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
-    """pixels: standard deviation of each channel."""
+    mean: Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None, For("kind", "pixels")] = None
+    """Mean of each channel, as `student.mean`; default ImageNet's, of RGB. A network has its own."""
+    std: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, For("kind", "pixels")] = None
+    """Standard deviation of each channel."""
 
     @model_validator(mode="after")
-    def _a_network_has_its_own(self) -> TeacherSettings:
-        if self.kind != "pixels" and (self.mean or self.std):
-            raise ValueError(f"teacher.mean and teacher.std are for teacher.kind=pixels; {self.name} has its own, leave them out")
+    def _mean_and_std_are_a_pair(self) -> TeacherSettings:
         if len(self.mean or ()) != len(self.std or ()):
             raise ValueError(f"teacher.mean has {len(self.mean or ())} values, teacher.std {len(self.std or ())}; give both for "
                              "each channel")

@@ -11,7 +11,6 @@ from torch import Tensor
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
-from eva_mim.teachers.frozen import block_index, with_projection
 from eva_mim.trunks.pixels import normalise
 
 if TYPE_CHECKING:
@@ -80,9 +79,5 @@ def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
     patch = int(match[1])
     if settings.image_size % patch:
         raise UserError(f"teacher.image_size: {settings.image_size} px are no whole number of patches of {patch} px")
-    if settings.weights is not None:
-        raise UserError(f"teacher.weights: a teacher of pixels has none; leave out {settings.weights!r}")
-    block_index(settings, 1)
-    with_projection(settings, available=False)
     mean, std = settings.mean or IMAGENET_DEFAULT_MEAN, settings.std or IMAGENET_DEFAULT_STD
     return PixelTeacher(patch, settings.image_size, settings.final_norm, mean, std)

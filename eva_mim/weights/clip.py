@@ -9,7 +9,7 @@ import torch
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
-from eva_mim.students import ClipSettings, whole_file
+from eva_mim.students import ClipSettings, clip_file
 from eva_mim.students.clip import ClipStudent, TextSource, seed_text
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.files.lazy import materialise
@@ -30,7 +30,7 @@ def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
     if settings.text.init_from is not None:
         return settings
     if not (Path(path) / "open_clip_config.json").is_file():
-        raise UserError(f"student.whole=true: {path} does not describe its text tower; name its architecture in "
+        raise UserError(f"student.init=clip: {path} does not describe its text tower; name its architecture in "
                         "student.text.init_from (one of open_clip's, without student.text.weights)")
     return settings.model_copy(update={"text": settings.text.model_copy(update={"init_from": path})})
 
@@ -42,14 +42,14 @@ def init_clip_from_clip(student: ClipStudent, path: str, settings: ClipSettings,
     Raises UserError for a checkpoint that is no CLIP model with a timm trunk, and for towers or a space of other sizes.
     """
     try:
-        source = read_source(whole_file(path), hand_over.container)
+        source = read_source(clip_file(path), hand_over.container)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     given = dict(source.weights)
     for name in [name for name in given if name.startswith(TRUNK_HEAD)]:  # open_clip's own EVA models: the trunk's head projects
         given.setdefault(f"{OWN[0]}proj.{name.removeprefix(TRUNK_HEAD)}", given[name])
     if not any(name.startswith(TRUNK) for name in given) or not any(name.startswith("text.") for name in given):
-        raise UserError(f"student.whole=true: {path} is no CLIP model with a timm image tower and a text tower; leave it out to "
+        raise UserError(f"student.init=clip: {path} is no CLIP model with a timm image tower and a text tower; leave it out to "
                         "start the image tower alone")
     report = seed_trunk(student.trunk, parent_of(path, source, hand_over), hand_over)
     for name in [name for name in report.ignored if name.startswith((*OWN, "text.", "head.", TRUNK_HEAD))]:  # they have a place

@@ -10,7 +10,8 @@ from typing import Any
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import SOURCES, lookup
-from eva_mim.core.settings import Settings, few, override, parse, read_yaml
+from eva_mim.core.resolve import resolve
+from eva_mim.core.settings import Settings, few, read_yaml
 from eva_mim.data import DataSettings, SourceSettings
 
 
@@ -30,7 +31,7 @@ def describe(what: str, overrides: Sequence[str] = ()) -> None:
 def read_data(what: str, overrides: Sequence[str]) -> DataSettings:
     """The settings of a recipe's data, or those that fit a folder: shards where tars lie in it, else images. Raises UserError."""
     tree = {name: section for name, section in read_tree(what).items() if name == "data"}
-    return parse(DataOnly, override(tree, overrides), what).data
+    return resolve(DataOnly, tree, overrides, what).data
 
 
 def read_tree(what: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from eva_mim.commands.data.index import DataOnly, read_tree
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
-from eva_mim.core.settings import override, parse
+from eva_mim.core.resolve import resolve
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.loader import Preparation, Reader, TrainLoader, collate
@@ -57,7 +57,7 @@ def measure(
 def read_settings(what: str, overrides: Sequence[str]) -> BenchSettings:
     """Of a recipe, whose other sections do not matter, or of a folder. Raises UserError."""
     tree = {name: section for name, section in read_tree(what).items() if name in BenchSettings.model_fields}
-    return parse(BenchSettings, override(tree, overrides), what)
+    return resolve(BenchSettings, tree, overrides, what)
 
 
 def _order(source: Source) -> GlobalOrder:

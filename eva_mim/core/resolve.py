@@ -1,0 +1,58 @@
+"""A recipe under overrides: settings of a kind that an override changes do not outlive the change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from eva_mim.core.log import say
+from eva_mim.core.settings import Dependent, S, Settings, dependents, override, parse, take
+
+
+class Change(NamedTuple):
+    """A setting that an override of a kind removed."""
+
+    setting: Dependent
+    before: str
+    """The kind that it was written for."""
+
+
+def resolve(model: type[S], tree: dict[str, Any], overrides: Iterable[str], source: str) -> S:
+    """The settings of a recipe under overrides. What the recipe has for a kind that they change is left out, in one printed line.
+    Raises UserError with all mistakes."""
+    tree, changes = apply(model, tree, list(overrides))
+    say_changes(source, changes)
+    return parse(model, tree, source)
+
+
+def apply(model: type[Settings], tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[Change]]:
+    """A copy of `tree` with the overrides, and what was removed from it: settings that `tree` has for a kind (`For`) that an
+    override changes. What an override writes itself stays, and `parse` judges it. Raises UserError."""
+    before = {setting.path: setting for setting in dependents(model, tree)}
+    tree = override(tree, overrides)
+    changes = []
+    for setting in list(dependents(model, tree)):
+        old = before.get(setting.path)
+        if old is None or old.foreign or old.chosen == setting.chosen or touched(setting.path, overrides):
+            continue
+        if setting.foreign or setting.mark.reread:
+            take(tree, setting.path)
+            changes.append(Change(setting, old.chosen))
+    return tree, changes
+
+
+def touched(path: str, overrides: Iterable[str]) -> bool:
+    """An override writes this setting, or something in it, or a section around it."""
+    names = [text.partition("=")[0] for text in overrides]
+    return any(f"{name}.".startswith(f"{path}.") or f"{path}.".startswith(f"{name}.") for name in names)
+
+
+def say_changes(source: str, changes: Sequence[Change]) -> None:
+    """One line that names all settings that were left out; none where there are none."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for setting, before in changes:
+        groups.setdefault((setting.kind, setting.chosen, before), []).append(setting.path)
+    texts = [f"{kind}={now} leaves out {', '.join(names)}, set for {kind}={before}"
+             for (kind, now, before), names in groups.items()]
+    if texts:
+        say(f"{source}: {'; '.join(texts)}")
