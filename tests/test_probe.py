@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
         ({"probe": {"lrs": []}}, r"probe\.lrs: .*at least 1 item"),
         ({"probe": {"lrs": [0.1], "select": 1.0}}, r"probe\.select: .*less than 1"),
         ({"run": RUN | {"engine": "deepspeed", "zero_stage": 3}}, r"zero_stage=3 with several probe\.lrs"),
-        ({"data": {"mixture": [{"source": "scenes", "val_share": 0.1}]}}, r"data\.mixture: .* need one source"),
+        ({"data": {"mixture": [{"source": "scenes"}]}}, r"data\.mixture: .* need one source"),
         ({"view": {"flip": 0.0}}, r"view\.flip has no effect with probe\.cached=true"),
         ({"mix": {"mixup": 0.8}}, r"mix\.mixup"),
         ({"student": VIT | {"head_rows": "all"}}, r"head_rows=all: the layer of a probe starts anew"),

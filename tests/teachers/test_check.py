@@ -182,8 +182,8 @@ def test_the_same_random_teacher_every_time(capsys: pytest.CaptureFixture[str], 
     ],
 )
 def test_a_teacher_in_one_word(text: str, kind: str, name: str, weights: str | None) -> None:
-    settings = teacher_settings(text, ["image_size=336", "layer=-2", "project=false"])
-    assert settings == TeacherSettings(kind=kind, name=name, weights=weights, image_size=336, layer=-2, project=False)
+    settings = teacher_settings(text, ["image_size=336", "final_norm=false"])
+    assert settings == TeacherSettings(kind=kind, name=name, weights=weights, image_size=336, final_norm=False)
 
 
 def test_pictures_are_spread_over_the_folder(tmp_path: Path) -> None:
