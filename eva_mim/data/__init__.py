@@ -63,11 +63,9 @@ class ColumnSettings(Settings):
 
 
 FILES = For("source", "folder", "shards", "list")
-"""Sources that read files: not the built-in pictures, which are 8-bit RGB and have held-out images of their own."""
-FILES_OF_A_SPLIT = For("source", "folder", "shards", "list", reread=True)
-"""A folder, a pattern or a file: each source takes the name in its own way."""
+"""Not the built-in pictures, which are 8-bit RGB and have held-out images of their own."""
+FILES_OF_A_SPLIT = For(FILES.setting, *FILES.values, reread=True)
 PAIRS = For("source", "folder", "shards")
-"""Sources of images with a text file beside each."""
 
 
 class SourceSettings(Settings):
@@ -191,7 +189,7 @@ class DataSettings(SourceSettings):
     @classmethod
     def chosen_in(cls, tree: Mapping[str, Any], setting: str) -> Any:
         """A mixture has no source of its own: what is set beside it is refused as a whole."""
-        return None if setting == "source" and tree.get("mixture") else super().chosen_in(tree, setting)
+        return None if setting == "source" and isinstance(tree.get("mixture"), list) else super().chosen_in(tree, setting)
 
     @property
     def sources(self) -> dict[str, SourceSettings]:
