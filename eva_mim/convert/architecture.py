@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.students.clip import open_clip_config
+from eva_mim.trunks.config import timm_config
 from eva_mim.weights.files.sidecar import Description
 from eva_mim.weights.hints import Hints, Pixels, Requirements, check_limits, plain, read_clip_config, read_hints
 from eva_mim.weights.names.buffers import Rope
@@ -68,25 +70,16 @@ class Architecture:
 
     def timm_config(self, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Content of the `config.json` with which `timm.create_model("local-dir:FOLDER", pretrained=True)` opens a trunk."""
-        model: Any = on_meta(self.name, self.arguments)
-        own = {key: model.pretrained_cfg.get(key) for key in ("first_conv", "classifier", "pool_size")}
-        count = self.arguments["num_classes"]
-        if len(self.mean) != 3:
-            own["first_conv"] = None  # as in `export.write_timm`
-        pixels = {"input_size": [len(self.mean), *self.image_size], "mean": list(self.mean), "std": list(self.std)}
-        config: dict[str, Any] = {
-            "architecture": self.name.partition(".")[0],
-            "num_classes": count,
-            "num_features": model.num_features,
-            "model_args": {key: value for key, value in self.arguments.items() if key != "num_classes"},
-            "pretrained_cfg": {**pixels, "num_classes": count, "interpolation": "bicubic", "crop_pct": 1.0, **own},
-        }
-        return config | ({"label_names": list(classes)} if classes else {})
+        arguments = {key: value for key, value in self.arguments.items() if key != "num_classes"}
+        return timm_config(
+            self.name.partition(".")[0], on_meta(self.name, self.arguments), arguments, image_size=self.image_size,
+            mean=self.mean, std=self.std, num_classes=self.arguments["num_classes"], labels=classes,
+        )
 
     def open_clip_config(self) -> dict[str, Any]:
-        """Content of the `open_clip_config.json` with which `open_clip.create_model("local-dir:FOLDER")` opens a CLIP model."""
-        pixels = {"size": side(self.image_size), "mean": self.mean, "std": self.std}
-        return {"model_cfg": self.config, "preprocess_cfg": {**pixels, "interpolation": "bicubic", "resize_mode": "shortest"}}
+        """Returns the `open_clip_config.json` of a CLIP model."""
+        assert self.config is not None
+        return open_clip_config(self.config, image_size=side(self.image_size), mean=self.mean, std=self.std)
 
 
 def find_architecture(
