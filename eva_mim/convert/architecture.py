@@ -24,7 +24,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.students.clip import open_clip_config
 from eva_mim.trunks.config import timm_config
 from eva_mim.weights.files.sidecar import Description
-from eva_mim.weights.hints import Hints, Pixels, Requirements, check_limits, plain, read_clip_config, read_hints
+from eva_mim.weights.hints import Hints, Pixels, Requirements, check_requirements, plain, read_clip_config, read_hints
 from eva_mim.weights.names.buffers import Rope
 from eva_mim.weights.names.families import Family
 
@@ -105,7 +105,7 @@ def find_architecture(
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     told = read_hints(described) if described else Hints()
     want = Requirements(shapes, family, plain(arguments or {}, "--argument "), size, grid, rope, told)
-    check_limits(want)
+    check_requirements(want)
     if family and family.text:
         found = _find_clip(want, name)
     elif family and family.prefix:

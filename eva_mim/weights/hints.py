@@ -64,16 +64,23 @@ class Requirements:
 
     @property
     def heads(self) -> int | None:
-        """Of the image tower, where anything tells. Raises UserError where the user contradicts the tables of the source."""
-        given, family = self.arguments.get("num_heads"), self.family
-        of_tables = family and (family.heads or (family.width // self.rope.head_width if self.rope else None))
-        if of_tables and given not in (None, of_tables):  # parity would not see it: both sides would have it
-            raise UserError(f"--argument num_heads={given}: the position tables of the source are of {of_tables} heads")
-        return given if isinstance(given, int) else of_tables or self.told.heads
+        """Heads of the image tower: the user's, else those of the position tables, else the configuration's; None if unknown."""
+        given = self.arguments.get("num_heads")
+        return given if isinstance(given, int) else self.heads_of_tables or self.told.heads
+
+    @property
+    def heads_of_tables(self) -> int | None:
+        """Heads for which the relative or rotary position tables of the source were made; None without such tables."""
+        if self.family is None:
+            return None
+        return self.family.heads or (self.family.width // self.rope.head_width if self.rope else None)
 
 
-def check_limits(want: Requirements) -> None:
-    """Raise UserError for sizes that nobody can run; only shapes are looked at."""
+def check_requirements(want: Requirements) -> None:
+    """Raises UserError for a number of heads that contradicts the source, and for sizes that nobody can run; no value is read."""
+    heads, given = want.heads_of_tables, want.arguments.get("num_heads")
+    if heads and given not in (None, heads):  # parity cannot see this mistake: source and result would share it
+        raise UserError(f"--argument num_heads={given}: the position tables of the source are of {heads} heads; set it to {heads}")
     family, arguments = want.family, {**want.told.arguments, **want.arguments}
     sides = want.size or arguments.get("img_size") or 0
     height, width = sides if isinstance(sides, tuple) and len(sides) == 2 else (sides, sides)

@@ -76,6 +76,9 @@ def read_layout(trunk: Mapping[str, Shape], prefix: str, outside: Iterable[str])
         refuse(trunk, missing)
     if unknown := [name for name in trunk if not _understood(name, layout)]:
         raise UserError(f"checkpoint: {len(unknown)} tensors belong to no model that is known here: {few(unknown)}")
+    if {"attn.q_bias", "attn.qkv.bias"} <= block.keys():
+        raise UserError("checkpoint: two biases of q and v in every block, attn.qkv.bias beside attn.q_bias and attn.v_bias; no "
+                        "model adds both, remove one")
     return layout
 
 
