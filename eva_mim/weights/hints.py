@@ -80,7 +80,7 @@ def check_requirements(want: Requirements) -> None:
     """Raises UserError for a number of heads that contradicts the source, and for sizes that nobody can run; no value is read."""
     heads, given = want.heads_of_tables, want.arguments.get("num_heads")
     if heads and given not in (None, heads):  # parity cannot see this mistake: source and result would share it
-        raise UserError(f"--argument num_heads={given}: the position tables of the source are of {heads} heads; set it to {heads}")
+        raise UserError(f"--argument num_heads={given}: the position tables of the source are of {heads} heads; give {heads}")
     family, arguments = want.family, {**want.told.arguments, **want.arguments}
     sides = want.size or arguments.get("img_size") or 0
     height, width = sides if isinstance(sides, tuple) and len(sides) == 2 else (sides, sides)
