@@ -1,8 +1,8 @@
-"""Which model of timm or open_clip holds a set of weights, so that a user can load them and a parity check can build it.
+"""Finding the model of timm or open_clip that holds a set of weights, for loading them and for the parity check.
 
-Names and shapes tell the sizes. They do not tell the number of heads, the activation, LayerNorm's eps, post-norm, what rotary
-positions are scaled to, nor rows and columns of the grid. Those come, in this order, from what the user names, from a
-configuration beside the source, or from a registered architecture whose names and shapes are exactly those of the weights.
+Names and shapes determine the sizes. They do not determine the number of heads, the activation, LayerNorm's eps, post-norm, the
+reference grid of rotary positions, nor rows and columns of the grid. These come, in this order, from the user, from a
+configuration beside the source, or from a registered architecture with exactly the names and shapes of the weights.
 """
 
 from __future__ import annotations
@@ -31,34 +31,36 @@ from eva_mim.weights.names.families import Family
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of a library, and the images that it takes."""
+    """A model of timm or open_clip, and the size and normalisation of its images."""
 
     library: Literal["timm", "open_clip"]
     name: str
-    """What the library calls it; "" for a configuration of open_clip's without a name."""
+    """The library's name of the model; "" for an open_clip configuration without a name."""
     arguments: dict[str, Any]
-    """Keywords for `timm.create_model` beyond the name; `num_classes` always, and `global_pool` where it is not the usual one."""
+    """Keywords for `timm.create_model` beyond the name: always `num_classes`, and `global_pool` if it differs from the
+    default."""
     config: dict[str, Any] | None
-    """open_clip's `model_cfg`."""
+    """open_clip's `model_cfg`; None for a model of timm."""
     image_size: tuple[int, int]
-    """(height, width)."""
+    """(height, width) in pixels."""
     grid: Grid | None
     mean: Pixels
     std: Pixels
 
     @property
     def exact(self) -> bool:
-        """The name builds it, with no more than timm's `num_classes` and `global_pool`."""
+        """True if the name alone builds the model, apart from timm's `num_classes` and `global_pool`."""
         if self.config is not None:
             return bool(self.name) and self.config == open_clip.get_model_config(self.name)
         return self.arguments.keys() <= {"num_classes", "global_pool"}
 
     def build(self) -> nn.Module:
-        """The model with fresh weights, in evaluation mode."""
+        """Builds the model with fresh weights, in evaluation mode."""
         return (_clip(self.config) if self.config is not None else timm.create_model(self.name, **self.arguments)).eval()
 
     def client(self, path: str = "FILE") -> str:
-        """The line of Python with which a user loads a file of weights; where open_clip has no name for it, the folder."""
+        """Returns the line of Python that opens a file of these weights, or their folder if open_clip has no name for the
+        model."""
         if self.config is None:
             keywords = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
             return f"timm.create_model({self.name!r}{keywords}, checkpoint_path={path!r})"
@@ -69,7 +71,7 @@ class Architecture:
         return f"open_clip.create_model_and_transforms({self.name!r}, pretrained={path!r}{pixels})"
 
     def timm_config(self, classes: tuple[str, ...] | None = None) -> dict[str, Any]:
-        """Content of the `config.json` with which `timm.create_model("local-dir:FOLDER", pretrained=True)` opens a trunk."""
+        """Returns the `config.json` of a trunk; `classes` are the names of the head's rows."""
         arguments = {key: value for key, value in self.arguments.items() if key != "num_classes"}
         return timm_config(
             self.name.partition(".")[0], on_meta(self.name, self.arguments), arguments, image_size=self.image_size,
@@ -93,11 +95,12 @@ def find_architecture(
     rope: Rope | None = None,
     grid: Grid | None = None,
 ) -> Architecture:
-    """The model of a trunk under timm's names, or of a whole CLIP model under open_clip's; only names and shapes are read.
+    """Returns the model of a trunk under timm's names, or of a whole CLIP model under open_clip's; of the weights only names and
+    shapes are read.
 
-    `family` is that of `weights`; None (a convolutional network) needs a name, or a configuration with one. `rope` is what was
-    read off the tables of the source. Raises UserError where no model fits, where several do that differ, and where something
-    is needed that nothing tells, with the option that says it.
+    `family` is that of `weights`; None (a convolutional network) requires a name, from the user or a configuration. `rope` are
+    the parameters of the source's rotary tables. Raises UserError if no model fits, if several fit that compute different
+    outputs, and if a size is unknown; the message names the option that gives it.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is None and grid and family and family.patch:
@@ -139,7 +142,7 @@ def _find_trunk(want: Requirements, name: str | None) -> Candidate:
 
 
 def _like(want: Requirements) -> str:
-    """An architecture of timm of the same kind, for an error."""
+    """Returns an architecture of timm of the same kind, for an error message."""
     family = want.family
     assert family
     if family.patch is None or family.mlp == "geglu":
@@ -154,7 +157,7 @@ def _like(want: Requirements) -> str:
 
 
 def _tower(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(architecture, keywords) of the ViT of an open_clip configuration in timm, which has registered few of them."""
+    """Returns (architecture, keywords) of timm for the ViT of an open_clip configuration; timm has registered few of them."""
     vision = config["vision_cfg"]
     width = vision.get("width", 768)
     return f"vit_base_patch16_clip_{'quickgelu_' if config.get('quick_gelu') else ''}224", {
@@ -196,7 +199,7 @@ def _same(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidate:
-    """A CLIP model of open_clip's. Raises UserError where its names and shapes are not exactly those of the weights."""
+    """Returns a CLIP model of open_clip. Raises UserError unless its names and shapes are exactly those of the weights."""
     label = name or "open_clip_config.json"
     if other := _mismatch(want, config):
         raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(other)}")
@@ -206,7 +209,7 @@ def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidat
     try:
         with torch.device("meta"), Unfilled():
             model = _clip(config)
-    except Exception as error:  # a configuration of a file can fail in any way
+    except Exception as error:  # a file's configuration can fail in any way
         raise UserError(f"open_clip cannot build {label}: {str(error)[:300]}") from None
     check(want, model, label)
     tags = open_clip.list_pretrained_tags_by_model(name) if name else []
@@ -217,7 +220,7 @@ def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidat
 
 
 def _mismatch(want: Requirements, config: Mapping[str, Any]) -> list[str]:
-    """Sizes of a configuration that are not the weights', said without building anything."""
+    """Returns the sizes in which a configuration differs from the weights, without building a model."""
     family, vision, words = want.family, config["vision_cfg"], config["text_cfg"]
     assert family
     assert family.text
@@ -238,7 +241,7 @@ def _mismatch(want: Requirements, config: Mapping[str, Any]) -> list[str]:
 
 
 def _clip(config: Mapping[str, Any]) -> nn.Module:
-    """open_clip's model of a configuration; no tower fetches weights."""
+    """Builds open_clip's model of a configuration without fetching weights for a tower."""
     vision = {key: value for key, value in config["vision_cfg"].items() if key != "timm_model_pretrained"}
     keywords = {key: value for key, value in config.items() if key != "custom_text"} | {"vision_cfg": vision}
     model: nn.Module = (CustomTextCLIP if config.get("custom_text") else CLIP)(**keywords)

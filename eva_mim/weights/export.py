@@ -1,4 +1,4 @@
-"""What a finished stage leaves for others: weights under timm's names with timm's own config, and open_clip's."""
+"""Export of a finished stage: weights under timm's names beside timm's config.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def write_timm(
     global_pool: str | None = None,
     crop_pct: float = 1.0,
 ) -> None:
-    """`model.safetensors` and the `config.json` with which `timm.create_model("local-dir:OUT", pretrained=True)` opens it."""
+    """Writes `model.safetensors` and the `config.json` with which `timm.create_model("local-dir:OUT", pretrained=True)` opens
+    it."""
     size = input_size(trunk, settings)
     arguments: dict[str, Any] = settings.timm_options()
     mean, std = mean_std(trunk, settings)
@@ -39,16 +40,16 @@ def write_timm(
 
 
 def unpooled(trunk: nn.Module) -> str:
-    """`global_pool` under which timm keeps a ViT's final norm as `norm`, as a pretraining stage leaves it."""
+    """Returns the `global_pool` with which timm names a ViT's final norm `norm`, as a pretraining stage does."""
     return "token" if getattr(trunk, "cls_token", None) is not None else ""
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below `prefix`, without it."""
+    """Returns the tensors below `prefix`, under their names without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def grid_of(trunk: nn.Module) -> list[int] | None:
-    """Patch grid of a trunk with patch tokens, for the record."""
+    """Returns the patch grid (rows, columns) of a trunk; None for a trunk without patch tokens."""
     grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
     return list(grid) if grid else None
