@@ -19,7 +19,7 @@ from eva_mim.run.program import guard
 
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = "\n".join([
-    "Write a checkpoint of any kind for another program, and prove it: the same images go through source and result.\n",
+    "Write a checkpoint in another program's format, and prove the result: the same images go through source and result.\n",
     *("  {:<13} {}".format(form.name, form.help.replace("\n", "\n" + " " * 16)) for form in FORMATS.values()),
 ])
 
@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="eva-mim convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("src", type=Path, metavar="SRC", help="file or folder that `eva-mim inspect` knows")
+    parser.add_argument("src", type=Path, metavar="SRC", help="file or folder that `eva-mim inspect` can read")
     parser.add_argument("dst", type=Path, metavar="DST", help="file or folder to write; a record is written beside or into it")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--container", metavar="NAME", help="part of a torch file (model_ema, ...) or file of a folder")
     parser.add_argument("--architecture", metavar="NAME", help="timm's or open_clip's name; default: found by names and shapes")
     parser.add_argument("--argument", action="append", default=[], metavar="K=V",
-                        help="keyword of the timm model that names and shapes do not tell, such as num_heads=16; repeatable")
-    parser.add_argument("--grid", type=_pair, metavar="RxC", help="rows and columns of the source's patches, where nothing tells")
+                        help="keyword of the timm model that names and shapes do not determine, such as num_heads=16; repeatable")
+    parser.add_argument("--grid", type=_pair, metavar="RxC", help="rows and columns of the source's patches, if unknown")
     parser.add_argument("--image-size", type=_pair, metavar="N|HxW", help="of the result, in pixels")
     parser.add_argument("--patch-size", type=_side, metavar="N", help="of the result, in pixels")
     parser.add_argument("--positions", choices=("timm", "original", "eva-clip"), default="timm",

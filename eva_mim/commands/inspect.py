@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspects a checkpoint; returns the exit code, 2 for one that is damaged, hostile or unknown."""
     parser = argparse.ArgumentParser(
-        prog="eva-mim inspect", description="What a checkpoint is. Only headers are read, and nothing in it is run."
+        prog="eva-mim inspect",
+        description="Print the family, sizes and origin of a checkpoint. Only headers are read, and no code in it is run."
     )
     parser.add_argument("path", type=Path, metavar="FILE|DIR", help="safetensors, torch.save's, or a folder of a stage, run, "
                         "timm, open_clip, transformers or DeepSpeed")

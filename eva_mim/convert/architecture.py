@@ -106,8 +106,8 @@ def find_architecture(
     if size is None and grid and family and family.patch:
         size = (grid[0] * family.patch[0], grid[1] * family.patch[1])
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    told = read_hints(described) if described else Hints()
-    want = Requirements(shapes, family, plain(arguments or {}, "--argument "), size, grid, rope, told)
+    hints = read_hints(described) if described else Hints()
+    want = Requirements(shapes, family, plain(arguments or {}, "--argument "), size, grid, rope, hints)
     check_requirements(want)
     if family and family.text:
         found = _find_clip(want, name)
@@ -120,24 +120,24 @@ def find_architecture(
 
 
 def _find_trunk(want: Requirements, name: str | None) -> Candidate:
-    named = name or want.told.name
+    named = name or want.hints.name
     if named:
         check_name(named, timm.list_models(), "timm", "--architecture" if name else "the configuration beside the source")
-        return fit(want, named, want.told.arguments if named == want.told.name else {})
+        return fit(want, named, want.hints.arguments if named == want.hints.name else {})
     if want.family is None:
         raise UserError("checkpoint: of no family that is known here; name its timm model with --architecture")
     if found := search(want):
         return choose(want, found)
-    if want.told.config and "norm_pre.weight" in want.shapes:
-        return fit(want, *_tower(want.told.config))
+    if want.hints.config and "norm_pre.weight" in want.shapes:
+        return fit(want, *_tower(want.hints.config))
     family = want.family
     ratio = f"{family.hidden / family.width:.8g}"
     sizes = {"embed_dim": family.width, "depth": family.depth, "mlp_ratio": ratio, "num_heads": "N"}
     options = " ".join(f"--argument {key}={value}" for key, value in sizes.items())
     own, size = ("", "") if want.size else (" at its own size", "say --image-size N, or ")
     raise UserError(
-        f"checkpoint: no registered architecture of timm has these names and shapes{own}; {size}name one of its kind, and what "
-        f"differs from it: --architecture {_like(want)} {options}"
+        f"checkpoint: no registered architecture of timm has these names and shapes{own}; {size}name one of its kind, and "
+        f"the differences: --architecture {_like(want)} {options}"
     )
 
 
@@ -173,9 +173,9 @@ def _find_clip(want: Requirements, name: str | None) -> Candidate:
     if name:
         check_name(name, open_clip.list_models(), "open_clip", "--architecture")
         return _fit_clip(want, name, open_clip.get_model_config(name))
-    if told := want.told.config:
-        same = next((known for known in open_clip.list_models() if _same(known, told)), "")
-        return _fit_clip(want, same, open_clip.get_model_config(same) if same else told)
+    if config := want.hints.config:
+        same = next((known for known in open_clip.list_models() if _same(known, config)), "")
+        return _fit_clip(want, same, open_clip.get_model_config(same) if same else config)
     found, towers = [], {None, *plausible(want, ("img_size", "patch_size"))}
     for known in open_clip.list_models():
         config = open_clip.get_model_config(known)
@@ -184,9 +184,9 @@ def _find_clip(want: Requirements, name: str | None) -> Candidate:
                 found.append(_fit_clip(want, known, config))
     if found:
         return choose(want, found)
-    tower = "; it names the tower, which has to be registered with timm (see eva_mim/students/small.py)"
+    tower = "; it names the tower, which has to be registered with timm (see eva_mim/trunks/small.py)"
     raise UserError(
-        "checkpoint: no model of open_clip has these names and shapes, and they do not tell the heads. Put its "
+        "checkpoint: no model of open_clip has these names and shapes, which do not determine the heads. Put its "
         f"open_clip_config.json beside the source{tower if want.family.name != 'OpenAI CLIP' else ''}, "
         "or convert the image tower alone with --to timm"
     )
@@ -214,8 +214,8 @@ def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidat
     check(want, model, label)
     tags = open_clip.list_pretrained_tags_by_model(name) if name else []
     pixels = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
-    mean = want.told.mean or tuple(pixels.get("mean", open_clip.OPENAI_DATASET_MEAN))
-    std = want.told.std or tuple(pixels.get("std", open_clip.OPENAI_DATASET_STD))
+    mean = want.hints.mean or tuple(pixels.get("mean", open_clip.OPENAI_DATASET_MEAN))
+    std = want.hints.std or tuple(pixels.get("std", open_clip.OPENAI_DATASET_STD))
     return Candidate(name, {}, config, model, mean, std)
 
 

@@ -83,7 +83,7 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
     if source.unknown and not (options.architecture or source.description.architecture):
         raise UserError(f"{source.unknown}\n  If it is under timm's names, name its model with --architecture")
     if options.grid and source.grid and options.grid != source.grid:
-        raise UserError(f"--grid: {options.grid} patches, but the source says that there are {source.grid}; leave it out")
+        raise UserError(f"--grid: {options.grid} patches, but the source has {source.grid}; leave it out")
     before = _model(source, form, options)
     after, changed = _changed(before, options)
     with _staged(dst) as stage:
@@ -97,7 +97,8 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
         )
         if not proof.passed:
             failed = [f"{what}:\n{parity}" for what, parity in proof.parities.items() if not parity.passed]
-            raise UserError(f"{src}: the result does not say what the source says; nothing was written\n" + "\n".join(failed))
+            raise UserError(f"{src}: the outputs of the result differ from the source's; nothing was written\n" +
+                            "\n".join(failed))
         record = _record(source, src, dst, to, replace(options, container=container), after, report, proof)
         record["files"] = {str(file.relative_to(stage)): sha256(file) for file in sorted(stage.rglob("*")) if file.is_file()}
         write_json(path / "convert.json" if path.is_dir() else stage / f"{dst.name}.convert.json", record)
@@ -111,7 +112,7 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
     if not form.suffixes and dst.suffix in (".safetensors", ".pt", ".pth", ".bin", ".onnx"):
         raise UserError(f"{dst}: --to {to} writes a folder; name it {dst.with_suffix('')}")
     if dst.is_symlink():
-        raise UserError(f"{dst} is a link; name what it points to, or another place")
+        raise UserError(f"{dst} is a link; name its target, or another place")
     if dst.exists() and not overwrite:
         raise UserError(f"{dst} exists; add --overwrite to replace it")
     if dst.exists() and dst.is_dir() != (not form.suffixes):

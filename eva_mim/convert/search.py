@@ -86,10 +86,10 @@ def fit(want: Requirements, name: str, arguments: Mapping[str, Any]) -> Candidat
     if changes := {key: value for key, value in _changes(want, model).items() if key not in want.arguments}:
         options |= changes
         model = on_meta(name, options)
-    check(want, model, name, "; say with --argument what differs from it" if want.family else "")
-    told = want.told if want.told.name in (None, name) else Hints()
+    check(want, model, name, "; give the differences with --argument" if want.family else "")
+    hints = want.hints if want.hints.name in (None, name) else Hints()
     pixels: Any = model.pretrained_cfg
-    return Candidate(name, options, None, model, told.mean or tuple(pixels["mean"]), told.std or tuple(pixels["std"]))
+    return Candidate(name, options, None, model, hints.mean or tuple(pixels["mean"]), hints.std or tuple(pixels["std"]))
 
 
 def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -252,8 +252,8 @@ def _stem(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 def choose(want: Requirements, candidates: Iterable[Candidate]) -> Candidate:
     """Returns the first of several candidates that compute the same. Raises UserError if they do not."""
     found = sorted(candidates, key=lambda candidate: (len(candidate.arguments), len(candidate.name), candidate.name))
-    if want.told.quick_gelu is not None:
-        found = [candidate for candidate in found if _quick(candidate.model) == want.told.quick_gelu] or found
+    if want.hints.quick_gelu is not None:
+        found = [candidate for candidate in found if _quick(candidate.model) == want.hints.quick_gelu] or found
     first = _traits(found[0])
     lines = [found[0].name]
     for candidate in found[1:]:

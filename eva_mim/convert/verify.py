@@ -60,7 +60,7 @@ def prove(
     exact = BOUNDS["float32"]
     bound = bound if bound is not None else BOUNDS.get(dtype or "float32", exact)
     given, later = (_inputs(model, images) for model in (before, after))
-    first = _source_says(source, before, *given)
+    first = _source_outputs(source, before, *given)
     last = run(path, after, *later)
     if after.outside:
         _same_outside(path, after, dtype)
@@ -68,11 +68,11 @@ def prove(
     if dtype in HALF:
         kind = getattr(torch, dtype)
         half = {name: value.to(kind) if value.is_floating_point() else value for name, value in after.weights.items()}
-        expected = _says(after, *later, half)
+        expected = _outputs(after, *later, half)
         rounded = {f"rounded to {dtype}, and result": compare(expected, _aligned(expected, last), bound=exact)}
     if after is before:
         return Proof({"source and result": compare(first, _aligned(first, last), bound=bound)} | rounded)
-    middle, changed = _says(before, *given), _says(after, *later)
+    middle, changed = _outputs(before, *given), _outputs(after, *later)
     parities = rounded | {
         "source, and the same under our names": compare(first, _aligned(first, middle), bound=exact),
         "with the change, and the result": compare(changed, _aligned(changed, last), bound=bound),
@@ -83,7 +83,7 @@ def prove(
     return Proof(parities, [round(float(value), 4) for value in F.cosine_similarity(middle[key], changed[key], dim=-1)])
 
 
-def _says(
+def _outputs(
     model: Model, images: Tensor, tokens: Tensor | None, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     built = streamed(model.built(), model.weights if weights is None else weights)
@@ -100,7 +100,7 @@ def _runs(model: str) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the model {model} cannot be run with what it was told: {str(error)[:300]}") from None
+        raise UserError(f"the forward pass of {model} fails with this configuration: {str(error)[:300]}") from None
 
 
 def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
@@ -111,11 +111,11 @@ def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
     return pixels, sample_tokens(text.context, text.vocabulary, IMAGES) if text else None
 
 
-def _source_says(source: NamedCheckpoint, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+def _source_outputs(source: NamedCheckpoint, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
     raw = deferred(source.checkpoint)
     if source.scheme == "transformers":
-        return _transformers_says(source.description.config, raw, images, tokens)
-    return _says(model, images, tokens, under_timms_names(raw, model.built()) if source.scheme == "eva" else None)
+        return _transformers_outputs(source.description.config, raw, images, tokens)
+    return _outputs(model, images, tokens, under_timms_names(raw, model.built()) if source.scheme == "eva" else None)
 
 
 def reopened(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
@@ -123,13 +123,13 @@ def reopened(path: Path, model: Model, images: Tensor, tokens: Tensor | None) ->
     loaders."""
     found = read_source(path / "open_clip_model.safetensors" if model.trunk and path.is_dir() else path)
     if found.scheme == "eva":
-        return _says(model, images, tokens, under_timms_names(deferred(found.checkpoint), model.built()))
-    return _says(model, images, tokens, found.weights if model.trunk else found.trunk().weights)
+        return _outputs(model, images, tokens, under_timms_names(deferred(found.checkpoint), model.built()))
+    return _outputs(model, images, tokens, found.weights if model.trunk else found.trunk().weights)
 
 
 def by_transformers(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
     """Returns the outputs of a folder of transformers, run by that library."""
-    return _transformers_says(describe(path).config, deferred(open_checkpoint(path)), images, tokens)
+    return _transformers_outputs(describe(path).config, deferred(open_checkpoint(path)), images, tokens)
 
 
 def by_onnxruntime(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def by_onnxruntime(path: Path, model: Model, images: Tensor, tokens: Tensor | No
     return runner(path)(images, tokens)
 
 
-def _transformers_says(
+def _transformers_outputs(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Tensor, tokens: Tensor | None
 ) -> dict[str, Tensor]:
     with unloaded():

@@ -39,7 +39,7 @@ class ClipStudent(nn.Module):
         if settings.patch_size is not None or settings.image_size not in (None, own):
             raise UserError(
                 f"student: open_clip builds {settings.name} by its name alone ({own} px); name an architecture of the "
-                "wanted image_size and patch_size, or register one with timm (see eva_mim/students/small.py)"
+                "wanted image_size and patch_size, or register one with timm (see eva_mim/trunks/small.py)"
             )
         if settings.patch_dropout and not hasattr(probe, "patch_drop"):
             raise UserError(f"student.patch_dropout={settings.patch_dropout}: {settings.name} cannot leave out patches; set it "

@@ -77,7 +77,7 @@ def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> P
 def parent_of(path: str | Path, source: NamedCheckpoint, settings: HandOverSettings) -> Parent:
     """Returns the trunk of an opened checkpoint. Raises UserError if the checkpoint has none."""
     try:
-        trunk, told = source.trunk(), read_hints(source.description)
+        trunk, hints = source.trunk(), read_hints(source.description)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     ignored = KeyReport()
@@ -88,7 +88,7 @@ def parent_of(path: str | Path, source: NamedCheckpoint, settings: HandOverSetti
         ignored.note(ignored.ignored, name, "of the masked model, outside its trunk")
     classes = source.description.record.get("classes") or source.description.config.get("label_names")
     return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored,
-                  (told.mean, told.std))
+                  (hints.mean, hints.std))
 
 
 def seed_trunk(
@@ -161,7 +161,7 @@ def _fitted(
     old = parent.grid
     if old is None and any(given[name].shape != state[name].shape for name in tables):
         raise UserError(
-            f"init_from: {parent.path} does not say for which grid of patches its positions were made; "
+            f"init_from: {parent.path} does not record the grid of patches for its positions; "
             "set hand_over.grid=[rows, columns]"
         )
     given, resized = resize_trunk(

@@ -54,12 +54,12 @@ def seed_head(
 
 def _classes_of(parent: Parent, settings: ClassifierSettings, rows: int) -> tuple[str, ...]:
     """Returns the classes of the parent's head. Raises UserError if they are unknown, or not as many as its rows."""
-    told = read_classes(settings.head_classes) if settings.head_classes else None
-    if parent.classes and told and class_hash(parent.classes) != class_hash(told):
+    named = read_classes(settings.head_classes) if settings.head_classes else None
+    if parent.classes and named and class_hash(parent.classes) != class_hash(named):
         raise UserError(
-            f"student.head_classes={settings.head_classes}: {parent.path} says that its head is for {describe(parent.classes)}"
+            f"student.head_classes={settings.head_classes}: the head of {parent.path} is for {describe(parent.classes)}"
         )
-    classes = parent.classes or told
+    classes = parent.classes or named
     if classes is None:
         guesses = layouts_with(rows)
         hint = f"(layouts with {rows} classes: {', '.join(guesses)})" if guesses else f"(a file with its {rows} classes)"

@@ -60,13 +60,13 @@ class Requirements:
     """(height, width) of the images in pixels."""
     grid: Grid | None
     rope: Rope | None
-    told: Hints
+    hints: Hints
 
     @property
     def heads(self) -> int | None:
         """Heads of the image tower: the user's, else those of the position tables, else the configuration's; None if unknown."""
         given = self.arguments.get("num_heads")
-        return given if isinstance(given, int) else self.heads_of_tables or self.told.heads
+        return given if isinstance(given, int) else self.heads_of_tables or self.hints.heads
 
     @property
     def heads_of_tables(self) -> int | None:
@@ -81,7 +81,7 @@ def check_requirements(want: Requirements) -> None:
     heads, given = want.heads_of_tables, want.arguments.get("num_heads")
     if heads and given not in (None, heads):  # parity cannot see this mistake: source and result would share it
         raise UserError(f"--argument num_heads={given}: the position tables of the source are of {heads} heads; give {heads}")
-    family, arguments = want.family, {**want.told.arguments, **want.arguments}
+    family, arguments = want.family, {**want.hints.arguments, **want.arguments}
     sides = want.size or arguments.get("img_size") or 0
     height, width = sides if isinstance(sides, tuple) and len(sides) == 2 else (sides, sides)
     patch = arguments.get("patch_size") or (family.patch[0] if family and family.patch else None)

@@ -112,7 +112,7 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
             raise UserError(f"{path}: damaged safetensors header: the place of {name[:100]!r} does not fit its shape")
         found[name], at = one, at + piece.size
     if at != size:
-        raise UserError(f"{path}: {size} bytes, but its header says {at}; it is truncated or damaged")
+        raise UserError(f"{path}: {size} bytes, but the header declares {at}; the file is truncated or damaged")
     return found
 
 
@@ -169,7 +169,7 @@ def _script(path: Path, file: BinaryIO, code: Mapping[str, _Record], size: int, 
     def source(place: str) -> str:
         record = code.get(f"{root}/code/{place.replace('.', '/')}.py")
         if record is None:
-            raise UserError(f"the code of {place[:100]!r}, which says what is a parameter, is missing")
+            raise UserError(f"the code of {place[:100]!r}, which lists the parameters, is missing")
         start = _start(path, file, record._replace(size=record.packed), size)
         content = os.pread(file.fileno(), record.packed, start)
         if record.method:
@@ -210,7 +210,7 @@ def _directory(path: Path, file: BinaryIO, size: int) -> dict[str, _Record]:
         if mark != b"PK\x01\x02" or name in records:
             raise UserError(f"{path}: damaged zip directory at {name[:60]!r}")
         if header + packed > size:
-            raise UserError(f"{path}: {name[:60]!r} says {packed} bytes, more than the file has; truncated or damaged")
+            raise UserError(f"{path}: {name[:60]!r} declares {packed} bytes, more than the file has; truncated or damaged")
         if (method or packed != full) and not (method == zlib.DEFLATED and name.partition("/")[2].startswith("code/")):
             raise UserError(f"{path}: {name[:60]!r} is compressed, which torch.save never does (a zip bomb?); unpack it first")
         records[name] = _Record(header, full, crc, packed, method)

@@ -60,7 +60,7 @@ class Entry(NamedTuple):
             except OSError as error:
                 raise UserError(f"{piece.file}: {error.strerror}") from None
             if not whole:
-                raise UserError(f"{piece.file}: ends too early; it is truncated")
+                raise UserError(f"{piece.file}: ends too early; the file is truncated")
             if piece.crc and zlib.crc32(part) != piece.crc:
                 raise UserError(f"{piece.file}: damaged: the bytes from {piece.start} on do not have their recorded checksum")
             at += piece.size

@@ -53,7 +53,7 @@ def read_zero(folder: Path) -> tuple[str, dict[str, Entry], dict[str, Any]]:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, UserError):
             raise error if str(folder) in str(error) else UserError(f"{folder}: {error}") from None
-        raise UserError(f"{folder}: not the layout of DeepSpeed's ZeRO that is known here ({error!r:.80}); {PLAIN}") from None
+        raise UserError(f"{folder}: not the supported layout of DeepSpeed's ZeRO ({error!r:.80}); {PLAIN}") from None
     names = [name for name, value in main.value["module"].items() if isinstance(value, Stored)]
     if missing := [name for name in names if name not in entries]:
         raise UserError(f"{folder}: no shard holds {missing[0][:100]!r}")
