@@ -1,4 +1,4 @@
-"""`eva-mim convert`: its arguments, and what a person sees."""
+"""`eva-mim convert`: its arguments, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from eva_mim.run.program import guard
 
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = "\n".join([
-    "Write a checkpoint of any kind for another program, and prove it: the same images go through source and result.\n",
+    "Write a checkpoint in another program's format, and prove the result: the same images go through source and result.\n",
     *("  {:<13} {}".format(form.name, form.help.replace("\n", "\n" + " " * 16)) for form in FORMATS.values()),
 ])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert a checkpoint; returns the exit code, 2 for whatever is not understood, not possible or not proved."""
+    """Converts a checkpoint; returns the exit code, 2 for a source that is unknown, and for a conversion that is impossible or
+    not proved."""
     parser = argparse.ArgumentParser(
         prog="eva-mim convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("src", type=Path, metavar="SRC", help="file or folder that `eva-mim inspect` knows")
+    parser.add_argument("src", type=Path, metavar="SRC", help="file or folder that `eva-mim inspect` can read")
     parser.add_argument("dst", type=Path, metavar="DST", help="file or folder to write; a record is written beside or into it")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--container", metavar="NAME", help="part of a torch file (model_ema, ...) or file of a folder")
     parser.add_argument("--architecture", metavar="NAME", help="timm's or open_clip's name; default: found by names and shapes")
     parser.add_argument("--argument", action="append", default=[], metavar="K=V",
-                        help="keyword of the timm model that names and shapes do not tell, such as num_heads=16; repeatable")
-    parser.add_argument("--grid", type=_pair, metavar="RxC", help="rows and columns of the source's patches, where nothing tells")
+                        help="keyword of the timm model that names and shapes do not determine, such as num_heads=16; repeatable")
+    parser.add_argument("--grid", type=_pair, metavar="RxC", help="rows and columns of the source's patches, if unknown")
     parser.add_argument("--image-size", type=_pair, metavar="N|HxW", help="of the result, in pixels")
     parser.add_argument("--patch-size", type=_side, metavar="N", help="of the result, in pixels")
     parser.add_argument("--positions", choices=("timm", "original", "eva-clip"), default="timm",
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(record: Mapping[str, Any], dst: Path) -> str:
-    """The record for people."""
+    """Returns the record as a table."""
     source, found, keys = record["source"], record["architecture"], record["keys"]
     rows = [
         ("source", f"{source['path']}  ({source['kind']}, {source['container']}, names of {source['names']})"),
@@ -105,14 +106,14 @@ def _by_reason(names: Sequence[str], reasons: Mapping[str, str]) -> list[str]:
 
 
 def _side(text: str) -> int:
-    """1 to 10000."""
+    """Returns an integer from 1 to 10000."""
     if not text.isdecimal() or not 0 < int(text) <= 10_000:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10000")
     return int(text)
 
 
 def _pair(text: str) -> tuple[int, int]:
-    """N or HxW."""
+    """Returns (rows, columns) or (height, width) of N or HxW."""
     sides = text.lower().split("x")
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HxW")
@@ -120,7 +121,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _share(text: str) -> float:
-    """A number from 0 to 1."""
+    """Returns a number from 0 to 1."""
     with suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
@@ -128,7 +129,7 @@ def _share(text: str) -> float:
 
 
 def _arguments(given: Sequence[str]) -> dict[str, Any]:
-    """K=V as YAML reads V."""
+    """Returns keywords from arguments of the form K=V; V is read as YAML."""
     found: dict[str, Any] = {}
     for item in given:
         name, sign, value = item.partition("=")

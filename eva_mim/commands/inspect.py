@@ -1,4 +1,4 @@
-"""`eva-mim inspect`: what a checkpoint is, read from headers alone; nothing in it is run."""
+"""`eva-mim inspect`: family, sizes and origin of a checkpoint, read from headers alone; none of its code is run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect a checkpoint; returns the exit code, 2 for one that is damaged, hostile or unknown."""
+    """Inspects a checkpoint; returns the exit code, 2 for one that is damaged, hostile or unknown."""
     parser = argparse.ArgumentParser(
-        prog="eva-mim inspect", description="What a checkpoint is. Only headers are read, and nothing in it is run."
+        prog="eva-mim inspect",
+        description="Print the family, sizes and origin of a checkpoint. Only headers are read, and no code in it is run."
     )
     parser.add_argument("path", type=Path, metavar="FILE|DIR", help="safetensors, torch.save's, or a folder of a stage, run, "
                         "timm, open_clip, transformers or DeepSpeed")
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect(path: Path, container: str | None = None, *, values: bool = False) -> dict[str, Any]:
-    """What `--json` prints: plain values, None for what nothing tells. Raises UserError as `open_checkpoint` does."""
+    """Returns the facts that `--json` prints, as plain values; None for an unknown one. Raises UserError as `open_checkpoint`
+    does."""
     from eva_mim.weights.files.read import open_checkpoint
 
     opened = open_checkpoint(path, container)
@@ -53,7 +55,7 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
         "kind": opened.kind,
         "container": opened.container,
         "containers": list(opened.containers),
-        "whole": True,  # otherwise opening it would have failed
+        "whole": True,  # opening fails for an incomplete checkpoint
         "family": family,
         "family_unknown": reason,
         "stage": _stage(record),
@@ -81,7 +83,7 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
 
 
 def table(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """Returns the same facts as a table."""
     family, stage, others = found["family"], found["stage"], [n for n in found["containers"] if n != found["container"]]
     rows = {
         "weights": found["weights"],
@@ -139,7 +141,8 @@ def _stage(record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _values(opened: Checkpoint, recorded: str | None) -> dict[str, Any]:
-    """Counts of what is not finite, and whether the file is the one that the stage wrote (None: nothing is recorded)."""
+    """Returns the numbers of NaN and infinite values, and whether the file has the recorded checksum (None: no checksum is
+    recorded)."""
     from eva_mim.core.files import sha256
 
     broken, nan, inf = [], 0, 0

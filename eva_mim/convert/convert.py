@@ -1,4 +1,5 @@
-"""From any checkpoint to a file that others open: renamed, resized, written, and proved by the same images through both."""
+"""Conversion of any checkpoint to a file for other programs: renamed, resized, written, and proved by the outputs of both on
+the same images."""
 
 from __future__ import annotations
 
@@ -32,39 +33,39 @@ from eva_mim.weights.resize import CLASS_ROWS, KernelRule, PositionRule, resize_
 
 LIBRARIES = ("torch", "timm", "open_clip_torch", "safetensors")
 WHOLE = "open_clip_model"
-"""Of a folder that holds a CLIP model beside its image tower, the file with both towers."""
+"""Name of the file with both towers, in a folder that holds a CLIP model beside its image tower."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion does besides renaming."""
+    """Options of a conversion besides the target format."""
 
     container: str | None = None
     architecture: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Keywords of the timm model that names and shapes do not tell (num_heads, ...)."""
+    """Keywords of the timm model that names and shapes do not determine (num_heads, ...)."""
     grid: Grid | None = None
     """(rows, columns) of the source's patches."""
     image_size: tuple[int, int] | None = None
-    """(height, width) of the result in pixels; None: as the source."""
+    """(height, width) of the result's images in pixels; None: the source's."""
     patch_size: int | None = None
     positions: PositionRule = "timm"
     kernel: KernelRule = "pseudo-inverse"
     norm: NormRule = "keep"
     dtype: str | None = None
-    """Of the floating tensors in the result; None: as they are."""
+    """Dtype of the floating tensors in the result; None: the source's."""
     images: Path | None = None
-    """Folder of images for the parity figure; None: drawn scenes and noise."""
+    """Folder of images for the parity check; None: drawn scenes and noise."""
     bound: float | None = None
-    """Largest difference that parity allows, over the largest value of an output; None: by dtype (`parity.BOUNDS`)."""
+    """Largest difference that parity allows, relative to the largest value of an output; None: by dtype (`parity.BOUNDS`)."""
     overwrite: bool = False
 
 
 def convert(src: Path, dst: Path, to: str, options: Options | None = None) -> dict[str, Any]:
-    """Convert and prove; returns the record that lies beside the result.
+    """Converts a checkpoint, proves the result, and returns the record that lies beside it.
 
-    Raises UserError, and leaves nothing behind, for a source that is not understood, a model that the format cannot hold, a
-    result that does not say what the source says, and a place where nothing can be written.
+    Raises UserError, and leaves no file behind, for a source of unknown structure, a model that the format cannot hold, a result
+    whose outputs differ from the source's, and a place that cannot be written.
     """
     try:
         return _convert(src, dst, to, options or Options())
@@ -82,7 +83,7 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
     if source.unknown and not (options.architecture or source.description.architecture):
         raise UserError(f"{source.unknown}\n  If it is under timm's names, name its model with --architecture")
     if options.grid and source.grid and options.grid != source.grid:
-        raise UserError(f"--grid: {options.grid} patches, but the source says that there are {source.grid}; leave it out")
+        raise UserError(f"--grid: {options.grid} patches, but the source has {source.grid}; leave it out")
     before = _model(source, form, options)
     after, changed = _changed(before, options)
     with _staged(dst) as stage:
@@ -96,7 +97,8 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
         )
         if not proof.passed:
             failed = [f"{what}:\n{parity}" for what, parity in proof.parities.items() if not parity.passed]
-            raise UserError(f"{src}: the result does not say what the source says; nothing was written\n" + "\n".join(failed))
+            raise UserError(f"{src}: the outputs of the result differ from the source's; nothing was written\n" +
+                            "\n".join(failed))
         record = _record(source, src, dst, to, replace(options, container=container), after, report, proof)
         record["files"] = {str(file.relative_to(stage)): sha256(file) for file in sorted(stage.rglob("*")) if file.is_file()}
         write_json(path / "convert.json" if path.is_dir() else stage / f"{dst.name}.convert.json", record)
@@ -110,7 +112,7 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
     if not form.suffixes and dst.suffix in (".safetensors", ".pt", ".pth", ".bin", ".onnx"):
         raise UserError(f"{dst}: --to {to} writes a folder; name it {dst.with_suffix('')}")
     if dst.is_symlink():
-        raise UserError(f"{dst} is a link; name what it points to, or another place")
+        raise UserError(f"{dst} is a link; name its target, or another place")
     if dst.exists() and not overwrite:
         raise UserError(f"{dst} exists; add --overwrite to replace it")
     if dst.exists() and dst.is_dir() != (not form.suffixes):
@@ -121,7 +123,7 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
 
 @contextmanager
 def _staged(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst`; what is in it afterwards takes the place of `dst` and its companions, `dst` last."""
+    """Yields a folder beside `dst`; afterwards its content replaces `dst` and the files beside it, `dst` last."""
     made = [folder for folder in dst.parents if not folder.exists()]
     dst.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
@@ -135,12 +137,12 @@ def _staged(dst: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         for folder in made:
-            with suppress(OSError):  # there is a result in it
+            with suppress(OSError):  # the folder is not empty: it has a result
                 folder.rmdir()
 
 
 def _model(source: NamedCheckpoint, form: Format, options: Options) -> Model:
-    """What is converted, at the source's own size."""
+    """Returns the model to convert, at the source's own size."""
     if source.family is not None and source.family.text and form.whole:
         found = find_architecture(
             source.weights, source.family, described=source.description, name=options.architecture, arguments=options.arguments,
@@ -154,7 +156,7 @@ def _model(source: NamedCheckpoint, form: Format, options: Options) -> Model:
         rows, columns = (side // patch for side, patch in zip(options.image_size, family.patch, strict=True))
         pairs = (2 * rows - 1) * (2 * columns - 1) + CLASS_ROWS
         related = any(name.endswith("relative_position_bias_table") and len(value) == pairs for name, value in weights.items())
-        size = options.image_size if related or rows * columns == family.tokens else None  # it says what the source is
+        size = options.image_size if related or rows * columns == family.tokens else None  # the option gives the source's size
     found = find_architecture(
         weights, family, described=source.description, name=options.architecture, arguments=options.arguments, image_size=size,
         rope=source.rope, grid=grid,
@@ -165,7 +167,7 @@ def _model(source: NamedCheckpoint, form: Format, options: Options) -> Model:
 
 
 def _with_trunk(clip: Model) -> Model:
-    """A CLIP model, and its image tower as timm holds it."""
+    """Returns a CLIP model together with its image tower as timm's model."""
     assert clip.family
     tower = trunk_of(clip.weights, clip.family).weights
     beside = Description(open_clip={"model_cfg": clip.architecture.config})
@@ -176,14 +178,14 @@ def _with_trunk(clip: Model) -> Model:
 
 
 def _changed(before: Model, options: Options) -> tuple[Model, KeyReport]:
-    """With another norm, image size or patch size, and what that did."""
+    """Returns the model with another norm, image size or patch size, and the report of the changes."""
     report, weights, found, family = KeyReport(), before.weights, before.architecture, before.family
     if options.norm != "keep":
         if before.trunk:
             raise UserError(f"--norm {options.norm}: a CLIP model keeps its norm; convert the tower with --to timm")
         done = with_norm(weights, options.norm)
         weights, report = done.weights, done.report
-        for name in report.new:  # a result has all tensors of its model
+        for name in report.new:  # the result has all tensors of its model
             like = before.weights[name.removeprefix("fc_")]
             weights[name] = torch.ones_like(like) if name.endswith("weight") else torch.zeros_like(like)
             report.reasons[name] = "norm=drop: fresh, ones and zeros"
@@ -209,14 +211,14 @@ def _changed(before: Model, options: Options) -> tuple[Model, KeyReport]:
 
 
 def _joined(source: NamedCheckpoint, before: Model, changed: KeyReport, written: KeyReport, after: Model) -> KeyReport:
-    """Every tensor of the result, and every one of the source that is not in it."""
+    """Returns the report of every tensor in the result, and of every tensor of the source that is left out."""
     trunk = KeyReport() if before.trunk else source.trunk().report
     report = source.report.plus(trunk).plus(changed).plus(written)
     heads = OUTSIDE["decoder_pred" if "decoder_embed.weight" in source.outside else "lm_head"] if source.scheme == "eva" else {}
     theirs = {new: old for old, new in heads.items()}
     for name in [name for name in source.outside if name not in after.outside]:
         report.note(report.ignored, theirs.get(name, name), "outside a masked model's trunk: this format has no place for it")
-    passing = set(trunk.new) & set(written.ignored)  # only our names need it
+    passing = set(trunk.new) & set(written.ignored)  # tensors that our names alone require
     report.new, report.ignored = ([name for name in names if name not in passing] for names in (report.new, report.ignored))
     names = written.loaded or [*after.weights, *after.outside]
     return replace(report, loaded=[name for name in names if name not in {*report.resized, *report.new}])

@@ -1,4 +1,4 @@
-"""Models as ONNX graphs of one image size and any batch size, and running them with onnxruntime on the CPU."""
+"""Export of models to ONNX graphs of one image size and any batch size, and running them with onnxruntime on the CPU."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import fsync
 
 OPSET = 20
-"""The first with Gelu as one operator; below it the exporter writes the formula."""
+"""The first operator set with Gelu as one operator; for older ones the exporter writes the formula."""
 EMBEDDED = 1 << 30
-"""Bytes of weights up to which they lie inside the file (protobuf ends at 2 GiB); above, in NAME.onnx.data beside it."""
+"""Bytes of weights up to which they lie inside the file (protobuf ends at 2 GiB); larger weights lie in NAME.onnx.data beside
+it."""
 NAMES = {"tokens": "tokens", "answer": "output", "image": "image_features", "text": "text_features", "scale": "logit_scale",
          "bias": "logit_bias"}
-"""Outputs of a model (`parity.outputs`) -> outputs of its graph, where an input already is called image or text."""
+"""Outputs of a model (`parity.outputs`) -> outputs of its graph, whose inputs already have the names image and text."""
 
 
 class _Graph(nn.Module):
-    """What `parity.outputs` gives, in the order of its names."""
+    """A model that returns the outputs of `parity.outputs`, in the order of their names."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -39,13 +40,13 @@ class _Graph(nn.Module):
         return tuple(outputs(self.module, image, text).values())
 
 
-@torch.no_grad()  # with gradients the exporter takes another kernel of attention in its second pass, and fails on Beit
+@torch.no_grad()  # with gradients the exporter's second pass takes another kernel of attention, and fails on Beit
 def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: int = 3, opset: int = OPSET) -> list[Path]:
-    """Write a float32 model of timm's or open_clip's, and give the files written: one, or two above 1 GiB (the weights beside).
+    """Writes a float32 model of timm or open_clip as a graph, and returns the files: one, or two if the weights exceed 1 GiB.
 
-    Inputs: `image` [B, channels, H, W] normalised float32 and, for a CLIP model, `text` [T, L] int64; B and T are free. Outputs:
-    those of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError without the
-    libraries, and for a model that cannot be exported.
+    Inputs are `image` [B, channels, H, W] normalised float32 and, for a CLIP model, `text` [T, L] int64; B and T are free.
+    Outputs are those of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError
+    if a library is missing, and for a model that cannot be exported.
     """
     _require("onnx", "onnxscript")
     import onnx
@@ -58,7 +59,7 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
     graph = _Graph(module).eval()
     names = [NAMES[name] for name in outputs(module, *examples.values())]
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        made = Path(folder) / path.name  # under its own name: the graph names the file of its weights
+        made = Path(folder) / path.name  # under the final name, because the graph names the file of its weights
         try:
             with _quiet():
                 program = torch.onnx.export(
@@ -71,7 +72,7 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().partition("\n")[0]
             raise UserError(f"{type(module).__name__} cannot be exported to ONNX: {reason}") from error
-        files = sorted(made.parent.iterdir(), key=lambda file: file.name == path.name)  # the graph last: then it is whole
+        files = sorted(made.parent.iterdir(), key=lambda file: file.name == path.name)  # the graph last
         for file in files:
             fsync(file)
             file.replace(path.parent / file.name)
@@ -79,7 +80,8 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
 
 
 def runner(path: Path, threads: int = 1) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
-    """(normalised images [B, channels, H, W], token ids [T, L] or None) -> what `parity.outputs` gives, by onnxruntime."""
+    """Returns a function of (normalised images [B, channels, H, W], token ids [T, L] or None) that returns the outputs of
+    `parity.outputs`, computed by onnxruntime."""
     _require("onnxruntime")
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -104,7 +106,7 @@ def _require(*libraries: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of what the exporter tells on its way."""
+    """Suppresses the exporter's messages."""
     before, silent = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The same images through two models: whether a conversion kept what a network says. Both run block by block."""
+"""Parity: a comparison of two models' outputs on the same images. Both run block by block."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from eva_mim.data.views import to_tensor
 from eva_mim.weights.files.lazy import materialise
 
 BOUNDS = {"float32": 2e-5, "float64": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
-"""dtype of the result -> largest difference, over the source's largest absolute value.
+"""dtype of the result -> largest difference, relative to the source's largest absolute value.
 
 Measured on nine ViTs with drawn weights (EVA-01 g, EVA-02 Ti to L, ViT-B and L, BEiT-B, ViTamin-S, CLIP-B), largest output each.
 The same weights in another kernel of attention or onnxruntime: up to 1.3e-6; up to 4e-6 with one massive activation and attention
-logits four times as large. Weights rounded to float16: 8e-4 to 2e-3 (3e-3); to bfloat16: eight times that. Mistakes: tanh GELU
-3e-4, one bias element off by 1e-2 3e-4 to 1e-3, v bias dropped 0.35 to 0.7, RoPE axes swapped 0.35 to 0.4; a norm's eps of 1e-5
-for 1e-6 8e-6 to 4e-5, which a bound cannot tell from kernels for certain.
+logits four times as large. Weights rounded to float16: 8e-4 to 2e-3 (3e-3); to bfloat16: eight times as much. Mistakes: tanh GELU
+3e-4; one bias element off by 1e-2: 3e-4 to 1e-3; v bias dropped: 0.35 to 0.7; RoPE axes swapped: 0.35 to 0.4; a norm's eps of
+1e-5 for 1e-6: 8e-6 to 4e-5, which no bound separates from differences of kernels for certain.
 """
 
 
 @contextmanager
 def unloaded() -> Iterator[None]:
-    """Parameters that modules register inside become meta tensors; buffers, which constructors compute, stay real.
+    """Makes parameters that modules register inside the context meta tensors; buffers, which constructors compute, stay real.
 
-    So a network of any size is built at once, without memory. Tied parameters stay tied.
+    A network of any size is then built at once and without memory. Tied parameters stay tied.
     """
 
     def emptied(_: nn.Module, __: str, value: nn.Parameter) -> nn.Parameter | None:
         return None if value.is_meta else nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
 
-    def tried(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:  # some constructors run a part, to see its shape
+    def tried(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:  # constructors that read a part's output shape
         return tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
 
     handles = [
@@ -61,10 +61,11 @@ def unloaded() -> Iterator[None]:
 
 
 def streamed(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The (unloaded) module, in evaluation mode, with these weights as float32: each block's only while it runs.
+    """Returns the (unloaded) module, in evaluation mode, with the weights as float32; a block's weights are in memory only while
+    the block runs.
 
-    Blocks are the elements of the outermost ModuleLists and Sequentials. What lies outside them (embeddings, norms, heads) is
-    loaded at once and stays. Raises UserError where the names or shapes are not exactly those of the module's state dict.
+    Blocks are the elements of the outermost ModuleLists and Sequentials. Modules outside them (embeddings, norms, heads) are
+    loaded at once and stay. Raises UserError unless names and shapes are exactly those of the module's state dict.
     """
     module.float().eval()
     expected = module.state_dict()
@@ -86,7 +87,7 @@ def streamed(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 @torch.inference_mode(False)  # parameters made in inference mode lead to another kernel of attention, and other last bits
 @torch.no_grad()
 def _fill(module: nn.Module, names: list[str], weights: Mapping[str, Tensor] | None) -> None:
-    """Load these parameters and buffers, or empty them."""
+    """Loads these parameters and buffers, or empties them if `weights` is None."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         part = module.get_submodule(path)
@@ -120,10 +121,11 @@ def _check(model: str, expected: Mapping[str, Tensor], weights: Mapping[str, Ten
 
 @torch.inference_mode()
 def outputs(module: Any, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
-    """What a model of timm's or open_clip's says about normalised images [B, 3, H, W] and token ids [B, L].
+    """Returns the outputs of a model of timm or open_clip for normalised images [B, 3, H, W] and token ids [B, L].
 
-    timm: `tokens` [B, N, D] (a map for convolutions) after the final norm, and `answer` [B, K or D] where it pools or has a
-    head. open_clip: `image` [B, C] and `text` [B, C], not normalised, `scale` (no longer a logarithm) and `bias` of the logits.
+    A model of timm returns `tokens` [B, N, D] (a map for convolutions) after the final norm, and `answer` [B, K or D] if it pools
+    or has a head. A model of open_clip returns `image` [B, C] and `text` [B, C], not normalised, `scale` (no longer a logarithm)
+    and `bias` of the logits.
     """
     module.eval()
     if not hasattr(module, "encode_image"):
@@ -138,7 +140,7 @@ def outputs(module: Any, images: Tensor, tokens: Tensor | None = None) -> dict[s
 
 @dataclass(frozen=True)
 class Difference:
-    """Between one output of two models."""
+    """Difference between two models in one output."""
 
     shape: tuple[int, ...]
     largest: float
@@ -146,9 +148,9 @@ class Difference:
     source: float
     """Largest absolute value of the source's output."""
     cosine: float
-    """Smallest between vectors, which lie along the last axis."""
+    """Smallest cosine between two vectors along the last axis."""
     broken: tuple[int, int]
-    """How many numbers of the source and of the result are NaN or infinite."""
+    """Number of NaN or infinite values in the source's output, and in the result's."""
 
     def __str__(self) -> str:
         if any(self.broken):
@@ -158,22 +160,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """Whether a result says what its source says."""
+    """Differences between the outputs of a source and its result, and their bound."""
 
     differences: dict[str, Difference]
     bound: float
-    """A difference may be this, over the largest absolute value of the source's output."""
+    """Largest difference allowed, relative to the largest absolute value of the source's output."""
     alone: tuple[str, ...] = ()
     """Outputs that only one of the two models has."""
 
     def close(self, name: str) -> bool:
-        """One output is finite and within the bound."""
+        """True if an output is finite and within the bound."""
         found = self.differences[name]
         return not any(found.broken) and found.largest <= self.bound * found.source
 
     @property
     def passed(self) -> bool:
-        """Every output that both models have is close."""
+        """True if every output of both models is finite and within the bound."""
         return all(map(self.close, self.differences))
 
     def __str__(self) -> str:
@@ -184,7 +186,7 @@ class Parity:
         return "\n".join([*lines, *(f"{name:<8}of one model only: not compared" for name in self.alone)])
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record; numbers that are not finite are None, which JSON has."""
+        """Returns the figures for a record; numbers that are not finite become None, because JSON lacks them."""
         rows = {name: asdict(found) | {"passed": self.close(name)} for name, found in self.differences.items()}
         for row in rows.values():
             row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -192,7 +194,7 @@ class Parity:
 
 
 def compare(source: Mapping[str, Tensor], result: Mapping[str, Tensor], *, bound: float) -> Parity:
-    """Two models' outputs on the same input. Raises UserError where they have none in common, or one of another shape."""
+    """Compares two models' outputs on the same input. Raises UserError if they have none in common, or one of another shape."""
     common = [name for name in source if name in result]
     if not common:
         raise UserError(f"parity: nothing to compare: the source gives {few(source)}, the result {few(result)}")
@@ -205,7 +207,7 @@ def compare(source: Mapping[str, Tensor], result: Mapping[str, Tensor], *, bound
 
 def _difference(source: Tensor, result: Tensor) -> Difference:
     one, other = (value.double().reshape(value.shape or (1,)) for value in (source, result))
-    # Vectors of zeros have no direction, and are the same where both are.
+    # Two vectors of zeros have no direction, and count as equal.
     cosine = torch.where((one == other).all(-1), 1.0, F.cosine_similarity(one, other, dim=-1))
     broken = (int((~one.isfinite()).sum()), int((~other.isfinite()).sum()))
     largest = float((one - other).abs().max())
@@ -213,10 +215,11 @@ def _difference(source: Tensor, result: Tensor) -> Difference:
 
 
 def sample_images(size: tuple[int, int], folder: Path | None = None, count: int = 4, channels: int = 3) -> Tensor:
-    """[B, channels, H, W] uint8 of `size` (H, W), resized bicubically: red, green, blue, and the same again.
+    """Returns the images of a parity check, [B, channels, H, W] uint8 of `size` (H, W), resized bicubically; channels beyond
+    three repeat red, green, blue.
 
-    The first readable pictures below the folder, by path; without a folder half drawn scenes and half uniform noise, the same
-    every time. Raises UserError for a folder without a readable picture.
+    With a folder they are the first readable pictures below it, by path; without one, half drawn scenes and half uniform noise,
+    always the same. Raises UserError for a folder without a readable picture.
     """
 
     def pixels(picture: Image | Bands) -> Tensor:
@@ -240,8 +243,9 @@ def sample_images(size: tuple[int, int], folder: Path | None = None, count: int 
 
 
 def sample_tokens(context: int, vocabulary: int, count: int = 4) -> Tensor:
-    """[count, context] int64, the same every time, in CLIP's form: start (the last but one id), words, end (the last id, where
-    the feature is taken), zeros. The texts differ in length: from one word to the whole context."""
+    """Returns token ids for a parity check, [count, context] int64, always the same, in CLIP's form: start (the last but one
+    id), words, end (the last id, at which the feature is taken), zeros. The texts' lengths range from one word to the whole
+    context."""
     seeded = torch.Generator().manual_seed(derive(0, "parity texts"))
     tokens = torch.randint(1, vocabulary - 2, (count, context), generator=seeded)
     tokens[:, 0] = vocabulary - 2

@@ -1,4 +1,5 @@
-"""Registered architectures of timm that may hold a set of weights, built on the meta device: no memory, little time."""
+"""Search for the registered architectures of timm that may hold a set of weights, built on the meta device: no memory, little
+time."""
 
 from __future__ import annotations
 
@@ -28,24 +29,24 @@ from eva_mim.weights.names.layout import Shape
 from eva_mim.weights.names.name_tables import split_block
 
 MAX_MODULES = 10_000
-"""Of a model; the largest of timm's has 1,757, and a file may ask for any number by keywords of any name."""
+"""Largest number of modules in a model. timm's largest has 1,757; a file may ask for any number, by keywords of any name."""
 CLASSES = ("VisionTransformer", "Eva", "Beit")
-"""Of timm, whose architectures are searched."""
+"""Classes of timm whose architectures are searched."""
 HYBRIDS = ("timm.models.vision_transformer_hybrid", "timm.models.vitamin")
-"""Modules of architectures with a convolutional stem; building them takes long."""
+"""Modules of architectures with a convolutional stem, which take long to build."""
 NORMS = ("norm.weight", "fc_norm.weight", "attn_pool.q.weight")
-"""What of a trunk depends on timm's `global_pool`."""
+"""Tensors of a trunk that depend on timm's `global_pool`."""
 FILLING = frozenset(
     f"{name}_" for name in ("fill", "zero", "constant", "normal", "trunc_normal", "uniform", "kaiming_uniform", "xavier_uniform",
                             "erfinv", "mul", "div", "add", "clamp")
 )
-"""What torch and its initialisation call functions that fill a tensor."""
+"""Names of torch's functions that fill a tensor, for its initialisation."""
 ANSWERLESS = re.compile(r"_.*|.*init.*|.*drop.*|.*grad_checkpointing|training|p|fused_attn|strict_img_size|output_dict")
-"""Attributes of a module without influence on what it computes in evaluation mode."""
+"""Module attributes that do not affect inference."""
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves tensors on the meta device as they are where they would be filled; that takes most of the time of building there."""
+    """Skips functions that fill a tensor on the meta device; they take most of the time of building there."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") in FILLING and args and isinstance(args[0], Tensor) and args[0].is_meta:
@@ -55,21 +56,22 @@ class Unfilled(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model of timm or (with a configuration) of open_clip."""
+    """A model of timm or, with a configuration, of open_clip."""
 
     name: str
     arguments: dict[str, Any]
     config: dict[str, Any] | None
     model: nn.Module
-    """On the meta device."""
+    """The model on the meta device."""
     mean: Pixels
     std: Pixels
 
 
 def fit(want: Requirements, name: str, arguments: Mapping[str, Any]) -> Candidate:
-    """A timm model, with what is told changed in it: size, patches, place of the norm, rotary reference.
+    """Returns a timm model adapted to the requirements: image size, patch size, place of the norm, reference grid of rotary
+    positions.
 
-    Raises UserError where its names and shapes are not exactly those of the weights.
+    Raises UserError unless its names and shapes are exactly those of the weights.
     """
     try:
         config = timm.get_pretrained_cfg(name)
@@ -84,14 +86,14 @@ def fit(want: Requirements, name: str, arguments: Mapping[str, Any]) -> Candidat
     if changes := {key: value for key, value in _changes(want, model).items() if key not in want.arguments}:
         options |= changes
         model = on_meta(name, options)
-    check(want, model, name, "; say with --argument what differs from it" if want.family else "")
-    told = want.told if want.told.name in (None, name) else Hints()
+    check(want, model, name, "; give the differences with --argument" if want.family else "")
+    hints = want.hints if want.hints.name in (None, name) else Hints()
     pixels: Any = model.pretrained_cfg
-    return Candidate(name, options, None, model, told.mean or tuple(pixels["mean"]), told.std or tuple(pixels["std"]))
+    return Candidate(name, options, None, model, hints.mean or tuple(pixels["mean"]), hints.std or tuple(pixels["std"]))
 
 
 def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A timm model. Raises UserError for arguments that it does not take."""
+    """Builds a timm model on the meta device. Raises UserError for arguments that the model does not take."""
     built = 0
 
     def count(*_: Any) -> None:
@@ -104,7 +106,7 @@ def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"), Unfilled():
             model: nn.Module = timm.create_model(name, **arguments)
-    except Exception as error:  # arguments of a file can fail in any way
+    except Exception as error:  # a file's arguments can fail in any way
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UserError(f"timm cannot build {name} with {given}: {str(error)[:300]}") from None
     finally:
@@ -113,7 +115,7 @@ def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _changes(want: Requirements, model: Any) -> dict[str, Any]:
-    """Keywords with which a timm model becomes the one that is wanted."""
+    """Returns the keywords that adapt a timm model to the requirements."""
     family, embed, changes = want.family, getattr(model, "patch_embed", None), dict[str, Any]()
     if family is None or embed is None:
         return changes
@@ -136,19 +138,20 @@ def _changes(want: Requirements, model: Any) -> dict[str, Any]:
 
 
 def _pool(shapes: Mapping[str, Shape]) -> str:
-    """timm's `global_pool`, by where the norm stands."""
+    """Returns timm's `global_pool` for the place of the norm."""
     if "attn_pool.q.weight" in shapes:
         return "map"
     return "avg" if "fc_norm.weight" in shapes else "token" if "cls_token" in shapes else ""
 
 
 def side(size: tuple[int, int]) -> int | tuple[int, int]:
-    """One number for a square."""
+    """Returns one number for a square, and (height, width) otherwise."""
     return size[0] if size[0] == size[1] else size
 
 
 def check(want: Requirements, model: Any, label: str, hint: str = "") -> None:
-    """Raise UserError unless the model has exactly these names and shapes, and the heads, image size and grid that are told."""
+    """Raises UserError unless the model has exactly the required names and shapes, and the required heads, image size and
+    grid, if known."""
     shapes, given = shapes_of(model), dict(want.shapes)
     for scalar in ("logit_scale", "logit_bias"):  # open_clip loads a vector of one as a scalar
         if given.get(scalar) == (1,):
@@ -169,12 +172,12 @@ def check(want: Requirements, model: Any, label: str, hint: str = "") -> None:
 
 
 def shapes_of(model: nn.Module) -> dict[str, Shape]:
-    """Of a model's state dict."""
+    """Returns the shapes of a model's state dict, by name."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def image_of(model: Any) -> tuple[tuple[int, int], Grid | None]:
-    """((height, width), grid) of what a timm or open_clip model takes."""
+    """Returns ((height, width), grid) of the images that a model of timm or open_clip takes."""
     tower = getattr(model, "visual", model)
     trunk = getattr(tower, "trunk", tower)
     embed = getattr(trunk, "patch_embed", trunk)
@@ -184,8 +187,8 @@ def image_of(model: Any) -> tuple[tuple[int, int], Grid | None]:
 
 
 def search(want: Requirements) -> list[Candidate]:
-    """Architectures that fit at their own size. Where there is none and the image size is told, those that fit at that size, or
-    else with other patches as well."""
+    """Returns the architectures that fit at their own size; if none does and the image size is known, those that fit at that
+    size, or at last those that fit with another patch size as well."""
     own = [{"img_size", "patch_size"}, {"patch_size"}, set[str]()]
     stem, found = _stem(want.shapes), list[Candidate]()
     for kept in own if want.size else own[:1]:
@@ -199,8 +202,9 @@ def search(want: Requirements) -> list[Candidate]:
 
 
 def plausible(want: Requirements, kept: Collection[str]) -> Iterator[str]:
-    """timm's names of the classes that are searched, and those that users have registered without a class; not those of another
-    kind of stem, nor those whose name and default input say another `img_size` or `patch_size` where that is to be kept."""
+    """Yields timm's names of the searched classes, and names that users registered without a class. Left out are architectures
+    with another kind of stem, and those whose name and default input have another `img_size` or `patch_size`, if that is in
+    `kept`."""
     family, stem = want.family, "patch_embed.backbone." in "".join(want.shapes)
     assert family
     classes = CLASSES if family.relative == "none" else ("Beit",)
@@ -224,7 +228,7 @@ def plausible(want: Requirements, kept: Collection[str]) -> Iterator[str]:
 
 @cache
 def _probe(name: str, entry: Callable[..., Any]) -> dict[str, Shape]:
-    """Names and shapes of an architecture, with one block where it can be."""
+    """Returns names and shapes of an architecture, built with one block if it takes a depth."""
     try:
         return shapes_of(on_meta(name, {"depth": 1, "num_classes": 0}))
     except UserError:
@@ -232,7 +236,8 @@ def _probe(name: str, entry: Callable[..., Any]) -> dict[str, Shape]:
 
 
 def _stem(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The part of names and shapes that is the same for each depth, input size, patch size, number of classes and pooling."""
+    """Returns the part of names and shapes that does not depend on depth, input size, patch size, number of classes and
+    pooling."""
     kept = {}
     for name, shape in shapes.items():
         found = split_block(name)
@@ -245,10 +250,10 @@ def _stem(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def choose(want: Requirements, candidates: Iterable[Candidate]) -> Candidate:
-    """The first of those that compute the same. Raises UserError where some differ."""
+    """Returns the first of several candidates that compute the same. Raises UserError if they do not."""
     found = sorted(candidates, key=lambda candidate: (len(candidate.arguments), len(candidate.name), candidate.name))
-    if want.told.quick_gelu is not None:
-        found = [candidate for candidate in found if _quick(candidate.model) == want.told.quick_gelu] or found
+    if want.hints.quick_gelu is not None:
+        found = [candidate for candidate in found if _quick(candidate.model) == want.hints.quick_gelu] or found
     first = _traits(found[0])
     lines = [found[0].name]
     for candidate in found[1:]:
@@ -267,7 +272,7 @@ def _quick(model: nn.Module) -> bool:
 
 
 def _traits(candidate: Candidate) -> dict[str, Any]:
-    """What the answers depend on besides weights: classes of modules, their plain attributes, mean and std."""
+    """Returns the properties that outputs depend on besides weights: classes of modules, their plain attributes, mean and std."""
     traits: dict[str, Any] = {"mean": candidate.mean, "std": candidate.std}
     for path, module in candidate.model.named_modules():
         if isinstance(module, (nn.Dropout, nn.Identity, DropPath)):
@@ -275,19 +280,19 @@ def _traits(candidate: Candidate) -> dict[str, Any]:
         traits[f"{path}.class"] = type(module).__name__
         traits[f"{path}.buffers"] = tuple(sorted(key for key, value in module.named_buffers(recurse=False)))  # a causal mask
         for name, value in vars(module).items():
-            chosen = name == "global_pool" and name in candidate.arguments  # by us, to put the norm in its place
+            chosen = name == "global_pool" and name in candidate.arguments  # a choice of ours, for the place of the norm
             if not chosen and not ANSWERLESS.fullmatch(name) and isinstance(value, (bool, int, float, str, tuple)):
                 traits[f"{path}.{name}"] = value
     return traits
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Each kind of difference once, whatever the number of blocks."""
+    """Returns each kind of difference once, whatever the number of blocks."""
     common = one.keys() & other.keys()
     return sorted({f"{path.rpartition('.')[2]} {other[path]}, not {one[path]}" for path in common if one[path] != other[path]})
 
 
 def check_name(name: str, names: list[str], library: str, source: str) -> None:
-    """Raise UserError, with near names, for one that a library does not know; timm's may have a tag behind a point."""
+    """Raises UserError, with the nearest names, for a name that a library lacks; timm's names may have a tag after a dot."""
     if name.partition(".")[0] not in names:
         raise UserError(f"{source}: {library} has no {name[:100]!r}{nearest(name, names, count=3)}")

@@ -1,4 +1,4 @@
-"""The formats that a model can be written in, one record each. Functions are named as in `registry.py`: no torch here."""
+"""Target formats, one record each. Functions are named by text, as in `registry.py`, so that this file imports no torch."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class Format:
-    """A file or folder for another program: how it is written, run for the proof, and opened."""
+    """A file or folder for another program, with the functions that write it and run it for the proof, and the line that opens
+    it."""
 
     name: str
     help: str
-    """For `eva-mim convert --help`: file or folder, and the line that opens it."""
+    """Text of `eva-mim convert --help`: file or folder, and the line that opens it."""
     write: str
-    """"module:function" of (Model, file or existing empty folder, dtype of the floating tensors or None: as they are) ->
-    KeyReport of what writing changed."""
+    """"module:function" of (Model, file or existing empty folder, dtype of the floating tensors; None: the source's) ->
+    KeyReport of the changes made in writing."""
     client: Callable[[Model, Path], str]
-    """Model, result -> the line with which it is opened."""
+    """Function of (Model, result) that returns the line that opens the result."""
     run: str = "eva_mim.convert.verify:reopened"
-    """"module:function" of (what was written, Model, normalised images [B, channels, H, W], token ids [B, L] or None) -> what it
-    says, under the names of `parity.outputs`."""
+    """"module:function" of (result, Model, normalised images [B, channels, H, W], token ids [B, L] or None) -> outputs, under
+    the names of `parity.outputs`."""
     suffixes: tuple[str, ...] = ()
-    """Of a file; none: a folder."""
+    """Suffixes of a file; none for a folder."""
     whole: bool = True
-    """A CLIP model is written whole, not its trunk alone."""
+    """True if a CLIP model is written whole; False if its trunk alone is."""
     outside: bool = False
-    """What a masked model has outside its trunk is written as well."""
+    """True if a masked model's tensors outside the trunk are written as well."""
 
     def writer(self) -> Callable[[Model, Path, str | None], Any]:
-        """The function of `write`."""
+        """Imports and returns the function of `write`."""
         found: Callable[[Model, Path, str | None], Any] = load(self.write)
         return found
 
     def runner(self) -> Callable[..., dict[str, Any]]:
-        """The function of `run`."""
+        """Imports and returns the function of `run`."""
         found: Callable[..., dict[str, Any]] = load(self.run)
         return found
 
@@ -74,4 +75,4 @@ FORMATS = {form.name: form for form in (
     Format("onnx", "file for onnxruntime: fixed image size, any batch", _WRITE + "onnx",
            lambda model, dst: f"onnxruntime.InferenceSession({str(dst)!r})", "eva_mim.convert.verify:by_onnxruntime", (".onnx",)),
 )}
-"""What `--to` takes."""
+"""Name for `--to` -> format."""

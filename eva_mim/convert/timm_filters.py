@@ -1,4 +1,4 @@
-"""The original code's checkpoints read by timm itself: a second opinion on our names."""
+"""timm's own renaming of the original code's checkpoints: a check of our names that is independent of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from eva_mim.weights.names.name_tables import TEXT, outside
 
 
 def under_timms_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the original code for a model of timm's, or of open_clip's around one, as timm's own loaders rename them.
+    """Renames weights of the original code by timm's own loaders, for a model of timm, or of open_clip with a timm trunk.
 
-    What only a masked model has is left out first, so that the norm stays where it is.
+    Tensors that only a masked model has are removed first, so that timm leaves the norm at its place.
     """
     tower: Any = getattr(model, "visual", None)
     trunk = model if tower is None else tower.trunk

@@ -1,4 +1,4 @@
-"""The proof of a conversion: the same images (and texts) through the source and through what was written."""
+"""The proof of a conversion: outputs of the source and of the result on the same images (and texts)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from eva_mim.weights.names import huggingface
 from eva_mim.weights.names.translate import NamedCheckpoint, read_source
 
 Run = Callable[[Path, Model, Tensor, Tensor | None], dict[str, Tensor]]
-"""(what was written, Model, normalised images [B, channels, H, W], token ids [B, L] or None) -> outputs by name."""
+"""Function of (result, Model, normalised images [B, channels, H, W], token ids [B, L] or None) that returns outputs by name."""
 HALF = ("float16", "bfloat16")
 IMAGES = 4
-"""Through source and result."""
+"""Number of images that both source and result run on."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Proof:
     """Figures of a conversion."""
 
     parities: dict[str, Parity]
-    """By what was compared."""
+    """Comparisons, by name."""
     answers: list[float] | None = None
-    """After a change of size or norm: the cosine of each image's answer before and after it. Not judged."""
+    """Cosine between each image's output before and after a change of size or norm; it is reported, not judged. None without a
+    change."""
 
     @property
     def passed(self) -> bool:
-        """Every comparison is within its bound."""
+        """True if every comparison is within its bound."""
         return all(parity.passed for parity in self.parities.values())
 
 
@@ -50,16 +51,16 @@ def prove(
     source: NamedCheckpoint, before: Model, after: Model, path: Path, run: Run, *,
     dtype: str | None = None, bound: float | None = None, images: Path | None = None,
 ) -> Proof:
-    """Compare the source, read by its own library where there is one, with the file or folder that was written, as `run` runs it.
+    """Compares the source, run by its own library if there is one, with the written result, run by `run`.
 
-    A model that was changed on the way (`after` is not `before`) is compared twice, before the change and after it; one that was
-    rounded also with rounded weights in the source's place, which shows mistakes that rounding would hide. `bound` is for the
-    comparison with the result; None: by `dtype`. Raises UserError where outputs cannot be compared.
+    A model that was changed (`after` is not `before`) is compared twice, before the change and after it. A model that was rounded
+    is also compared with the rounded weights of the source, because rounding could hide a mistake. `bound` applies to the
+    comparison with the result; None: by `dtype`. Raises UserError if outputs cannot be compared.
     """
     exact = BOUNDS["float32"]
     bound = bound if bound is not None else BOUNDS.get(dtype or "float32", exact)
     given, later = (_inputs(model, images) for model in (before, after))
-    first = _source_says(source, before, *given)
+    first = _source_outputs(source, before, *given)
     last = run(path, after, *later)
     if after.outside:
         _same_outside(path, after, dtype)
@@ -67,11 +68,11 @@ def prove(
     if dtype in HALF:
         kind = getattr(torch, dtype)
         half = {name: value.to(kind) if value.is_floating_point() else value for name, value in after.weights.items()}
-        expected = _says(after, *later, half)
+        expected = _outputs(after, *later, half)
         rounded = {f"rounded to {dtype}, and result": compare(expected, _aligned(expected, last), bound=exact)}
     if after is before:
         return Proof({"source and result": compare(first, _aligned(first, last), bound=bound)} | rounded)
-    middle, changed = _says(before, *given), _says(after, *later)
+    middle, changed = _outputs(before, *given), _outputs(after, *later)
     parities = rounded | {
         "source, and the same under our names": compare(first, _aligned(first, middle), bound=exact),
         "with the change, and the result": compare(changed, _aligned(changed, last), bound=bound),
@@ -82,7 +83,7 @@ def prove(
     return Proof(parities, [round(float(value), 4) for value in F.cosine_similarity(middle[key], changed[key], dim=-1)])
 
 
-def _says(
+def _outputs(
     model: Model, images: Tensor, tokens: Tensor | None, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     built = streamed(model.built(), model.weights if weights is None else weights)
@@ -92,49 +93,51 @@ def _says(
 
 @contextmanager
 def _runs(model: str) -> Iterator[None]:
-    """A configuration can make a model that holds the weights and fails on images (heads that do not divide the width)."""
+    """Turns an error of a forward pass into UserError: a configuration can build a model that holds the weights and fails on
+    images (heads that do not divide the width)."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the model {model} cannot be run with what it was told: {str(error)[:300]}") from None
+        raise UserError(f"the forward pass of {model} fails with this configuration: {str(error)[:300]}") from None
 
 
 def _inputs(model: Model, images: Path | None) -> tuple[Tensor, Tensor | None]:
-    """Normalised images, and token ids for a text tower."""
+    """Returns normalised images, and token ids for a model with a text tower."""
     found, text = model.architecture, model.family.text if model.family and model.trunk else None
     sampled = sample_images(found.image_size, images, IMAGES, channels=len(found.mean))
     pixels = normalise(sampled, found.mean, found.std)
     return pixels, sample_tokens(text.context, text.vocabulary, IMAGES) if text else None
 
 
-def _source_says(source: NamedCheckpoint, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+def _source_outputs(source: NamedCheckpoint, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
     raw = deferred(source.checkpoint)
     if source.scheme == "transformers":
-        return _transformers_says(source.description.config, raw, images, tokens)
-    return _says(model, images, tokens, under_timms_names(raw, model.built()) if source.scheme == "eva" else None)
+        return _transformers_outputs(source.description.config, raw, images, tokens)
+    return _outputs(model, images, tokens, under_timms_names(raw, model.built()) if source.scheme == "eva" else None)
 
 
 def reopened(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
-    """What the written weights say in timm's or open_clip's model; timm's own loaders read the original code's names."""
+    """Returns the outputs of a result in timm's or open_clip's model; the original code's names are read by timm's own
+    loaders."""
     found = read_source(path / "open_clip_model.safetensors" if model.trunk and path.is_dir() else path)
     if found.scheme == "eva":
-        return _says(model, images, tokens, under_timms_names(deferred(found.checkpoint), model.built()))
-    return _says(model, images, tokens, found.weights if model.trunk else found.trunk().weights)
+        return _outputs(model, images, tokens, under_timms_names(deferred(found.checkpoint), model.built()))
+    return _outputs(model, images, tokens, found.weights if model.trunk else found.trunk().weights)
 
 
 def by_transformers(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
-    """What transformers' own model of a folder says."""
-    return _transformers_says(describe(path).config, deferred(open_checkpoint(path)), images, tokens)
+    """Returns the outputs of a folder of transformers, run by that library."""
+    return _transformers_outputs(describe(path).config, deferred(open_checkpoint(path)), images, tokens)
 
 
 def by_onnxruntime(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
-    """What a graph says."""
+    """Returns the outputs of a graph, run by onnxruntime."""
     return runner(path)(images, tokens)
 
 
-def _transformers_says(
+def _transformers_outputs(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Tensor, tokens: Tensor | None
 ) -> dict[str, Tensor]:
     with unloaded():
@@ -145,14 +148,14 @@ def _transformers_says(
 
 
 def _aligned(one: Mapping[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP tower's `image` is the `answer` of the same tower in timm."""
+    """Returns the outputs `other` under the names of `one`: a CLIP tower's `image` is the `answer` of the same tower in timm."""
     names = {"answer": "image", "image": "answer"}
     return {names[name] if name in names and name not in one and names[name] in one else name: value
             for name, value in other.items()}
 
 
 def _same_outside(path: Path, model: Model, dtype: str | None) -> None:
-    """Mask token and head of a masked model were written bit for bit."""
+    """Raises UserError unless mask token and head of a masked model were written bit for bit."""
     written = deferred(open_checkpoint(path / "head.safetensors")) if path.is_dir() else read_source(path).outside
     for name, value in model.outside.items():
         wanted = materialise(value)

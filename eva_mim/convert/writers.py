@@ -1,4 +1,5 @@
-"""How a model is written in each format of `targets.py`: (Model, file or existing empty folder, dtype) -> what changed."""
+"""Writers of the formats in `targets.py`: functions of (Model, file or existing empty folder, dtype) that return the report of
+the changes."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from eva_mim.weights.names.huggingface import preprocessor, to_transformers
 from eva_mim.weights.names.openai import timm_to_openai, to_openai
 
 PRE_NORM = "norm_pre.weight"
-"""Of a timm ViT: it is OpenAI's image tower."""
+"""Tensor of timm's ViTs that are OpenAI's image tower."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +36,32 @@ class Model:
     """A trunk under timm's names, or a CLIP model under open_clip's."""
     architecture: Architecture
     family: Family | None
-    """None for an architecture that names and shapes do not tell."""
+    """None for an architecture that names and shapes do not determine."""
     trunk: Model | None = None
-    """Of a CLIP model, what timm holds."""
+    """The image tower of a CLIP model, as timm's model."""
     outside: dict[str, Tensor] = field(default_factory=dict)
     """Mask token and predicting head of a masked model."""
     rope: Rope | None = None
     classes: tuple[str, ...] | None = None
-    """Of the head."""
+    """Classes of the head, in the order of its rows."""
     tower: bool = False
-    """The image tower of a CLIP file, alone: below `visual.` where the original code's names are wanted."""
+    """True for the image tower of a CLIP file, alone, which the original code's names put below `visual.`."""
 
     def built(self) -> nn.Module:
-        """The model, whose parameters take no memory."""
+        """Builds the model; its parameters take no memory."""
         with unloaded():
             return self.architecture.build()
 
 
 def write_file(model: Model, path: Path, dtype: str | None) -> KeyReport:
-    """One file of weights, by its suffix torch's or safetensors."""
+    """Writes one file of weights, torch's or safetensors by its suffix."""
     write = write_torch if path.suffix in TORCH_SUFFIXES else write_safetensors
     write(path, model.weights, dtype=dtype)
     return KeyReport()
 
 
 def write_open_clip(model: Model, path: Path, dtype: str | None) -> KeyReport:
-    """A CLIP model that open_clip knows by name."""
+    """Writes a CLIP model that open_clip has a name for."""
     if model.trunk is None:
         raise UserError("--to open_clip: there is no text tower here, and open_clip holds whole CLIP models; use --to timm or hf")
     if not model.architecture.exact:
@@ -69,7 +70,7 @@ def write_open_clip(model: Model, path: Path, dtype: str | None) -> KeyReport:
 
 
 def write_folder(model: Model, folder: Path, dtype: str | None) -> KeyReport:
-    """timm's, and open_clip's as well where there is a text tower."""
+    """Writes timm's folder, and open_clip's files beside it for a model with a text tower."""
     trunk = model.trunk or model
     write_safetensors(folder / "model.safetensors", trunk.weights, dtype=dtype)
     same = trunk.classes if trunk.classes and len(trunk.classes) == trunk.architecture.arguments["num_classes"] else None
@@ -81,14 +82,14 @@ def write_folder(model: Model, folder: Path, dtype: str | None) -> KeyReport:
 
 
 def write_stage(model: Model, folder: Path, dtype: str | None) -> KeyReport:
-    """As a stage of ours leaves it."""
+    """Writes the folder of a stage of ours."""
     if model.outside:
         write_safetensors(folder / "head.safetensors", model.outside, dtype=dtype)
     return write_folder(model, folder, dtype)
 
 
 def write_eva(model: Model, path: Path, dtype: str | None) -> KeyReport:
-    """The names of the code that a family comes from, and its containers: `module`, or none for CLIP."""
+    """Writes a file under the names of the original code of the family, below its container: `module`, or none for CLIP."""
     if model.family is None:
         raise UserError(f"--to eva: {model.architecture.name} is no model of the original code")
     if model.family.name == "OpenAI CLIP":
@@ -104,7 +105,7 @@ def write_eva(model: Model, path: Path, dtype: str | None) -> KeyReport:
 
 
 def _rope(model: Model) -> Rope:
-    """Of EVA-02, as its timm model has it; masked models count in plain indices."""
+    """Returns the rotary parameters of EVA-02's timm model; masked models have plain indices."""
     trunk: Any = (model.trunk or model).built()
     width: int = trunk.embed_dim // trunk.blocks[0].attn.num_heads
     reference = trunk.rope.ref_feat_shape
@@ -112,7 +113,7 @@ def _rope(model: Model) -> Rope:
 
 
 def write_transformers(model: Model, folder: Path, dtype: str | None) -> KeyReport:
-    """OpenAI's CLIP, whole or its image tower."""
+    """Writes OpenAI's CLIP, whole or its image tower, as a folder of transformers."""
     if model.family is None or not (model.family.name == "OpenAI CLIP" or PRE_NORM in model.weights):
         raise UserError("--to transformers: only OpenAI's CLIP has names of its own there; use --to hf: transformers opens "
                         "timm's folder as TimmWrapperModel")
@@ -140,7 +141,7 @@ def write_transformers(model: Model, folder: Path, dtype: str | None) -> KeyRepo
 
 
 def write_onnx(model: Model, path: Path, dtype: str | None) -> KeyReport:
-    """A graph in float32."""
+    """Writes a graph in float32."""
     if dtype not in (None, "float32"):
         raise UserError(f"--to onnx --dtype {dtype}: graphs are written in float32; leave --dtype out")
     built = model.built()

@@ -35,11 +35,11 @@ class ClipStudent(nn.Module):
     def __init__(self, settings: ClipSettings):
         super().__init__()
         probe = build_trunk(settings.model_copy(update={"drop_path": 0.0}))
-        own = probe.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+        own = int(probe.pretrained_cfg["input_size"][-1])  # type: ignore[index]
         if settings.patch_size is not None or settings.image_size not in (None, own):
             raise UserError(
                 f"student: open_clip builds {settings.name} by its name alone ({own} px); name an architecture of the "
-                "wanted image_size and patch_size, or register one with timm (see eva_mim/students/small.py)"
+                "wanted image_size and patch_size, or register one with timm (see eva_mim/trunks/small.py)"
             )
         if settings.patch_dropout and not hasattr(probe, "patch_drop"):
             raise UserError(f"student.patch_dropout={settings.patch_dropout}: {settings.name} cannot leave out patches; set it "
@@ -136,13 +136,22 @@ class ClipStudent(nn.Module):
         return features
 
     def open_clip_config(self) -> dict[str, Any]:
-        """Content of `open_clip_config.json`: with it `open_clip.create_model("local-dir:...")` opens the stage."""
+        """Returns the `open_clip_config.json` of the student, without drop path and patch dropout."""
         vision = {**self.config["vision_cfg"], "timm_drop_path": None, "patch_dropout": 0.0}
-        return {
-            "model_cfg": {**self.config, "vision_cfg": vision, "custom_text": True},
-            "preprocess_cfg": {"size": self.image_size, "mean": self.mean, "std": self.std,
-                               "interpolation": "bicubic", "resize_mode": "shortest"},
-        }
+        model_config = {**self.config, "vision_cfg": vision, "custom_text": True}
+        return open_clip_config(model_config, image_size=self.image_size, mean=self.mean, std=self.std)
+
+
+def open_clip_config(
+    model_config: dict[str, Any], *, image_size: int | tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
+    """Returns the `open_clip_config.json` with which `open_clip.create_model("local-dir:FOLDER")` builds and opens a CLIP model.
+
+    `model_config` is open_clip's `model_cfg`; `image_size` is a side in pixels, or (height, width); `mean` and `std` have one
+    value per channel.
+    """
+    pixels = {"size": image_size, "mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"model_cfg": model_config, "preprocess_cfg": pixels}
 
 
 def as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A CLIP student that starts from a whole CLIP model: both towers, their projections, the logit scale and bias."""
+"""Start of a CLIP student from a whole CLIP model: both towers, their projections, the logit scale and bias."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from eva_mim.weights.names.eva import TRUNK
 from eva_mim.weights.names.translate import read_source
 
 OWN = ("visual.head.", "logit_scale", "logit_bias")
-"""What is in neither the trunk nor the text tower."""
+"""Prefixes of the tensors outside both trunk and text tower."""
 
 
 TRUNK_HEAD = f"{TRUNK}head."
 
 
 def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
-    """The settings, with the architecture of the text tower read from the folder that `path` is, where they do not name it.
-    Raises UserError when it is no such folder."""
+    """Returns the settings; if they name no text tower, its architecture is read from the folder `path`. Raises UserError if
+    that folder has no open_clip_config.json."""
     if settings.text.init_from is not None:
         return settings
     if not (Path(path) / "open_clip_config.json").is_file():
@@ -37,22 +37,23 @@ def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
 
 @torch.no_grad()
 def init_clip_from_clip(student: ClipStudent, path: str, settings: ClipSettings, hand_over: HandOverSettings) -> KeyReport:
-    """Copy a CLIP model into a student, in place; positions and the patch kernel are resized as `hand_over` says.
+    """Copies a CLIP model into a student, in place; positions and the patch kernel are resized by the rules of `hand_over`.
+    Returns the report of every tensor.
 
-    Raises UserError for a checkpoint that is no CLIP model with a timm trunk, and for towers or a space of other sizes.
+    Raises UserError for a checkpoint that is no CLIP model with a timm trunk, and for towers or a shared space of other sizes.
     """
     try:
         source = read_source(clip_file(path), hand_over.container)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     given = dict(source.weights)
-    for name in [name for name in given if name.startswith(TRUNK_HEAD)]:  # open_clip's own EVA models: the trunk's head projects
+    for name in [name for name in given if name.startswith(TRUNK_HEAD)]:  # open_clip's EVA: head is projection
         given.setdefault(f"{OWN[0]}proj.{name.removeprefix(TRUNK_HEAD)}", given[name])
     if not any(name.startswith(TRUNK) for name in given) or not any(name.startswith("text.") for name in given):
         raise UserError(f"student.init=clip: {path} is no CLIP model with a timm image tower and a text tower; leave it out to "
                         "start the image tower alone")
     report = seed_trunk(student.trunk, parent_of(path, source, hand_over), hand_over)
-    for name in [name for name in report.ignored if name.startswith((*OWN, "text.", "head.", TRUNK_HEAD))]:  # they have a place
+    for name in [name for name in report.ignored if name.startswith((*OWN, "text.", "head.", TRUNK_HEAD))]:  # loaded below
         report.ignored.remove(name)
         report.reasons.pop(name, None)
     state: dict[str, Any] = student.model.state_dict()

@@ -1,4 +1,4 @@
-"""Between stages: what a finished stage left, and the seeding of a new trunk with it, accounted for key by key."""
+"""Hand-over between stages: reading a finished stage, and seeding a new trunk with its weights, with a report of every tensor."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from eva_mim.weights.resize import adapt_kernel, resize_trunk
 __all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "parent_of", "read_parent", "read_record", "seed_trunk"]
 WEIGHTS, LINEAGE = "model.safetensors", "lineage.json"
 INNER_NORM = ".attn.norm."
-"""EVA-02's CLIP towers normalise inside attention, its masked students do not (facts on EVA-CLIP, section 4): starts fresh."""
+"""Norm inside attention, which EVA-02's CLIP towers have and its masked students lack (facts on EVA-CLIP, section 4); it
+starts fresh."""
 
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 PARTS_OF_A_HEAD = ("head", "fc.", "classifier", "fc_norm.", "norm.")
-"""What of a parent may be left over: its own head, or the norm in front of it."""
+"""Prefixes of a parent's tensors that may stay unused: its own head, and the norm in front of the head."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,18 @@ class Parent:
     path: Path
     weights: Mapping[str, Tensor]
     classes: tuple[str, ...] | None
-    """Of its head."""
+    """Classes of its head, in the order of the rows; None if unknown."""
     grid: Grid | None
-    """Of its positions."""
+    """Patch grid of its positions; None if unknown."""
     ignored: KeyReport
-    """What of the checkpoint is outside the trunk."""
+    """Report of the checkpoint's tensors outside the trunk."""
     pixels: tuple[Pixels | None, Pixels | None] = (None, None)
-    """Mean and standard deviation that its images were normalised with, where the files beside it tell."""
+    """Mean and standard deviation with which its images were normalised, from the configuration beside the checkpoint; None if
+    unknown."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A stage's lineage record; empty when there is none."""
+    """Returns a stage's lineage record; empty for a folder without one."""
     file = folder / LINEAGE
     try:
         record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
@@ -60,7 +62,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> Parent:
-    """The folder of a stage, or any checkpoint that `convert.source.read_source` opens. Raises UserError."""
+    """Reads a parent from the folder of a stage, or from any checkpoint that `translate.read_source` opens. Raises UserError."""
     settings = settings or HandOverSettings()
     if (record := read_record(Path(path))) and not record.get("finished"):
         raise UserError(f"init_from: {path} is not finished; to start from it as it is, "
@@ -73,9 +75,9 @@ def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> P
 
 
 def parent_of(path: str | Path, source: NamedCheckpoint, settings: HandOverSettings) -> Parent:
-    """The trunk of an opened checkpoint. Raises UserError where it has none."""
+    """Returns the trunk of an opened checkpoint. Raises UserError if the checkpoint has none."""
     try:
-        trunk, told = source.trunk(), read_hints(source.description)
+        trunk, hints = source.trunk(), read_hints(source.description)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     ignored = KeyReport()
@@ -86,19 +88,19 @@ def parent_of(path: str | Path, source: NamedCheckpoint, settings: HandOverSetti
         ignored.note(ignored.ignored, name, "of the masked model, outside its trunk")
     classes = source.description.record.get("classes") or source.description.config.get("label_names")
     return Parent(Path(path), trunk.weights, tuple(classes) if classes else None, settings.grid or source.grid, ignored,
-                  (told.mean, told.std))
+                  (hints.mean, hints.std))
 
 
 def seed_trunk(
     trunk: nn.Module, parent: Parent, settings: HandOverSettings | None = None, classes: tuple[str, ...] | None = None
 ) -> KeyReport:
-    """Copy a parent's weights into a timm model, in place.
+    """Copies a parent's weights into a timm model, in place, and returns a report of every tensor.
 
-    Positions, patch kernel and the norm behind mean pooling follow the rules of `settings`; a kernel of RGB is made one for other
-    channels by timm's rule; one table of relative positions for
-    all blocks is copied to each where the trunk has one a block. The head is kept when `classes` equals the parent's class list
-    and is new otherwise; norms inside attention that the parent lacks are new. Raises UserError, before anything is copied, when
-    another tensor is missing, left over or of another shape: that is another architecture.
+    Positions, patch kernel and the norm after mean pooling follow the rules of `settings`. A patch kernel for RGB is adapted to
+    other channels by timm's rule. One table of relative positions for all blocks is copied to each block, if the trunk has one
+    table per block. The head is kept if `classes` equals the parent's class list, and is new otherwise; norms inside attention
+    that the parent lacks are new. Raises UserError, before anything is copied, if another tensor is missing, unused or of another
+    shape, because the parent then has another architecture.
     """
     settings = settings or HandOverSettings()
     state, head = trunk.state_dict(), _head_prefix(trunk)
@@ -137,7 +139,7 @@ def seed_trunk(
 def _fitted(
     trunk: nn.Module, state: Mapping[str, Tensor], parent: Parent, settings: HandOverSettings
 ) -> tuple[dict[str, Tensor], KeyReport]:
-    """The parent's tensors under the names and of the sizes that the trunk has, and what that took."""
+    """Returns the parent's tensors under the trunk's names and in its sizes, and the report of the changes."""
     given, report = dict(parent.weights), KeyReport()
     if SHARED_TABLE in given and SHARED_TABLE not in state:
         given = unshare_relative(given).weights
@@ -159,7 +161,7 @@ def _fitted(
     old = parent.grid
     if old is None and any(given[name].shape != state[name].shape for name in tables):
         raise UserError(
-            f"init_from: {parent.path} does not say for which grid of patches its positions were made; "
+            f"init_from: {parent.path} does not record the grid of patches for its positions; "
             "set hand_over.grid=[rows, columns]"
         )
     given, resized = resize_trunk(
@@ -167,7 +169,7 @@ def _fitted(
         patch=(kernel.shape[2], kernel.shape[3]) if kernel is not None and kernel.ndim == 4 else None,
     )
     for name in resized.resized:
-        if name in report.resized:  # for its channels
+        if name in report.resized:  # resized for its channels before
             report.reasons[name] += f"; {resized.reasons[name]}"
         else:
             report.note(report.resized, name, resized.reasons[name])
@@ -177,7 +179,7 @@ def _fitted(
 def _adapt_channels(
     trunk: nn.Module, state: Mapping[str, Tensor], given: dict[str, Tensor], report: KeyReport, path: Path
 ) -> None:
-    """Put kernels for the trunk's channels, of the layers that timm says see the images, in the place of those in `given`."""
+    """Replaces the kernels in `given` that see the images (timm's `first_conv`) by kernels for the trunk's channels."""
     config: Any = getattr(trunk, "pretrained_cfg", None) or {}
     first = config.get("first_conv") or ()
     for name in (f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first)):
@@ -195,7 +197,7 @@ def _adapt_channels(
 def _why_fresh(
     name: str, head: str | None, given: Mapping[str, Tensor], settings: HandOverSettings, same_classes: bool
 ) -> str | None:
-    """Why a tensor of the trunk starts as it was made; None for one that the parent gives."""
+    """Returns the reason why a tensor of the trunk keeps its initial values; None for a tensor that the parent has."""
     if head is not None and name.startswith(head) and not (same_classes and name in given):
         return "a head for other classes"
     if name in given:
@@ -206,14 +208,14 @@ def _why_fresh(
 
 
 def _prove(trunk: nn.Module, bits: Mapping[str, int]) -> None:
-    """What the report calls loaded is in the trunk, by the checksums of what was read."""
+    """Asserts that the tensors reported as loaded are in the trunk, by the checksums of the values read."""
     state = trunk.state_dict()
     unequal = [name for name, checksum in bits.items() if _checksum(state[name]) != checksum]
     assert not unequal, unequal
 
 
 def _checksum(value: Tensor) -> int:
-    """CRC-32 of the elements in their order."""
+    """Returns the CRC-32 of the elements, in order."""
     return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -1,4 +1,4 @@
-"""A classification head that starts from the rows of another one: those of the classes that both know."""
+"""Start of a classification head from the rows of another one, for the classes that both share."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from eva_mim.weights.handover import Parent
 def seed_head(
     trunk: nn.Module, parent: Parent, settings: ClassifierSettings, classes: tuple[str, ...], report: KeyReport
 ) -> None:
-    """Give a new head the rows that the parent's head has for the same classes, in place, after `seed_trunk`.
+    """Copies the rows of the parent's head for shared classes into a new head, in place, after `seed_trunk`.
 
-    Classes are the same when their synset ids are, or their names. `report` is `seed_trunk`'s and gets the change. Does nothing
-    to a head that `seed_trunk` kept. Raises UserError when the parent has no head, its classes are not known or do not fit its
-    rows, none is shared, or one is missing with `head_rows` "all".
+    Two classes are the same if their synset ids are, or their names. `report` is that of `seed_trunk` and is updated. A head that
+    `seed_trunk` kept stays as it is. Raises UserError if the parent has no head, if its classes are unknown or do not match its
+    rows, if none is shared, and if one is missing with `head_rows` "all".
     """
     head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
     prefix = next(name for name, module in trunk.named_modules() if module is head)
@@ -53,13 +53,13 @@ def seed_head(
 
 
 def _classes_of(parent: Parent, settings: ClassifierSettings, rows: int) -> tuple[str, ...]:
-    """Of the parent's head, checked against its number of rows."""
-    told = read_classes(settings.head_classes) if settings.head_classes else None
-    if parent.classes and told and class_hash(parent.classes) != class_hash(told):
+    """Returns the classes of the parent's head. Raises UserError if they are unknown, or not as many as its rows."""
+    named = read_classes(settings.head_classes) if settings.head_classes else None
+    if parent.classes and named and class_hash(parent.classes) != class_hash(named):
         raise UserError(
-            f"student.head_classes={settings.head_classes}: {parent.path} says that its head is for {describe(parent.classes)}"
+            f"student.head_classes={settings.head_classes}: the head of {parent.path} is for {describe(parent.classes)}"
         )
-    classes = parent.classes or told
+    classes = parent.classes or named
     if classes is None:
         guesses = layouts_with(rows)
         hint = f"(layouts with {rows} classes: {', '.join(guesses)})" if guesses else f"(a file with its {rows} classes)"

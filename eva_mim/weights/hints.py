@@ -1,6 +1,5 @@
-"""What is told about an architecture besides names and shapes: by files beside the source, and by the user. Nothing is believed:
-types are checked, numbers are bounded, and nothing that would fetch or read weights gets through.
-"""
+"""Hints about an architecture beyond names and shapes, from configurations beside the source and from the user, validated
+before use: types are checked, numbers are bounded, and keywords that would fetch or read weights are refused."""
 
 from __future__ import annotations
 
@@ -23,23 +22,24 @@ from eva_mim.weights.names.layout import Shape
 FORBIDDEN = frozenset(inspect.signature(timm.create_model).parameters) | frozenset(
     inspect.signature(build_model_with_cfg).parameters
 ) | {"device", "dtype", "features_only"}
-"""Keywords that say where weights come from or how a model runs, not what it is."""
+"""Keywords that choose the origin of weights or the way a model runs, not its architecture."""
 MAX_NUMBER = 65_536
-"""Of an argument: a file may ask for a network of any size."""
+"""Largest value of a keyword; a file may ask for a network of any size."""
 MAX_SIDE, MAX_TOKENS, MAX_CONTEXT = 2048, 8192, 1024
-"""Of an image in pixels; patches and registers of one; tokens of a text. A file of megabytes can ask for terabytes by them."""
+"""Largest side of an image in pixels, number of patches or registers, and number of text tokens. A file of megabytes could ask
+for terabytes."""
 CLIP_KEYS = ("embed_dim", "quick_gelu", "custom_text", "init_logit_bias")
 Pixels = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Hints:
-    """Of files beside the source; empty where they do not say."""
+    """Architecture hints from the configurations beside the source; None or empty for a missing one."""
 
     name: str | None = None
-    """timm's."""
+    """timm's name of the architecture."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """For `timm.create_model`."""
+    """Keywords for `timm.create_model`."""
     config: dict[str, Any] | None = None
     """open_clip's `model_cfg`."""
     mean: Pixels | None = None
@@ -50,31 +50,38 @@ class Hints:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a model must be."""
+    """Requirements that the weights, the user and the configurations put on a model."""
 
     shapes: dict[str, Shape]
     family: Family | None
     arguments: dict[str, Any]
-    """The user's: never changed."""
+    """The user's keywords, which are never changed."""
     size: tuple[int, int] | None
-    """(height, width) of its images."""
+    """(height, width) of the images in pixels."""
     grid: Grid | None
     rope: Rope | None
-    told: Hints
+    hints: Hints
 
     @property
     def heads(self) -> int | None:
-        """Of the image tower, where anything tells. Raises UserError where the user contradicts the tables of the source."""
-        given, family = self.arguments.get("num_heads"), self.family
-        of_tables = family and (family.heads or (family.width // self.rope.head_width if self.rope else None))
-        if of_tables and given not in (None, of_tables):  # parity would not see it: both sides would have it
-            raise UserError(f"--argument num_heads={given}: the position tables of the source are of {of_tables} heads")
-        return given if isinstance(given, int) else of_tables or self.told.heads
+        """Heads of the image tower: the user's, else those of the position tables, else the configuration's; None if unknown."""
+        given = self.arguments.get("num_heads")
+        return given if isinstance(given, int) else self.heads_of_tables or self.hints.heads
+
+    @property
+    def heads_of_tables(self) -> int | None:
+        """Heads for which the relative or rotary position tables of the source were made; None without such tables."""
+        if self.family is None:
+            return None
+        return self.family.heads or (self.family.width // self.rope.head_width if self.rope else None)
 
 
-def check_limits(want: Requirements) -> None:
-    """Raise UserError for sizes that nobody can run; only shapes are looked at."""
-    family, arguments = want.family, {**want.told.arguments, **want.arguments}
+def check_requirements(want: Requirements) -> None:
+    """Raises UserError for a number of heads that contradicts the source, and for sizes that nobody can run; no value is read."""
+    heads, given = want.heads_of_tables, want.arguments.get("num_heads")
+    if heads and given not in (None, heads):  # parity cannot see this mistake: source and result would share it
+        raise UserError(f"--argument num_heads={given}: the position tables of the source are of {heads} heads; give {heads}")
+    family, arguments = want.family, {**want.hints.arguments, **want.arguments}
     sides = want.size or arguments.get("img_size") or 0
     height, width = sides if isinstance(sides, tuple) and len(sides) == 2 else (sides, sides)
     patch = arguments.get("patch_size") or (family.patch[0] if family and family.patch else None)
@@ -94,7 +101,7 @@ def check_limits(want: Requirements) -> None:
 
 
 def read_hints(found: Description) -> Hints:
-    """What configurations of timm, open_clip, transformers and our stages say. Raises UserError for hostile ones."""
+    """Returns the hints in configurations of timm, open_clip, transformers and our stages. Raises UserError for hostile ones."""
     model, config = at(found.open_clip, "model_cfg"), None
     student, own = at(found.record, "settings", "student"), at(found.config, "model_args")
     name, arguments = found.architecture, own if isinstance(own, dict) else {}
@@ -105,7 +112,7 @@ def read_hints(found: Description) -> Hints:
         }
         arguments = {key: value for key, value in sizes.items() if value is not None}
     heads = quick = None
-    if hub := found.transformers:  # what its configuration leaves out is as transformers has it by itself
+    if hub := found.transformers:  # missing keys have transformers' own defaults
         tower, clip = at(hub, "vision_config") or hub, str(text(hub, "model_type")).startswith("clip")
         heads = number(tower, "num_attention_heads") or 12
         quick = (text(tower, "hidden_act") or ("quick_gelu" if clip else "gelu")) == "quick_gelu"
@@ -127,7 +134,7 @@ def read_hints(found: Description) -> Hints:
 
 
 def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Keywords for a model that are plain values; lists become tuples. Raises UserError for others."""
+    """Returns keywords for a model whose values are plain, with lists as tuples. Raises UserError for other values."""
     for name, value in arguments.items():
         if name in FORBIDDEN:
             raise UserError(f"{source}{name}: not a size or part of a model; leave it out")
@@ -140,8 +147,8 @@ def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def read_clip_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of open_clip's `model_cfg`. Raises UserError for values that are not plain, and for a text tower of
-    transformers, which open_clip would fetch."""
+    """Returns the known parts of open_clip's `model_cfg`. Raises UserError for values that are not plain, and for a text tower
+    of transformers, which open_clip would fetch."""
     source = "open_clip_config.json: model_cfg."
     config = plain({key: model[key] for key in CLIP_KEYS if key in model}, source)
     for tower in ("vision_cfg", "text_cfg"):
@@ -154,7 +161,7 @@ def read_clip_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _channels(tree: Any, name: str) -> int | None:
-    """How many values a list has."""
+    """Returns the length of a list of channels; None for other values, and for a list that is empty or too long."""
     values = at(tree, name)
     return len(values) if isinstance(values, list) and 0 < len(values) <= MAX_CHANNELS else None
 

@@ -1,4 +1,5 @@
-"""Weights for another grid or patch size. Both grids are arguments: the number of tokens does not tell rows from columns."""
+"""Resizing weights to another grid or patch size. Both grids are arguments, because the number of tokens does not determine
+rows and columns."""
 
 from __future__ import annotations
 
@@ -19,15 +20,16 @@ PositionRule = Literal["timm", "original", "eva-clip"]
 KernelRule = Literal["bicubic", "pseudo-inverse"]
 
 CLASS_ROWS = 3
-"""Last rows of a relative position table: class to patch, patch to class, class to itself."""
+"""Number of last rows of a relative position table for the class token: class to patch, patch to class, class to itself."""
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid, *, prefix: int, rule: PositionRule) -> Tensor:
-    """[..., prefix + N', D] of [..., prefix + N, D]: bicubic over the grid; the `prefix` rows of class and registers stay.
+    """Resizes a position table [..., prefix + N, D] to [..., prefix + N', D], bicubically over the grid; the `prefix` rows of
+    class and registers stay.
 
-    `timm`: with antialias, which changes the result even when enlarging; open_clip's rule, too. `original`: without
+    `timm`: with antialias, which changes the result even when enlarging (open_clip's rule, too). `original`: without
     (EVA-01/eva/run_class_finetuning.py). `eva-clip`: without, and with aligned corners (EVA-CLIP's loader, for tables under
-    OpenAI's names). Raises UserError when the table is not of the grid `old`.
+    OpenAI's names). Raises UserError if the table is not of the grid `old`.
     """
     if table.shape[-2] != prefix + old[0] * old[1]:
         raise UserError(
@@ -43,10 +45,10 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, *, prefix: int, rule: 
 
 
 def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], rule: KernelRule) -> Tensor:
-    """[D, channels, h', w'] of [D, channels, h, w].
+    """Resizes a patch kernel [D, channels, h, w] to [D, channels, h', w'].
 
-    `bicubic`: the original's 14 to 16, plain interpolation of each kernel without a correction of its gain (its sum grows with
-    the area). `pseudo-inverse`: timm's, by FlexiViT: the resized kernel answers to a resized patch as the old one to the patch.
+    `bicubic`: plain interpolation of each kernel, without a correction of the gain, which grows with the area (the original's 14
+    to 16). `pseudo-inverse`: the kernel whose response to a resized patch equals the old kernel's to the patch (FlexiViT, timm).
     """
     if tuple(kernel.shape[-2:]) == tuple(size):
         return kernel
@@ -57,9 +59,9 @@ def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], rule: KernelRule)
 
 
 def adapt_kernel(kernel: Tensor, channels: int) -> Tensor:
-    """[D, channels, h, w] of [D, 3, h, w] by timm's rule: for one channel the sum of the three, which answers to a grey image as
-    they did; else they are repeated in their order and scaled by 3 / channels. Raises UserError for a kernel of other channels.
-    """
+    """Adapts a patch kernel [D, 3, h, w] to [D, channels, h, w] by timm's rule. One channel gets the sum of the three, whose
+    response to a grey image is the same; more channels repeat the three in order, scaled by 3 / channels. Raises UserError for
+    a kernel of other channels."""
     if kernel.shape[1] == channels:
         return kernel
     if kernel.shape[1] != 3:
@@ -70,12 +72,13 @@ def adapt_kernel(kernel: Tensor, channels: int) -> Tensor:
 
 
 def resize_relative(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """[(2r'-1)(2c'-1) + 3, heads] of [(2r-1)(2c-1) + 3, heads], by the original's geometric rule.
+    """Resizes a relative position table [(2r-1)(2c-1) + 3, heads] to [(2r'-1)(2c'-1) + 3, heads], by the original's geometric
+    rule.
 
-    The old differences are laid out with growing distances (see `_ratio`) so that they reach as far as the new ones; through
-    them goes a cubic spline along rows and along columns, read at whole numbers. The outermost may lie 1e-4 beyond the last
-    and take its value. The three rows of the class token stay. The original knows square grids alone, where both axes are the
-    same. Raises UserError for another grid than the table's.
+    The old differences are placed at growing distances (see `_ratio`), so that they reach as far as the new ones; a cubic spline
+    through them, along rows and along columns, is sampled at integers. The outermost sample may lie 1e-4 beyond the last point
+    and takes its value. The three rows of the class token stay. The original code has square grids alone, where both axes agree.
+    Raises UserError if the table is not of the grid `old`.
     """
     _expect(table, (2 * old[0] - 1) * (2 * old[1] - 1), f"{old[0]} x {old[1]}")
     if old == new:
@@ -98,11 +101,11 @@ def resize_trunk(
     patch: tuple[int, int] | None = None,
     prefix: str = "",
 ) -> tuple[dict[str, Tensor], KeyReport]:
-    """A trunk under timm's names (below `prefix` in a CLIP model), or OpenAI's tower below `visual.`, for the grid `new` and,
-    where given, another patch size.
+    """Returns a trunk for the grid `new` and, if given, another patch size, and the report of the changes. The trunk is timm's
+    (below `prefix` in a CLIP model) or OpenAI's tower below `visual.`.
 
-    `old` is the grid of the weights. Class and register rows are counted off the position table. Raises UserError where the
-    table is not of that grid.
+    `old` is the grid of the weights. The number of class and register rows follows from the position table. Raises UserError if
+    the table is not of that grid.
     """
     result, report = {}, KeyReport()
     for name, value in weights.items():
@@ -136,7 +139,8 @@ def _expect(table: Tensor, rows: int, grid: str) -> None:
 
 
 def _ratio(old: int, new: int) -> float:
-    """q for which 1 + q + ... + q^(old-2) comes nearest to the largest new difference, new - 1; the original's bisection."""
+    """Returns q for which 1 + q + ... + q^(old-2) comes nearest to the largest new difference, new - 1; the original's
+    bisection."""
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
@@ -145,16 +149,17 @@ def _ratio(old: int, new: int) -> float:
 
 
 def _distances(q: float, side: int) -> Tensor:
-    """[2 side - 1] where the differences of a grid side are put: 0, 1, 1 + q, 1 + q + q^2, ... and the same below 0."""
+    """Returns the positions of the differences of a grid side, [2 side - 1]: 0, 1, 1 + q, 1 + q + q^2, ... and the same below
+    0."""
     positive = torch.cumsum(q ** torch.arange(side - 1, dtype=torch.float64), 0)
     return torch.cat([-positive.flip(0), torch.zeros(1), positive])
 
 
 def _spline(x: Tensor, at: Tensor) -> Tensor:
-    """[T, S] float64: the values at `at`, [T], of the cubic spline through (x, y) are this times y, [S].
+    """Returns the matrix [T, S] float64 whose product with y, [S], is the cubic spline through (x, y) at the points `at`, [T].
 
-    Not-a-knot: the first two pieces are one cubic, and the last two (FITPACK's interpolating spline, scipy's `interp2d` and
-    `interp1d` with kind cubic). Its second derivatives solve a linear system. Outside `x` it is held.
+    Not-a-knot: the first two pieces are one cubic, and so are the last two (FITPACK's interpolating spline, scipy's `interp2d`
+    and `interp1d` with kind cubic). The second derivatives solve a linear system. Beyond `x` the end values are held.
     """
     count, h = len(x), x.diff()
     if count < 4:

@@ -236,7 +236,7 @@ def test_a_clip_model(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """By the configuration beside it, then by open_clip's list; its tower by timm's."""
     state, golden, facts = checkpoint(shared, name)
     weights = from_eva(state).weights
-    with pytest.raises(UserError, match=r"no model of open_clip .*open_clip_config.json.*students/small.py.*--to timm"):
+    with pytest.raises(UserError, match=r"no model of open_clip .*open_clip_config.json.*trunks/small.py.*--to timm"):
         find(weights)
     config = clip_config(name, facts)
     beside = find(weights, described=Description(open_clip={"model_cfg": config, "more": 1}))

@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, loads: list[Entry]) -> N
         lambda: torch.add(table, 1, out=torch.empty(6, 4)), lambda: setattr(table, "data", TABLE),
         lambda: torch.empty(6, 4).copy_(table),
     ):
-        with pytest.raises(RuntimeError, match="not read yet cannot be changed and has no address; call real"):
+        with pytest.raises(RuntimeError, match="not read yet cannot be changed and has no address; call read"):
             function()
     assert not loads
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -198,7 +198,7 @@ def test_zip_bombs(tmp_path: Path) -> None:
     where = content.rindex(b"PK\x01\x02")
     content[where + 20 : where + 28] = struct.pack("<2L", 2**31, 2**31)
     (tmp_path / "b.pt").write_bytes(content)
-    refused(tmp_path / "b.pt", "says 2147483648 bytes, more than the file has")
+    refused(tmp_path / "b.pt", "declares 2147483648 bytes, more than the file has")
     refused(archive(tmp_path / "c.pt", pickle.dumps({}, 2)), "which part shall be read. It holds tensors in: nothing")
 
 
@@ -221,7 +221,7 @@ def test_many_tensors_of_the_same_elements(tmp_path: Path) -> None:
     ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "truncated or damaged"),
     ("{" + '"a":[' * 100_000, "damaged safetensors header"),
     ('{"a": ' + "9" * 10_000 + "}", "damaged safetensors header"),
-    ("{}", "18 bytes, but its header says 10"),
+    ("{}", "18 bytes, but the header declares 10"),
 ])
 def test_hand_made_headers(tmp_path: Path, text: str, match: str) -> None:
     refused(header(tmp_path / "a.safetensors", text, bytes(8)), match)

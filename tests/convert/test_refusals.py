@@ -92,7 +92,7 @@ def test_a_wrong_renaming_is_found_out(shared: Path, tmp_path: Path, monkeypatch
             return Converted(change(done.weights), done.report, done.outside, done.rope, done.grid)
 
         monkeypatch.setattr(source_module, "from_eva", wrong)
-        refused(source, to, r"does not say what the source says; nothing was written(.|\n)*more than 2e-05 of it", name)
+        refused(source, to, r"the result differ from the source's; nothing was written(.|\n)*more than 2e-05 of it", name)
 
 
 def test_a_wrong_way_back_is_found_out(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_what_nothing_tells_is_asked_for(shared: Path, tmp_path: Path) -> None:
     refused(source, "timm", rf"at its own size; say --image-size N, or name one of its kind, .*: {asked}")
     refused(source, "timm", rf"these names and shapes; name one of its kind, .*: {asked}", image_size=(84, 84))
     refused(source, "timm", "--architecture: timm has no 'eva_giant'; did you mean ", architecture="eva_giant")
-    refused(source, "timm", "12 blocks|2 blocks, but|not those of eva_giant_patch14_224: .*; say with --argument what differs",
+    refused(source, "timm", "12 blocks|2 blocks, but|not those of eva_giant_patch14_224: .*; give the differences",
             architecture="eva_giant_patch14_224")
     refused(source, "hf", r"timm cannot build .*no_such", architecture="eva_giant_patch14_224", arguments={"no_such": 1})
     with pytest.raises(UserError, match=r"nothing\.pt does not exist"):
@@ -269,7 +269,7 @@ def test_what_timm_cannot_represent_is_named(shared: Path, tmp_path: Path, chang
     ("eva02_b_cls", "onnx", {"dtype": "float16"}, "graphs are written in float32"),
     ("openai_visual", "transformers", {"image_size": (112, 168), "grid": (8, 8)}, r"images of \(112, 168\) are not square"),
     ("eva02_b_cls", "timm", {"image_size": (100, 112)}, "100x112 is no multiple of the patch 14x14"),
-    ("eva02_b_cls", "timm", {"grid": (4, 16)}, r"--grid: \(4, 16\) patches, but the source says that there are \(8, 8\)"),
+    ("eva02_b_cls", "timm", {"grid": (4, 16)}, r"--grid: \(4, 16\) patches, but the source has \(8, 8\)"),
     ("clip_eva02_b", "hf", {"norm": "copy"}, "--norm copy: a CLIP model keeps its norm; convert the tower with --to timm"),
     ("clip_eva02_b", "hf", {"arguments": {"num_heads": 4}}, "no place for keywords of timm"),
     ("clip_bige_visual", "transformers", {}, "only OpenAI's CLIP has names of its own there; use --to hf"),

@@ -1,4 +1,4 @@
-"""What a foreign pickle may name, and what stands in for it. Nothing else is accepted."""
+"""Allowlist of the globals that a foreign pickle may name, with their stand-ins. Every other global is refused."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ HARMLESS = frozenset(
         "torch.jit._pickle.restore_type_tag",
     }
 )
-"""What training scripts leave beside the weights (settings, folders, scores, DeepSpeed's records, lists of TorchScript).
-Kept as a `Stub`."""
+"""Classes that training scripts save beside the weights (settings, folders, scores, DeepSpeed's records, lists of
+TorchScript). An object of one is kept as a `Stub`."""
 DTYPES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
     "complex64": 8, "complex128": 16,
 }
-"""torch's name -> bytes of an element."""
+"""torch's dtype name -> bytes per element."""
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
     "BoolStorage": "bool", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }
-"""torch's storage classes -> dtype of an element."""
+"""torch's storage class -> dtype of its elements."""
 RE_SAVE = "if you trust it, load it where it was made and save its tensors with safetensors.torch.save_file"
 MAX_DIMENSIONS = 64
-"""Of a tensor; torch's own limit."""
+"""Largest number of dimensions of a tensor; torch's own limit."""
 
 
 class Stub:
-    """A value of a class that stays unknown: its name, what it would have been made from, and its attributes."""
+    """An object of a class that is not imported: class name, constructor arguments and attributes."""
 
     __slots__ = ("arguments", "name", "state")
 
@@ -73,7 +73,7 @@ class Stub:
 
 
 class Storage(NamedTuple):
-    """Where elements lie: `key` names a record of the archive that holds them."""
+    """The stored elements of one or several tensors; `key` names the archive record that holds them."""
 
     key: str
     dtype: str
@@ -81,7 +81,8 @@ class Storage(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor inside a storage; `dtype` differs from the storage's where that holds bytes. All in elements."""
+    """A tensor inside a storage; `offset` and `stride` count elements of `dtype`, which differs from the storage's if that
+    holds bytes."""
 
     storage: Storage
     dtype: str
@@ -91,7 +92,7 @@ class Stored(NamedTuple):
 
 
 class Rebuild:
-    """A function of torch's that the file may name; ours stands in."""
+    """Stand-in for a function of torch that rebuilds a tensor."""
 
     def __init__(self, build: Callable[..., Any]):
         self.build = build
@@ -105,7 +106,7 @@ def _dtype(value: Any) -> str:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any, dtype: str | None = None, flags: Any = None) -> Stored:
-    """Checked: every element lies inside the storage."""
+    """Returns the described tensor. Raises UserError unless every element lies inside the storage."""
     dtype = dtype or storage.dtype
     shape, stride = sizes(shape), sizes(stride)
     if flags or len(shape) != len(stride) or type(offset) is not int or offset < 0:
@@ -117,7 +118,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any, dtype: 
 
 
 def sizes(value: Any) -> tuple[int, ...]:
-    """A shape or stride. Its length is checked first: whatever is copied at each mention must be small. Raises UserError."""
+    """Returns a shape or stride unchanged. Raises UserError unless it is a tuple of at most MAX_DIMENSIONS integers, none
+    negative: a longer one, copied at each mention, would fill the memory."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in value):
         raise UserError("a tensor whose shape is not a list of sizes")
     return value
@@ -147,12 +149,12 @@ _DTYPES = frozenset(f"torch.{name}" for name in DTYPES)
 
 
 def find_global(module: str, name: str) -> Any:
-    """What stands in for a global. Raises UserError for all that is not listed."""
-    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # protocol 2: Python 2's names
+    """Returns the stand-in for a global. Raises UserError for a global outside the allowlist."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # protocol 2 has Python 2's names
     path = f"{module}.{name}"
     if path in _NAMES:
         return _NAMES[path]
-    if path in HARMLESS or path in _DTYPES or path.startswith("__torch__."):  # the latter are TorchScript's classes
+    if path in HARMLESS or path in _DTYPES or path.startswith("__torch__."):  # names below __torch__ are TorchScript's classes
         return Stub(path)
     raise UserError(f"asks for {path[:100]!r}, which is refused: opening a checkpoint must not run code; {RE_SAVE}")
 

@@ -1,6 +1,7 @@
-"""The two kinds of file that hold tensors: safetensors, and the zip archive that torch.save writes since torch 1.6.
+"""Two file formats that hold tensors: safetensors, and the zip archive that torch.save writes since torch 1.6.
 
-Told by their content, not by their name. Only headers are read; every size that a file declares is checked against the file.
+The content decides the format, not the file's name. Only headers are read, and every declared size is checked against the size of
+the file.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from eva_mim.weights.files.tensors import Entry, Piece, contiguous
 from eva_mim.weights.files.torchscript import state_of
 
 MAX_TENSORS = 300_000
-"""In one file: those of a model (the largest open ones have some 100,000) and of its moments."""
+"""Tensors in one file. The largest open models have some 100,000; their optimizer moments come on top."""
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
 MAX_DIRECTORY = 128 * 2**20
-"""Bytes of a zip directory: some 400 a record."""
+"""Bytes of a zip directory; a record takes some 400."""
 MAX_CODE = 64 * 2**20
-"""Bytes of a TorchScript archive's code, which is the one part that torch compresses."""
+"""Bytes of the code in a TorchScript archive, the only part that torch compresses."""
 SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }
-"""Names of element types in a header -> torch's (safetensors, format description)."""
+"""Element type in a safetensors header -> torch's dtype name (safetensors, format description)."""
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""What a file of torch before 1.6 begins with, behind the pickle protocol: a pickled magic number."""
+"""First bytes of a torch file older than 1.6, after the pickle protocol: a pickled magic number."""
 
 
 class TorchFile(NamedTuple):
-    """A file of torch.save: plain values with `Stored` in place of tensors, and where those lie."""
+    """The content of a torch file: plain values, with a `Stored` for each tensor, and the byte position of each storage."""
 
     kind: str
     value: Any
@@ -47,7 +48,8 @@ class TorchFile(NamedTuple):
 
 
 def read_file(path: Path) -> dict[str, Any] | TorchFile:
-    """The header of a safetensors file (name -> Entry, and "__metadata__"), or a torch file. Raises UserError."""
+    """Returns the header of a safetensors file (name -> Entry, and "__metadata__"), or the content of a torch file. Raises
+    UserError for any other file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -69,7 +71,8 @@ def read_file(path: Path) -> dict[str, Any] | TorchFile:
 
 
 def read_json(path: Path, limit: int = MAX_HEADER) -> Any:
-    """Plain values of a JSON file. Raises UserError for a missing, huge or broken one."""
+    """Returns the values of a JSON file. Raises UserError for a missing file, for one of more than `limit` bytes, and for
+    broken JSON."""
     try:
         if path.stat().st_size > limit:
             raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a description")
@@ -88,7 +91,7 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
         raise UserError(f"{path}: more than {MAX_TENSORS:,} tensors")
     base = 8 + length
 
-    def entry(value: dict[str, Any]) -> Any:  # made as soon as it is parsed: a million small dicts are never there together
+    def entry(value: dict[str, Any]) -> Any:  # while parsing: a million small dicts never exist together
         if type(value.get("data_offsets")) is not list:
             return value  # the header itself, or its metadata
         shape, (start, end), dtype = tuple(value["shape"]), value["data_offsets"], SAFETENSORS[value["dtype"]]
@@ -109,7 +112,7 @@ def _read_safetensors(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
             raise UserError(f"{path}: damaged safetensors header: the place of {name[:100]!r} does not fit its shape")
         found[name], at = one, at + piece.size
     if at != size:
-        raise UserError(f"{path}: {size} bytes, but its header says {at}; it is truncated or damaged")
+        raise UserError(f"{path}: {size} bytes, but the header declares {at}; the file is truncated or damaged")
     return found
 
 
@@ -120,9 +123,9 @@ class _Record(NamedTuple):
     size: int
     crc: int
     packed: int
-    """Its size in the archive."""
+    """Compressed size in bytes."""
     method: int
-    """Of compression; 0 is none."""
+    """Compression method; 0 stores the bytes as they are."""
 
 
 def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
@@ -130,7 +133,7 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
         records = _directory(path, file, size)
     except UserError:
         raise
-    except (struct.error, ValueError, OverflowError) as error:  # also names that are no text, and places beyond all files
+    except (struct.error, ValueError, OverflowError) as error:  # also names that are no text, and positions beyond the file
         raise UserError(f"{path}: damaged zip directory ({type(error).__name__})") from None
     root = next(iter(records), "").partition("/")[0]
     if f"{root}/data.pkl" not in records:
@@ -157,7 +160,8 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
 
 
 def _script(path: Path, file: BinaryIO, code: Mapping[str, _Record], size: int, module: Any) -> dict[str, Stored]:
-    """The state dict of a pickled module; its code is read as text for the names of parameters and buffers."""
+    """Returns the state dict of a pickled TorchScript module, whose code is read as text for the names of parameters and
+    buffers."""
     root = next(iter(code), "").partition("/")[0]
     if sum(record.size for record in code.values()) > MAX_CODE:
         raise UserError(f"{path}: a TorchScript program of more than {MAX_CODE:,} bytes")
@@ -165,7 +169,7 @@ def _script(path: Path, file: BinaryIO, code: Mapping[str, _Record], size: int, 
     def source(place: str) -> str:
         record = code.get(f"{root}/code/{place.replace('.', '/')}.py")
         if record is None:
-            raise UserError(f"the code of {place[:100]!r}, which says what is a parameter, is missing")
+            raise UserError(f"the code of {place[:100]!r}, which lists the parameters, is missing")
         start = _start(path, file, record._replace(size=record.packed), size)
         content = os.pread(file.fileno(), record.packed, start)
         if record.method:
@@ -181,8 +185,8 @@ def _script(path: Path, file: BinaryIO, code: Mapping[str, _Record], size: int, 
 
 
 def _directory(path: Path, file: BinaryIO, size: int) -> dict[str, _Record]:
-    """Records by name, in the order of the archive (PKWARE's APPNOTE 4.3.12 to 4.3.16)."""
-    base = max(0, size - 66_000)  # the end record and a comment of at most 65,535 bytes
+    """Returns the records of a zip archive by name, in the order of its directory (PKWARE's APPNOTE 4.3.12 to 4.3.16)."""
+    base = max(0, size - 66_000)  # the end record, and a comment of at most 65,535 bytes
     file.seek(base)
     tail = file.read()
     end = tail.rfind(b"PK\x05\x06")
@@ -206,7 +210,7 @@ def _directory(path: Path, file: BinaryIO, size: int) -> dict[str, _Record]:
         if mark != b"PK\x01\x02" or name in records:
             raise UserError(f"{path}: damaged zip directory at {name[:60]!r}")
         if header + packed > size:
-            raise UserError(f"{path}: {name[:60]!r} says {packed} bytes, more than the file has; truncated or damaged")
+            raise UserError(f"{path}: {name[:60]!r} declares {packed} bytes, more than the file has; truncated or damaged")
         if (method or packed != full) and not (method == zlib.DEFLATED and name.partition("/")[2].startswith("code/")):
             raise UserError(f"{path}: {name[:60]!r} is compressed, which torch.save never does (a zip bomb?); unpack it first")
         records[name] = _Record(header, full, crc, packed, method)
@@ -215,7 +219,7 @@ def _directory(path: Path, file: BinaryIO, size: int) -> dict[str, _Record]:
 
 
 def _zip64(extra: bytes) -> bytes:
-    """The 8-byte values of a record's field 1."""
+    """Returns the 8-byte sizes and offsets in a record's zip64 field."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
@@ -225,7 +229,7 @@ def _zip64(extra: bytes) -> bytes:
 
 
 def _start(path: Path, file: BinaryIO, record: _Record, size: int) -> int:
-    """Where a record's bytes begin: behind its own header."""
+    """Returns the position of the first byte of a record, after the record's own header."""
     header = os.pread(file.fileno(), 30, record.header)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise UserError(f"{path}: damaged: no record at byte {record.header}")
@@ -247,7 +251,8 @@ def _content(path: Path, file: BinaryIO, record: _Record, size: int) -> bytes:
 
 
 def _entry(path: Path, stored: Stored, start: int, crc: int, limit: int) -> Entry:
-    """A stored tensor in a storage that begins at byte `start`. `pickles` has checked that it lies inside."""
+    """Returns the Entry of a stored tensor whose storage begins at byte `start`; `pickles` has checked that the tensor lies
+    inside."""
     bytes_each, count = DTYPES[stored.dtype], math.prod(stored.shape)
     if count * bytes_each > limit:
         raise UserError(f"{path}: a tensor of shape {list(stored.shape)} is larger than the file that holds it")

@@ -1,8 +1,8 @@
-"""Foreign pickles, read without running anything in them.
+"""A reader of foreign pickles that runs none of their code.
 
-`torch.load(weights_only=True)` runs no code of a file's either, but a hundred bytes can make it fill the memory (`bytearray(n)`)
-or hash a nested tuple for ever, and it reads every tensor. This interpreter builds plain values and descriptions of tensors,
-and nothing else: no function that a file names is ever called.
+`torch.load(weights_only=True)` runs no code of a file either, but a hundred bytes can make it fill the memory (`bytearray(n)`) or
+hash a nested tuple for ever, and it reads every tensor. This interpreter builds plain values and descriptions of tensors, and
+calls no function that a file names.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from eva_mim.core.errors import UserError
 from eva_mim.weights.files.allowlist import DTYPES, RE_SAVE, Rebuild, Storage, Stored, Stub, find_global
 
 MAX_BYTES = 128 * 2**20
-"""Of one pickle. A state dict takes about 150 bytes a tensor."""
+"""Bytes of one pickle. A state dict takes about 150 per tensor."""
 MAX_STEPS = 8_000_000
-"""Instructions in one pickle, about 30 a tensor, so some 250,000 tensors: seconds, and 1 GB if each makes a list."""
+"""Instructions in one pickle: some 250,000 tensors at about 30 each. A pickle of that length takes seconds, and 1 GB if each
+instruction makes a list."""
 MAX_WORD = 2**63
-"""Integers are below it: larger ones can be chosen so that they all have the same hash."""
+"""Upper bound of integers; larger ones can be chosen so that all have the same hash."""
 _WORD = struct.Struct("<I").unpack_from
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
 def read_pickle(data: bytes, source: str) -> Any:
-    """What a pickle says. Raises UserError for a damaged one, and for one that asks for anything that is not listed here."""
+    """Returns the value of a pickle. Raises UserError for a damaged pickle, and for an instruction or a global outside the
+    allowlist."""
     machine = _Machine(data)
     try:
         return machine.run()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    except Exception as error:  # damage may break any rule of the format
+    except Exception as error:  # a damaged pickle may break any rule of the format
         raise UserError(f"{source}: damaged pickle ({type(error).__name__} at byte {machine.at})") from None
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict. Nested and long tuples are refused: their hash can take for ever, or overflow the stack."""
+    """Returns a key of a dict. Raises UserError for nested and long tuples, whose hash can take for ever or overflow the
+    stack."""
     if type(value) in _PLAIN or type(value) is Stub:
         return value
     if type(value) is tuple and len(value) < 9 and all(type(item) in _PLAIN for item in value):
@@ -137,7 +140,7 @@ class _Machine:
         state, value = self.stack.pop(), self.stack[-1]
         if type(value) is Stub:
             value.state = state
-        elif type(value) not in (dict, Stored):  # an OrderedDict's or a parameter's attributes say nothing about weights
+        elif type(value) not in (dict, Stored):  # the attributes of an OrderedDict or a parameter are no weights
             raise UserError(f"asks to change a {type(value).__name__}, which is refused; {RE_SAVE}")
 
     def set_items(self, items: list[Any]) -> None:

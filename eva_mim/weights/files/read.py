@@ -1,7 +1,7 @@
-"""Foreign checkpoints, opened without running anything in them and read tensor by tensor.
+"""Foreign checkpoints, opened without running their code and read tensor by tensor.
 
     weights = open_checkpoint("eva_psz14.pt")       # or a folder; see `open_checkpoint`
-    weights.shapes()["pos_embed"]                   # nothing was read but headers
+    weights.shapes()["pos_embed"]                   # a shape; only headers were read
     weights["pos_embed"]                            # a tensor
 """
 
@@ -26,51 +26,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTAINERS = ("model", "module", "state_dict", "model_ema")
-"""Where weights lie in a torch file, in the order in which they are looked for: EVA's own, DeepSpeed's, open_clip's. `model_ema`
-comes last: other weights than the trained ones are taken only where they are asked for, or alone."""
+"""Keys of a torch file that hold weights, in the order of preference: EVA's, DeepSpeed's, open_clip's. `model_ema` comes last:
+weights other than the trained ones are taken only on request, or if the file has no others."""
 BARE = "bare"
-"""The torch file is itself the state dict."""
+"""Container name of a torch file that is itself a state dict."""
 WRAPPER = "module."
-"""In front of every name that torch's DistributedDataParallel saved."""
+"""Prefix of every name that torch's DistributedDataParallel saves."""
 FOLDER_FILES = (
     "model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
     "model.safetensors.index.json", "pytorch_model.bin.index.json",
 )
-"""Weights of a folder, the first that exists: ours and timm's, open_clip's, transformers'."""
+"""Weight files of a folder, in the order of preference: ours and timm's, open_clip's, transformers'."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MODULE_FILE = "module.safetensors"
-"""The weights of a run's checkpoint."""
+"""The weights in a checkpoint of a run."""
 MAX_NAME = 500
 """Characters of a tensor's name."""
 MAX_SHARING = 16
-"""Tensors may share elements; together they may be so many times as large as the files. (A model with a table shared by 24 blocks
-stays below 2; a small file that stands for terabytes does not.)"""
+"""Largest ratio of the tensors' bytes to the files' bytes; tensors may share elements. (A model with a table shared by 24
+blocks stays below 2; a small file that declares terabytes does not.)"""
 
 
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, "Tensor"]):
-    """Tensors by name, in the order of the file. Each is read when it is asked for, anew each time: contiguous, on the CPU, in
-    memory of its own; UserError is raised for damage."""
+    """Tensors by name, in the order of the file. Indexing reads a tensor anew each time: contiguous, on the CPU, in memory of
+    its own. Raises UserError for damaged values."""
 
     path: Path
-    """The file or folder that holds them."""
+    """The file or folder that holds the tensors."""
     kind: str
-    """"safetensors", "torch", "TorchScript", "DeepSpeed ZeRO 2, 4 ranks", ..."""
+    """Format of the file: "safetensors", "torch", "TorchScript", "DeepSpeed ZeRO 2, 4 ranks", ..."""
     entries: dict[str, Entry]
     container: str
-    """Which part of the file or folder was taken."""
+    """The opened part of the file or folder."""
     containers: tuple[str, ...]
-    """Which parts there are."""
+    """All parts of the file or folder."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Plain values that stand beside the tensors (epoch, args.model, format, ...)."""
+    """Plain values beside the tensors (epoch, args.model, format, ...)."""
     ignored: tuple[str, ...] = ()
-    """Names in the container that are no tensors."""
+    """Names in the container whose values are no tensors."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].load()
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries  # Mapping's own would read the tensor
+        return name in self.entries  # Mapping's own method would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -79,24 +79,25 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return len(self.entries)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Without reading any tensor."""
+        """Returns the shape of each tensor, without reading any."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def dtypes(self) -> dict[str, str]:
-        """torch's names ("float32", ...), without reading any tensor."""
+        """Returns torch's dtype name ("float32", ...) of each tensor, without reading any."""
         return {name: entry.dtype for name, entry in self.entries.items()}
 
 
 def open_checkpoint(path: str | Path, container: str | None = None) -> Checkpoint:
-    """Open a checkpoint of any kind that is known here.
+    """Opens a checkpoint of any supported format.
 
-    A file: safetensors, an index of its shards (`*.index.json`), anything of torch.save's, or a module of torch.jit.save's, as
-    OpenAI's CLIP releases are (told by content, not by name). A folder: of a stage of ours, of timm, open_clip or transformers,
-    a run's newest checkpoint, one `checkpoints/step-*`, or DeepSpeed's (ZeRO 0 to 3, fp32 weights rebuilt). `container` chooses
-    the part of a torch file ("model", "module", "state_dict", "model_ema", "bare", or any other key) or the weight file of a
-    folder by its name without ending ("head").
-    The `module.` of a data-parallel wrapper is left out of names. Raises UserError for whatever is missing, damaged, hostile or
-    unknown.
+    A file may be safetensors, an index of shards (`*.index.json`), any file of torch.save, or a module of torch.jit.save, such as
+    OpenAI's CLIP releases; the content decides the format, not the name. A folder may be that of one of our stages, of timm,
+    open_clip or transformers, a run (its newest checkpoint is opened), one `checkpoints/step-*`, or DeepSpeed's (ZeRO 0 to 3;
+    fp32 weights are rebuilt). `container` names the part of a torch file ("model", "module", "state_dict", "model_ema", "bare",
+    or any other key), or the weight file of a folder without its ending ("head").
+
+    The prefix `module.` of a data-parallel wrapper is removed from names. Raises UserError for a missing, damaged, hostile or
+    unknown checkpoint.
     """
     path = Path(path)
     try:
@@ -113,7 +114,7 @@ def open_checkpoint(path: str | Path, container: str | None = None) -> Checkpoin
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Python's collector of cycles rests: it looks through a growing million of records again and again, half of the time."""
+    """Stops Python's collector of cycles, which would scan a growing million of records again and again, half of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -134,7 +135,7 @@ def _open_file(path: Path, container: str | None) -> Checkpoint:
 
 
 def _choose(path: Path, file: TorchFile, container: str | None) -> Checkpoint:
-    """The state dict inside a torch file."""
+    """Returns the state dict inside a torch file as a Checkpoint."""
     tree = file.value
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a state dict")
@@ -159,7 +160,8 @@ def _tensors(value: Any) -> bool:
 
 
 def plain_facts(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Short texts and numbers of a mapping, and of pickled settings in it, by dotted name; none of anything else."""
+    """Returns the short texts and numbers of a mapping, and of pickled settings inside, by dotted name; all other values are
+    left out."""
     facts: dict[str, Any] = {}
     for name, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, (str, int, float)) and isinstance(name, str) and name.isidentifier() and len(facts) < 1000:
@@ -171,7 +173,7 @@ def plain_facts(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _open_index(path: Path, container: str | None) -> Checkpoint:
-    """Shards named by an index. They must lie beside it."""
+    """Opens the shards that an index names. Raises UserError unless they lie beside the index."""
     tree = read_json(path)
     names = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(names, dict) or not names or container not in (None, BARE):
@@ -242,7 +244,7 @@ def _open_zero(folder: Path, container: str | None) -> Checkpoint:
 
 
 def _checked(opened: Checkpoint) -> Checkpoint:
-    """Limits that hold for every kind."""
+    """Returns the checkpoint. Raises UserError if it breaks a limit that holds for every format."""
     if not opened.entries:
         raise UserError(f"{opened.path}: no tensors")
     if len(opened.entries) > MAX_TENSORS:

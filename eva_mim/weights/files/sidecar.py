@@ -1,4 +1,4 @@
-"""What the files beside a checkpoint say about it. Plain values only; types are checked, and nothing is believed to be there."""
+"""Configuration files beside a checkpoint. Values are plain, their types are checked, and every file and key may be missing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from eva_mim.weights.files.read import FOLDER_FILES, MODULE_FILE
 MAX_DESCRIPTION = 10_000_000
 """Bytes of a config.json or lineage.json; one with the names of 21,841 classes has 1,000,000."""
 STANDARD = (*FOLDER_FILES, MODULE_FILE, "head.safetensors")
-"""Names of weight files that a folder is made for."""
+"""Names of weight files that own the folder in which they lie."""
 MAX_BATCH = 250
-"""Images in one forward pass of an evaluation, at most."""
+"""Largest number of images in one forward pass of an evaluation."""
 INSIDE_A_RUN = ("step-", "checkpoints", "ema")
-"""Folders of a run: its record lies above them."""
+"""Names of folders inside a run, whose lineage.json lies above them."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """Content of the files, by what they are for; empty where there is none."""
+    """The content of the files beside a checkpoint; a missing file is an empty dict."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    """config.json: timm's (and our stages'), or transformers'."""
+    """config.json of timm (and of our stages), or of transformers."""
     open_clip: dict[str, Any] = field(default_factory=dict)
     """open_clip_config.json."""
     preprocessor: dict[str, Any] = field(default_factory=dict)
@@ -34,25 +34,26 @@ class Description:
 
     @property
     def architecture(self) -> str | None:
-        """timm's name."""
+        """timm's name of the architecture."""
         return text(self.config, "architecture")
 
     @property
     def transformers(self) -> dict[str, Any] | None:
-        """The configuration of a model of transformers."""
+        """The configuration of a model of transformers; None if config.json is timm's or missing."""
         return self.config if text(self.config, "model_type") and self.architecture is None else None
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """(rows, columns) of a stage's position table."""
+        """(rows, columns) of patches in a stage's position table."""
         rows, columns = number(self.record, "grid", 0), number(self.record, "grid", 1)
         return (int(rows), int(columns)) if rows and columns else None
 
 
 def describe(path: Path) -> Description:
-    """Of a checkpoint's folder, or of the folder that its file lies in. Raises UserError for damaged JSON."""
+    """Returns the configuration files of a checkpoint's folder, or of the folder around its file. Raises UserError for damaged
+    JSON."""
     if path.is_file() and path.name not in STANDARD:
-        return Description()  # a file among others: what lies beside it may belong to another
+        return Description()  # in a folder of several files, the configurations may belong to another one
     home = path if path.is_dir() else path.parent
     run = home
     while run.name.startswith(INSIDE_A_RUN) and run != run.parent:
@@ -66,7 +67,7 @@ def describe(path: Path) -> Description:
 
 
 def at(tree: Any, *names: str | int) -> Any:
-    """What stands at a path of keys and indices; None where it breaks off."""
+    """Returns the value at a path of keys and indices, or None if the path ends early."""
     for name in names:
         if isinstance(tree, dict):
             tree = tree.get(name)
@@ -78,24 +79,24 @@ def at(tree: Any, *names: str | int) -> Any:
 
 
 def text(tree: Any, *names: str | int) -> str | None:
-    """A text at a path, at most 200 characters."""
+    """Returns the text at a path, at most 200 characters; None if the value is no text."""
     value = at(tree, *names)
     return value[:200] if isinstance(value, str) else None
 
 
 def number(tree: Any, *names: str | int) -> float | None:
-    """A number at a path."""
+    """Returns the number at a path; None if the value is no number."""
     value = at(tree, *names)
     return value if type(value) in (int, float) and abs(value) < 1e18 else None
 
 
 def precision_of(found: Description) -> str:
-    """In which a run of ours computed; fp32 for anything else."""
+    """Returns the precision in which a run of ours computed; fp32 for other checkpoints."""
     return text(found.record, "settings", "run", "precision") or "fp32"
 
 
 def batch_of(found: Description) -> int:
-    """Images that went through a network of ours at once; 64 for anything else."""
+    """Returns the number of images per forward pass in a run of ours; 64 for other checkpoints."""
     places = (("computed", "micro_batch"), ("settings", "run", "micro_batch"), ("settings", "run", "global_batch"))
     batch = next((size for place in places if (size := number(found.record, *place))), None)
     return min(MAX_BATCH, int(batch or 64))

@@ -1,4 +1,4 @@
-"""Where the elements of a tensor lie in files, and reading them when they are wanted."""
+"""Positions of a tensor's elements in files, and reading them."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """Bytes of a file."""
+    """A range of bytes in a file."""
 
     file: Path
     start: int
     size: int
     crc: int = 0
-    """CRC-32 of these bytes, or 0 where the file tells none."""
+    """CRC-32 of these bytes; 0 if the file records none."""
 
 
 class Entry(NamedTuple):
-    """A tensor that was not read yet: its elements are those of the pieces, one behind the other."""
+    """A tensor in files: its elements are the bytes of the pieces, in order."""
 
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     stride: tuple[int, ...] | None = None
-    """In elements; None for a contiguous tensor."""
+    """Strides in elements; None for a contiguous tensor."""
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Of all elements, in bytes."""
+        """Bytes of all elements."""
         return self.elements * DTYPES[self.dtype]
 
     def load(self) -> Tensor:
-        """A tensor of its own memory, contiguous. Raises UserError when the file is gone or was cut, or its checksum is wrong."""
+        """Returns the tensor, contiguous and in memory of its own. Raises UserError if the file is missing, too short, or has
+        another checksum than the recorded one."""
         import torch
 
         buffer = bytearray(sum(piece.size for piece in self.pieces))
@@ -59,7 +60,7 @@ class Entry(NamedTuple):
             except OSError as error:
                 raise UserError(f"{piece.file}: {error.strerror}") from None
             if not whole:
-                raise UserError(f"{piece.file}: ends too early; it is truncated")
+                raise UserError(f"{piece.file}: ends too early; the file is truncated")
             if piece.crc and zlib.crc32(part) != piece.crc:
                 raise UserError(f"{piece.file}: damaged: the bytes from {piece.start} on do not have their recorded checksum")
             at += piece.size
@@ -71,7 +72,7 @@ class Entry(NamedTuple):
 
 
 def cut(pieces: Iterable[Piece], start: int, size: int) -> tuple[Piece, ...]:
-    """The pieces of `size` bytes from `start` on, counted over all pieces. Raises UserError beyond their end."""
+    """Returns the pieces of `size` bytes from byte `start` on, counted over all pieces. Raises UserError beyond their end."""
     found: list[Piece] = []
     for piece in pieces:
         first, last = max(start, 0), min(start + size, piece.size)
@@ -84,5 +85,5 @@ def cut(pieces: Iterable[Piece], start: int, size: int) -> tuple[Piece, ...]:
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
+    """Returns the strides of a contiguous tensor, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,4 +1,4 @@
-"""The state dict of a module that torch.jit.save wrote. Its code is searched for names, and never run."""
+"""The state dict of a module that torch.jit.save wrote. The archive's code is searched for names and never run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from eva_mim.core.errors import UserError
 from eva_mim.weights.files.allowlist import Stored, Stub
 
 MAX_DEPTH = 64
-"""Modules inside modules."""
+"""Depth of modules inside modules."""
 MAX_VALUES = 1_000_000
-"""Attributes of all modules; one module that stands in two places counts twice."""
+"""Attributes of all modules; a module in two places counts twice."""
 MAX_NAME = 500
 """Characters of a dotted name."""
 _CLASS = re.compile(r"^class (\w+)\(Module\):$", re.MULTILINE)
@@ -21,11 +21,11 @@ _WORD = re.compile(r'"([^"]+)"')
 
 
 def state_of(module: Any, source: Callable[[str], str]) -> dict[str, Stored]:
-    """Parameters and buffers by dotted name, as `torch.jit.load(FILE).state_dict()` names them.
+    """Returns parameters and buffers by dotted name, as `torch.jit.load(FILE).state_dict()` names them.
 
-    `module` is the unpickled object. `source` gives the code below a dotted path, where each class lists what is a parameter and
-    what a buffer: other tensors among its attributes are in no state dict. Raises UserError for what is no module, and for
-    modules inside themselves.
+    `module` is the unpickled object. `source` returns the code below a dotted path, in which each class lists its parameters and
+    buffers; other tensors among its attributes belong to no state dict. Raises UserError for an object that is no module, and for
+    a module inside itself.
     """
     found: dict[str, Stored] = {}
     classes: dict[str, dict[str, set[str]]] = {}
@@ -35,11 +35,11 @@ def state_of(module: Any, source: Callable[[str], str]) -> dict[str, Stored]:
         nonlocal seen
         place, _, kind = inner.name.rpartition(".")
         if place.split(".")[0] != "__torch__" or not isinstance(inner.state, dict):
-            return  # a path, a quantised weight, ...
+            return  # other objects (a path, a quantised weight, ...) are no modules
         if place not in classes:
             classes[place] = _classes(source(place))
         if kind not in classes[place]:
-            return  # a script class that is no module has no part in a state dict
+            return  # a script class that is no module has no state dict
         seen += len(inner.state)
         if depth > MAX_DEPTH or seen > MAX_VALUES:
             raise UserError(f"modules inside modules without end, or of more than {MAX_VALUES:,} attributes")
@@ -58,7 +58,7 @@ def state_of(module: Any, source: Callable[[str], str]) -> dict[str, Stored]:
 
 
 def _classes(code: str) -> dict[str, set[str]]:
-    """The modules that a file of code defines -> names of their parameters and buffers."""
+    """Returns the names of parameters and buffers of each module class in the code."""
     _, *parts = _CLASS.split(code)
     return {
         name: {word for names in _TENSORS.findall(body) for word in _WORD.findall(names)}

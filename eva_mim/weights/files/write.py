@@ -1,4 +1,4 @@
-"""Weights into files, with one tensor in memory at a time; a file has its name only when it is whole."""
+"""Writing weights with one tensor in memory at a time; a file gets its name once it is complete."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.tensors import contiguous
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name -> torch's dtype, shape."""
+"""Name -> (torch's dtype name, shape)."""
 FLOATING = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-"""What weights can be written as."""
+"""Dtypes in which floating tensors can be written."""
 ALIGNMENT = 64
-"""Bytes; where torch.save begins its records, so that they can be mapped into memory."""
+"""Bytes; torch.save begins its records at multiples, so that they can be mapped into memory."""
 RECORD = 512
-"""Bytes that a tensor takes in a zip archive besides its elements, about: two headers, padding, its line in the pickle."""
+"""Approximate bytes per tensor in a zip archive besides its elements: two headers, padding, and its line in the pickle."""
 
 
 def write_safetensors(
     path: Path, weights: Mapping[str, Tensor], *, dtype: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file (8 bytes length, JSON header, data), and `format: pt` in its metadata.
+    """Writes a safetensors file (8 bytes of length, JSON header, data) with `format: pt` in its metadata.
 
-    `dtype`: torch's name of what floating tensors are written as; others stay as they are. Raises UserError for element types
-    that the format lacks, and for a full disk; then, and when it is interrupted, nothing is left behind and an older file stays.
+    `dtype` is torch's name of the dtype for floating tensors; other tensors keep theirs. Raises UserError for dtypes that the
+    format lacks and for a full disk. After an error or an interruption no partial file is left, and an older file at `path` is
+    unchanged.
     """
     kinds = _kinds(weights, dtype, set(SAFETENSORS.values()))
     named = {name: (kind, tuple(weights[name].shape)) for name, kind in kinds.items()}
@@ -49,19 +50,19 @@ def write_safetensors(
 
 
 def in_file_order(kinds: Kinds) -> list[str]:
-    """Wide elements come before narrow ones, as the library that reads them needs every tensor aligned."""
+    """Returns the names with wide elements before narrow ones, because the reading library needs every tensor aligned."""
     return sorted(kinds, key=lambda name: -DTYPES[kinds[name][0]])
 
 
 def bytes_of(kinds: Kinds) -> int:
-    """Of all elements."""
+    """Returns the bytes of all elements."""
     return sum(math.prod(shape) * DTYPES[kind] for kind, shape in kinds.values())
 
 
 def stream_safetensors(
     path: Path, kinds: Kinds, values: Iterable[Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """`write_safetensors` of tensors that come one by one, `in_file_order`."""
+    """Writes a safetensors file from tensors that arrive one by one, in the order of `in_file_order`."""
     tags = {kind: tag for tag, kind in SAFETENSORS.items()}
     header: dict[str, Any] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
     names, end = in_file_order(kinds), 0
@@ -79,11 +80,13 @@ def stream_safetensors(
 
 
 def write_torch(path: Path, weights: Mapping[str, Tensor], *, container: str | None = None, dtype: str | None = None) -> None:
-    """What torch.save writes of a state dict, or of {container: state dict}; torch.load reads it with weights_only and mmap.
+    """Writes the torch.save file of a state dict, or of {container: state dict}, which torch.load reads with weights_only and
+    mmap.
 
-    `dtype` and errors as in `write_safetensors`. Names of the same tensor object are stored once and are one tensor again.
+    `dtype` and errors are those of `write_safetensors`. Names that share a tensor object are stored once and share it again when
+    loaded.
     """
-    weights = dict(weights)  # holds the objects: another one cannot have the same id
+    weights = dict(weights)  # keeps the objects alive: an id stands for one object only as long as the object lives
     kinds = _kinds(weights, dtype, set(DTYPES))
     records: dict[int, _Record] = {}
     for name, value in weights.items():
@@ -108,7 +111,7 @@ class _Record:
         self.key, self.kind, self.shape, self.value = key, kind, shape, value
 
     def __reduce__(self) -> Any:
-        """torch's own form: version 3 is for types that have no storage class of their own."""
+        """Returns torch's own pickled form; its version 3 serves dtypes without a storage class."""
         place: tuple[Any, ...] = 0, self.shape, contiguous(self.shape), False, OrderedDict()  # offset, ..., gradient, hooks
         if self.kind in STORAGES.values():
             return torch._utils._rebuild_tensor_v2, (_Storage(self), *place)
@@ -116,7 +119,7 @@ class _Record:
 
 
 class _Storage:
-    """Stands for the elements of a record while it is pickled."""
+    """Stand-in for the elements of a record while the record is pickled."""
 
     def __init__(self, record: _Record):
         count = record.value.numel()
@@ -133,7 +136,7 @@ class _Pickler(pickle.Pickler):
 
 @contextmanager
 def _part(file: IO[bytes], archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
-    """A file inside the archive, not compressed, whose content begins at a multiple of ALIGNMENT."""
+    """Opens a file inside the archive for writing, uncompressed, with its content at a multiple of ALIGNMENT."""
     info = zipfile.ZipInfo(f"archive/{name}")
     behind = file.tell() + 30 + len(info.filename) + 20 + 4  # its header, the name, zip64's sizes, the head of the padding
     padding = -behind % ALIGNMENT
@@ -143,7 +146,7 @@ def _part(file: IO[bytes], archive: zipfile.ZipFile, name: str) -> Iterator[IO[b
 
 
 def _kinds(weights: Mapping[str, Tensor], dtype: str | None, possible: set[str]) -> dict[str, str]:
-    """What each tensor is written as."""
+    """Returns the dtype in which each tensor is written. Raises UserError for a dtype that the format lacks."""
     if dtype not in (None, *FLOATING):
         raise UserError(f"dtype: {dtype!r} is none of {', '.join(FLOATING)}")
     kinds = {}
@@ -162,7 +165,8 @@ def _content(value: Tensor, kind: str) -> memoryview:
 
 @contextmanager
 def _replacing(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """`files.replacing`, opened for writing. Raises UserError where the disk has less than `size` bytes or fails."""
+    """Opens the temporary file of `files.replacing` for writing. Raises UserError if the disk has less than `size` bytes free,
+    or fails."""
     def full() -> UserError:
         free = shutil.disk_usage(path.parent).free
         return UserError(f"{path}: needs {size:,} bytes, but {free:,} are free in {path.parent}; make room or write elsewhere")

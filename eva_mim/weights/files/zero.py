@@ -1,7 +1,7 @@
-"""Whole fp32 weights from a DeepSpeed folder of ZeRO 0 to 3, piece by piece, without DeepSpeed and without running its pickles.
+"""Full fp32 weights from a DeepSpeed folder of ZeRO 0 to 3, piece by piece, without DeepSpeed and without running its pickles.
 
-The layout is DeepSpeed 0.19's (its `utils/zero_to_fp32.py` rebuilds the same, but unpickles freely): with ZeRO 1 and 2 a group
-of parameters is one flat vector cut into as many parts as there are ranks; with ZeRO 3 each parameter is cut by itself.
+The layout is DeepSpeed 0.19's (its `utils/zero_to_fp32.py` rebuilds the same, but unpickles freely). With ZeRO 1 and 2 a group of
+parameters is one flat vector, cut into one part per rank; with ZeRO 3 each parameter is cut by itself.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from eva_mim.weights.files.formats import TorchFile, read_file
 from eva_mim.weights.files.tensors import Entry, Piece, cut
 
 FLAT = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
-"""ZeRO stage -> where a rank's optimizer file keeps its part of the fp32 weights."""
+"""ZeRO stage -> key of a rank's part of the fp32 weights in its optimizer file."""
 PLAIN = "give the file mp_rank_00_model_states.pt itself for weights in training precision (not with ZeRO 3)"
 
 
 def is_zero_folder(folder: Path) -> bool:
-    """Model states of DeepSpeed lie in it."""
+    """True if the folder holds DeepSpeed's model states."""
     return any(folder.glob("*mp_rank_*_model_states.pt"))
 
 
 def read_zero(folder: Path) -> tuple[str, dict[str, Entry], dict[str, Any]]:
-    """(what it is, tensors in the module's order, plain values beside them). Raises UserError for shards that do not fit."""
+    """Returns (format, tensors in the module's order, plain values beside them). Raises UserError for shards that do not fit
+    together."""
     if any(folder.glob("*mp_rank_01_model_states.pt")):
         raise UserError(f"{folder}: split over model-parallel ranks, which is not supported; merge it with the trainer's tool")
     models = _ranks(folder, "model_states")
@@ -44,7 +45,7 @@ def read_zero(folder: Path) -> tuple[str, dict[str, Entry], dict[str, Any]]:
             raise UserError(f"{folder}: {len(shards)} model files for {len(parts)} ranks")
         shapes = [{name: sizes(shape) for name, shape in group.items()} for group in main.value["param_shapes"]]
         trained = _whole(shapes, parts) if stage == 3 else _grouped(shapes, parts, paddings)
-        # ZeRO 1 keeps what is not trained in the module alone, which is whole but with ZeRO 3.
+        # ZeRO 1 stores parameters that are not trained in the module alone; the module is full except with ZeRO 3.
         entries = ({} if stage == 3 else _module(main)) | _buffers(main) | _frozen(shards) | trained
         shared = main.value.get("shared_params") or {}
         for name, other in shared.items() if isinstance(shared, dict) else shared:
@@ -52,7 +53,7 @@ def read_zero(folder: Path) -> tuple[str, dict[str, Entry], dict[str, Any]]:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, UserError):
             raise error if str(folder) in str(error) else UserError(f"{folder}: {error}") from None
-        raise UserError(f"{folder}: not the layout of DeepSpeed's ZeRO that is known here ({error!r:.80}); {PLAIN}") from None
+        raise UserError(f"{folder}: not the supported layout of DeepSpeed's ZeRO ({error!r:.80}); {PLAIN}") from None
     names = [name for name, value in main.value["module"].items() if isinstance(value, Stored)]
     if missing := [name for name in names if name not in entries]:
         raise UserError(f"{folder}: no shard holds {missing[0][:100]!r}")
@@ -61,7 +62,7 @@ def read_zero(folder: Path) -> tuple[str, dict[str, Entry], dict[str, Any]]:
 
 
 def _ranks(folder: Path, what: str, wanted: bool = True) -> list[Path]:
-    """Files by rank; a gap is an error."""
+    """Returns the files in the order of their ranks. Raises UserError if a rank's file is missing."""
     numbered = {}
     for path in folder.glob(f"*mp_rank_00_{what}.pt"):
         rank = re.search(r"zero_pp_rank_(\d{1,6})_mp_rank_00", path.name)
@@ -79,7 +80,7 @@ def _open(path: Path) -> TorchFile:
 
 
 def _parts(folder: Path, paths: list[Path]) -> tuple[int, list[list[Piece]], Any]:
-    """(ZeRO stage, for each rank its flat fp32 vectors, for each group the elements left free behind each parameter)."""
+    """Returns (ZeRO stage, each rank's flat fp32 vectors, each group's numbers of padding elements after its parameters)."""
     parts, stage, paddings = [], 0, None
     for path in paths:
         file = _open(path)
@@ -100,7 +101,7 @@ def _parts(folder: Path, paths: list[Path]) -> tuple[int, list[list[Piece]], Any
 
 
 def _grouped(groups: list[dict[str, tuple[int, ...]]], parts: list[list[Piece]], paddings: Any) -> dict[str, Entry]:
-    """ZeRO 1 and 2: a group's parameters lie one behind the other in the vector that the ranks' parts make."""
+    """Returns the parameters of ZeRO 1 and 2: a group's parameters follow each other in the vector that the ranks' parts form."""
     entries = {}
     if len(groups) != len(parts[0]):
         raise UserError(f"shapes of {len(groups)} groups of parameters, but {len(parts[0])} vectors")
@@ -110,13 +111,13 @@ def _grouped(groups: list[dict[str, tuple[int, ...]]], parts: list[list[Piece]],
             size = math.prod(shape) * DTYPES["float32"]
             entries[name], at = Entry("float32", shape, cut(vector, at, size)), at + size + _number(free) * DTYPES["float32"]
         padding = (sum(piece.size for piece in vector) - at) // DTYPES["float32"]
-        if padding >= 2 * len(parts):  # DeepSpeed rounds a group up to that
+        if padding >= 2 * len(parts):  # DeepSpeed pads a group to a multiple of that
             raise UserError(f"group {number} has {padding} elements more than its shapes need")
     return entries
 
 
 def _whole(groups: list[dict[str, tuple[int, ...]]], parts: list[list[Piece]]) -> dict[str, Entry]:
-    """ZeRO 3: every rank holds its share of each parameter, in the same order."""
+    """Returns the parameters of ZeRO 3: every rank holds its share of each parameter, in the same order."""
     entries, at, ranks = {}, 0, len(parts)
     for name, shape in (item for shapes in groups for item in shapes.items()):
         count = math.prod(shape)
@@ -132,7 +133,7 @@ def _whole(groups: list[dict[str, tuple[int, ...]]], parts: list[list[Piece]]) -
 
 
 def _number(value: Any) -> int:
-    """Checked before anything is done with it: a pickle may hold anything anywhere."""
+    """Returns a value of a pickle that must be an integer. Raises TypeError for any other type."""
     if type(value) is not int:
         raise TypeError("a number was expected")
     return value
@@ -145,7 +146,7 @@ def _word(value: Any) -> str:
 
 
 def _module(main: TorchFile) -> dict[str, Entry]:
-    """The module itself, in training precision."""
+    """Returns the module's own tensors, in training precision."""
     return main.place({name: value for name, value in main.value["module"].items() if isinstance(value, Stored)})
 
 
@@ -154,7 +155,8 @@ def _buffers(main: TorchFile) -> dict[str, Entry]:
 
 
 def _frozen(shards: list[TorchFile]) -> dict[str, Entry]:
-    """Parameters that were not trained lie beside the module: whole, or with ZeRO 3 a share in each rank's file."""
+    """Returns the parameters that are not trained, which lie beside the module: full, or with ZeRO 3 a share in each rank's
+    file."""
     entries = {}
     for name, shape in (shards[0].value.get("frozen_param_shapes") or {}).items():
         found = [shard.place({0: shard.value["frozen_param_fragments"][name]})[0] for shard in shards]

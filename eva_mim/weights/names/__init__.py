@@ -1,1 +1,1 @@
-"""Naming schemes of checkpoints: each to ours and back."""
+"""Naming schemes of checkpoints, each translated to ours and back."""

@@ -1,4 +1,4 @@
-"""Buffers that only the original code stores, computed from sizes: rotary tables, indices of relative positions."""
+"""Buffers that only the original code stores, computed from sizes: rotary tables and indices of relative positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eva_mim.core.errors import UserError
 
 @dataclass(frozen=True)
 class Rope:
-    """What rotary tables depend on besides the grid."""
+    """The parameters of rotary tables besides the grid."""
 
     head_width: int
     """Channels of one attention head; a multiple of 4."""
@@ -24,10 +24,10 @@ class Rope:
 
 
 def rope_tables(rope: Rope, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [N, head_width] each, fp32 (facts on EVA-02/asuka/rope.py).
+    """Returns the cosines and sines of rotary positions, [N, head_width] each, fp32 (facts on EVA-02/asuka/rope.py).
 
     The first half of the channels turns with the row, the second with the column; frequency k of a half with h channels is
-    10000^(-2k/h), and each stands twice, for the two channels of a pair.
+    10000^(-2k/h), once for each of the two channels of a pair.
     """
     half = rope.head_width // 2
     if rope.head_width < 4 or rope.head_width % 4:
@@ -41,10 +41,10 @@ def rope_tables(rope: Rope, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def read_rope(cos: Tensor, sin: Tensor) -> tuple[Rope, Grid]:
-    """The settings and the grid that stored tables, [N, head_width], were made with.
+    """Returns the settings and the grid of stored rotary tables, [N, head_width] each.
 
-    The grid is where the rows' angle first moves; the scale is the angle of the first step. Raises UserError for tables
-    that `rope_tables` does not give again.
+    The grid follows from the first patch whose row angle is not 0, the scale from the angle of the first step. Raises UserError
+    for tables that `rope_tables` does not reproduce.
     """
     tokens, head_width = cos.shape
     half = head_width // 2
@@ -55,7 +55,7 @@ def read_rope(cos: Tensor, sin: Tensor) -> tuple[Rope, Grid]:
         grid = (tokens // max(columns, 1), columns)
         step, side = (column_angle[1].item(), columns) if columns > 1 else (row_angle[1 % tokens].item(), grid[0])
         tolerance = 5e-2 if cos.dtype == torch.bfloat16 else 5e-3 if cos.dtype == torch.float16 else 1e-4
-        for turns in range(3):  # a step beyond half a turn reads as a smaller one
+        for turns in range(3):  # the angle of a step beyond half a turn is off by 2 pi
             found = round((step + 2 * math.pi * turns) * side)
             for reference in (None, found) if found == side else (found,):
                 rope = Rope(head_width, reference)
@@ -72,10 +72,10 @@ def _same(made: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], tolerance:
 
 
 def relative_position_index(grid: Grid) -> Tensor:
-    """[N + 1, N + 1] int64: the row of a relative position table for each pair of tokens, class token first.
+    """Returns the row of the relative position table for each pair of tokens, [N + 1, N + 1] int64, class token first.
 
-    Rows count (row difference, column difference) from the most negative; the last three are class to patch, patch to class,
-    and class to itself (BEiT).
+    Rows are ordered by (row difference, column difference) from the most negative; the last three are class to patch, patch to
+    class, and class to itself (BEiT).
     """
     rows, columns = grid
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)

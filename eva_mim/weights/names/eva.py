@@ -1,7 +1,7 @@
-"""Renaming: the original EVA code's names to ours and back, and those of a student in training to ours.
+"""Renaming between the original EVA code's names and ours, and from those of a student in training to ours.
 
-Ours are timm's names for a trunk and open_clip's for a whole CLIP model. Tensors are handed on as they are, none is copied, so
-that the way there and back changes no bit. A name without a counterpart is an error.
+Ours are timm's names for a trunk and open_clip's for a whole CLIP model. Tensors are passed on without a copy, so that a round
+trip changes no bit. A name without a counterpart is an error.
 """
 
 from __future__ import annotations
@@ -27,31 +27,33 @@ from eva_mim.weights.names.name_tables import outside as is_outside
 
 NormRule = Literal["drop", "copy", "keep"]
 TRUNK = "visual.trunk."
-"""Where open_clip keeps a timm model."""
+"""Prefix of the timm model inside an open_clip model."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A renamed state dict, and what its names and shapes do not hold."""
+    """A renamed state dict, with facts that names and shapes do not hold."""
 
     weights: dict[str, Tensor]
     report: KeyReport
     outside: dict[str, Tensor] = field(default_factory=dict)
-    """What only a masked model has, as in the `head.safetensors` of our stages: `mask_token`, `head.*`, `decoder_*`."""
+    """Tensors of a masked model outside its trunk, as in the `head.safetensors` of our stages: `mask_token`, `head.*`,
+    `decoder_*`."""
     rope: Rope | None = None
-    """Read off the rotary tables; timm's `ref_feat_shape` is its `reference`."""
+    """Parameters of the rotary tables; `reference` is timm's `ref_feat_shape`. None without such tables."""
     grid: Grid | None = None
-    """Of the tables that were left out, where there are any."""
+    """Patch grid of the tables that were left out; None without such tables."""
 
 
 def from_eva(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
-    """Original names -> ours; a bare trunk, or a CLIP model where there is a text tower. `family`: of `weights`, where known.
+    """Renames an original checkpoint to ours: a bare trunk, or a CLIP model if it has a text tower. `family` is that of
+    `weights`, if known.
 
-    Tables that can be computed are left out, after a look that they can (unless the tensors have no values: meta device).
-    Raises UserError for other names, for tables of another kind, and for what timm cannot represent.
+    Tables that can be computed are compared with the computed ones and left out; on the meta device, without values, they are
+    left out unseen. Raises UserError for other names, for tables of another kind, and for a model that timm cannot represent.
     """
     family = expect_scheme(weights, "eva", family=family)
-    family.timm_class()  # for its error
+    family.timm_class()  # raises UserError if timm has no class for the trunk
     prefix = TRUNK if family.form == "clip" else ""
     table = block_names(family.qkv, family.mlp)
     tables: dict[str, Tensor] = {}
@@ -92,11 +94,12 @@ def to_eva(
     rope: Rope | None = None,
     tower: bool = False,
 ) -> Converted:
-    """Ours -> the original names, with the tables that the original code stores (the same tensor in every block).
+    """Renames ours to the original names and adds the tables that the original code stores (the same tensor in every block).
 
-    `outside` is what `from_eva` gave, or a stage's `head.safetensors`. `grid` is needed for tables, `rope` for EVA-02: plain
+    `outside` is that of `from_eva`, or a stage's `head.safetensors`. `grid` is needed for tables, `rope` for EVA-02: plain
     indices for a masked model, reference 16 for released classifiers and CLIP towers. `tower` puts a bare trunk below `visual.`,
-    as in a CLIP file. Raises UserError for what the original code has no place for, and for a table that lacks its sizes.
+    as in a CLIP file. Raises UserError for a tensor without a place in the original code, and for a table whose sizes are not
+    given.
     """
     family = expect_scheme(weights, "timm", "open_clip")
     _fits_eva(family, weights)
@@ -125,8 +128,8 @@ def to_eva(
 
 
 def from_stage(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
-    """Names of a student in training (`trunk.*` beside a masked model's head, or `model.*`) -> ours. `family`: of `weights`,
-    where known."""
+    """Renames a student in training (`trunk.*` beside a masked model's head, or `model.*`) to ours. `family` is that of
+    `weights`, if known."""
     expect_scheme(weights, "stage", family=family)
     made, masked = {}, {}
     for name, value in weights.items():
@@ -138,7 +141,7 @@ def from_stage(weights: Mapping[str, Tensor], family: Family | None = None) -> C
 
 
 def visual_trunk(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
-    """The timm model inside an open_clip model. `family`: of `weights`, where known."""
+    """Returns the timm model inside an open_clip model. `family` is that of `weights`, if known."""
     family = expect_scheme(weights, "open_clip", family=family)
     report, made = KeyReport(), {}
     for name, value in weights.items():
@@ -153,10 +156,11 @@ def visual_trunk(weights: Mapping[str, Tensor], family: Family | None = None) ->
 
 
 def with_norm(weights: Mapping[str, Tensor], rule: NormRule, into: Literal["fc_norm", "norm"] = "fc_norm") -> Converted:
-    """A trunk, for a classifier that pools patches by their mean and keeps its norm as `fc_norm` (`into` norm: for the way back).
+    """Returns a trunk whose `norm` is adapted to a classifier that pools patches by their mean and normalises afterwards, by
+    `fc_norm`; with `into` norm, the way back.
 
-    `drop`: `norm` is left out and `fc_norm` starts fresh (the original fine-tuning). `copy`: `norm` becomes `fc_norm` (timm).
-    `keep`: nothing changes. A trunk without `norm` stays as it is.
+    `drop` leaves `norm` out, so that `fc_norm` starts fresh (the original fine-tuning). `copy` renames `norm` to `fc_norm`
+    (timm). `keep` changes nothing. A trunk without `norm` stays as it is.
     """
     report, made = KeyReport(), {}
     away = "norm" if into == "fc_norm" else "fc_norm"
@@ -176,7 +180,7 @@ def with_norm(weights: Mapping[str, Tensor], rule: NormRule, into: Literal["fc_n
 
 
 def unshare_relative(weights: Mapping[str, Tensor]) -> Converted:
-    """The one table of relative positions of a trunk, copied to every block (facts, section 6); no table: no change."""
+    """Copies a trunk's one table of relative positions to every block (facts, section 6); a trunk without it stays as it is."""
     shared = "rel_pos_bias.relative_position_bias_table"
     made = {name: value for name, value in weights.items() if name != shared}
     report = KeyReport(loaded=list(made))
@@ -192,8 +196,8 @@ def unshare_relative(weights: Mapping[str, Tensor]) -> Converted:
 def expect_scheme(
     weights: Mapping[str, Tensor], *schemes: Scheme, needs: str | None = None, family: Family | None = None
 ) -> Family:
-    """The family of weights under names of one of `schemes` (and of the family `needs`); `family`, where it is known already.
-    Raises UserError for others."""
+    """Returns the family of weights; `family` is that family, if known. Raises UserError unless their names follow one of
+    `schemes`, and their family is `needs`, if given."""
     family = family or detect(weights)
     if not set(schemes) & set(family.schemes) or needs not in (None, family.name):
         raise UserError(
@@ -204,7 +208,7 @@ def expect_scheme(
 
 
 def _fits_eva(family: Family, weights: Mapping[str, Tensor]) -> None:
-    """Raise UserError with the parts that no model of the original code has."""
+    """Raises UserError with the parts of a trunk that no model of the original code has."""
     table = block_names(family.qkv, family.mlp).values()
     lacks = []
     for name in weights:
@@ -232,13 +236,13 @@ def _in_block(name: str, table: Mapping[str, str]) -> str:
 
 
 def text_name(name: str) -> str:
-    """open_clip's; the logit scale stands outside the text tower (golden README, point 19)."""
+    """Returns open_clip's name of a text tower's tensor; the logit scale stands outside the tower (golden README, point 19)."""
     bare = name.removeprefix("text.")
     return bare if bare == "logit_scale" else f"text.{bare}"
 
 
 def _known(value: Tensor) -> bool:
-    """There are values, perhaps still in a file (`deferred.py`)."""
+    """True if the tensor has values, in memory or in a file (`lazy.py`)."""
     return isinstance(value, Tensor) and not value.is_meta
 
 
@@ -247,7 +251,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _read_tables(tables: Mapping[str, Tensor]) -> tuple[Rope | None, Grid | None]:
-    """What the tables were made with. Raises UserError for one that would not be computed again as it is."""
+    """Returns the settings and the grid of stored tables. Raises UserError for a table that the original code would not
+    compute."""
     rope, grid = None, None
     tables = {name: value for name, value in tables.items() if _known(value)}
     if "rope.freqs_cos" in tables:
@@ -279,7 +284,7 @@ def _grid(tokens: int, fits: Callable[[Grid], bool]) -> Grid | None:
 
 
 def _tables(family: Family, outside: Mapping[str, Tensor], grid: Grid | None, rope: Rope | None) -> dict[str, Tensor]:
-    """The original's buffers. Raises UserError where a size is missing or does not fit."""
+    """Returns the original code's buffers by name. Raises UserError if a size is missing or does not fit."""
     decoder, relative = "decoder_embed.weight" in outside, family.relative != "none"
     if family.name == "EVA-02" and rope is None:
         raise UserError("rope: EVA-02 stores rotary tables; give the width of a head and the reference grid")

@@ -1,4 +1,4 @@
-"""What a checkpoint is, by the names and shapes of its tensors alone."""
+"""Recognising the architecture of a checkpoint by the names and shapes of its tensors alone."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Bias = Literal["q, v", "q, k, v", "none"]
 Relative = Literal["none", "shared", "per block", "decoupled"]
 
 PREFIXES = ("model.visual.trunk.", "visual.trunk.", "trunk.", "visual.", "")
-"""Where a ViT's blocks can be."""
+"""Prefixes below which a ViT's blocks can stand."""
 OPENAI_BLOCKS = "visual.transformer.resblocks."
 
 
 @dataclass(frozen=True)
 class Text:
-    """A CLIP text tower."""
+    """The sizes of a CLIP text tower."""
 
     width: int
     depth: int
@@ -45,36 +45,37 @@ class Text:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture and its sizes. None: the names and shapes do not say.
+    """An architecture and its sizes, as far as names and shapes determine them; None stands for an unknown size.
 
-    Of post-norm (EVA02-CLIP-E) they never say anything, and a plain MLP of it looks like EVA-01. The same tensors under the
-    same names are EVA-01 and timm's `Eva`, EVA-L's classifier and timm's `VisionTransformer`: then `schemes` names both.
+    Post-norm (EVA02-CLIP-E) leaves no trace in names and shapes, and with a plain MLP looks like EVA-01. EVA-01 and timm's `Eva`
+    have the same tensors under the same names, and so do EVA-L's classifier and timm's `VisionTransformer`; `schemes` then has
+    both.
     """
 
     name: Name
-    """EVA-01: q and v biases (also BEiT). EVA-02: SwiGLU, q, k and v apart, or rotary tables. ViT: one bias for q, k and v;
-    with a decoder beside it EVA-L, whose classifiers are plain ViTs."""
+    """EVA-01 has q and v biases (as BEiT). EVA-02 has SwiGLU, separate q, k and v, or rotary tables. ViT has one bias for q, k
+    and v; EVA-L is a ViT with a decoder beside it, and its classifiers are plain ViTs."""
     schemes: tuple[Scheme, ...]
     form: Form
-    """A head on the class token without `visual.` counts as a classifier's."""
+    """Task of the model. A head on the class token counts as a classifier's, unless the names begin with `visual.`."""
     prefix: str
-    """Of the trunk's names."""
+    """Prefix of the trunk's names."""
     width: int
     depth: int
     hidden: int
-    """Of the MLP; for a packed SwiGLU, of one half."""
+    """Hidden width of the MLP; of one half, for a packed SwiGLU."""
     patch: tuple[int, int] | None
     positions: int | None
     """Rows of the absolute position table."""
     tokens: int | None
-    """Patches; rows and columns must be told."""
+    """Number of patches; rows and columns do not follow from shapes."""
     heads: int | None
     head: int | None
-    """Classes, target width, or CLIP's embedding."""
+    """Outputs of the head: classes, target width, or width of CLIP's shared space."""
     class_token: bool = True
     registers: int = 0
     norms: tuple[str, ...] = ()
-    """Of `norm` (all tokens) and `fc_norm` (their mean)."""
+    """Norms present: `norm` (of all tokens), `fc_norm` (of their mean)."""
     qkv: Qkv = "fused"
     bias: Bias = "q, k, v"
     mlp: Mlp = "plain"
@@ -83,13 +84,14 @@ class Family:
     layer_scale: bool = False
     relative: Relative = "none"
     rope: bool | None = None
-    """True: rotary tables are there. False: the original code stores none. None: timm never stores them."""
+    """True: rotary tables are present. False: the original code would store them, and there are none. None: timm never stores
+    them."""
     decoder: tuple[int, int] | None = None
-    """(width, depth) of EVA-L's."""
+    """(width, depth) of EVA-L's decoder."""
     text: Text | None = None
 
     def timm_class(self) -> str:
-        """The class of timm that holds the trunk. Raises UserError where there is none."""
+        """Returns the name of timm's class for the trunk. Raises UserError if timm has none."""
         if self.name == "OpenAI CLIP":
             return "VisionTransformer"
         relative = self.relative != "none"
@@ -109,9 +111,9 @@ class Family:
 
 
 def detect(weights: Mapping[str, Any]) -> Family:
-    """The family of a state dict, whose values need nothing but a `shape`.
+    """Returns the family of a state dict; of the values only `shape` is used.
 
-    Every name must be understood and every block whole. Raises UserError with what was seen and what is missing.
+    Raises UserError with the names found and the names missing, if a name is unknown or a block incomplete.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     check_shapes(shapes)
@@ -137,7 +139,8 @@ def detect(weights: Mapping[str, Any]) -> Family:
 def _sort(
     shapes: dict[str, Shape], prefix: str
 ) -> tuple[dict[str, Shape], dict[str, Shape], dict[str, Shape], list[str]]:
-    """(trunk without its prefix, what only a masked model has outside it, text tower, names of none of them)."""
+    """Splits tensors into (trunk without its prefix, tensors of a masked model outside the trunk, text tower, names of none of
+    them)."""
     outer = "model." if prefix.startswith("model.") else ""
     trunk, outside, text, unknown = {}, {}, {}, []
     for name, shape in shapes.items():
@@ -157,7 +160,7 @@ def _family(
     trunk: dict[str, Shape], layout: Layout, prefix: str, head: int | None, decoder: tuple[int, int] | None, masked: bool,
     text: Text | None,
 ) -> Family:
-    """The record of names that are understood and whole."""
+    """Returns the Family of a trunk whose names are known and complete."""
     block, rope, cls = layout.block, trunk.get("rope.freqs_cos"), "cls_token" in trunk
     bias: Bias = "q, k, v" if "attn.qkv.bias" in block else "none"
     if "attn.q_bias" in block or "attn.q_proj.bias" in block:
@@ -198,7 +201,8 @@ def _name(trunk: dict[str, Shape], layout: Layout, bias: Bias, decoder: bool) ->
 
 
 def _heads(trunk: dict[str, Shape], block: dict[str, Shape]) -> int | None:
-    """From a table of relative positions, or from the width of one head in a rotary table or a norm of the queries."""
+    """Returns the heads, read from a table of relative positions, or from a head's width in a rotary table or a norm of the
+    queries."""
     tables = [shape[1] for name, shape in trunk.items() if "relative_position_bias_" in name]
     widths = [trunk["rope.freqs_cos"][1]] if "rope.freqs_cos" in trunk else []
     widths += [block["attn.q_norm.weight"][0]] if "attn.q_norm.weight" in block else []
@@ -218,7 +222,8 @@ def _relative(trunk: dict[str, Shape]) -> Relative:
 
 
 def _tokens(positions: int, prefix: int) -> int | None:
-    """Patches of a position table: timm can leave the prefix rows out, which shows where only one of the two is a square."""
+    """Returns the number of patches of a position table of `positions` rows. timm may leave out the prefix rows; then only one
+    of the two counts is a square."""
     squares = [count for count in {positions - prefix, positions} if count > 0 and math.isqrt(count) ** 2 == count]
     return positions if not prefix else squares[0] if len(squares) == 1 else None
 
@@ -237,7 +242,7 @@ def _text(names: dict[str, Shape]) -> Text | None:
 
 
 def _openai(shapes: dict[str, Shape]) -> Family:
-    """OpenAI's ViT CLIP, whole or the image tower alone."""
+    """Returns the family of OpenAI's ViT CLIP, whole or the image tower alone."""
     text = {name: shape for name, shape in shapes.items() if TEXT.fullmatch(name)}
     numbers = {name for name in OPENAI_NUMBERS if name in shapes}
     visual = {name.removeprefix("visual."): shape for name, shape in shapes.items() if OPENAI_VISUAL.fullmatch(name)}

@@ -1,7 +1,7 @@
-"""Hugging Face's transformers: its names to ours, CLIP's also back, its configurations, and its models' outputs.
+"""Hugging Face's transformers: names to ours (CLIP's also back), configurations, and outputs of its models.
 
-transformers 5 renames tensors when it loads a file, and back when it saves one. Tables here are of files; `for_module` gives a
-model in memory its names. Sources: models and `conversion_mapping.py` of transformers 5.23.
+transformers 5 renames tensors when it loads a file, and back when it saves one. The tables here have the names in files;
+`for_module` translates them to those of a model in memory. Sources: models and `conversion_mapping.py` of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ CLASSES = {
     "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
     "vit": ("ViTModel", "ViTForImageClassification"),
 }
-"""`model_type` -> the classes whose weights are known here; the first stands for a configuration that names none."""
+"""`model_type` -> supported classes; the first is assumed if a configuration names none."""
 FIELDS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "use_swiglu_ffn",
           "hidden_act", "layer_norm_eps", "qkv_bias", "image_size", "patch_size", "num_channels", "num_register_tokens",
           "use_mask_token", "projection_dim", "vocab_size", "max_position_embeddings", "eos_token_id", "num_labels"}
-"""Of a configuration, what `build` believes. Others change no number, or make transformers fetch code (attention kernels)."""
+"""Fields of a configuration that `build` uses. Other fields change no number, or make transformers fetch code (attention
+kernels)."""
 MAX_LAYERS, MAX_SIZE = 1000, 1_000_000
-"""Of a configuration; more is a broken or hostile file, which would take long to build."""
+"""Largest number of layers and largest size in a configuration; larger ones come from broken or hostile files and would take
+long to build."""
 
 _CLIP = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding", "visual.proj": "visual_projection.weight",
@@ -53,7 +55,7 @@ _VIT = {"norm1.*": "layernorm_before.*", "norm2.*": "layernorm_after.*", "mlp.fc
 _DINOV2 = {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
            **{name: name for name in ("norm1.*", "norm2.*", "mlp.fc1.*", "mlp.fc2.*")}}
 _SWIGLU = {"mlp.fc1.*": "mlp.weights_in.*", "mlp.fc2.*": "mlp.weights_out.*"}
-"""Our name: a file's. * is weight and bias; | ends what q, k and v have in common."""
+"""Our name -> name in a file. * stands for weight and bias; the text before the first | is common to q, k and v."""
 _TEXT_HIDDEN = "transformer.resblocks.0.mlp.c_fc.weight"
 _TURNED = ("visual.proj", "text_projection")
 """Matrices that OpenAI multiplies from the right."""
@@ -68,11 +70,11 @@ _IN_MEMORY = (
     ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj"),
     ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"), ("mlp.weights_out", "mlp.down_proj"),
 )
-"""In this order: part of a name in a file -> of the same tensor in transformers 5."""
+"""Part of a name in a file -> part of the same tensor's name in transformers 5; applied in this order."""
 
 
 def _table(kind: str, packed: bool = False) -> dict[str, list[str]]:
-    """Our name -> the one of a file, or the three of q, k and v; N is a block's number."""
+    """Returns our name -> name in a file, or the three names of q, k and v; N stands for a block's number."""
     if kind in ("clip", "clip_vision_model"):
         rows = dict(_CLIP)
         for ours, theirs in {"visual.": "vision_model.", "": "text_model."}.items():
@@ -93,7 +95,7 @@ def _table(kind: str, packed: bool = False) -> dict[str, list[str]]:
 
 
 def _numbered(name: str) -> tuple[str, str]:
-    """A name with N for its first number, and `.number.`."""
+    """Returns a name with N for its first number, and `.number.`."""
     found = re.search(r"\.\d+\.", name)
     return (name.replace(found[0], ".N.", 1), found[0]) if found else (name, "")
 
@@ -106,10 +108,10 @@ def _kind(config: Mapping[str, Any]) -> str:
 
 
 def from_transformers(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Converted:
-    """A file of transformers -> ours: open_clip's flat `CLIP` names, or timm's of a ViT or `vit_*_dinov2`.
+    """Renames a file of transformers to ours: open_clip's flat `CLIP` names, or timm's of a ViT or `vit_*_dinov2`.
 
-    timm's DINOv2 with registers has no position for the class token: it is added to the token. Raises UserError for another
-    `model_type`, for a tensor without a place, and for an image tower without projection.
+    timm's DINOv2 with registers has no position for the class token: its position is added to the token. Raises UserError for
+    another `model_type`, for a tensor without a place, and for an image tower without projection.
     """
     kind = _kind(config)
     table = _table(kind, any(".mlp.weights_in." in name for name in weights))
@@ -146,10 +148,10 @@ def to_transformers(
     weights: Mapping[str, Tensor], family: Family, *, heads: int, image_size: int, eps: float,
     activation: Literal["gelu", "quick_gelu"] = "gelu", text_heads: int | None = None,
 ) -> tuple[Converted, dict[str, Any]]:
-    """OpenAI's CLIP, whole or its image tower -> (a file of transformers, its config.json).
+    """Renames OpenAI's CLIP, whole or its image tower, to a file of transformers; returns the file's tensors and its config.json.
 
-    Names and shapes do not tell the heads, the side of the image in pixels, the eps of the norms, the activation and the heads of
-    the text tower. Raises UserError for a size that does not fit.
+    The heads of both towers, the image's side in pixels, the eps of the norms and the activation do not follow from names and
+    shapes. Raises UserError for a size that does not fit.
     """
     kind = "clip" if family.text else "clip_vision_model"
     table, report, made = _table(kind), KeyReport(), dict[str, Tensor]()
@@ -166,7 +168,7 @@ def _config(
     weights: Mapping[str, Tensor], family: Family, kind: str, common: dict[str, Any],
     heads: int, text_heads: int | None, size: int,
 ) -> dict[str, Any]:
-    """The content of config.json. Raises UserError for a size that does not fit."""
+    """Returns the content of config.json. Raises UserError for a size that does not fit."""
     words, (side, width) = family.text, family.patch or (1, 0)
     for what, tower, count in ("heads", family, heads), ("text_heads", words, text_heads):
         if tower and (not count or tower.width % count):
@@ -181,7 +183,7 @@ def _config(
     if words is None:
         return top | vision
     hidden = next(len(value) for name, value in weights.items() if name.removeprefix("text.") == _TEXT_HIDDEN)
-    # 2 as the end token stands for open_clip's rule: the feature is taken where the largest id is
+    # 2 as the end token stands for open_clip's rule: the feature is taken at the largest id
     language = common | {
         "num_attention_heads": text_heads, "hidden_size": words.width, "num_hidden_layers": words.depth,
         "max_position_embeddings": words.context, "intermediate_size": hidden, "projection_dim": family.head,
@@ -191,9 +193,9 @@ def _config(
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """The model of a config.json, with fresh weights and without ViT's pooler. No code but the installed library's is used.
+    """Builds the model of a config.json with fresh weights and without ViT's pooler, by the code of the installed library alone.
 
-    Raises UserError for a class that is not known here, and for values of which transformers makes no model.
+    Raises UserError for an unsupported class, and for values from which transformers makes no model.
     """
     kind = _kind(config)
     name = at(config, "architectures", 0) or CLASSES[kind][0]
@@ -226,7 +228,7 @@ def _believed(config: Any) -> dict[str, Any]:
 
 
 def for_module(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """A file's tensors under the names of a model in memory; those that the model has no place for are left out."""
+    """Returns a file's tensors under the names of a model in memory, without those that the model lacks."""
     here = module.state_dict().keys()
     made: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -243,10 +245,10 @@ def for_module(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Te
 
 @torch.inference_mode()
 def outputs(module: Any, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
-    """What a model says about normalised images [B, 3, H, W] and token ids [B, L], under the names of `parity.outputs`.
+    """Returns a model's outputs for normalised images [B, 3, H, W] and token ids [B, L], under the names of `parity.outputs`.
 
-    CLIP: `image` and `text` [B, C], not normalised, and `scale`. ViT and DINOv2: `tokens` [B, N, D] after the norm; `answer`
-    [B, K] of a ViT's head.
+    CLIP returns `image` and `text` [B, C], not normalised, and `scale`. ViT and DINOv2 return `tokens` [B, N, D] after the norm,
+    and a ViT with a head `answer` [B, K].
     """
     module.eval()
     if hasattr(module, "visual_projection"):
@@ -261,7 +263,7 @@ def outputs(module: Any, images: Tensor, tokens: Tensor | None = None) -> dict[s
 
 
 def preprocessor(mean: Sequence[float], std: Sequence[float], size: int) -> dict[str, Any]:
-    """The content of preprocessor_config.json: shorter side to `size` (bicubic), crop of the middle, normalise."""
+    """Returns the content of preprocessor_config.json: shorter side to `size` pixels (bicubic), centre crop, normalisation."""
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_resize": True, "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,

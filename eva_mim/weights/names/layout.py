@@ -1,4 +1,4 @@
-"""How the blocks of a ViT are made and whose names they have, read off the shapes of a trunk."""
+"""Structure and naming scheme of a ViT's blocks, read from the names and shapes of a trunk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eva_mim.weights.names.name_tables import BUFFER, DECOUPLED, ROOT, TIMM_ONLY
 
 Shape = tuple[int, ...]
 Scheme = Literal["eva", "timm", "open_clip", "openai", "stage"]
-"""Whose names: the original code's, a library's, OpenAI's, or those of a student in training (`trunk.`, `model.`)."""
+"""Naming scheme: the original code's, a library's, OpenAI's, or that of a student in training (`trunk.`, `model.`)."""
 RANKS = {
     **dict.fromkeys(["patch_embed.proj.weight", "visual.conv1.weight"], 4),
     **dict.fromkeys(["pos_embed", "cls_token", "reg_token", "mask_token", "decoder_pos_embed"], 3),
@@ -27,21 +27,22 @@ RANKS = {
 }
 """End of a name -> number of dimensions, for tensors whose sizes are read."""
 MAX_NAMES = 100_000
-"""The largest models have a few thousand; more is a broken or hostile file, and would take long to look through."""
+"""Largest number of tensors. The largest models have a few thousand; more come from broken or hostile files and take long to
+scan."""
 OWN_SCHEME: dict[str, Scheme] = {"trunk.": "stage", "model.visual.trunk.": "stage", "visual.trunk.": "open_clip"}
-"""Prefix of the trunk -> scheme, where the prefix alone says it."""
+"""Prefix of the trunk -> scheme, for prefixes that determine the scheme alone."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What all blocks of a trunk have in common."""
+    """The structure that all blocks of a trunk share."""
 
     schemes: tuple[Scheme, ...]
     depth: int
     qkv: Qkv
     mlp: Mlp
     block: dict[str, Shape]
-    """Shapes of one block's tensors, by the name without `blocks.N.`."""
+    """Shapes of one block's tensors, by name without `blocks.N.`."""
 
     @property
     def hidden(self) -> int:
@@ -51,7 +52,8 @@ class Layout:
 
 
 def check_shapes(shapes: Mapping[str, Shape]) -> None:
-    """Raise UserError for too many tensors, or one that is empty or has not as many dimensions as its name asks for."""
+    """Raises UserError for too many tensors, for an empty one, and for one without the number of dimensions that its name
+    requires."""
     if len(shapes) > MAX_NAMES:
         raise UserError(f"checkpoint: {len(shapes)} tensors; a model has at most {MAX_NAMES}")
     for name, shape in shapes.items():
@@ -63,9 +65,9 @@ def check_shapes(shapes: Mapping[str, Shape]) -> None:
 
 
 def read_layout(trunk: Mapping[str, Shape], prefix: str, outside: Iterable[str]) -> Layout:
-    """Of a trunk, whose names stood below `prefix` beside the original names `outside` of a predicting head.
+    """Returns the layout of a trunk, whose names stood below `prefix` beside the original names `outside` of a predicting head.
 
-    Raises UserError for blocks that differ, parts that are missing, names of two schemes at once and unknown names.
+    Raises UserError for blocks that differ, missing parts, a mixture of two schemes, unknown names, and two biases of q and v.
     """
     blocks = same_blocks(trunk, "blocks.")
     block = blocks[0]
@@ -76,11 +78,15 @@ def read_layout(trunk: Mapping[str, Shape], prefix: str, outside: Iterable[str])
         refuse(trunk, missing)
     if unknown := [name for name in trunk if not _understood(name, layout)]:
         raise UserError(f"checkpoint: {len(unknown)} tensors belong to no model that is known here: {few(unknown)}")
+    if {"attn.q_bias", "attn.qkv.bias"} <= block.keys():
+        raise UserError("checkpoint: two biases of q and v in every block, attn.qkv.bias beside attn.q_bias and attn.v_bias; no "
+                        "model adds both, remove one")
     return layout
 
 
 def same_blocks(names: Mapping[str, Shape], stem: str, what: str = "") -> list[dict[str, Shape]]:
-    """Shapes of each block `stem`N, by the rest of the name. Raises UserError unless blocks from 0 on are there and alike."""
+    """Returns the shapes of each block `stem`N by the rest of the name. Raises UserError unless the blocks are alike and
+    numbered from 0."""
     blocks: dict[int, dict[str, Shape]] = {}
     for name, shape in names.items():
         digits, _, rest = name.removeprefix(stem).partition(".")
@@ -111,7 +117,8 @@ def _mlp(block: dict[str, Shape]) -> Mlp:
 def _schemes(
     trunk: Mapping[str, Shape], block: dict[str, Shape], qkv: Qkv, mlp: Mlp, prefix: str, outside: Iterable[str]
 ) -> tuple[Scheme, ...]:
-    """Whose names these are; the original code and timm share many. Raises UserError for a mixture."""
+    """Returns the schemes that have these names; the original code and timm share many. Raises UserError for a mixture of
+    both."""
     if prefix in OWN_SCHEME:
         return (OWN_SCHEME[prefix],)
     table = block_names(qkv, mlp)
@@ -129,7 +136,7 @@ def _schemes(
 
 
 def _understood(name: str, layout: Layout) -> bool:
-    """Some model of the scheme has this tensor in its trunk."""
+    """True if a model of the scheme has this tensor in its trunk."""
     table = block_names(layout.qkv, layout.mlp)
     found = split_block(name)
     if name in ROOT or (found and found[0] == "blocks" and found[2] in (table if _original(layout) else table.values())):
@@ -144,7 +151,7 @@ def _original(layout: Layout) -> bool:
 
 
 def _missing(trunk: Mapping[str, Shape], layout: Layout) -> list[str]:
-    """What a trunk of this layout must have and has not."""
+    """Returns the names that a trunk of this layout requires and lacks."""
     block, table = layout.block, block_names(layout.qkv, layout.mlp)
     optional = (
         "attn.inner_attn_ln", "mlp.ffn_ln", "attn.norm", "mlp.norm", "attn.qkv.bias", "attn.q_proj.bias", "attn.v_proj.bias",
@@ -170,7 +177,7 @@ def _missing(trunk: Mapping[str, Shape], layout: Layout) -> list[str]:
 
 
 def refuse(names: Iterable[str], missing: list[str]) -> NoReturn:
-    """Raise UserError with what was seen, counted by the first part of the names, and what is missing."""
+    """Raises UserError with the names found, counted by their first part, and the names missing."""
     seen = Counter(name.partition(".")[0] for name in names)
     listing = ", ".join(f"{name} ({count})" for name, count in seen.most_common(12)) or "nothing"
     hint = ""

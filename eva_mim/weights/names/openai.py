@@ -1,4 +1,4 @@
-"""OpenAI's CLIP names: to open_clip's and back, and its image tower to timm's."""
+"""OpenAI's CLIP names, translated to open_clip's and back, and its image tower's to timm's."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _STEM = "transformer.resblocks."
 
 
 def from_openai(weights: Mapping[str, Tensor], family: Family | None = None, *, custom_text: bool = False) -> Converted:
-    """OpenAI's CLIP -> open_clip's `CLIP`, which has the same flat names, or with `custom_text` its `CustomTextCLIP`.
-    `family`: of `weights`, where known."""
+    """Renames OpenAI's CLIP to open_clip's `CLIP`, whose names are as flat, or with `custom_text` to its `CustomTextCLIP`.
+    `family` is that of `weights`, if known."""
     expect_scheme(weights, "openai", family=family)
     report, made = KeyReport(), {}
     for name, value in weights.items():
@@ -37,17 +37,18 @@ def from_openai(weights: Mapping[str, Tensor], family: Family | None = None, *, 
 
 
 def to_openai(weights: Mapping[str, Tensor]) -> Converted:
-    """open_clip's names of an OpenAI architecture -> OpenAI's flat ones."""
+    """Renames an OpenAI architecture from open_clip's names to OpenAI's flat ones."""
     expect_scheme(weights, "openai", "open_clip", needs="OpenAI CLIP")
     made = {name.removeprefix("text.") if TEXT.fullmatch(name) else name: value for name, value in weights.items()}
     return Converted(made, KeyReport(loaded=list(made)))
 
 
 def openai_to_timm(weights: Mapping[str, Tensor], family: Family | None = None) -> Converted:
-    """The image tower -> timm's `vit_*_clip_quickgelu_*`: pre-norm, QuickGELU, LayerNorm eps 1e-5, class token, head.
+    """Renames OpenAI's image tower to timm's `vit_*_clip_quickgelu_*`: pre-norm, QuickGELU, LayerNorm eps 1e-5, class token,
+    head.
 
-    OpenAI's projection, [D, C], is the head's weight turned; timm's head has a bias, which is new and zero. `family`: of
-    `weights`, where known.
+    OpenAI's projection, [D, C], is transposed to the head's weight; timm's head has a bias, which is new and zero. `family` is
+    that of `weights`, if known.
     """
     expect_scheme(weights, "openai", "open_clip", needs="OpenAI CLIP", family=family)
     report, made = KeyReport(), {}
@@ -70,9 +71,10 @@ def openai_to_timm(weights: Mapping[str, Tensor], family: Family | None = None) 
 
 
 def timm_to_openai(weights: Mapping[str, Tensor]) -> Converted:
-    """The way back: timm's `vit_*_clip_*` -> OpenAI's image tower, below `visual.`.
+    """Renames timm's `vit_*_clip_*` back to OpenAI's image tower, below `visual.`.
 
-    Raises UserError for what that tower lacks or has no place for, a bias of the head that is not zero among it.
+    Raises UserError for a part that this tower lacks, and for a tensor without a place in it, such as a head's bias that is not
+    zero.
     """
     depth = expect_scheme(weights, "timm").depth
     old = [*_ROOT, *(f"{module}.{leaf}" for module in _MODULES for leaf in ("weight", "bias"))]

@@ -1,4 +1,4 @@
-"""Any checkpoint under our names: what a conversion and a hand-over start from."""
+"""Any checkpoint under our names, as conversions and hand-overs take it."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ from eva_mim.weights.names.openai import from_openai, openai_to_timm
 
 @dataclass(frozen=True)
 class NamedCheckpoint:
-    """A checkpoint, renamed but not read: its tensors are read when they are wanted (`deferred.real`)."""
+    """A renamed checkpoint; its tensors stay in their file until their values are used (`lazy.materialise`)."""
 
     checkpoint: Checkpoint
     description: Description
-    """What the files beside it say."""
+    """Content of the configuration files beside the checkpoint."""
     scheme: str
-    """Whose names the file has: "eva", "timm", "open_clip", "openai", "stage" or "transformers"."""
+    """Naming scheme of the file: "eva", "timm", "open_clip", "openai", "stage" or "transformers"."""
     weights: dict[str, Tensor]
     """A trunk under timm's names, or a whole CLIP model under open_clip's."""
     outside: dict[str, Tensor]
-    """What only a masked model has, as in the `head.safetensors` of our stages."""
+    """Tensors of a masked model outside its trunk, as in the `head.safetensors` of our stages."""
     report: KeyReport
     family: Family | None
-    """Of `weights`; None for an architecture that names and shapes do not tell, such as a convolutional one."""
+    """Family of `weights`; None for an architecture that names and shapes do not determine, such as a convolutional one."""
     unknown: str | None = None
-    """Why there is no family."""
+    """Reason for `family` None."""
     rope: Rope | None = None
     grid: Grid | None = None
-    """Of the source, where its tables or its record tell."""
+    """Patch grid of the source, from its tables or its lineage record; None if unknown."""
 
     @property
     def tower(self) -> bool:
-        """It is the image tower of a CLIP file, alone."""
+        """True for the image tower of a CLIP file, alone."""
         return all(name.startswith("visual.") for name in self.checkpoint)
 
     def trunk(self) -> Converted:
-        """The image tower's timm model. Raises UserError where there is none."""
+        """Returns the image tower's timm model. Raises UserError if there is none."""
         return trunk_of(self.weights, self.family)
 
 
 def trunk_of(weights: dict[str, Tensor], family: Family | None) -> Converted:
-    """The timm model inside a CLIP model, or the trunk as it is. Raises UserError where there is none."""
+    """Returns the timm model inside a CLIP model, or a bare trunk as it is. Raises UserError if there is none."""
     if family is None or not family.prefix:
         return Converted(weights, KeyReport(loaded=list(weights)))
     return visual_trunk(weights, family) if family.prefix == TRUNK else openai_to_timm(weights, family)
 
 
 def read_source(path: str | Path, container: str | None = None) -> NamedCheckpoint:
-    """Open a checkpoint of any kind (see `open_checkpoint`) under our names; headers and small tables are read.
+    """Opens a checkpoint of any format (see `open_checkpoint`) under our names; reads headers and small tables alone.
 
-    Names that are not understood count as timm's of an architecture that is to be named. Raises UserError for what cannot be
-    opened, and for an original checkpoint that timm cannot represent.
+    Unknown names are taken for timm's names of an architecture that the caller must name. Raises UserError for a checkpoint that
+    cannot be opened, and for an original one that timm cannot represent.
     """
     opened = open_checkpoint(path, container)
     if len(opened) > MAX_NAMES:
@@ -97,13 +97,13 @@ def read_source(path: str | Path, container: str | None = None) -> NamedCheckpoi
 
 
 def _scheme(family: Family | None) -> str:
-    """Where names are both ours and another's, they are ours."""
+    """Returns the naming scheme of a file; names that are both ours and another scheme's count as ours."""
     schemes = family.schemes if family else ("timm",)
     return next((ours for ours in ("timm", "open_clip") if ours in schemes and "openai" not in schemes), schemes[0])
 
 
 def _head_beside(path: Path) -> dict[str, Tensor]:
-    """The `head.safetensors` of a masked stage, whose trunk is at `path`."""
+    """Returns the tensors of the `head.safetensors` beside the trunk of a masked stage at `path`; empty if there is none."""
     head = path.with_name("head.safetensors")
     if path.name != "model.safetensors" or not head.is_file():
         return {}
@@ -112,7 +112,8 @@ def _head_beside(path: Path) -> dict[str, Tensor]:
 
 
 def content_hash(path: str | Path, container: str | None = None) -> str:
-    """SHA-256 of the files that hold a checkpoint's tensors: of the one file, or of the hashes of several, by name."""
+    """Returns the SHA-256 of the files that hold a checkpoint's tensors: of the one file, or of the hashes of several, in
+    order of their names."""
     opened = open_checkpoint(path, container)
     files = sorted({piece.file for entry in opened.entries.values() for piece in entry.pieces})
     hashes = [sha256(file) for file in files]
