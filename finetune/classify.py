@@ -62,14 +62,15 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
     """What the loop runs: all of the classifier learns from images."""
+    from eva_mim.data.preparation import LabelledPreparation
     from eva_mim.evaluate.evaluators import ClassifierEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.tasks.labels import Labels
 
     classes, sizes = len(splits.train.classes or ()), [student.image_size]
-    train = train_loader(recipe, splits.train, sizes, recipe.view, pixels=(student.mean, student.std))
-    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes, recipe.view), device)
+    train = train_loader(recipe, splits.train, sizes, recipe.view, LabelledPreparation, pixels=(student.mean, student.std))
+    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes, recipe.view, LabelledPreparation), device)
     return Parts(Labels(student, classes, recipe.mix), train, evaluator, recipe.data.max_broken)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Batch, Source, TrainData
+from eva_mim.core.contracts import FeatureBatch, LabelledBatch, Source, TrainData
 from eva_mim.core.distributed import all_reduce_sum, rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
@@ -18,6 +18,7 @@ from eva_mim.core.log import say
 from eva_mim.core.rng import derive
 from eva_mim.data import too_many
 from eva_mim.data.feature_store import EvalRows, Positions, RowLoader, Rows, cached_features
+from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import HOLD_OUT_SEED, Splits, Subset
 from eva_mim.engine.step import autocast
@@ -38,18 +39,18 @@ def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, devic
     names = [f"lr{lr:g}" for lr in recipe.lrs]
     fixed: dict[str, float] = {}
     train: TrainData
-    val: Iterable[Batch]
-    select: Iterable[Batch]
+    val: Iterable[LabelledBatch] | Iterable[FeatureBatch]
+    select: Iterable[LabelledBatch] | Iterable[FeatureBatch]
     if recipe.probe.cached:
         train, val, select, fixed = _from_features(recipe, student, splits, device)
     else:
         sizes, source = [student.image_size], splits.train
-        val, select = eval_loader(recipe, splits.val, sizes, recipe.view), ()
+        val, select = eval_loader(recipe, splits.val, sizes, recipe.view, LabelledPreparation), ()
         if len(names) > 1:
             kept, aside = set_aside(len(source), recipe.probe.select)
-            select = eval_loader(recipe, Subset(source, aside), sizes, recipe.view)
+            select = eval_loader(recipe, Subset(source, aside), sizes, recipe.view, LabelledPreparation)
             source = Subset(source, kept)
-        train = train_loader(recipe, source, sizes, recipe.view, pixels=(student.mean, student.std))
+        train = train_loader(recipe, source, sizes, recipe.view, LabelledPreparation, pixels=(student.mean, student.std))
     evaluator = ProbeEvaluator(val, select, names, fixed=fixed, device=device)
     return Parts(ProbeTask(student, names, recipe.mix.smoothing), train, evaluator, recipe.data.max_broken)
 
@@ -105,7 +106,7 @@ def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device:
         with autocast(device, recipe.run.precision):
             return student.features(images)
 
-    batches = eval_loader(recipe, source, [student.image_size], recipe.view)
+    batches = eval_loader(recipe, source, [student.image_size], recipe.view, LabelledPreparation)
     return cached_features(facts, batches, features, len(source), device)
 
 

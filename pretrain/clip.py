@@ -78,8 +78,12 @@ class StageRecipe(Recipe):
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Towers, data and evaluator of a recipe."""
+    from functools import partial
+
     from eva_mim.core.files import write_json, write_weights
     from eva_mim.core.report import KeyReport
+    from eva_mim.data.preparation import ImageTextPreparation
+    from eva_mim.data.prompts import prompt_templates
     from eva_mim.data.subset import open_splits
     from eva_mim.evaluate.evaluators import ClipEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
@@ -97,8 +101,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     student = ClipStudent(settings)
     tokenize = student.tokenizer()
     sizes = [student.image_size]
+    paired = partial(ImageTextPreparation, tokenize=tokenize, templates=prompt_templates(recipe.data.templates))
     evaluator = ClipEvaluator(
-        eval_loader(recipe, splits.val, sizes, recipe.view, tokenize=tokenize),
+        eval_loader(recipe, splits.val, sizes, recipe.view, paired),
         tokenize=tokenize,
         classes=splits.val.classes,
         templates=recipe.data.templates,
@@ -112,7 +117,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_weights(out / "open_clip_model.safetensors", as_open_clip(part(weights, "model.")))
         write_json(out / "open_clip_config.json", student.open_clip_config())
 
-    train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
+    train = train_loader(recipe, splits.train, sizes, recipe.view, paired)
     if settings.init == "clip" and recipe.init_from is not None:
         seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, settings, recipe.hand_over)
     else:

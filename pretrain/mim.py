@@ -70,9 +70,12 @@ class StageRecipe(Recipe):
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Teacher, student, data and evaluator of a recipe."""
+    from functools import partial
+
     from eva_mim.core.files import write_weights
     from eva_mim.core.registry import OBJECTIVES, lookup
     from eva_mim.data.masking import make_mask
+    from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.subset import open_splits
     from eva_mim.evaluate.evaluators import MaskedFeatureEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
@@ -92,11 +95,11 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     task = MaskedFeatures(student, teacher, objective)
     teacher.to(device)
     sizes = [student.image_size, teacher.image_size]
-    mask = make_mask(student.grid, recipe.mask)
+    masked = partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask))
     evaluator = MaskedFeatureEvaluator(
         task,
-        eval_loader(recipe, splits.val, sizes, recipe.view, mask=mask, limit=recipe.evaluate.images),
-        eval_loader(recipe, splits.train, sizes[:1], recipe.view, limit=recipe.evaluate.bank),
+        eval_loader(recipe, splits.val, sizes, recipe.view, masked, recipe.evaluate.images),
+        eval_loader(recipe, splits.train, sizes[:1], recipe.view, LabelledPreparation, recipe.evaluate.bank),
         labelled=splits.val.classes is not None and splits.val.classes == splits.train.classes,
         device=device,
     )
@@ -106,7 +109,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
                    crop_pct=recipe.view.crop_pct)
         write_weights(out / "head.safetensors", {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
-    train = train_loader(recipe, splits.train, sizes, recipe.view, mask=mask)
+    train = train_loader(recipe, splits.train, sizes, recipe.view, masked)
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,

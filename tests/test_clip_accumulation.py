@@ -13,7 +13,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  registers the architectures
-from eva_mim.core.contracts import Batch, Rates, StepOutput
+from eva_mim.core.contracts import ImageTextBatch, Rates, StepOutput
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
@@ -49,16 +49,18 @@ def make_student(kind: str = "clip", name: str = "vit_nano_patch4_32", **more: A
     return ClipStudent(ClipSettings(name=name, embed_dim=16, text=text, **sigmoid, **more)).train()
 
 
-def batches(micro: int, number: int = 0, world: int = 1) -> list[Batch]:
+def batches(micro: int, number: int = 0, world: int = 1) -> list[ImageTextBatch]:
     """Micro-batches of the PAIRS pairs as the loader deals them out to a rank."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     texts = torch.randint(1, 49000, (PAIRS, 12), generator=generator)
     parts = torch.arange(PAIRS).split(micro)[number::world]
-    return [Batch(index=rows, images=images[rows], texts=texts[rows]) for rows in parts]
+    return [ImageTextBatch(rows, images[rows], texts[rows], torch.arange(len(rows))) for rows in parts]
 
 
-def open_clip_step(student: ClipStudent, kind: str, seed: int, parts: list[Batch]) -> tuple[StepOutput, dict[str, Tensor]]:
+def open_clip_step(
+    student: ClipStudent, kind: str, seed: int, parts: list[ImageTextBatch]
+) -> tuple[StepOutput, dict[str, Tensor]]:
     """One step by open_clip's loss of all pairs together and torch's own AdamW, with the gradients; moves the student.
 
     The parts are run in order in one graph: networks draw for each of them as they do for micro-batches.
@@ -76,7 +78,8 @@ def open_clip_step(student: ClipStudent, kind: str, seed: int, parts: list[Batch
 
 
 def local_step(
-    student: ClipStudent, kind: Any, parts: list[Batch], seed: int = 0, chunk: int | None = None, precision: Any = "fp32",
+    student: ClipStudent, kind: Any, parts: list[ImageTextBatch], seed: int = 0, chunk: int | None = None,
+    precision: Any = "fp32",
 ) -> tuple[StepOutput, dict[str, Tensor]]:
     """One step of the local engine, with the gradients (times the loss scale) that it gathered."""
     settings = RunSettings(epochs=1, global_batch=PAIRS, precision=precision)

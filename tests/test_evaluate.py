@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Batch
+from eva_mim.core.contracts import ImageTextBatch, LabelledBatch, MaskedBatch
 from eva_mim.evaluate.evaluators import ClassifierEvaluator, ClipEvaluator, MaskedFeatureEvaluator, by_rank
 from eva_mim.evaluate.features import knn_accuracy, ridge_accuracy
 from eva_mim.students import ClipSettings, MaskedSettings, TextSettings
@@ -30,23 +31,19 @@ def unit(count: int, width: int, seed: int) -> Tensor:
     return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def batches(*, masked: bool = False, texts: Tensor | None = None, sizes: tuple[int, ...] = (5, 4)) -> list[Batch]:
+def batches(*, masked: bool = False, texts: Tensor | None = None, sizes: tuple[int, ...] = (5, 4)) -> list[Any]:
     """Random 32 px pictures with labels 0..2; with masks of different sizes on an 8 x 8 grid, or with texts."""
-    generator, made, first = torch.Generator().manual_seed(3), [], 0
+    generator, made, first = torch.Generator().manual_seed(3), list[Any](), 0
     for size in sizes:
         images = torch.randint(0, 256, (size, 3, 32, 32), generator=generator, dtype=torch.uint8)
         mask = torch.rand(size, 64, generator=generator) < 0.2 + 0.1 * first if masked else None
-        made.append(
-            Batch(
-                index=torch.arange(first, first + size),
-                images=images,
-                masked=mask,
-                target_index=mask.flatten().nonzero()[:, 0] if mask is not None else None,
-                labels=torch.randint(0, 3, (size,), generator=generator),
-                texts=texts[first : first + size] if texts is not None else None,
-                text_owner=torch.arange(size) if texts is not None else None,
-            )
-        )
+        index, labels = torch.arange(first, first + size), torch.randint(0, 3, (size,), generator=generator)
+        if mask is not None:
+            made.append(MaskedBatch(index, {32: images}, mask, mask.flatten().nonzero()[:, 0], labels=labels))
+        elif texts is not None:
+            made.append(ImageTextBatch(index, images, texts[first : first + size], torch.arange(size), labels=labels))
+        else:
+            made.append(LabelledBatch(index, images, labels))
         first += size
     return made
 
@@ -135,7 +132,7 @@ def test_all_captions_of_an_image_count_whatever_the_order_of_the_images() -> No
     said = {4: ["a", "b"], 0: ["c"], 3: ["d", "a", "e"], 1: ["f"], 2: ["g", "g", "h"]}
     pixels = {index: torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8) for index in said}
     val = [
-        Batch(
+        ImageTextBatch(
             index=torch.tensor(part),
             images=torch.stack([pixels[index] for index in part]),
             texts=tokenize([text for index in part for text in said[index]]),
@@ -177,7 +174,7 @@ def test_openai_templates_make_eighty_prompts_a_class_in_bounded_chunks() -> Non
     classes = [f"thing {number}" * (number + 1) for number in range(7)]
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     labels = torch.tensor([0, 3, 6])
-    batch = Batch(torch.arange(3), images, labels=labels, texts=torch.arange(1, 7).view(3, 2), text_owner=torch.arange(3))
+    batch = ImageTextBatch(torch.arange(3), images, torch.arange(1, 7).view(3, 2), torch.arange(3), labels=labels)
     student = Codes()
     found = ClipEvaluator([batch], tokenize=tokenize, classes=classes, templates="openai", device=CPU)(student, nullcontext)
     expected = [make(name) for name in classes for make in open_clip.OPENAI_IMAGENET_TEMPLATES]
@@ -240,11 +237,11 @@ def test_masked_feature_figures_are_those_of_loops() -> None:
     def loop(stripes: bool) -> tuple[list[float], list[Tensor]]:
         cosines, targets = [], []
         for batch in val:
-            masked = batch.masked if not stripes else torch.tensor([[n % 2 == 0 for n in range(64)]] * len(batch.images))
+            masked = batch.masked if not stripes else torch.tensor([[n % 2 == 0 for n in range(64)]] * batch.size)
             assert masked is not None
-            prediction = iter(student(batch.images, masked, masked.flatten().nonzero()[:, 0]).double())
-            spatial = teacher(batch.images).spatial.double()
-            for row in range(len(batch.images)):
+            prediction = iter(student(batch.views[32], masked, masked.flatten().nonzero()[:, 0]).double())
+            spatial = teacher(batch.views[32]).spatial.double()
+            for row in range(batch.size):
                 for patch in range(64):
                     if masked[row, patch]:
                         p, t = next(prediction), spatial[row, patch]
@@ -263,11 +260,12 @@ def test_masked_feature_figures_are_those_of_loops() -> None:
     rivals = F.normalize(best + 0.1 * torch.randn(200, 128, dtype=torch.float64), dim=-1)
     assert (stacked @ rivals.T).mean(0).max() < found["cosine_of_mean"]
 
-    features = [F.normalize(torch.cat([student.summary(b.images) for b in side]), dim=-1) for side in (val, bank)]
+    seen = [batch.views[32] for batch in val], [batch.images for batch in bank]
+    features = [F.normalize(torch.cat([student.summary(images) for images in side]), dim=-1) for side in seen]
     labels = [torch.cat([b.labels for b in side if b.labels is not None]) for side in (val, bank)]
     assert found["knn_top1"] == pytest.approx(brute_knn(features[0], labels[0], features[1], labels[1], 20))
     assert found["ridge_top1"] == pytest.approx(ridge_accuracy(features[0], labels[0], features[1], labels[1]))
-    tokens = [F.normalize(torch.cat([student.tokens(b.images)[:, 0] for b in side]), dim=-1) for side in (val, bank)]
+    tokens = [F.normalize(torch.cat([student.tokens(images)[:, 0] for images in side]), dim=-1) for side in seen]
     assert found["knn_class_top1"] == pytest.approx(brute_knn(tokens[0], labels[0], tokens[1], labels[1], 20))
     spread = np.mean([np.std(features[0][:, d].double().numpy(), ddof=1) for d in range(96)]) * math.sqrt(96)
     assert found["feature_std"] == pytest.approx(spread, abs=1e-6)
@@ -279,12 +277,13 @@ def test_without_masks_every_patch_counts() -> None:
     torch.manual_seed(0)
     student = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128).eval()
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
-    val = batches()
+    images = [batch.images for batch in batches()]
+    val = [MaskedBatch(torch.arange(len(pixels)), {32: pixels}) for pixels in images]
     found = MaskedFeatureEvaluator(
         MaskedFeatures(student, teacher, masked_cosine), val, [], labelled=False, device=CPU
     )(student, nullcontext)
-    said = torch.cat([student(b.images, None, torch.arange(len(b.images) * 64)) for b in val])
-    wanted = torch.cat([teacher(b.images).spatial.flatten(0, 1) for b in val])
+    said = torch.cat([student(pixels, None, torch.arange(len(pixels) * 64)) for pixels in images])
+    wanted = torch.cat([teacher(pixels).spatial.flatten(0, 1) for pixels in images])
     expected = F.cosine_similarity(said.double(), wanted.double(), dim=-1).mean()
     assert found["cosine"] == pytest.approx(float(expected), abs=1e-6)
     assert "cosine_stripes" not in found

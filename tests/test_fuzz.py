@@ -27,7 +27,8 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.settings import override, parse, read_yaml
 from eva_mim.data import ColumnSettings, DataSettings
-from eva_mim.data.loader import Item, Preparation, Reader
+from eva_mim.data.loader import Reader
+from eva_mim.data.preparation import Item, MaskedPreparation
 from eva_mim.data.sampler import Place
 from eva_mim.data.sources.captions import record_captions
 from eva_mim.data.sources.folder import open_folder
@@ -117,7 +118,7 @@ def read_all(opener: Callable[[], Source | None]) -> int:
         return 0
     assert source is not None
     assert 0 < len(source) < 1000
-    reader = Reader(source, Preparation(EvalView([16]), 0, training=False))
+    reader = Reader(source, MaskedPreparation(EvalView([16]), 0, training=False))
     found = [reader[Place(0, index)] for index in range(len(source))]
     assert all(isinstance(item, Item) or str(item) for item in found)
     return sum(isinstance(item, Item) for item in found)

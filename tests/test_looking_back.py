@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eva_mim.commands.evaluate import table
-from eva_mim.core.contracts import Batch, StepOutput
+from eva_mim.core.contracts import FeatureBatch, StepOutput
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.run.diagnose import diagnose, first_bad, largest_of
 from eva_mim.run.meter import Meter
@@ -120,17 +120,17 @@ class Mean:
 
     student = nn.Identity()
 
-    def loss(self, student: nn.Module, batch: Batch) -> StepOutput:
+    def loss(self, student: nn.Module, batch: FeatureBatch) -> StepOutput:
         """Mean output."""
-        return StepOutput(student(batch.images.float()).mean(), {})
+        return StepOutput(student(batch.features).mean(), {})
 
-    def terms(self, batch: Batch) -> None:
+    def terms(self, batch: FeatureBatch) -> None:
         """Not weighed."""
 
 
 def test_the_first_bad_layer_is_where_infinity_begins() -> None:
     module = Chain()
-    batch = Batch(index=torch.arange(2), images=torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.uint8))
+    batch = FeatureBatch(torch.arange(2), torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), torch.zeros(2))
     found = diagnose(Mean(), module, batch, torch.enable_grad, loss_scale=2.0)  # type: ignore[arg-type]
     assert found.layers["one"] == pytest.approx({"output": 8.0, "weight": 1.0, "gradient": found.layers["one"]["gradient"]})
     assert found.layers["two"]["output"] == pytest.approx(26e30, rel=1e-6)

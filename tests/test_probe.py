@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Batch, Rates
+from eva_mim.core.contracts import FeatureBatch, LabelledBatch, Rates
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data.feature_store import ABANDONED, EvalRows, RowLoader, Rows, cached_features
+from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import Subset, open_splits
 from eva_mim.engine import RunSettings
@@ -103,14 +104,14 @@ def test_what_is_set_aside_is_not_learned_from() -> None:
         set_aside(1, 0.9)
 
 
-def task_and_rows(scales: list[float]) -> tuple[ProbeTask, list[Batch]]:
+def task_and_rows(scales: list[float]) -> tuple[ProbeTask, list[FeatureBatch]]:
     torch.manual_seed(0)
     student = LinearProbe(ClassifierSettings(name=VIT["name"]), 4, scales=scales)
     generator = torch.Generator().manual_seed(1)
     width = student.trunk.num_features
     batches = [
-        Batch(torch.arange(24), 3 + 2 * torch.randn(24, width, generator=generator),
-              labels=torch.randint(0, 4, (24,), generator=generator))
+        FeatureBatch(torch.arange(24), 3 + 2 * torch.randn(24, width, generator=generator),
+                     torch.randint(0, 4, (24,), generator=generator))
         for _ in range(6)
     ]  # fmt: skip
     return ProbeTask(student, [f"lr{scale:g}" for scale in scales], 0.1), batches
@@ -167,10 +168,10 @@ def test_the_layer_is_chosen_without_the_held_out_images() -> None:
     assert set(ProbeEvaluator(val, [], ["a"], fixed={}, device=CPU)(one, nullcontext)) == {"top1", "top5", "loss"}
 
 
-def some_batches() -> list[Batch]:
+def some_batches() -> list[LabelledBatch]:
     """Images 3, 7, 1, 0, 2 of 8, in this order; the others were broken."""
     images = torch.arange(8).float()[:, None] * torch.ones(8, 5)
-    return [Batch(torch.tensor(own), images[own], labels=torch.tensor(own) % 3) for own in ([3, 7], [1, 0, 2])]
+    return [LabelledBatch(torch.tensor(own), images[own], torch.tensor(own) % 3) for own in ([3, 7], [1, 0, 2])]
 
 
 def test_features_are_made_once_and_lie_in_the_sources_order(cache: Path) -> None:
@@ -279,7 +280,7 @@ def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> Non
     kept, _ = set_aside(len(source), 0.25)
     whole = Rows(torch.randn(len(source), 5), torch.tensor([source.read(i).label for i in range(len(source))]),
                  torch.arange(len(source)))
-    images = train_loader(recipe, Subset(source, kept), [32], recipe.view)
+    images = train_loader(recipe, Subset(source, kept), [32], recipe.view, LabelledPreparation)
     order = {"seed": recipe.run.seed, "global_batch": 24, "micro_batch": 6}
     rows = RowLoader(whole, kept, GlobalOrder(len(kept), **order), source.key)
     assert rows.steps_per_epoch == images.steps_per_epoch == 3
@@ -287,7 +288,7 @@ def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> Non
         assert len(ours) == len(theirs) == 4
         for a, b in zip(ours, theirs, strict=True):
             assert a.index.tolist() == kept[b.index].tolist()
-            assert torch.equal(a.images, whole.features[kept[b.index]])
+            assert torch.equal(a.features, whole.features[kept[b.index]])
             assert torch.equal(a.labels, b.labels)
     assert [sample["key"] for sample in rows.samples(4)] == [sample["key"] for sample in images.samples(4)]
     assert [sample["index"] for sample in rows.samples(4)] == [kept[sample["index"]] for sample in images.samples(4)]
@@ -308,7 +309,7 @@ def test_features_are_the_trunks_on_the_held_out_view(probe: dict[str, Any], cap
     splits = open_splits(recipe.data)
     rows = []
     for source in splits:
-        batches = list(eval_loader(recipe, source, [32], recipe.view))
+        batches = list(eval_loader(recipe, source, [32], recipe.view, LabelledPreparation))
         images = torch.cat([batch.images for batch in batches]).float() / 255
         mean, std = (torch.tensor(trunk.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
         with torch.no_grad():
@@ -318,17 +319,17 @@ def test_features_are_the_trunks_on_the_held_out_view(probe: dict[str, Any], cap
     assert built.parts.evaluator.fixed["ridge_top1"] == pytest.approx(ridge, abs=1e-6)  # type: ignore[attr-defined]
     assert f"ridge_top1 {ridge:.4g}" in capsys.readouterr().err
     for batch in (batch for step in built.parts.train.steps(0, 4) for batch in step):
-        torch.testing.assert_close(batch.images, bank[batch.index], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(batch.features, bank[batch.index], atol=1e-5, rtol=1e-5)
         assert torch.equal(batch.labels, bank_labels[batch.index])
     (held_out,) = built.parts.evaluator.val  # type: ignore[attr-defined]
-    torch.testing.assert_close(held_out.images, queries, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(held_out.features, queries, atol=1e-5, rtol=1e-5)
 
 
 def accuracy(out: Path, tree: dict[str, Any]) -> float:
     """Percent of the held-out images that timm's model in `out` names rightly."""
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     recipe = parse(StageRecipe, tree, "recipe")
-    batches = list(eval_loader(recipe, open_splits(recipe.data).val, [32], recipe.view))
+    batches = list(eval_loader(recipe, open_splits(recipe.data).val, [32], recipe.view, LabelledPreparation))
     images = torch.cat([batch.images for batch in batches]).float() / 255
     mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from eva_mim.core.contracts import Sample
 from eva_mim.data import SceneSettings
-from eva_mim.data.loader import EvalLoader, Preparation
+from eva_mim.data.loader import EvalLoader
+from eva_mim.data.preparation import ImageTextPreparation
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView
 from eva_mim.evaluate import retrieval as module
@@ -120,7 +121,7 @@ def figures_of_this_rank() -> dict[str, float]:
     student = ClipStudent(ClipSettings(name="convnet_nano_32", embed_dim=12, text=text)).eval()
     source = Several(SceneSettings(size=32, val=31), "val")
     tokenize = student.tokenizer()
-    val = EvalLoader(source, Preparation(EvalView([32]), 0, None, tokenize, ("{}",), training=False), 4, 0)
+    val = EvalLoader(source, ImageTextPreparation(EvalView([32]), 0, tokenize, ("{}",), training=False), 4, 0)
     device = torch.device("cpu")
     evaluator = ClipEvaluator(val, tokenize=tokenize, classes=source.classes, templates="simple", device=device)
     with torch.no_grad():

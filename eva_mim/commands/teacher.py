@@ -127,7 +127,7 @@ def measure(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.d
     from eva_mim.data.views import EvalView
 
     view = EvalView([teacher.image_size])
-    images = torch.stack([view(picture, random.Random(0))[0] for picture in pictures])
+    images = torch.stack([view(picture, random.Random(0))[teacher.image_size] for picture in pictures])
     teacher(images[:CHUNK].to(device))  # the first pass is slow
     seconds, lengths, mirrored, total = 0.0, list[Tensor](), list[Tensor](), torch.zeros(())
     for chunk in (part.to(device) for part in torch.split(images, CHUNK)):
@@ -170,7 +170,7 @@ def _crops(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.de
     view, summaries = TrainView(ViewSettings(), [teacher.image_size]), []
     for number in range(2):
         rngs = (random.Random(derive(0, "teacher check", index, number)) for index in range(len(pictures)))
-        images = torch.stack([view(picture, rng)[0] for picture, rng in zip(pictures, rngs, strict=True)])
+        images = torch.stack([view(picture, rng)[teacher.image_size] for picture, rng in zip(pictures, rngs, strict=True)])
         parts = [teacher(part.to(device)).summary.cpu().float() for part in torch.split(images, CHUNK)]
         summaries.append(F.normalize(torch.cat(parts), dim=-1))
     cosines = summaries[0] @ summaries[1].T

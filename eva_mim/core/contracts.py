@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,44 +90,91 @@ class Source(Protocol):
     def read(self, index: int) -> Sample: ...
 
 
+B = TypeVar("B", bound="Batch")
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What one process sees in one forward pass."""
+    """What one process sees in one forward pass; each kind of training has a class of its own below."""
 
     index: Tensor
     """[B] int64, position of each image in its source."""
-    images: Tensor
-    """[B, channels, H, W] uint8, or float32 from 0 to 255: the student's view."""
-    teacher_images: Tensor | None = None
-    """[B, channels, H', W'] of the same type, the same crop at the teacher's size; None when that is the student's size."""
-    masked: Tensor | None = None
-    """[B, N] bool, True where the student does not see the patch."""
-    target_index: Tensor | None = None
-    """[M] int64, positions in the flattened [B * N] of the patches that are predicted: the masked ones. An index needs no
-    host sync, unlike a boolean. None with `masked`: nothing is hidden and every patch is predicted."""
-    labels: Tensor | None = None
-    """[B] int64."""
-    texts: Tensor | None = None
-    """[T, L] int64 token ids: in training one caption an image in the images' order (T = B), held out all captions."""
-    text_owner: Tensor | None = None
-    """[T] int64, row of the image that each text belongs to."""
-    broken: tuple[str, ...] = ()
+    broken: tuple[str, ...] = field(default=(), kw_only=True)
     """Records that could not be read and were replaced: "key: reason"."""
-    grad_cache: GradCacheStep | None = None
-    """Where the loss is of all micro-batches together: what `Task.prepare` found out."""
 
-    def to(self, device: Any) -> Batch:
+    @property
+    def size(self) -> int:
+        """B, the images of the batch."""
+        return len(self.index)
+
+    def to(self: B, device: Any) -> B:
         """The same batch with every tensor on `device` (asynchronously where the memory is pinned)."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
-        """Called by torch's loader; the name is its protocol."""
+    def pin_memory(self: B) -> B:
+        """The same batch in pinned memory. torch's loader calls it; the name is its protocol."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if hasattr(value, "dtype")}
+    def _each(self: B, change: Callable[[Tensor], Tensor]) -> B:
+        changed: dict[str, Any] = {}
+        for name, value in ((known.name, getattr(self, known.name)) for known in fields(self)):
+            if isinstance(value, dict):
+                changed[name] = {key: change(tensor) for key, tensor in value.items()}
+            elif hasattr(value, "dtype"):
+                changed[name] = change(value)
         return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class MaskedBatch(Batch):
+    """Images of which the student does not see some patches."""
+
+    views: dict[int, Tensor]
+    """Side in pixels -> [B, channels, side, side] uint8, or float32 from 0 to 255: one crop of each image at every size that a
+    network asks for."""
+    masked: Tensor | None = None
+    """[B, N] bool, True where the student does not see the patch; None: it sees all."""
+    target_index: Tensor | None = None
+    """[M] int64, positions in the flattened [B * N] of the patches that are predicted: the masked ones. An index needs no
+    host sync, unlike a boolean. None with `masked`: every patch is predicted."""
+    labels: Tensor | None = field(default=None, kw_only=True)
+    """[B] int64, where the images have labels: held-out figures read them, the loss does not."""
+
+
+@dataclass(frozen=True)
+class ImageTextBatch(Batch):
+    """Images and the texts that belong to them."""
+
+    images: Tensor
+    """[B, channels, H, W] uint8, or float32 from 0 to 255."""
+    texts: Tensor
+    """[T, L] int64 token ids: in training one caption an image in the images' order (T = B), held out all captions."""
+    text_owner: Tensor
+    """[T] int64, row of the image that each text belongs to."""
+    labels: Tensor | None = field(default=None, kw_only=True)
+    """[B] int64, where the images have labels: zero-shot figures read them, the loss does not."""
+    grad_cache: GradCacheStep | None = field(default=None, kw_only=True)
+    """Where the loss is of all micro-batches together: what `Task.prepare` found out."""
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Batch):
+    """Images with the classes that they belong to."""
+
+    images: Tensor
+    """[B, channels, H, W] uint8, or float32 from 0 to 255."""
+    labels: Tensor
+    """[B] int64."""
+
+
+@dataclass(frozen=True)
+class FeatureBatch(Batch):
+    """Features of a frozen network in place of its images."""
+
+    features: Tensor
+    """[B, D] fp32."""
+    labels: Tensor
+    """[B] int64."""
 
 
 class Features(NamedTuple):
@@ -191,16 +238,17 @@ class Task(Protocol):
 
     student: nn.Module
 
-    def prepare(self, student: Callable[..., Any], batches: list[Batch]) -> list[Batch]:
+    # `Any` stands for the batch class of the task.
+    def prepare(self, student: Callable[..., Any], batches: list[Any]) -> list[Any]:
         """Once a step, before the first `loss`: the same micro-batches, with what the loss of each needs of
-        all (`Batch.grad_cache`).
+        all (`ImageTextBatch.grad_cache`).
         Every rank must call."""
         return batches
 
-    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+    def loss(self, student: Callable[..., Any], batch: Any) -> StepOutput:
         """The mean loss of one forward pass. `student` is the engine's callable around `self.student`."""
 
-    def terms(self, batch: Batch) -> Tensor | None:
+    def terms(self, batch: Any) -> Tensor | None:
         """How many terms the mean runs over (a scalar), or None when that is the same for every batch."""
 
 
@@ -264,11 +312,11 @@ class Engine(Protocol):
 
 
 class TrainData(Protocol):
-    """An endless order of samples cut into global batches; position = steps done."""
+    """An endless order of samples cut into global batches of the task's batch class; position = steps done."""
 
     steps_per_epoch: int
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]: ...
+    def steps(self, first: int, last: int) -> Iterator[list[Any]]: ...
     def samples(self, step: int) -> list[dict[str, Any]]:
         """Epoch, index and key of each sample of a step, over all ranks."""
     def key(self, index: int) -> str: ...

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Batch
+from eva_mim.core.contracts import FeatureBatch, LabelledBatch
 from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import fsync, write_json
@@ -47,14 +47,15 @@ class Rows(NamedTuple):
     places: Tensor
     """[R] int64, position of each in the source."""
 
-    def batch(self, rows: Positions) -> Batch:
-        """These rows, with features in the place of images."""
+    def batch(self, rows: Positions) -> FeatureBatch:
+        """The batch of these rows."""
         chosen = torch.from_numpy(rows)
-        return Batch(index=self.places[chosen], images=self.features[chosen], labels=self.labels[chosen])
+        return FeatureBatch(self.places[chosen], self.features[chosen], self.labels[chosen])
 
 
 def cached_features(
-    facts: dict[str, Any], batches: Iterable[Batch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
+    facts: dict[str, Any], batches: Iterable[LabelledBatch], features: Callable[[Tensor], Tensor], images: int,
+    device: torch.device,
 ) -> Rows:
     """`features` [B, D] of all `images`, of which `batches` are this rank's share: from the folder for `facts`, or made now.
 
@@ -93,13 +94,12 @@ def _seen_by_all(folder: Path) -> None:
 
 
 def _write_part(
-    folder: Path, batches: Iterable[Batch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
+    folder: Path, batches: Iterable[LabelledBatch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
 ) -> None:
     """This rank's share, in the order in which it comes."""
     index, labels, width, progress = list[Tensor](), list[Tensor](), 0, Progress("features, images", images)
     with _part(folder, rank()).open("wb") as file:
         for batch in batches:
-            assert batch.labels is not None
             rows = features(batch.images.to(device, non_blocking=True)).float().cpu().numpy()
             rows.tofile(file)
             index.append(batch.index)
@@ -158,9 +158,9 @@ class RowLoader:
         self._rows, self._chosen, self._order, self.key = rows, chosen, order, key
         self.steps_per_epoch = order.steps_per_epoch
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+    def steps(self, first: int, last: int) -> Iterator[list[FeatureBatch]]:
         """Micro-batches of each step first .. last - 1."""
-        step: list[Batch] = []
+        step: list[FeatureBatch] = []
         for places in self._order.micro_steps(first, last):
             step.append(self._rows.batch(self._chosen[[place.index for place in places]]))
             if len(step) == self._order.micro_batches:
@@ -182,6 +182,6 @@ class EvalRows:
     def __init__(self, rows: Rows, chosen: Positions):
         self._rows, self._own = rows, chosen[rank() :: world_size()]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[FeatureBatch]:
         for start in range(0, len(self._own), EVAL_ROWS):
             yield self._rows.batch(self._own[start : start + EVAL_ROWS])

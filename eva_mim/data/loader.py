@@ -1,4 +1,4 @@
-"""From a source to batches: read, view, mask, caption, collate. Broken records are replaced and reported."""
+"""From a source to batches of a preparation. Broken records are replaced and reported."""
 
 from __future__ import annotations
 
@@ -6,50 +6,29 @@ import atexit
 import multiprocessing
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eva_mim.core.contracts import Bands, Batch, Sample, Source
+from eva_mim.core.contracts import B, Batch, Sample, Source
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.rng import derive
-from eva_mim.core.timing import phase
-from eva_mim.data.masking import Mask
-from eva_mim.data.prompts import filled
+from eva_mim.data.preparation import Item, Preparation
 from eva_mim.data.quarantine import Quarantined
 from eva_mim.data.sampler import GlobalOrder, Place
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 REPLACEMENTS = 20
 """Other samples tried in place of a broken one before the run stops."""
 
 MAX_NAMED = 100
 """Broken held-out images that are named, each once."""
-
-View = Callable[["Image | Bands", random.Random], list[Tensor]]
-Tokenize = Callable[[list[str]], Tensor]
-
-
-class Item(NamedTuple):
-    """One sample, ready to be stacked."""
-
-    index: int  # type: ignore[assignment]  # shadows tuple.index
-    views: list[Tensor]
-    masked: Tensor | None
-    label: int | None
-    texts: Tensor | None
-    broken: tuple[str, ...]
 
 
 class Failure(NamedTuple):
@@ -58,24 +37,11 @@ class Failure(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What is made of a sample. In training one of its captions is drawn, held out all are taken. Where it has none, the name
-    of its class is put into one of `templates`: a drawn one, held out the first."""
+class Reader(Dataset["Item | str | Failure"], Generic[B]):
+    """Place -> Item, with another record in place of a broken one in training. A broken held-out record -> its fault, "" where it
+    is in quarantine."""
 
-    view: View
-    seed: int
-    mask: Mask | None = None
-    tokenize: Tokenize | None = None
-    templates: Sequence[str] = ()
-    training: bool = True
-
-
-class Reader(Dataset["Item | str | Failure"]):
-    """Place -> Item; every random choice comes from (seed, epoch, index). A broken held-out record -> its fault, "" where it is
-    in quarantine."""
-
-    def __init__(self, source: Source, preparation: Preparation):
+    def __init__(self, source: Source, preparation: Preparation[B]):
         self.source, self.preparation = source, preparation
 
     def __getitem__(self, place: Place) -> Item | str | Failure:
@@ -92,17 +58,22 @@ class Reader(Dataset["Item | str | Failure"]):
             return [Failure(str(error))]
         return [self[place] for place in places]
 
+    def collate(self, read: list[Item | str | Failure]) -> B | Failure | list[str]:
+        """A batch of the readable records. The faults alone when nothing was readable."""
+        if failures := [item for item in read if isinstance(item, Failure)]:
+            return failures[0]
+        items = [item for item in read if isinstance(item, Item)]
+        faults = [item for item in read if isinstance(item, str) and item]
+        if not items:
+            return faults
+        index, broken = torch.tensor([item.index for item in items]), sum((item.broken for item in items), tuple(faults))
+        return self.preparation.batch(index, [item.content for item in items], broken)
+
     def _item(self, place: Place) -> Item | str:
         sample, index, broken = self._read(place)
         if sample is None:
             return broken[0] if broken else ""
-        made, purpose = self.preparation, "view" if self.preparation.training else "held-out"
-        rng = random.Random(derive(made.seed, purpose, place.epoch, index))
-        views = made.view(sample.image, rng)
-        with phase("mask"):
-            masked = torch.from_numpy(made.mask(rng)) if made.mask else None
-        texts = made.tokenize(self._captions(sample, rng)) if made.tokenize else None
-        return Item(index, views, masked, sample.label, texts, broken)
+        return Item(index, self.preparation.content(sample, place._replace(index=index), self.source.classes), broken)
 
     def _read(self, place: Place) -> tuple[Sample | None, int, tuple[str, ...]]:
         index, broken, last = place.index, list[str](), ""
@@ -110,7 +81,7 @@ class Reader(Dataset["Item | str | Failure"]):
         for _ in range(REPLACEMENTS):
             try:
                 sample = self.source.read(index)
-                self._check_captions(sample)
+                self.preparation.check(sample, self.source.classes)
                 return sample, index, tuple(broken)
             except UserError:  # more than a record is lost
                 raise
@@ -130,53 +101,12 @@ class Reader(Dataset["Item | str | Failure"]):
         while True:
             yield rng.randrange(len(self.source))
 
-    def _check_captions(self, sample: Sample) -> None:
-        if self.preparation.tokenize is None:
-            return
-        if not sample.captions and (sample.label is None or self.source.classes is None):
-            raise ValueError("no caption (KEY.txt, KEY.json, data.captions, data.columns.captions) and no class name")
-        if "" in sample.captions:
-            raise ValueError("an empty caption")
-
-    def _captions(self, sample: Sample, rng: random.Random) -> list[str]:
-        texts, training = list(sample.captions), self.preparation.training
-        if not texts:
-            assert sample.label is not None
-            assert self.source.classes is not None
-            templates = self.preparation.templates if training else self.preparation.templates[:1]
-            texts = [filled(template, self.source.classes[sample.label]) for template in templates]
-        return [rng.choice(texts)] if training else texts
-
 
 def _gone(error: Exception) -> str:
     """Of a file that is not there: the highest folder above it that is not there either."""
     parents = Path(error.filename).parents if isinstance(error, OSError) and error.filename else ()
     missing = [folder for folder in parents if not folder.exists()]
     return f"; {missing[-1]} does not exist: is its disk mounted?" if missing else ""
-
-
-def collate(read: list[Item | str | Failure]) -> Batch | Failure | list[str]:
-    """Stack items; views after the first are the teacher's. The faults alone when nothing was readable."""
-    if failures := [item for item in read if isinstance(item, Failure)]:
-        return failures[0]
-    items = [item for item in read if isinstance(item, Item)]
-    faults = [item for item in read if isinstance(item, str) and item]
-    if not items:
-        return faults
-    first = items[0]
-    masked = torch.stack([item.masked for item in items if item.masked is not None]) if first.masked is not None else None
-    texts = [item.texts for item in items if item.texts is not None]
-    return Batch(
-        index=torch.tensor([item.index for item in items]),
-        images=torch.stack([item.views[0] for item in items]),
-        teacher_images=torch.stack([item.views[1] for item in items]) if len(first.views) > 1 else None,
-        masked=masked,
-        target_index=masked.flatten().nonzero()[:, 0] if masked is not None else None,
-        labels=torch.tensor([item.label for item in items]) if first.label is not None else None,
-        texts=torch.cat(texts) if texts else None,
-        text_owner=torch.tensor([row for row, rows in enumerate(texts) for _ in rows]) if texts else None,
-        broken=sum((item.broken for item in items), tuple(faults)),
-    )
 
 
 def _quiet_worker(worker: int) -> None:
@@ -198,14 +128,14 @@ def _reap() -> None:
 
 
 def _batches(
-    reader: Reader, places: Sequence[list[Place]] | Iterator[list[Place]], workers: int
-) -> Iterator[Batch | list[str]]:
+    reader: Reader[B], places: Sequence[list[Place]] | Iterator[list[Place]], workers: int
+) -> Iterator[B | list[str]]:
     _reap_at_exit()
     loader: DataLoader[Item | str | Failure] = DataLoader(
         reader,
         batch_sampler=places,  # type: ignore[arg-type]  # torch's stub wants int indices; it passes on anything
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=reader.collate,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
@@ -216,18 +146,18 @@ def _batches(
         yield batch
 
 
-class TrainLoader:
+class TrainLoader(Generic[B]):
     """Training batches of this rank by step; see `contracts.TrainData`."""
 
-    def __init__(self, source: Source, preparation: Preparation, order: GlobalOrder, workers: int):
+    def __init__(self, source: Source, preparation: Preparation[B], order: GlobalOrder, workers: int):
         self._reader, self._order, self._workers = Reader(source, preparation), order, workers
         self.steps_per_epoch = order.steps_per_epoch
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+    def steps(self, first: int, last: int) -> Iterator[list[B]]:
         """Micro-batches of each step first .. last - 1. Steps run on through epochs: loading never pauses."""
-        step: list[Batch] = []
+        step: list[B] = []
         for batch in _batches(self._reader, self._order.micro_steps(first, last), self._workers):
-            assert isinstance(batch, Batch)  # a broken training image is replaced
+            assert not isinstance(batch, list)  # a broken training image is replaced
             step.append(batch)
             if len(step) == self._order.micro_batches:
                 yield step
@@ -242,10 +172,10 @@ class TrainLoader:
         return self._reader.source.key(index)
 
 
-class EvalLoader:
+class EvalLoader(Generic[B]):
     """Every sample once over all ranks, in order, with fixed views and masks. Broken records are left out."""
 
-    def __init__(self, source: Source, preparation: Preparation, batch: int, workers: int, limit: int | None = None):
+    def __init__(self, source: Source, preparation: Preparation[B], batch: int, workers: int, limit: int | None = None):
         assert not preparation.training
         self._reader, self._batch, self._workers = Reader(source, preparation), batch, workers
         count = min(len(source), limit or len(source))
@@ -255,7 +185,7 @@ class EvalLoader:
         chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # spread: a folder is sorted by class
         self._indices = [int(index) for index in chosen[rank() :: world_size()]]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
         whole, lost = False, 0

@@ -1,4 +1,4 @@
-"""From a picture to pixels: one crop box an image, resized once for each size that is asked for."""
+"""From a picture to pixels: one crop box an image, resized once for each size in pixels that is asked for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class TrainView:
-    """Random resized crop, mirror, and the augmentations that are asked for; the same crop at every size.
+    """Random resized crop, mirror, and the augmentations that are asked for: the same at every size.
 
     `pixels` are the student's mean and std: erased pixels are noise as the student sees it. Augmentations are for RGB alone.
     """
@@ -43,12 +43,12 @@ class TrainView:
         self._augment = _augmentations(settings)
         self._erase = _erasing(pixels) if settings.erase and pixels else None
 
-    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> list[Tensor]:
-        """[channels, size, size] for each distinct size, in order, as `to_tensor` says."""
+    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
+        """Side in pixels -> [channels, side, side], as `to_tensor` says."""
         box = crop_box(image.size, self.settings.crop_scale, self.settings.crop_ratio, rng)
         mirror = rng.random() < self.settings.flip
         seed = rng.getrandbits(62)
-        views = []
+        views = {}
         for size in self.sizes:
             with phase("crop and resize"):
                 # Cropped first: with resize(box=...) the filter would reach over the edge of the crop.
@@ -59,10 +59,12 @@ class TrainView:
                 for augment in self._augment:
                     with phase("augment"):
                         view = augment(view)  # type: ignore[arg-type]  # settings refuse them for `Bands`
-            views.append(to_tensor(view))
+            views[size] = to_tensor(view)
         if self._erase is not None and rng.random() < self.settings.erase:
-            with isolated(rng.getrandbits(62)):
-                views[0] = self._erase(views[0])
+            seed = rng.getrandbits(62)
+            for size, pixels in views.items():
+                with isolated(seed):
+                    views[size] = self._erase(pixels)
         return views
 
 
@@ -72,17 +74,17 @@ class EvalView:
     def __init__(self, sizes: Sequence[int], crop_pct: float = 1.0):
         self.sizes, self.crop_pct = list(dict.fromkeys(sizes)), crop_pct
 
-    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> list[Tensor]:
-        """[channels, size, size] for each distinct size, as `to_tensor` says; draws nothing."""
+    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
+        """Side in pixels -> [channels, side, side], as `to_tensor` says; draws nothing."""
         width, height = image.size
         side = min(width, height) * self.crop_pct
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-        views = []
+        views = {}
         for size in self.sizes:
             with phase("crop and resize"):
                 view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-            views.append(to_tensor(view))
+            views[size] = to_tensor(view)
         return views
 
 

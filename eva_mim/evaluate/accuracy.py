@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
-from eva_mim.core.contracts import Batch
+from eva_mim.core.contracts import LabelledBatch
 from eva_mim.core.distributed import all_reduce_sum
 from eva_mim.core.errors import UserError
 from eva_mim.data.class_lists import layouts_with, read_classes
-from eva_mim.data.loader import EvalLoader, Preparation
+from eva_mim.data.loader import EvalLoader
+from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.views import EvalView
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.counts import hits
@@ -97,8 +98,8 @@ class Accuracy:
 
 @torch.inference_mode()
 def count(
-    variant: Variant, model: Callable[[Tensor], Tensor], own: tuple[str, ...], batches: Iterable[Batch], device: torch.device,
-    context: Callable[[], Any],
+    variant: Variant, model: Callable[[Tensor], Tensor], own: tuple[str, ...], batches: Iterable[LabelledBatch],
+    device: torch.device, context: Callable[[], Any],
 ) -> Accuracy:
     """How often the largest logit (or one of the five largest) of the competing classes is an answer. Every rank must call.
 
@@ -111,7 +112,6 @@ def count(
     totals = torch.zeros(3, dtype=torch.int64, device=device)
     by_class = torch.zeros(3, len(chosen), dtype=torch.int64, device=device)
     for batch in (batch.to(device) for batch in batches):
-        assert batch.labels is not None
         with context():
             logits = model(batch.images).float()[:, chosen]
         right = answers[batch.labels]
@@ -141,8 +141,7 @@ def measure(model: Classifies, variant: Variant, device: torch.device, *, precis
     """The model's figures at its own image size. Every rank must call."""
     choose_kernels(model, device)  # type: ignore[arg-type]
     view = partial(without_border, variant.border, EvalView([model.image_size], model.crop_pct))
-    made = Preparation(view, 0, training=False)
-    loader = EvalLoader(variant.source, made, batch, workers)
+    loader = EvalLoader(variant.source, LabelledPreparation(view, 0, training=False), batch, workers)
     return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Batch
+from eva_mim.core.contracts import FeatureBatch, ImageTextBatch, LabelledBatch, MaskedBatch
 from eva_mim.core.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from eva_mim.core.log import say
 from eva_mim.data.prompts import filled, prompt_templates
@@ -18,6 +18,7 @@ from eva_mim.evaluate.counts import TopCounts
 from eva_mim.evaluate.features import CHUNK
 from eva_mim.evaluate.retrieval import retrieval
 from eva_mim.tasks.masked import MaskedFeatures
+from eva_mim.tasks.probe import logits_of
 
 Autocast = Callable[[], Any]
 PROMPTS = 256
@@ -30,7 +31,8 @@ class MaskedFeatureEvaluator:
     headline = "cosine"
 
     def __init__(
-        self, task: MaskedFeatures, val: Iterable[Batch], bank: Iterable[Batch], *, labelled: bool, device: torch.device
+        self, task: MaskedFeatures, val: Iterable[MaskedBatch], bank: Iterable[LabelledBatch], *, labelled: bool,
+        device: torch.device,
     ):
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
         self._mean_target: float | None = None
@@ -45,12 +47,12 @@ class MaskedFeatureEvaluator:
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 target = self.task.spatial(batch)
-                index = self.task.index(batch)
-                found.cosine("cosine", student(batch.images, batch.masked, index), target[index])
+                images, index = self.task.images(batch), self.task.index(batch)
+                found.cosine("cosine", student(images, batch.masked, index), target[index])
                 if batch.masked is not None and student.any_mask:
                     stripes, striped = _stripes(batch)
-                    found.cosine("cosine_stripes", student(batch.images, stripes, striped), target[striped])
-                rows.append(_both(student.features(batch.images)))
+                    found.cosine("cosine_stripes", student(images, stripes, striped), target[striped])
+                rows.append(_both(student.features(images)))
             if self._mean_target is None:
                 found.direction(target[index])
             if batch.labels is not None:
@@ -79,7 +81,6 @@ class MaskedFeatureEvaluator:
         for batch in (batch.to(self.device) for batch in self.bank):
             with autocast():
                 rows.append(_both(student.features(batch.images)))
-            assert batch.labels is not None
             owned.append(batch.labels)
         bank, bank_token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
         assert bank is not None
@@ -125,7 +126,7 @@ class _Sums:
         return float(all_reduce_sum(self._direction).norm() / self._count)
 
 
-def _stripes(batch: Batch) -> tuple[Tensor, Tensor]:
+def _stripes(batch: MaskedBatch) -> tuple[Tensor, Tensor]:
     """[B, N] masks that hide every patch of even number, and their positions in [B * N]."""
     assert batch.masked is not None
     hidden = torch.zeros_like(batch.masked)
@@ -149,7 +150,7 @@ class ClipEvaluator:
 
     def __init__(
         self,
-        val: Iterable[Batch],
+        val: Iterable[ImageTextBatch],
         *,
         tokenize: Callable[[list[str]], Tensor],
         classes: Sequence[str] | None,
@@ -167,8 +168,6 @@ class ClipEvaluator:
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 images.append(student.encode_image(batch.images).float())
-            assert batch.texts is not None
-            assert batch.text_owner is not None
             places.append(batch.index)
             texts.append(batch.texts)
             owners.append(batch.index[batch.text_owner])
@@ -236,7 +235,7 @@ class ClassifierEvaluator:
 
     headline = "top1"
 
-    def __init__(self, val: Iterable[Batch], device: torch.device):
+    def __init__(self, val: Iterable[LabelledBatch], device: torch.device):
         self.val, self.device = val, device
 
     def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]:
@@ -245,7 +244,6 @@ class ClassifierEvaluator:
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 logits = student(batch.images).float()
-            assert batch.labels is not None
             counts.add(logits, batch.labels, F.cross_entropy(logits, batch.labels, reduction="sum"))
         return counts.figures()
 
@@ -257,8 +255,8 @@ class ProbeEvaluator:
 
     def __init__(
         self,
-        val: Iterable[Batch],
-        select: Iterable[Batch],
+        val: Iterable[LabelledBatch | FeatureBatch],
+        select: Iterable[LabelledBatch | FeatureBatch],
         names: Sequence[str],
         *,
         fixed: dict[str, float],
@@ -284,13 +282,14 @@ class ProbeEvaluator:
             result |= {f"top1_{name}": value for name, value in zip(self.names, measured["top1"], strict=True)}
         return result | found | self.fixed
 
-    def _measure(self, student: Any, autocast: Autocast, batches: Iterable[Batch]) -> dict[str, list[float]]:
+    def _measure(
+        self, student: Any, autocast: Autocast, batches: Iterable[LabelledBatch | FeatureBatch]
+    ) -> dict[str, list[float]]:
         """Of each layer, over all ranks."""
         counts = TopCounts(self.device, len(self.names))
         for batch in (batch.to(self.device) for batch in batches):
             with autocast():
-                logits = student(batch.images).float()
-            assert batch.labels is not None
+                logits = logits_of(student, batch)
             labels = batch.labels[:, None].expand(-1, len(self.names))
             counts.add(logits, batch.labels, F.cross_entropy(logits, labels, reduction="none").sum(0))
         return counts.figures()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from eva_mim.data.loader import View
+    from eva_mim.data.preparation import View
 
 TARGET = "imagenet-1k"
 REAL_FILE = "real.json"
@@ -53,8 +53,8 @@ def _labelled(files: FolderSource, labels: Sequence[int | None]) -> Subset:
     return Subset(files, np.array(chosen, np.int64), labels=[label for label in labels if label is not None])
 
 
-def without_border(border: int, view: View, image: Image | Bands, rng: random.Random) -> list[Tensor]:
-    """The views of an image without so many pixels at each side."""
+def without_border(border: int, view: View, image: Image | Bands, rng: random.Random) -> dict[int, Tensor]:
+    """Side in pixels -> view of an image without `border` pixels at each of its edges."""
     width, height = image.size
     return view(image.crop((border, border, width - border, height - border)), rng)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from eva_mim.core.contracts import Source
+from eva_mim.core.contracts import B, Source
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.log import say
 from eva_mim.core.report import KeyReport
 from eva_mim.data import ViewSettings
-from eva_mim.data.loader import EvalLoader, Preparation, Tokenize, TrainLoader
-from eva_mim.data.masking import Mask
-from eva_mim.data.prompts import prompt_templates
+from eva_mim.data.loader import EvalLoader, TrainLoader
+from eva_mim.data.preparation import Preparation
 from eva_mim.data.subset import order_of
 from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.engine import RunSettings
@@ -29,31 +28,21 @@ def batch_cut(run: RunSettings) -> dict[str, int]:
 
 
 def train_loader(
-    recipe: Recipe,
-    source: Source,
-    sizes: Sequence[int],
-    view: ViewSettings,
-    mask: Mask | None = None,
-    tokenize: Tokenize | None = None,
+    recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
     pixels: Statistics | None = None,
-) -> TrainLoader:
-    """Training batches of this rank. Raises UserError when the batch does not divide or does not fit."""
+) -> TrainLoader[B]:
+    """Training batches of this rank, of what `kind` makes of views of these sizes (pixels) and a seed. Raises UserError when the
+    batch does not divide or does not fit."""
     order = order_of(source, **batch_cut(recipe.run))
-    made = Preparation(TrainView(view, sizes, pixels), recipe.run.seed, mask, tokenize, prompt_templates(recipe.data.templates))
-    return TrainLoader(source, made, order, recipe.data.workers)
+    return TrainLoader(source, kind(TrainView(view, sizes, pixels), recipe.run.seed), order, recipe.data.workers)
 
 
 def eval_loader(
-    recipe: Recipe,
-    source: Source,
-    sizes: Sequence[int],
-    view: ViewSettings,
-    mask: Mask | None = None,
-    tokenize: Tokenize | None = None,
+    recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
     limit: int | None = None,
-) -> EvalLoader:
+) -> EvalLoader[B]:
     """Held-out batches of this rank, with fixed views and masks (the same for every run seed)."""
-    made = Preparation(EvalView(sizes, view.crop_pct), 0, mask, tokenize, prompt_templates(recipe.data.templates), training=False)
+    made = kind(EvalView(sizes, view.crop_pct), 0, training=False)
     batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
     return EvalLoader(source, made, batch, recipe.data.workers, limit)
 

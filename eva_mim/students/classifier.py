@@ -102,9 +102,11 @@ class LinearProbe(Classifier):
         pooled: Tensor = self.trunk.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
         return pooled.float()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, K, heads] logits of uint8 images, or of their features [B, D]; in fp32 after the trunk."""
-        rows = images if images.ndim == 2 else self.features(images)
+    def forward(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+        """[B, K, heads] logits of uint8 images, or of their `features` [B, D]; in fp32 after the trunk."""
+        assert (images is None) != (features is None)
+        rows = self.features(images) if images is not None else features
+        assert rows is not None
         with torch.autocast(rows.device.type, enabled=False):
             standard = self.norm(rows)
             logits: Tensor = torch.stack([head(standard) for head in self.heads], dim=-1)

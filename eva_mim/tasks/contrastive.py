@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import Batch, GradCacheStep, StepOutput, Task
+from eva_mim.core.contracts import GradCacheStep, ImageTextBatch, StepOutput, Task
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.timing import phase
 from eva_mim.tasks import ContrastiveSettings
@@ -75,7 +75,7 @@ class ImageText(Task):
     def __init__(self, student: nn.Module, objective: Objective):
         self.student, self.objective = student, objective
 
-    def prepare(self, student: Callable[..., Any], batches: list[Batch]) -> list[Batch]:
+    def prepare(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[ImageTextBatch]:
         """With several micro-batches, a first pass without gradients says the features of all. The loss and its gradient by
         these features are computed once; each micro-batch then passes its part back (GradCache, Gao et al. 2021)."""
         if len(batches) == 1:
@@ -94,7 +94,7 @@ class ImageText(Task):
         return [replace(batch, grad_cache=GradCacheStep(whole, (image, text, *by_scalars))) for batch, image, text in rows]
 
     @torch.no_grad()
-    def _first_pass(self, student: Callable[..., Any], batches: list[Batch]) -> list[tuple[Tensor, ...]]:
+    def _first_pass(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[tuple[Tensor, ...]]:
         """What the student says of each micro-batch. The second pass draws the same random numbers, and moves what buffers
         hold (running means of batch norms)."""
         device = batches[0].images.device
@@ -105,7 +105,7 @@ class ImageText(Task):
             buffer.copy_(old)
         return said
 
-    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+    def loss(self, student: Callable[..., Any], batch: ImageTextBatch) -> StepOutput:
         """The contrastive loss of this pass, or its part of the whole step's: then the value is the whole step's."""
         with phase("student"):
             said = student(batch.images, batch.texts)
@@ -115,5 +115,5 @@ class ImageText(Task):
             inner = sum((one.float() * gradient).sum() for one, gradient in zip(said, gradients, strict=True))
             return StepOutput(loss + (inner - inner.detach()), metrics)
 
-    def terms(self, batch: Batch) -> None:
+    def terms(self, batch: ImageTextBatch) -> None:
         """Every batch has the same size."""

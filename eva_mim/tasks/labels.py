@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, StepOutput, Task
+from eva_mim.core.contracts import LabelledBatch, StepOutput, Task
 from eva_mim.core.timing import phase
 from eva_mim.tasks import MixSettings
 
@@ -24,10 +24,9 @@ class Labels(Task):
                 settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes
             )
 
-    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+    def loss(self, student: Callable[..., Any], batch: LabelledBatch) -> StepOutput:
         """Mean cross entropy of the batch, in fp32."""
         images, target = batch.images, batch.labels
-        assert target is not None
         if self._mix is not None:
             images, target = self._mix(images.float(), target)
         smoothing = 0.0 if self._mix is not None else self.settings.smoothing
@@ -35,5 +34,5 @@ class Labels(Task):
             logits: Tensor = student(images)
         return StepOutput(nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing), {})
 
-    def terms(self, batch: Batch) -> None:
+    def terms(self, batch: LabelledBatch) -> None:
         """Every batch has the same size."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Batch, Grid, StepOutput, Task, Teacher
+from eva_mim.core.contracts import Grid, MaskedBatch, StepOutput, Task, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.timing import phase
 
@@ -46,32 +46,36 @@ class MaskedFeatures(Task):
         check_grids(grid, student.image_size, teacher)  # type: ignore[arg-type]
         self.student, self.teacher, self.objective = student, teacher, objective
 
-    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+    def loss(self, student: Callable[..., Any], batch: MaskedBatch) -> StepOutput:
         """The objective, a mean over the M predicted patches."""
+        index = self.index(batch)
         with phase("teacher"):
-            target = self.targets(batch)
+            target = self.spatial(batch)[index]
         with phase("student"):
-            return self.objective(student(batch.images, batch.masked, self.index(batch)), target)
+            return self.objective(student(self.images(batch), batch.masked, index), target)
 
-    def targets(self, batch: Batch) -> Tensor:
-        """[M, C] teacher features of the predicted patches."""
-        return self.spatial(batch)[self.index(batch)]
+    def images(self, batch: MaskedBatch) -> Tensor:
+        """[B, channels, H, W] the view that the student sees."""
+        return batch.views[self.student.image_size]  # type: ignore[index]
 
-    def spatial(self, batch: Batch) -> Tensor:
+    def spatial(self, batch: MaskedBatch) -> Tensor:
         """[B * N, C] teacher features of every patch."""
-        view = batch.images if batch.teacher_images is None else batch.teacher_images
-        return self.teacher(view).spatial.flatten(0, 1)
+        return self.teacher(batch.views[self.teacher.image_size]).spatial.flatten(0, 1)
 
-    def index(self, batch: Batch) -> Tensor:
+    def index(self, batch: MaskedBatch) -> Tensor:
         """[M] positions of the predicted patches in the flattened [B * N]."""
         if batch.target_index is not None:
             return batch.target_index
-        rows, columns = self.teacher.grid
-        return torch.arange(len(batch.images) * rows * columns, device=batch.images.device)
+        return torch.arange(self._patches(batch), device=batch.index.device)
 
-    def terms(self, batch: Batch) -> Tensor:
+    def terms(self, batch: MaskedBatch) -> Tensor:
         """M, which may differ from batch to batch."""
-        return torch.tensor(float(len(self.index(batch))), device=batch.images.device)
+        predicted = self._patches(batch) if batch.target_index is None else len(batch.target_index)
+        return torch.tensor(float(predicted), device=batch.index.device)
+
+    def _patches(self, batch: MaskedBatch) -> int:
+        rows, columns = self.teacher.grid
+        return batch.size * rows * columns
 
 
 def check_grids(grid: Grid, image_size: int, teacher: Teacher) -> None:

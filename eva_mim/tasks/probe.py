@@ -7,8 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, StepOutput, Task
+from eva_mim.core.contracts import FeatureBatch, LabelledBatch, StepOutput, Task
 from eva_mim.core.timing import phase
+
+
+def logits_of(student: Callable[..., Any], batch: LabelledBatch | FeatureBatch) -> Tensor:
+    """[B, K, heads] logits of a probe, in fp32, from images or from their features."""
+    logits: Tensor = student(features=batch.features) if isinstance(batch, FeatureBatch) else student(batch.images)
+    return logits.float()
 
 
 class ProbeTask(Task):
@@ -18,15 +24,14 @@ class ProbeTask(Task):
     def __init__(self, student: nn.Module, names: Sequence[str], smoothing: float):
         self.student, self.names, self.smoothing = student, names, smoothing
 
-    def loss(self, student: Callable[..., Any], batch: Batch) -> StepOutput:
+    def loss(self, student: Callable[..., Any], batch: LabelledBatch | FeatureBatch) -> StepOutput:
         """Sum over layers of the batch's mean cross entropies; with several, each under its name."""
-        assert batch.labels is not None
         with phase("student"):
-            logits: Tensor = student(batch.images).float()
+            logits = logits_of(student, batch)
         labels = batch.labels[:, None].expand(-1, logits.shape[2])
         losses = nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none").mean(0)
         named = {f"loss_{name}": loss.detach() for name, loss in zip(self.names, losses, strict=True)}
         return StepOutput(losses.sum(), named if len(named) > 1 else {})
 
-    def terms(self, batch: Batch) -> None:
+    def terms(self, batch: LabelledBatch | FeatureBatch) -> None:
         """Every batch has the same size."""

@@ -17,7 +17,8 @@ import pytest
 from eva_mim.core.contracts import Batch, Source
 from eva_mim.core.errors import UserError
 from eva_mim.data import ColumnSettings, DataSettings
-from eva_mim.data.loader import EvalLoader, Preparation
+from eva_mim.data.loader import EvalLoader
+from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.views import EvalView
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
@@ -27,9 +28,9 @@ from tests.data.test_sources import folder, shards
 BOTH = pytest.mark.parametrize("workers", [0, 2])
 
 
-def images() -> Preparation:
-    """Views without masks and texts."""
-    return Preparation(preparation().view, 7)
+def images() -> MaskedPreparation:
+    """Views without masks."""
+    return MaskedPreparation(preparation().view, 7)
 
 
 def batches(source: Source, workers: int, steps: int, disturb: Callable[[], object] = lambda: None) -> list[Batch]:
@@ -90,7 +91,7 @@ def test_held_out_images_that_vanish_stop_the_evaluation(
     make_folder(tmp_path / "mount", {"a": 60})
     source = folder(tmp_path / "mount")
     shutil.rmtree(tmp_path / "mount")
-    evaluation = EvalLoader(source, Preparation(EvalView([16]), 0, training=False), 4, workers)
+    evaluation = EvalLoader(source, MaskedPreparation(EvalView([16]), 0, training=False), 4, workers)
     with pytest.raises(UserError, match=r"20 broken held-out images in a row; the last: a/00019\.png: FileNotFoundError"):
         list(evaluation)
     assert capsys.readouterr().err.count("left out") == 20

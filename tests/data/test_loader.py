@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from eva_mim.core.contracts import Batch, Source
+from eva_mim.core.contracts import B, Batch, MaskedBatch, Source
 from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings, MaskSettings, SceneSettings, ViewSettings
-from eva_mim.data.loader import EvalLoader, Preparation, TrainLoader
+from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.masking import BlockMask
+from eva_mim.data.preparation import ImageTextPreparation, MaskedPreparation, Preparation
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.data.sources.folder import open_folder
 from eva_mim.data.sources.scenes import SceneSource
@@ -35,10 +36,15 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[ord(letter) for letter in text.ljust(60, "\0")[:60]] for text in texts])
 
 
-def preparation(seed: int = 7, training: bool = True, **view: object) -> Preparation:
-    """Views of two sizes, 4 x 4 masks and captions."""
+def preparation(seed: int = 7, training: bool = True, **view: object) -> MaskedPreparation:
+    """Views of two sizes and 4 x 4 masks."""
     views = TrainView(ViewSettings(**view), SIZES) if training else EvalView(SIZES)  # type: ignore[arg-type]
-    return Preparation(views, seed, BlockMask((4, 4), MaskSettings()), tokenize, ("a {}.", "one {} here", "the {}"), training)
+    return MaskedPreparation(views, seed, BlockMask((4, 4), MaskSettings()), training=training)
+
+
+def pairs(seed: int = 7) -> ImageTextPreparation:
+    """Training views with captions."""
+    return ImageTextPreparation(TrainView(ViewSettings(), [16]), seed, tokenize, ("a {}.", "one {} here", "the {}"))
 
 
 def scenes(count: int = 26) -> SceneSource:
@@ -51,14 +57,19 @@ def folder(root: Path) -> Source:
     return source
 
 
-def loader(source: Source, made: Preparation, workers: int = 0, batch: int = 8, micro: int = 4) -> TrainLoader:
+def loader(source: Source, made: Preparation[B], workers: int = 0, batch: int = 8, micro: int = 4) -> TrainLoader[B]:
     return TrainLoader(source, made, GlobalOrder(len(source), seed=3, global_batch=batch, micro_batch=micro), workers)
 
 
 def equal(one: Batch, other: Batch) -> bool:
     """Every field is the same, bit for bit."""
-    pairs = ((getattr(one, field.name), getattr(other, field.name)) for field in fields(Batch))
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+    return type(one) is type(other) and all(same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
 
 
 def assert_equal_steps(one: Iterable[list[Batch]], other: Iterable[list[Batch]]) -> int:
@@ -145,7 +156,7 @@ def test_ranks_see_the_rows_that_one_process_sees() -> None:
             for part, batch in enumerate(cut):
                 rows = slice((part * 2 + rank) * 2, (part * 2 + rank) * 2 + 2)
                 assert torch.equal(batch.index, whole.index[rows])
-                assert torch.equal(batch.images, whole.images[rows])
+                assert torch.equal(batch.views[16], whole.views[16][rows])
                 assert batch.masked is not None
                 assert whole.masked is not None
                 assert torch.equal(batch.masked, whole.masked[rows])
@@ -154,13 +165,16 @@ def test_ranks_see_the_rows_that_one_process_sees() -> None:
 def test_a_batch_holds_what_its_indices_say() -> None:
     """Labels and texts belong to the pictures, masks to their flat indices."""
     source = scenes()
+    for step in loader(source, pairs()).steps(0, 3):
+        for told in step:
+            assert told.labels is not None
+            samples = [source.read(int(index)) for index in told.index]
+            assert told.labels.tolist() == [sample.label for sample in samples]
+            assert torch.equal(told.texts, tokenize([sample.captions[0] for sample in samples]))
     for step in loader(source, preparation()).steps(0, 3):
         for batch in step:
             assert batch.labels is not None
-            assert batch.texts is not None
-            samples = [source.read(int(index)) for index in batch.index]
-            assert batch.labels.tolist() == [sample.label for sample in samples]
-            assert torch.equal(batch.texts, tokenize([sample.captions[0] for sample in samples]))
+            assert batch.labels.tolist() == [source.read(int(index)).label for index in batch.index]
             assert batch.masked is not None
             assert batch.target_index is not None
             flat = [i * 16 + j for i in range(4) for j in range(16) if batch.masked[i, j]]
@@ -173,7 +187,7 @@ def test_views_and_masks_change_from_epoch_to_epoch_and_with_the_seed() -> None:
         rows: dict[int, list[tuple[bytes, bytes]]] = {}
         for (batch,) in loader(scenes(8), preparation(seed), batch=8, micro=8).steps(0, 2):
             assert batch.masked is not None
-            for index, image, mask in zip(batch.index.tolist(), batch.images, batch.masked, strict=True):
+            for index, image, mask in zip(batch.index.tolist(), batch.views[16], batch.masked, strict=True):
                 rows.setdefault(index, []).append((image.numpy().tobytes(), mask.numpy().tobytes()))
         return rows
 
@@ -190,8 +204,7 @@ def test_classes_give_captions_where_there_are_none(tmp_path: Path) -> None:
     possible = {tokenize([text.replace("{}", name)])[0].numpy().tobytes(): name
                 for name in ("ant", "bee") for text in ("a {}.", "one {} here", "the {}")}
     seen = set()
-    for (batch,) in loader(source, preparation(), micro=8).steps(0, 4):
-        assert batch.texts is not None
+    for (batch,) in loader(source, pairs(), micro=8).steps(0, 4):
         assert batch.labels is not None
         for text, label in zip(batch.texts, batch.labels, strict=True):
             assert possible[text.numpy().tobytes()] == ("ant", "bee")[int(label)]
@@ -200,7 +213,7 @@ def test_classes_give_captions_where_there_are_none(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_caption_and_class_cannot_train_clip(tmp_path: Path) -> None:
-    steps = loader(folder(make_folder(tmp_path, {"": 8})), preparation()).steps(0, 1)
+    steps = loader(folder(make_folder(tmp_path, {"": 8})), pairs()).steps(0, 1)
     with pytest.raises(UserError, match=r"20 broken records in a row; .*0000\d\.png: ValueError: no caption .* no class name"):
         next(steps)
 
@@ -233,7 +246,9 @@ def test_a_broken_picture_is_replaced_and_named_and_changes_no_other(tmp_path: P
                 replaced.append(new)
                 continue
             assert new == old
-            for field in ("images", "teacher_images", "masked", "labels", "texts"):
+            for size in SIZES:
+                assert torch.equal(before.views[size][row], after.views[size][row]), (size, row)
+            for field in ("masked", "labels"):
                 assert torch.equal(getattr(before, field)[row], getattr(after, field)[row]), (field, row)
     assert len(replaced) == 4  # two epochs of two
     assert len(set(replaced)) > 1
@@ -276,11 +291,11 @@ def test_a_process_ends_with_the_reason_that_a_worker_gave(tmp_path: Path) -> No
 # ---- held-out batches
 
 
-def held_out(source: Source, limit: int | None = None, workers: int = 0, batch: int = 4) -> list[Batch]:
+def held_out(source: Source, limit: int | None = None, workers: int = 0, batch: int = 4) -> list[MaskedBatch]:
     return list(EvalLoader(source, preparation(training=False), batch, workers, limit))
 
 
-def indices(batches: list[Batch]) -> list[int]:
+def indices(batches: list[MaskedBatch]) -> list[int]:
     return [int(index) for batch in batches for index in batch.index]
 
 
@@ -294,9 +309,9 @@ def test_two_ranks_cover_every_held_out_sample_once(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("RANK", str(rank))
         parts.append(held_out(scenes(count)))
     assert sorted(indices(parts[0]) + indices(parts[1])) == list(range(count))
-    by_index = {int(i): image for batch in alone for i, image in zip(batch.index, batch.images, strict=True)}
+    by_index = {int(i): image for batch in alone for i, image in zip(batch.index, batch.views[16], strict=True)}
     for batch in parts[0] + parts[1]:
-        for index, image in zip(batch.index, batch.images, strict=True):
+        for index, image in zip(batch.index, batch.views[16], strict=True):
             assert torch.equal(image, by_index[int(index)])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim.core.contracts import Batch, Rates, StepOutput
+from eva_mim.core.contracts import FeatureBatch, Rates, StepOutput
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.deepspeed import DeepSpeedEngine
@@ -172,13 +172,13 @@ class Squares:
     def __init__(self, student: nn.Module):
         self.student = student
 
-    def prepare(self, student: Any, batches: list[Batch]) -> list[Batch]:
+    def prepare(self, student: Any, batches: list[FeatureBatch]) -> list[FeatureBatch]:
         return batches
 
-    def loss(self, student: Any, batch: Batch) -> StepOutput:
-        return StepOutput(student(batch.images).square().mean(), {})
+    def loss(self, student: Any, batch: FeatureBatch) -> StepOutput:
+        return StepOutput(student(batch.features).square().mean(), {})
 
-    def terms(self, batch: Batch) -> None:
+    def terms(self, batch: FeatureBatch) -> None:
         return None
 
 
@@ -189,7 +189,7 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(tmp_path: Path, name: Literal["
     run_settings = RunSettings(epochs=1, global_batch=4, precision="fp32", device="cpu")
     optim = OptimSettings(lr=LR, optimizer=name, betas=BETAS)
     generator = torch.Generator().manual_seed(0)
-    batches = [Batch(torch.arange(4), torch.randn(4, 3, generator=generator)) for _ in range(5)]
+    batches = [FeatureBatch(torch.arange(4), torch.randn(4, 3, generator=generator), torch.zeros(4)) for _ in range(5)]
 
     def engine() -> LocalEngine:
         torch.manual_seed(1)

@@ -56,7 +56,7 @@ def test_features_take_the_place_of_images() -> None:
     rows = probe.trunk.fc_norm(tokens[:, probe.trunk.num_prefix_tokens :].mean(1))
     assert torch.allclose(probe.features(images), rows, atol=1e-5)
     logits = probe(images)
-    assert torch.allclose(probe(rows), logits, atol=1e-5)
+    assert torch.allclose(probe(features=rows), logits, atol=1e-5)
     assert torch.equal(logits[..., 0], logits[..., 1])  # all layers start alike
     assert logits.std() > 0.01
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eva_mim.core.contracts import Batch, Rates
+from eva_mim.core.contracts import ImageTextBatch, Rates
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
@@ -68,7 +68,8 @@ def moved(student: ClipStudent, steps: int = 3, **optim: Any) -> tuple[set[str],
     before = {name: value.clone() for name, value in student.state_dict().items()}
     for step in range(steps):
         images, texts = pairs(step)
-        engine.step(ImageText(student, Contrastive()), [Batch(torch.arange(3), images, texts=texts)], Rates(1e-2, 0.1))
+        batch = ImageTextBatch(torch.arange(3), images, texts, torch.arange(3))
+        engine.step(ImageText(student, Contrastive()), [batch], Rates(1e-2, 0.1))
     return {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}, engine
 
 

@@ -76,7 +76,7 @@ def test_the_printed_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     table, _ = check(capsys, NANO, "layer=1", "final_norm=false", "image_size=16", "--images", str(folder))
     seed_all(0)
     teacher = build_teacher(TeacherSettings(kind="timm", name="vit_nano_patch4_32", image_size=16, layer=1, final_norm=False))
-    images = [EvalView([16])(picture(seed, (40, 32)), random.Random(0))[0] for seed in range(5)]
+    images = [EvalView([16])(picture(seed, (40, 32)), random.Random(0))[16] for seed in range(5)]
     vectors, mirrored = [], []
     for image in images:
         there = teacher(image[None]).spatial[0].double().numpy()

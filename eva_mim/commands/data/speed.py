@@ -12,8 +12,9 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.resolve import resolve
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.data import MaskSettings, ViewSettings
-from eva_mim.data.loader import Preparation, Reader, TrainLoader, collate
+from eva_mim.data.loader import Reader, TrainLoader
 from eva_mim.data.masking import make_mask
+from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import open_splits, order_of
 from eva_mim.data.views import TrainView
@@ -39,7 +40,7 @@ def measure(
         raise UserError(f"--size {wrong[0]} is not a multiple of --patch {patch}")
     source = open_splits(settings.data).train
     mask = make_mask((sizes[0] // patch,) * 2, settings.mask)
-    made = Preparation(TrainView(settings.view, sizes), 0, mask)
+    made = MaskedPreparation(TrainView(settings.view, sizes), 0, mask)
     _by_phase(source, made, seconds)
     print_ = sys.stdout.write
     print_(f"\n{'workers':>8} {'images/s':>9} {'a worker':>9}\n")
@@ -47,7 +48,7 @@ def measure(
     for count in workers:
         loader = TrainLoader(source, made, _order(source), count)
         batches = loader.steps(0, 10**9)
-        rate = _rate((len(batch.index) for step in batches for batch in step), seconds)
+        rate = _rate((batch.size for step in batches for batch in step), seconds)
         best = max(best, rate / max(1, count))
         print_(f"{count:>8} {rate:>9.1f} {rate / max(1, count):>9.1f}\n")
         del batches
@@ -65,7 +66,7 @@ def _order(source: Source) -> GlobalOrder:
     return order_of(source, seed=0, global_batch=batch, micro_batch=batch)
 
 
-def _by_phase(source: Source, made: Preparation, seconds: float) -> None:
+def _by_phase(source: Source, made: MaskedPreparation, seconds: float) -> None:
     """One process, no workers: CPU milliseconds an image by phase."""
     reader, order = Reader(source, made), _order(source)
     stopwatch = Stopwatch(clock=time.thread_time)
@@ -75,7 +76,7 @@ def _by_phase(source: Source, made: Preparation, seconds: float) -> None:
             with phase("all"):
                 read = [reader[place] for place in places]
                 with phase("collate"):
-                    collate(read)
+                    reader.collate(read)
             yield len(places)
 
     with measuring(stopwatch):

@@ -1,0 +1,161 @@
+"""What is made of a sample: views, mask and caption, each from a random stream of its own, and the batch of a task."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eva_mim.core.contracts import B, Bands, ImageTextBatch, LabelledBatch, MaskedBatch, Sample
+from eva_mim.core.rng import derive
+from eva_mim.core.timing import phase
+from eva_mim.data.masking import Mask
+from eva_mim.data.prompts import filled
+from eva_mim.data.sampler import Place
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+View = Callable[["Image | Bands", random.Random], dict[int, Tensor]]
+"""Side in pixels -> [channels, side, side], drawn from the generator's next numbers."""
+Tokenize = Callable[[list[str]], Tensor]
+"""T texts -> [T, L] int64 token ids."""
+Classes = Sequence[str] | None
+"""Class names by label; None where the images carry no labels."""
+
+
+class Item(NamedTuple):
+    """One sample, ready to be stacked."""
+
+    index: int  # type: ignore[assignment]  # shadows tuple.index
+    content: Any
+    """What `Preparation.content` made."""
+    broken: tuple[str, ...]
+    """Faults of the records that it replaces."""
+
+
+@dataclass(frozen=True)
+class Preparation(ABC, Generic[B]):
+    """What is made of a sample. A subclass makes the batches of one kind of training.
+
+    View, mask and caption of a sample are functions of (seed, purpose, number, index): none depends on what another one drew.
+    """
+
+    view: View
+    seed: int
+    training: bool = field(default=True, kw_only=True)
+    """False: held-out data, with other streams than any training run's."""
+    views: int | None = field(default=None, kw_only=True)
+    """Views of a sample before the first one comes again, with another mask and caption; None: a new view in each epoch."""
+
+    def check(self, sample: Sample, classes: Classes) -> None:
+        """Raises ValueError for a record that cannot be used, though its image can be read."""
+
+    @abstractmethod
+    def content(self, sample: Sample, place: Place, classes: Classes) -> Any:
+        """The parts of one row of a batch."""
+
+    @abstractmethod
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> B:
+        """Stack B contents. `index`: [B] int64, positions in the source."""
+
+    def draws(self, purpose: str, number: int, index: int) -> random.Random:
+        """The random stream of a purpose ("view", "mask", "caption") for one sample."""
+        return random.Random(derive(self.seed, purpose if self.training else f"held-out {purpose}", number, index))
+
+    def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
+        """Side in pixels -> [channels, side, side] of a sample."""
+        number = place.epoch if self.views is None else place.epoch % self.views
+        return self.view(sample.image, self.draws("view", number, place.index))
+
+    def image_of(self, sample: Sample, place: Place) -> Tensor:
+        """[channels, side, side] of a sample, where the view has one size."""
+        (image,) = self.views_of(sample, place).values()
+        return image
+
+
+@dataclass(frozen=True)
+class MaskedPreparation(Preparation[MaskedBatch]):
+    """Views of every size with a mask of the student's patches."""
+
+    mask: Mask | None = None
+    """None: the student sees every patch."""
+
+    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[dict[int, Tensor], Tensor | None, int | None]:
+        """Views by side, [N] bool mask, label."""
+        views = self.views_of(sample, place)
+        with phase("mask"):
+            masked = torch.from_numpy(self.mask(self.draws("mask", place.epoch, place.index))) if self.mask else None
+        return views, masked, sample.label
+
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
+        """See `Preparation`."""
+        views, masks, labels = zip(*contents, strict=True)
+        masked = torch.stack(masks) if self.mask else None
+        return MaskedBatch(
+            index,
+            {side: torch.stack([each[side] for each in views]) for side in views[0]},
+            masked,
+            None if masked is None else masked.flatten().nonzero()[:, 0],
+            labels=_labels(labels),
+            broken=broken,
+        )
+
+
+@dataclass(frozen=True)
+class ImageTextPreparation(Preparation[ImageTextBatch]):
+    """Images with texts: in training one of a sample's captions is drawn, held out all are taken. Where it has none, the name of
+    its class is put into one of `templates`: a drawn one, held out the first."""
+
+    tokenize: Tokenize
+    templates: Sequence[str] = ()
+
+    def check(self, sample: Sample, classes: Classes) -> None:
+        """Raises ValueError for a sample without text."""
+        if not sample.captions and (sample.label is None or classes is None):
+            raise ValueError("no caption (KEY.txt, KEY.json, data.captions, data.columns.captions) and no class name")
+        if "" in sample.captions:
+            raise ValueError("an empty caption")
+
+    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Tensor, Tensor, int | None]:
+        """Image, [T, L] token ids of its texts, label."""
+        return self.image_of(sample, place), self.tokenize(self._texts(sample, place, classes)), sample.label
+
+    def _texts(self, sample: Sample, place: Place, classes: Classes) -> list[str]:
+        texts = list(sample.captions)
+        if not texts:
+            assert sample.label is not None
+            assert classes is not None
+            templates = self.templates if self.training else self.templates[:1]
+            texts = [filled(template, classes[sample.label]) for template in templates]
+        return [self.draws("caption", place.epoch, place.index).choice(texts)] if self.training else texts
+
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> ImageTextBatch:
+        """See `Preparation`."""
+        images, texts, labels = zip(*contents, strict=True)
+        owner = torch.tensor([row for row, rows in enumerate(texts) for _ in rows])
+        return ImageTextBatch(index, torch.stack(images), torch.cat(texts), owner, labels=_labels(labels), broken=broken)
+
+
+@dataclass(frozen=True)
+class LabelledPreparation(Preparation[LabelledBatch]):
+    """Images with the classes that they belong to."""
+
+    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Tensor, int]:
+        """Image, label."""
+        assert sample.label is not None
+        return self.image_of(sample, place), sample.label
+
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> LabelledBatch:
+        """See `Preparation`."""
+        images, labels = zip(*contents, strict=True)
+        return LabelledBatch(index, torch.stack(images), torch.tensor(labels), broken=broken)
+
+
+def _labels(labels: Sequence[int | None]) -> Tensor | None:
+    return None if labels[0] is None else torch.tensor(labels)
