@@ -28,7 +28,7 @@ from eva_mim.run.loaders import batch_cut, eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.students.classifier import LinearProbe
 from eva_mim.tasks.probe import ProbeTask
-from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.kernels import tune
 
 if TYPE_CHECKING:
     from finetune.probe import StageRecipe
@@ -85,7 +85,7 @@ def _from_features(
 def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device: torch.device) -> Rows:
     """Of all images of a source, with the held-out view."""
     student.to(device).eval()
-    choose_kernels(student, device)
+    tune(student, device)
     roots = [part.root for part in (recipe.data, recipe.data.held_out) if part is not None and part.root is not None]
     facts = {
         "weights": student.fingerprint(),

@@ -82,7 +82,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
     from eva_mim.students.initialise import initialise
-    from eva_mim.students.visible import build_masked_student
+    from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.teachers import build_teacher
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
@@ -90,7 +90,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
     teacher = build_teacher(recipe.teacher, recipe.data.channels_of_all)
-    student = build_masked_student(recipe.student, teacher.width, recipe.mask)
+    student = MaskedStudent(recipe.student, teacher.width, recipe.mask)
     initialise(student, recipe.student.init)
     task = MaskedFeatures(student, teacher, objective)
     teacher.to(device)

@@ -10,7 +10,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
 
 import eva_mim.trunks.small  # noqa: F401  (registers vit_nano_patch4_32)
-from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.kernels import tune
 
 
 def tower(kind: str) -> tuple[nn.Module, torch.Tensor]:
@@ -32,7 +32,7 @@ def test_what_a_network_says_and_learns_does_not_change(kind: str) -> None:
     found = []
     for device in ("cuda", "cpu"):  # the choice alone; nothing moves
         network, given = tower(kind)
-        choose_kernels(network, device)
+        tune(network, device)
         output = network(given)
         output.square().sum().backward()
         grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -51,7 +51,7 @@ def test_the_sequence_goes_first_on_a_cpu_and_the_batch_on_cuda() -> None:
         open_clip.CLIPTextCfg(context_length=9, vocab_size=50, width=64, heads=2, layers=1),
     )
     for device, batch_first in (("cpu", False), ("cuda", True)):
-        choose_kernels(model, device)
+        tune(model, device)
         layers = [layer for layer in model.modules() if isinstance(layer, nn.MultiheadAttention)]
         assert len(layers) == 2
         assert {layer.batch_first for layer in layers} == {batch_first}

@@ -21,7 +21,7 @@ from eva_mim.data import DataSettings
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import open_splits
 from eva_mim.optim.schedule import lr_at, rates_at
-from eva_mim.students.visible import build_masked_student
+from eva_mim.students.masked import MaskedStudent
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.open_clip import read_tower
 from pretrain.mim import StageRecipe
@@ -94,7 +94,7 @@ def student_of(name: str) -> Any:
     recipe = read(name)
     _, (_, _, width) = teacher_map(recipe.teacher.name, recipe.teacher.image_size)
     with torch.device("meta"):
-        return build_masked_student(recipe.student, width, recipe.mask)
+        return MaskedStudent(recipe.student, width, recipe.mask)
 
 
 def test_no_published_recipe_is_missing() -> None:

@@ -223,7 +223,7 @@ def _fitting(settings: MaskedSettings, teacher: Teacher) -> str:
     from eva_mim.tasks.masked import check_grids
 
     with torch.device("meta"):  # its sizes are wanted, not its weights
-        student = MaskedStudent(settings, teacher.width)
+        student = MaskedStudent(settings.model_copy(update={"form": "mask_tokens"}), teacher.width)  # needs no mask
     check_grids(student.grid, student.image_size, teacher)
     rows, columns = student.grid
     return f"{settings.name} at {student.image_size} px fits: {rows}x{columns} patches"

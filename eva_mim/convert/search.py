@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
 from eva_mim.core.settings import few
+from eva_mim.trunks import facts
+from eva_mim.trunks.create import create
 from eva_mim.weights.hints import Hints, Pixels, Requirements
 from eva_mim.weights.names.layout import Shape
 from eva_mim.weights.names.name_tables import split_block
@@ -105,7 +106,7 @@ def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     handle = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"), Unfilled():
-            model: nn.Module = timm.create_model(name, **arguments)
+            model: nn.Module = create(name, **arguments)
     except Exception as error:  # a file's arguments can fail in any way
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UserError(f"timm cannot build {name} with {given}: {str(error)[:300]}") from None
@@ -122,17 +123,17 @@ def _changes(want: Requirements, model: Any) -> dict[str, Any]:
     names = model.state_dict()
     if want.size and tuple(embed.img_size) != want.size:
         changes["img_size"] = side(want.size)
-    kernel = names.get("patch_embed.proj.weight")
-    if family.patch and kernel is not None and tuple(kernel.shape[2:]) != family.patch:
+    if family.patch and facts.patch_size(model) not in (None, family.patch):
         changes["patch_size"] = side(family.patch)
     if [name in want.shapes for name in NORMS] != [name in names for name in NORMS]:
         changes["global_pool"] = _pool(want.shapes)
     if want.rope and getattr(model, "rope", None) is not None:
-        grid = tuple(embed.grid_size)
+        grid = facts.grid(model)
         if want.size and family.patch:
             grid = (want.size[0] // family.patch[0], want.size[1] // family.patch[1])
         reference = (want.rope.reference,) * 2 if want.rope.reference else grid
-        if tuple(getattr(model.rope, "ref_feat_shape", None) or grid) != reference:
+        own = getattr(model.rope, "ref_feat_shape", None)
+        if (tuple(own) if own else grid) != reference:
             changes["ref_feat_shape"] = reference
     return changes
 

@@ -286,6 +286,8 @@ class Engine(Protocol):
     """Makes a task run: forward, backward, optimizer, on one process or many."""
 
     module: nn.Module
+    forward: Callable[..., Any]
+    """The student's forward pass as a task calls it: the module or a wrapper of it. The one callable that may be compiled."""
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
         """One optimizer update from this process's micro-batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ class BaseEngine:
     """An engine except for the backward pass and the update of the weights. A subclass sets the attributes below."""
 
     module: nn.Module
-    _network: Any
-    """What a task calls: the module, or a wrapper of it."""
+    forward: Callable[..., Any]
+    """What a task calls for the student's forward pass: the module, or a wrapper of it. The one callable that may be compiled."""
     _watched: SkippableOptimizer
     _state: EngineState
     _scale: LossScale
@@ -34,12 +35,12 @@ class BaseEngine:
         set_rates(self._watched.param_groups, rates)
         self._watched.measure_update = measure_update
         with self.autocast():
-            batches = task.prepare(self._network, batches)
+            batches = task.prepare(self.forward, batches)
         weights = loss_weights(task, batches)
         outputs = []
         for batch, weight in zip(batches, weights, strict=True):
             with self.autocast():
-                output = task.loss(self._network, batch)
+                output = task.loss(self.forward, batch)
             with phase("backward"):
                 self._backward(nan_gradient_if_not_finite(output.loss), weight, len(batches))
             outputs.append(output)

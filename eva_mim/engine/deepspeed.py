@@ -75,6 +75,7 @@ class DeepSpeedEngine(BaseEngine):
         self._network, self._optimizer, _, _ = deepspeed.initialize(
             model=student.to(device), optimizer=self._watched, config=config
         )
+        self.forward = self._network
         if world_size() > 1:  # DeepSpeed's own group of all processes, which has torch's default
             torch.distributed.set_timeout(timedelta(minutes=run.timeout_minutes), self._network.data_parallel_group)
         # DeepSpeed gives each group of a rank its own loss scale, and these drift apart; ours is one for all.

@@ -27,7 +27,7 @@ class LocalEngine(BaseEngine):
         if world_size() > 1:
             raise UserError(f"run.engine=local runs one process, but {world_size()} were started; set run.engine=deepspeed")
         self.module = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._network, self._device, self._sharded = self.module, device, False
+        self.forward, self._device, self._sharded = self.module, device, False
         self._precision, self._clip, self._scale = run.precision, optim.clip_grad, LossScale(run.precision, device)
         groups = parameter_groups(student, optim)
         self._watched = build_optimizer(groups, optim)

@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import timm
 import torch
 from torch import Tensor, nn
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.core.contracts import LabelledBatch
 from eva_mim.core.distributed import all_reduce_sum
 from eva_mim.core.errors import UserError
@@ -25,7 +23,8 @@ from eva_mim.data.views import EvalView
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.counts import hits
 from eva_mim.evaluate.imagenet import Variant, columns, without_border
-from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.create import create
+from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, precision_of
 from eva_mim.weights.handover import WEIGHTS
@@ -41,7 +40,7 @@ class FolderClassifier(nn.Module):
             raise UserError(f"{folder} is no classifier that timm opens (config.json, {WEIGHTS}); a finished stage is one, its "
                             "ema, and what eva-mim convert --to hf writes")
         try:
-            self.trunk: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            self.trunk: Any = create(f"local-dir:{folder}", pretrained=True).eval()
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: timm cannot open it: {error}") from None
         config = self.trunk.pretrained_cfg
@@ -139,7 +138,7 @@ class Classifies(Protocol):
 
 def measure(model: Classifies, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
     """The model's figures at its own image size. Every rank must call."""
-    choose_kernels(model, device)  # type: ignore[arg-type]
+    tune(model, device)  # type: ignore[arg-type]
     view = partial(without_border, variant.border, EvalView([model.image_size], model.crop_pct))
     loader = EvalLoader(variant.source, LabelledPreparation(view, 0, training=False), batch, workers)
     return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))

@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 from eva_mim.data.class_lists import SYNSET, read_classes, spoken
 from eva_mim.data.prompts import imagenet_names, prompt_templates, read_lines
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.evaluators import class_features
-from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.create import create
+from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.sidecar import batch_of, describe, precision_of
 
@@ -38,7 +38,7 @@ class ZeroShot(nn.Module):
         self.classes = named_classes(classes)
         prompts = prompt_templates(templates if templates in ("openai", "simple") else read_lines(Path(templates), "--templates"))
         try:
-            self.model: Any = open_clip.create_model(f"local-dir:{folder}", device=device, weights_only=True).eval()
+            self.model: Any = create(f"local-dir:{folder}", by=open_clip.create_model, device=device, weights_only=True).eval()
             tokenize: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(f"local-dir:{folder}")
         except (RuntimeError, TypeError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise UserError(f"{folder}: open_clip cannot open it: {error}") from None
@@ -50,7 +50,7 @@ class ZeroShot(nn.Module):
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
         self.mean, self.std = tuple(pixels["mean"]), tuple(pixels["std"])
         self.precision, self.batch = precision or precision_of(found), batch_of(found)
-        choose_kernels(self, device)
+        tune(self, device)
         with torch.inference_mode():
             weights = class_features(
                 self._encode_text, tokenize, self.classes, prompts, lambda: autocast(device, self.precision), device

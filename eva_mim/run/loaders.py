@@ -17,7 +17,7 @@ from eva_mim.data.subset import order_of
 from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.engine import RunSettings
 from eva_mim.run.recipe import Recipe
-from eva_mim.trunks.create import mean_std
+from eva_mim.trunks.facts import mean_std
 from eva_mim.weights.handover import read_parent, seed_trunk
 
 

@@ -32,7 +32,7 @@ from eva_mim.engine import build_engine
 from eva_mim.run.dump import SETTINGS
 from eva_mim.run.loop import Loop, Parts
 from eva_mim.run.recipe import Recipe
-from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.kernels import tune
 from eva_mim.weights.handover import LINEAGE, WEIGHTS, content_hash, read_record
 
 Weights = dict[str, Tensor]
@@ -173,7 +173,7 @@ def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tupl
         _keep_freed_memory()
     seed_all(derive(recipe.run.seed, "initialisation"))
     built = build(recipe, device)
-    choose_kernels(built.parts.task.student, device)
+    tune(built.parts.task.student, device)
     return device, built
 
 

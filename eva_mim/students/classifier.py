@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.core.files import weights_sha256
 from eva_mim.students import ClassifierSettings
-from eva_mim.trunks.create import build_trunk, has_tokens, input_size, mean_std
+from eva_mim.trunks import facts
+from eva_mim.trunks.create import build_trunk, has_tokens
 from eva_mim.trunks.pixels import normalise
 
 
@@ -22,8 +23,8 @@ class Classifier(nn.Module):
         super().__init__()
         options = {"global_pool": settings.global_pool} if has_tokens(settings) else {}
         self.trunk = build_trunk(settings, num_classes=classes, **options)
-        self.image_size = input_size(self.trunk, settings)
-        self.mean, self.std = mean_std(self.trunk, settings)
+        self.image_size = facts.image_size(self.trunk, settings)
+        self.mean, self.std = facts.mean_std(self.trunk, settings)
         head = self.trunk.get_classifier()  # type: ignore[operator]
         with torch.no_grad():
             for parameter in head.parameters():
@@ -126,6 +127,6 @@ class LinearProbe(Classifier):
         return state
 
     def _timm_head(self) -> str:
-        classifier = self.trunk.get_classifier()  # type: ignore[operator]
-        names: list[str] = [name for name, module in self.trunk.named_modules() if module is classifier]
-        return names[0]
+        name = facts.head_name(self.trunk)
+        assert name is not None
+        return name

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
 from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings
-from eva_mim.trunks import Tower
-from eva_mim.trunks.create import build_trunk, mean_std, scale_patch_gradient
+from eva_mim.trunks import Tower, facts
+from eva_mim.trunks.create import build_trunk, scale_patch_gradient
 from eva_mim.trunks.pixels import normalise
 
 TEXT_LAYERS = {"stem": r"^(?:token|positional)_embedding", "blocks": r"^transformer\.resblocks\.(\d+)"}
@@ -45,7 +45,7 @@ class ClipStudent(nn.Module):
             raise UserError(f"student.patch_dropout={settings.patch_dropout}: {settings.name} cannot leave out patches; set it "
                             "to 0")
         self.image_size = own
-        self.mean, self.std = mean_std(probe, settings)
+        self.mean, self.std = facts.mean_std(probe, settings)
         source = text_source(settings.text)
         self.config: dict[str, Any] = {
             "embed_dim": settings.embed_dim,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import weights_sha256
-from eva_mim.trunks.kernels import choose_kernels
+from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class FrozenTeacher:
         self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
     ):
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        choose_kernels(self._network, "cpu")
+        tune(self._network, "cpu")
         self._reading = reading
         self.image_size, self.mean, self.std = image_size, mean, std
         try:
@@ -68,7 +68,7 @@ class FrozenTeacher:
     def to(self, device: Any) -> FrozenTeacher:
         """Move the weights."""
         self._network.to(device)
-        choose_kernels(self._network, device)
+        tune(self._network, device)
         return self
 
     def fingerprint(self) -> str:

@@ -12,11 +12,11 @@ from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
 from torch import Tensor
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.core.contracts import Features
 from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
 from eva_mim.teachers.trunk import read_trunk
+from eva_mim.trunks.create import create
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -44,7 +44,7 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
 def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> FrozenTeacher:
     options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
     try:
-        model = open_clip.create_model(name, pretrained=pretrained, weights_only=True, **options)
+        model = create(name, by=open_clip.create_model, pretrained=pretrained, weights_only=True, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"teacher {settings.name} with weights {settings.weights}: {error}") from None
     visual = model.visual

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
-
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import FrozenTeacher
 from eva_mim.teachers.trunk import read_trunk
+from eva_mim.trunks import facts
+from eva_mim.trunks.create import create
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -29,21 +28,21 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
         trunk = _create(settings.name, settings.image_size, num_classes=0, **options)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise UserError(f"teacher {settings.name} with weights {settings.weights}: {error}") from None
-    config = trunk.pretrained_cfg
+    mean, std = facts.mean_std(trunk)
     return FrozenTeacher(
         trunk,
         read_trunk(trunk, settings),
-        image_size=settings.image_size or config["input_size"][-1],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        image_size=settings.image_size or facts.configuration(trunk)["input_size"][-1],
+        mean=mean,
+        std=std,
     )
 
 
 def _create(name: str, image_size: int | None, **options: Any) -> Any:
     if image_size is not None:
         try:
-            return timm.create_model(name, img_size=image_size, **options)
+            return create(name, img_size=image_size, **options)
         except TypeError as error:  # convolutional networks take any size, and many no such argument
             if "img_size" not in str(error):
                 raise
-    return timm.create_model(name, **options)
+    return create(name, **options)

@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import Reading, block_index, with_projection
+from eva_mim.trunks import facts
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
-
-PLAIN = ("blocks", "norm", "fc_norm", "num_prefix_tokens", "forward_intermediates")
-"""What timm's plain vision transformers, and in timm 1.0.31 no others, have in common (VisionTransformer, Eva, Beit,
-NaFlexVit and their subclasses)."""
 
 
 def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | None = None) -> Reading:
@@ -34,9 +31,10 @@ def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | No
         pooled: Tensor = trunk.forward_head(output, pre_logits=not project)
         return behind(pooled) if behind is not None and project else pooled
 
-    if not all(hasattr(trunk, name) for name in PLAIN):
+    blocks = facts.plain_blocks(trunk)
+    if blocks is None:
         return _read_end(trunk, settings, head, project)
-    layer = block_index(settings, len(trunk.blocks))
+    layer = block_index(settings, blocks)
     norm = trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm  # fc_norm: the norm stands behind the pooling
 
     def features(images: Tensor) -> Features:
@@ -49,7 +47,7 @@ def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | No
         return Features(head(output), tokens, (cells.shape[2], cells.shape[3]))
 
     normed = settings.final_norm and not isinstance(norm, nn.Identity)
-    return Reading(features, layer, len(trunk.blocks), normed, project)
+    return Reading(features, layer, blocks, normed, project)
 
 
 def _read_end(trunk: Any, settings: TeacherSettings, head: Callable[[Tensor], Tensor], project: bool) -> Reading:
@@ -75,12 +73,10 @@ def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
             features = features.permute(0, 3, 1, 2)
         grid = features.shape[2], features.shape[3]
         return features.flatten(2).transpose(1, 2), grid
-    patches = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
-    embed = getattr(trunk, "patch_embed", None)
-    grid_size = getattr(embed, "grid_size", None)
-    if grid_size is None or grid_size[0] * grid_size[1] != patches.shape[1]:
+    patches, own = features[:, facts.prefix_tokens(trunk) :], facts.grid(trunk)
+    if own is None or own[0] * own[1] != patches.shape[1]:
         raise UserError(f"{type(trunk).__name__}: {patches.shape[1]} patch tokens, but the trunk does not say its grid")
-    return patches, (grid_size[0], grid_size[1])
+    return patches, own
 
 
 def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -95,5 +91,5 @@ def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tens
         nhwc = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
         single = single.reshape(-1, 1, 1, width) if nhwc else single.reshape(-1, width, 1, 1)
     else:
-        single = single.expand(-1, getattr(trunk, "num_prefix_tokens", 0) + 1, -1)
+        single = single.expand(-1, facts.prefix_tokens(trunk) + 1, -1)
     return head(single).reshape(batch, count, -1)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm, for all of eva_mim)
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
-from eva_mim.trunks import TrunkSettings
+from eva_mim.trunks import TrunkSettings, facts
+
+
+def create(name: str, *, by: Callable[..., Any] = timm.create_model, **arguments: Any) -> Any:
+    """The model of that name, ours included. `by`: timm's or open_clip's function, which knows our architectures once this file
+    is imported. Raises what it raises."""
+    return by(name, **arguments)
 
 
 def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
@@ -21,7 +28,7 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
     if settings.drop_path:
         arguments["drop_path_rate"] = settings.drop_path
     try:
-        trunk: nn.Module = timm.create_model(settings.name, **arguments)
+        trunk: nn.Module = create(settings.name, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
     if settings.grad_checkpointing:
@@ -63,16 +70,4 @@ def has_tokens(settings: TrunkSettings) -> bool:
     """The architecture works on patch tokens (and so has a choice of pooling). Builds nothing: meta device."""
     check_name(settings.name)
     with torch.device("meta"):
-        return hasattr(timm.create_model(settings.name), "num_prefix_tokens")
-
-
-def input_size(trunk: nn.Module, settings: TrunkSettings) -> int:
-    """Side of the trunk's input in pixels."""
-    config: Any = trunk.pretrained_cfg
-    return int(settings.image_size or config["input_size"][-1])
-
-
-def mean_std(trunk: nn.Module, settings: TrunkSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Those of the settings, else the architecture's own."""
-    config: Any = trunk.pretrained_cfg
-    return settings.mean or tuple(config["mean"]), settings.std or tuple(config["std"])
+        return facts.has_tokens(create(settings.name))

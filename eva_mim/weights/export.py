@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from eva_mim.core.files import write_json, write_weights
-from eva_mim.trunks import TrunkSettings
+from eva_mim.trunks import TrunkSettings, facts
 from eva_mim.trunks.config import timm_config
-from eva_mim.trunks.create import input_size, mean_std
 from eva_mim.weights.handover import WEIGHTS
 
 
@@ -26,10 +25,10 @@ def write_timm(
 ) -> None:
     """Writes `model.safetensors` and the `config.json` with which `timm.create_model("local-dir:OUT", pretrained=True)` opens
     it."""
-    size = input_size(trunk, settings)
+    size = facts.image_size(trunk, settings)
     arguments: dict[str, Any] = settings.timm_options()
-    mean, std = mean_std(trunk, settings)
-    if global_pool is not None and hasattr(trunk, "num_prefix_tokens"):
+    mean, std = facts.mean_std(trunk, settings)
+    if global_pool is not None and facts.has_tokens(trunk):
         arguments["global_pool"] = global_pool
     config = timm_config(
         settings.name, trunk, arguments, image_size=(size, size), mean=mean, std=std,
@@ -51,5 +50,5 @@ def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def grid_of(trunk: nn.Module) -> list[int] | None:
     """Returns the patch grid (rows, columns) of a trunk; None for a trunk without patch tokens."""
-    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+    grid = facts.grid(trunk)
     return list(grid) if grid else None

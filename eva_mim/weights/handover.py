@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
+from eva_mim.trunks import facts
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.hints import Pixels, read_hints
@@ -103,7 +104,8 @@ def seed_trunk(
     shape, because the parent then has another architecture.
     """
     settings = settings or HandOverSettings()
-    state, head = trunk.state_dict(), _head_prefix(trunk)
+    state, classifier = trunk.state_dict(), facts.head_name(trunk)
+    head = None if classifier is None else f"{classifier}."
     given, report = _fitted(trunk, state, parent, settings)
     same_classes = classes is not None and classes == parent.classes
     fresh = {name: why for name in state if (why := _why_fresh(name, head, given, settings, same_classes))}
@@ -151,8 +153,7 @@ def _fitted(
             for name in done.report.ignored:
                 report.note(report.ignored, name, done.report.reasons[name])
     _adapt_channels(trunk, state, given, report, parent.path)
-    embed: Any = getattr(trunk, "patch_embed", None)
-    grid, kernel = getattr(embed, "grid_size", None), state.get("patch_embed.proj.weight")
+    grid = facts.grid(trunk)
     if grid is None:
         return given, report
     tables = [name for name in given if name.endswith(("pos_embed", "relative_position_bias_table")) and name in state]
@@ -165,8 +166,7 @@ def _fitted(
             "set hand_over.grid=[rows, columns]"
         )
     given, resized = resize_trunk(
-        given, old or grid, grid, positions=settings.positions, kernel=settings.kernel,
-        patch=(kernel.shape[2], kernel.shape[3]) if kernel is not None and kernel.ndim == 4 else None,
+        given, old or grid, grid, positions=settings.positions, kernel=settings.kernel, patch=facts.patch_size(trunk)
     )
     for name in resized.resized:
         if name in report.resized:  # resized for its channels before
@@ -180,8 +180,7 @@ def _adapt_channels(
     trunk: nn.Module, state: Mapping[str, Tensor], given: dict[str, Tensor], report: KeyReport, path: Path
 ) -> None:
     """Replaces the kernels in `given` that see the images (timm's `first_conv`) by kernels for the trunk's channels."""
-    config: Any = getattr(trunk, "pretrained_cfg", None) or {}
-    first = config.get("first_conv") or ()
+    first = facts.configuration(trunk).get("first_conv") or ()
     for name in (f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first)):
         if not (name in given and name in state) or given[name].ndim != 4 or given[name].shape[1] == state[name].shape[1]:
             continue
@@ -217,8 +216,3 @@ def _prove(trunk: nn.Module, bits: Mapping[str, int]) -> None:
 def _checksum(value: Tensor) -> int:
     """Returns the CRC-32 of the elements, in order."""
     return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _head_prefix(trunk: nn.Module) -> str | None:
-    head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
-    return next((f"{name}." for name, module in trunk.named_modules() if module is head and name), None)

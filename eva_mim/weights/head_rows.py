@@ -10,6 +10,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.core.settings import few
 from eva_mim.data.class_lists import class_hash, describe, layouts_with, positions, read_classes
 from eva_mim.students import ClassifierSettings
+from eva_mim.trunks import facts
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.handover import Parent
 
@@ -25,7 +26,7 @@ def seed_head(
     rows, if none is shared, and if one is missing with `head_rows` "all".
     """
     head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
-    prefix = next(name for name, module in trunk.named_modules() if module is head)
+    prefix = facts.head_name(trunk)
     state = {f"{prefix}.{name}": value for name, value in head.named_parameters()}
     names = [name for name in state if name in parent.weights]
     if f"{prefix}.weight" not in names:

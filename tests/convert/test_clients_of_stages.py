@@ -22,7 +22,6 @@ from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, 
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.clip import ClipStudent, as_open_clip
 from eva_mim.students.masked import MaskedStudent
-from eva_mim.students.visible import VisibleStudent
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.export import part, unpooled, write_timm
 from eva_mim.weights.handover import read_parent, seed_trunk
@@ -81,7 +80,7 @@ def test_a_masked_stage_with_a_decoder(tmp_path: Path) -> None:
     """EVA-L's: the decoder is under the original names as well."""
     decoder = DecoderSettings(width=48, depth=2, heads=4)
     settings = MaskedSettings(name="golden_evaL_mae", form="visible", positions="sincos", decoder=decoder)
-    student = VisibleStudent(settings, 40, MaskSettings(kind="random", ratio=0.75))
+    student = MaskedStudent(settings, 40, MaskSettings(kind="random", ratio=0.75))
     weights = masked_stage(tmp_path / "mim", student, settings)
     _, original = converted(tmp_path / "mim", "eva", tmp_path)
     state = torch.load(original, weights_only=True)["module"]

@@ -20,7 +20,6 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
-from eva_mim.students.visible import VisibleStudent
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.names.buffers import Rope
 from eva_mim.weights.names.eva import Converted, from_eva, from_stage, to_eva, unshare_relative, visual_trunk, with_norm
@@ -65,7 +64,7 @@ def test_the_masked_autoencoder_predicts_as_the_original_code(shared: Path) -> N
     settings = MaskedSettings(
         name="golden_evaL_mae", form="visible", positions="sincos", decoder=DecoderSettings(width=48, depth=2, heads=4)
     )
-    student = VisibleStudent(settings, 40, MaskSettings(kind="random", ratio=0.75)).eval()
+    student = MaskedStudent(settings, 40, MaskSettings(kind="random", ratio=0.75)).eval()
     student.load_state_dict({f"trunk.{key}": value for key, value in done.weights.items()} | done.outside)
     predicted = student(pixels(golden["in/image"]), golden["out/mask"].bool(), torch.arange(128)).unflatten(0, (2, 64))
     assert (predicted - golden["out/predictions"]).abs().max() < 1e-5

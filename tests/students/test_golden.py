@@ -14,7 +14,6 @@ from eva_mim.data import MaskSettings
 from eva_mim.students import ClassifierSettings, DecoderSettings, MaskedSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.masked import MaskedStudent
-from eva_mim.students.visible import VisibleStudent
 from tests.students.golden import below, close, load, pixels
 
 
@@ -72,12 +71,12 @@ def test_the_classifier_with_a_table_in_each_block_is_the_original_one(shared: P
     assert (made(images) - golden["out/finetune_logits"]).abs().max() < 1e-5
 
 
-def large(golden: dict[str, Tensor]) -> VisibleStudent:
+def large(golden: dict[str, Tensor]) -> MaskedStudent:
     """EVA-L's network with the fixture's weights; its own two tables are left out of the load."""
     settings = MaskedSettings(
         name="golden_evaL_mae", form="visible", positions="sincos", decoder=DecoderSettings(width=48, depth=2, heads=4)
     )
-    made = VisibleStudent(settings, 40, MaskSettings(kind="random", ratio=0.75)).eval()
+    made = MaskedStudent(settings, 40, MaskSettings(kind="random", ratio=0.75)).eval()
     state = below(golden, "state_dict/")
     names = {key: key.replace("trunk.", "").replace("head.", "decoder_pred.") for key in made.state_dict()}
     weights = {key: state[name] for key, name in names.items() if name != "pos_embed"}

@@ -13,8 +13,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, InitSettings, MaskedSettings
 from eva_mim.students.initialise import initialise
-from eva_mim.students.masked import PatchStudent
-from eva_mim.students.visible import build_masked_student
+from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks.positions import sincos_table
 from tests.students.test_masked import randomise
 
@@ -28,7 +27,7 @@ def drawn(name: str, law: Any, std: float = 0.02, **options: Any) -> Any:
         name=name, init=InitSettings(law=law, std=std), decoder=DecoderSettings(width=64, depth=2, heads=4), **options
     )
     torch.manual_seed(3)
-    made = build_masked_student(settings, 64, MaskSettings(kind="random", ratio=0.5))
+    made = MaskedStudent(settings, 64, MaskSettings(kind="random", ratio=0.5))
     initialise(randomise(made), settings.init)
     return made
 
@@ -43,11 +42,11 @@ def xavier(layer: nn.Linear) -> float:
     return math.sqrt(2 / (layer.in_features + layer.out_features))
 
 
-def layers(made: PatchStudent, kind: type[nn.Module]) -> dict[str, Any]:
+def layers(made: MaskedStudent, kind: type[nn.Module]) -> dict[str, Any]:
     return {name: module for name, module in made.named_modules() if isinstance(module, kind)}
 
 
-def check_norms_and_biases(made: PatchStudent) -> None:
+def check_norms_and_biases(made: MaskedStudent) -> None:
     for norm in layers(made, nn.LayerNorm).values():
         assert (norm.weight == 1).all()
         assert (norm.bias == 0).all()
@@ -103,7 +102,7 @@ def test_the_patch_kernel_is_drawn_as_a_linear_layer(law: Any) -> None:
     """Uniform within sqrt(6 / (588 + 96)); the bias is what it was."""
     torch.manual_seed(3)
     settings = MaskedSettings(name="golden_eva02_b_mim")
-    made: Any = build_masked_student(settings, 64, MaskSettings())
+    made: Any = MaskedStudent(settings, 64, MaskSettings())
     before = made.trunk.patch_embed.proj.bias.clone()
     initialise(made, InitSettings(law=law))
     kernel, bound = made.trunk.patch_embed.proj.weight, math.sqrt(6 / (3 * 14 * 14 + 96))
@@ -129,7 +128,7 @@ def test_mae_with_its_decoder_and_fixed_positions() -> None:
 
 def test_timms_own_start_is_left_alone() -> None:
     torch.manual_seed(0)
-    made: Any = build_masked_student(MaskedSettings(name="golden_eva01_relpos"), 64, MaskSettings())
+    made: Any = MaskedStudent(MaskedSettings(name="golden_eva01_relpos"), 64, MaskSettings())
     before, generator = {key: value.clone() for key, value in made.state_dict().items()}, torch.get_rng_state()
     initialise(made, InitSettings())
     assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
@@ -138,7 +137,7 @@ def test_timms_own_start_is_left_alone() -> None:
 
 @pytest.mark.parametrize("law", ["eva01", "eva02", "mae"])
 def test_layer_scale_relative_tables_and_query_biases_keep_their_start(law: Any) -> None:
-    made: Any = build_masked_student(MaskedSettings(name="golden_eva01_relpos"), 64, MaskSettings())
+    made: Any = MaskedStudent(MaskedSettings(name="golden_eva01_relpos"), 64, MaskSettings())
     initialise(made, InitSettings(law=law))
     block = made.trunk.blocks[1]
     assert (block.gamma_1 == 0.1).all()
@@ -159,7 +158,7 @@ def test_the_seed_decides_and_a_frozen_patch_embedding_is_drawn_too() -> None:
 def test_blocks_of_an_unknown_kind_are_refused() -> None:
     settings = MaskedSettings(name="vit_small_patch16_18x2_224")
     with torch.device("meta"):
-        made = build_masked_student(settings, 64, MaskSettings())
+        made = MaskedStudent(settings, 64, MaskSettings())
     with pytest.raises(UserError, match=r"student\.init\.law: .*ParallelThingsBlock.* set it to timm or mae"):
         initialise(made, InitSettings(law="eva01"))
 
@@ -175,7 +174,7 @@ def test_sizes_are_the_published_ones(name: str, target_width: int, law: Any, tr
     mae: dict[str, Any] = {"form": "visible", "positions": "sincos", "image_size": 224} if law == "mae" else {}
     settings = MaskedSettings(name=name, init=InitSettings(law=law), **mae)
     with torch.device("meta"):
-        made: Any = build_masked_student(settings, target_width, MaskSettings(kind="random", ratio=0.75))
+        made: Any = MaskedStudent(settings, target_width, MaskSettings(kind="random", ratio=0.75))
     initialise(made, settings.init)
     assert sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad) == trained
     assert made.grid == (16, 16)

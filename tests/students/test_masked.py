@@ -14,8 +14,7 @@ from torch import Tensor
 from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import MaskedSettings
-from eva_mim.students.masked import MaskedStudent, PatchStudent
-from eva_mim.students.visible import build_masked_student
+from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks.positions import sincos_table
 from tests.students.golden import PIXELS
 
@@ -36,7 +35,7 @@ def dynamic_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
     return build_model_with_cfg(VisionTransformer, "dynamic_vit", pretrained, **sizes | options)
 
 
-def randomise(made: PatchStudent) -> PatchStudent:
+def randomise(made: MaskedStudent) -> MaskedStudent:
     """Every parameter but fixed tables random (timm starts biases at 0), so that nothing is hidden by a zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -52,7 +51,7 @@ def student(name: str = "vit_nano_patch4_32", image_size: int | None = None, **o
     return randomise(MaskedStudent(MaskedSettings(name=name, image_size=image_size, **options), 10).eval())
 
 
-def images_and_mask(made: PatchStudent, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def images_and_mask(made: MaskedStudent, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 pictures, [B, N] masks of about 40 %, and their flat indices."""
     generator = torch.Generator().manual_seed(1)
     size = made.image_size
@@ -61,12 +60,12 @@ def images_and_mask(made: PatchStudent, count: int = 3) -> tuple[Tensor, Tensor,
     return images, masked, masked.flatten().nonzero()[:, 0]
 
 
-def normalised(made: PatchStudent, images: Tensor) -> Tensor:
+def normalised(made: MaskedStudent, images: Tensor) -> Tensor:
     """Channel by channel, as each network's description says."""
     return torch.stack([(images[:, c].float() / 255 - made.mean[c]) / made.std[c] for c in range(3)], dim=1)
 
 
-def pixel_mask(made: PatchStudent, masked: Tensor) -> Tensor:
+def pixel_mask(made: MaskedStudent, masked: Tensor) -> Tensor:
     """[B, 1, H, W] True where a pixel lies in a masked patch."""
     rows, columns = made.grid
     side = made.image_size // rows
@@ -171,12 +170,12 @@ def test_a_failed_pass_leaves_no_mask_behind() -> None:
 @pytest.mark.parametrize("form", ["mask_tokens", "visible"])
 def test_plain_distillation_has_no_parameter_without_gradient(form: Any) -> None:
     """With ratio 0 the mask token has no use: it is not trained."""
-    made = build_masked_student(MaskedSettings(name="vit_nano_patch4_32", form=form), 10, MaskSettings(ratio=0))
+    made = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32", form=form), 10, MaskSettings(ratio=0))
     images, _, _ = images_and_mask(made)
     made(images, None, torch.arange(3 * 64)).square().sum().backward()
     assert {name for name, p in made.named_parameters() if p.grad is None} == {"mask_token"}
     assert [name for name, p in made.named_parameters() if not p.requires_grad] == ["mask_token"]
-    masking = build_masked_student(MaskedSettings(name="vit_nano_patch4_32", form=form), 10, MaskSettings(exact=True))
+    masking = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32", form=form), 10, MaskSettings(exact=True))
     assert all(parameter.requires_grad for parameter in masking.parameters())
 
 

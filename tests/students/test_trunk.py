@@ -13,7 +13,7 @@ from eva_mim.data import MaskSettings
 from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier, LinearProbe
 from eva_mim.students.clip import ClipStudent
-from eva_mim.students.visible import build_masked_student
+from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks import TrunkSettings
 from eva_mim.trunks.create import build_trunk
 from tests.students.test_masked import images_and_mask, randomise
@@ -25,7 +25,7 @@ def masked_gradients(name: str, form: Any, scale: float) -> tuple[Tensor, dict[s
     """Predictions and gradients; everything but `scale` is the same at each call."""
     torch.manual_seed(0)
     settings = MaskedSettings(name=name, form=form, patch_grad_scale=scale, decoder=DecoderSettings(width=32, depth=1, heads=2))
-    made = randomise(build_masked_student(settings, 10, MaskSettings(kind="random", ratio=0.5)).eval())
+    made = randomise(MaskedStudent(settings, 10, MaskSettings(kind="random", ratio=0.5)).eval())
     images, _, _ = images_and_mask(made)
     masked = torch.arange(3 * made.patches).reshape(3, -1) % 2 == 0
     prediction = made(images, masked, masked.flatten().nonzero()[:, 0])

@@ -12,7 +12,6 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
-from eva_mim.students.visible import VisibleStudent, build_masked_student
 from tests.students.test_masked import images_and_mask, normalised, pixel_mask, randomise
 
 DECODER = DecoderSettings(width=32, depth=2, heads=4)
@@ -27,10 +26,10 @@ def visible(name: str = "vit_nano_patch4_32", size: int | None = None, mask: Mas
     """A random student with 10 targets."""
     settings = MaskedSettings(name=name, image_size=size, form="visible", decoder=DECODER)
     torch.manual_seed(0)
-    return randomise(build_masked_student(settings, 10, mask).eval())
+    return randomise(MaskedStudent(settings, 10, mask).eval())
 
 
-def images_and_choice(made: VisibleStudent) -> Any:
+def images_and_choice(made: MaskedStudent) -> Any:
     """Pictures, masks of three quarters, flat indices of the masked patches."""
     images, _, _ = images_and_mask(made)
     generator = torch.Generator().manual_seed(2)
@@ -114,10 +113,10 @@ def test_masks_of_varying_size_are_refused() -> None:
     """At build time, and not for the form that can take them."""
     settings = MaskedSettings(name="vit_nano_patch4_32", form="visible", decoder=DECODER)
     with pytest.raises(UserError, match=r"mask\.kind=random or mask\.exact=true"):
-        build_masked_student(settings, 10, MaskSettings())
+        MaskedStudent(settings, 10, MaskSettings())
     assert visible(mask=MaskSettings(exact=True)).visible == 64 - 26
     assert visible(mask=MaskSettings(kind="random", ratio=0.7)).visible == 19
-    assert isinstance(build_masked_student(MaskedSettings(name="vit_nano_patch4_32"), 10, MaskSettings()), MaskedStudent)
+    assert isinstance(MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 10, MaskSettings()), MaskedStudent)
 
 
 def test_what_cannot_leave_patches_out_is_refused() -> None:

@@ -1,0 +1,133 @@
+"""Every way to hide patches, over the table: nothing of a hidden patch reaches a prediction, and ways compose."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from eva_mim.core.errors import UserError
+from eva_mim.data import MaskSettings
+from eva_mim.students import DecoderSettings, MaskedSettings
+from eva_mim.students.hiding import HIDINGS, Hiding, MaskTokens
+from eva_mim.students.masked import MaskedStudent
+from tests.students.test_masked import images_and_mask, pixel_mask, randomise
+
+MASK = MaskSettings(kind="random", ratio=0.5)
+
+
+class PixelFill(Hiding):
+    """What a hybrid needs: hidden patches are grey before the stem looks across patches."""
+
+    hides_pixels = True
+
+    def pixels(self, student: Any, pixels: Tensor, masked: Tensor) -> Tensor:
+        """[B, channels, H, W] with 0 in the hidden patches."""
+        return pixels.masked_fill(pixel_mask(student, masked), 0.0)
+
+
+COMPOSED = {**HIDINGS, "filled": (PixelFill(),), "filled_and_tokens": (PixelFill(), MaskTokens())}
+TABLE = [
+    *((form, "vit_nano_patch4_32", None) for form in HIDINGS), *((form, "vit_small_patch14_reg4_dinov2", 56) for form in HIDINGS),
+    ("filled_and_tokens", "vit_nano_patch4_32", None), ("filled_and_tokens", "vit_tiny_r_s16_p8_224", 64),
+]
+"""Plain, with registers; a hybrid whose stem of convolutions looks across patches."""
+
+
+def student(form: str, name: str = "vit_nano_patch4_32", size: int | None = None, targets: Any = 10) -> Any:
+    """A random student of any form."""
+    settings = MaskedSettings(name=name, image_size=size, decoder=DecoderSettings(width=32, depth=1, heads=2))
+    torch.manual_seed(0)
+    return randomise(MaskedStudent(settings.model_copy(update={"form": form}), targets, MASK).eval())
+
+
+def halves(made: MaskedStudent) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures, masks of half the patches, and all flat indices: also visible patches must not know of hidden ones."""
+    images, _, _ = images_and_mask(made)
+    places = torch.rand(3, made.patches, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    return images, places < made.patches // 2, torch.arange(3 * made.patches)
+
+
+@pytest.fixture(autouse=True)
+def composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form, ways in COMPOSED.items():
+        monkeypatch.setitem(HIDINGS, form, ways)
+
+
+@pytest.mark.parametrize(("form", "name", "size"), TABLE)
+@torch.no_grad()
+def test_no_hidden_pixel_changes_any_prediction(form: str, name: str, size: int | None) -> None:
+    made = student(form, name, size)
+    images, masked, index = halves(made)
+    other = torch.where(pixel_mask(made, masked), 255 - images, images)
+    assert torch.equal(made(images, masked, index), made(other, masked, index))
+    assert not torch.equal(made(images, None, index), made(other, None, index))
+    seen = torch.where(pixel_mask(made, masked), images, 255 - images)
+    assert not torch.equal(made(images, masked, index), made(seen, masked, index))
+
+
+def test_a_stem_that_looks_across_patches_needs_its_pixels_hidden() -> None:
+    with pytest.raises(UserError, match="stem looks across patches"):
+        student("mask_tokens", "vit_tiny_r_s16_p8_224", 64)
+
+
+@pytest.mark.parametrize("form", ["mask_tokens", "visible", "filled_and_tokens"])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_recomputed_activations_have_the_same_mask(form: str, blocks: bool) -> None:
+    """timm's checkpointing of blocks, and the whole student recomputed in the backward pass, after a call with another mask."""
+    made = student(form)
+    images, masked, index = halves(made)
+    gradients = []
+    for recompute in (False, True):
+        made.zero_grad()
+        made.trunk.set_grad_checkpointing(recompute and blocks)
+        given = (images, masked, index)
+        found = checkpoint(made, *given, use_reentrant=False) if recompute and not blocks else made(*given)
+        made.tokens(images, ~masked)
+        found.square().sum().backward()
+        gradients.append({name: value.grad for name, value in made.named_parameters() if value.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-4) for name in gradients[0])
+
+
+@pytest.mark.parametrize("form", ["mask_tokens", "visible"])
+@torch.no_grad()
+def test_a_call_has_its_own_mask(form: str) -> None:
+    """Another thread in the middle of a call, and a copy of the student, neither see it nor change it."""
+    made, found = student(form), dict[str, Tensor]()
+    images, masked, index = halves(made)
+    alone, whole = made(images, masked, index), made(images, None, index)
+
+    def elsewhere(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and "whole" not in found:
+            found["whole"] = torch.empty(0)
+            thread = threading.Thread(target=lambda: found.update(whole=made(images, None, index)))
+            thread.start()
+            thread.join()
+
+    with torch.no_grad():
+        handle = made.trunk.blocks[0].register_forward_pre_hook(elsewhere)
+        again = made(images, masked, index)
+        handle.remove()
+    assert torch.equal(again, alone)
+    assert torch.allclose(found["whole"], whole, atol=1e-6)
+    twin = copy.deepcopy(made)
+    made.mask_token.add_(1)
+    assert torch.equal(twin(images, masked, index), alone)
+    twin.mask_token.add_(1)
+    assert torch.equal(twin(images, masked, index), made(images, masked, index))
+
+
+@torch.no_grad()
+def test_a_student_has_a_head_for_each_target() -> None:
+    made = student("mask_tokens", targets={"clip": 10, "dino": 6})
+    images, masked, index = halves(made)
+    found = made(images, masked, index[:5])
+    assert {name: tuple(value.shape) for name, value in found.items()} == {"clip": (5, 10), "dino": (5, 6)}
+    with pytest.raises(UserError, match=r"teachers\.a\.b"):
+        student("mask_tokens", targets={"a.b": 3})
