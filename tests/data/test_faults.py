@@ -22,7 +22,7 @@ from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.views import EvalView
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
-from tests.data.test_loader import loader, preparation
+from tests.data.test_loader import loader, pairs, preparation
 from tests.data.test_sources import folder, shards
 
 BOTH = pytest.mark.parametrize("workers", [0, 2])
@@ -252,7 +252,7 @@ def test_a_missing_caption_is_replaced_and_named(tmp_path: Path, workers: int) -
     members = [(name, content) for number in range(8) for name, content in
                ((f"{number}.png", png(picture(number))), (f"{number}.txt", b"words")) if name != "3.txt"]
     source = shards(write_tar(tmp_path / "x.tar", members).parent)
-    found = [batch for step in loader(source, preparation(), workers).steps(0, 2) for batch in step]
+    found = [batch for step in loader(source, pairs(), workers).steps(0, 2) for batch in step]
     assert {fault.partition(" (")[0] for fault in faults(found)} == {"x.tar/3: ValueError: no caption"}
     assert seen(found) == set(range(8)) - {3}
 
