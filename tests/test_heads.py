@@ -86,7 +86,7 @@ def test_a_head_without_a_class_list_needs_to_be_told(tmp_path: Path) -> None:
     assert torch.equal(child.state_dict()["head.weight"], parent["head.weight"][[3, 1]])
     with pytest.raises(UserError, match="has 5 rows, its class list 1000 classes"):
         seeded(tmp_path, ("dog", "bee"), recorded=None, head_rows="all", head_classes="imagenet-1k")
-    with pytest.raises(UserError, match="the head of .* is for no layout of ImageNet"):
+    with pytest.raises(UserError, match=r"the head of .* is for no layout of ImageNet"):
         seeded(tmp_path, ("dog", "bee"), head_rows="all", head_classes="imagenet-1k")
 
 
