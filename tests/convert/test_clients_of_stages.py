@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
@@ -157,8 +158,10 @@ def test_a_classifier_with_its_classes(tmp_path: Path) -> None:
     model = transformers.AutoModelForImageClassification.from_pretrained(dst).eval()
     close(model(pixel_values=images).logits, answers, 1e-5)
     assert model.config.id2label == dict(enumerate(CLASSES))
-    given = transformers.AutoImageProcessor.from_pretrained(dst)(IMAGES, return_tensors="pt").pixel_values
-    close(given, images, 1e-5)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in IMAGES]
+    given = transformers.AutoImageProcessor.from_pretrained(dst)(pictures, return_tensors="pt").pixel_values
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(eval(found["open_with"], {"timm": timm})))
+    close(given, torch.stack([transform(picture) for picture in pictures]), 1e-5)
 
 
 FIVE = {"mean": (0.1, 0.2, 0.3, 0.4, 0.5), "std": (0.5, 0.4, 0.3, 0.2, 0.1)}
