@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,6 +78,29 @@ class PatchStudent(nn.Module):
         return self.features(images)[0]
 
 
+TargetWidths = int | Mapping[str, int]
+"""C of the one teacher, or of several by the teacher's name."""
+
+
+def build_head(width: int, targets: TargetWidths) -> nn.Linear | nn.ModuleDict:
+    """A linear layer from the student's width to the target's, or one for each of several teachers, by name. Raises UserError for
+    a name that torch does not allow."""
+    if isinstance(targets, int):
+        return nn.Linear(width, targets)
+    for name in targets:
+        if hasattr(nn.ModuleDict, name):
+            raise UserError(f"teachers.{name}: torch has this name for something else; choose another")
+    return nn.ModuleDict({name: nn.Linear(width, target) for name, target in targets.items()})
+
+
+def predict(head: nn.Module, patches: Tensor) -> Tensor | dict[str, Tensor]:
+    """[M, C] predictions from [M, D] patches; of several heads by the teacher's name."""
+    if isinstance(head, nn.ModuleDict):
+        return {name: one(patches) for name, one in head.items()}
+    prediction: Tensor = head(patches)
+    return prediction
+
+
 class MaskedStudent(PatchStudent):
     """Mask tokens replace patch embeddings before positions are added; a linear head predicts.
 
@@ -85,14 +109,16 @@ class MaskedStudent(PatchStudent):
 
     stem_parameters = ("mask_token",)
 
-    def __init__(self, settings: MaskedSettings, target_width: int):
+    def __init__(self, settings: MaskedSettings, targets: TargetWidths):
         super().__init__(settings)
         width: int = self.trunk.embed_dim
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.head = nn.Linear(width, target_width)
+        self.head = build_head(width, targets)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        for layer in self.head.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.trunk.patch_embed.register_forward_hook(self._put_mask_tokens)
         self._masked: Tensor | None = None
 
@@ -105,10 +131,10 @@ class MaskedStudent(PatchStudent):
         masked = self._masked.reshape(*patches.shape[:-1], 1)  # patches are [B, N, D] or, in some models, [B, h, w, D]
         return torch.where(masked, self.mask_token.to(patches.dtype).reshape((1,) * (patches.ndim - 1) + (-1,)), patches)
 
-    def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor:
-        """[M, C] predictions for the patches of `target_index` (see `Batch`); nothing is hidden where `masked` is None."""
+    def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor | dict[str, Tensor]:
+        """[M, C] predictions for the patches of `target_index` (see `Batch`), of several teachers by name; nothing is hidden
+        where `masked` is None."""
         patches = self.tokens(images, masked)[:, self.prefix :]
-        prediction: Tensor = self.head(patches.reshape(-1, patches.shape[-1])[target_index])
-        return prediction
+        return predict(self.head, patches.reshape(-1, patches.shape[-1])[target_index])
 
 

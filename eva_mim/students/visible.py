@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
 from eva_mim.students import MaskedSettings
-from eva_mim.students.masked import MaskedStudent, PatchStudent
+from eva_mim.students.masked import MaskedStudent, PatchStudent, TargetWidths, build_head, predict
 from eva_mim.trunks.positions import sincos_table
 
 
@@ -27,13 +27,9 @@ class MaskCounts(Protocol):
         """Masked patches of an image with so many."""
 
 
-def build_masked_student(settings: MaskedSettings, target_width: int, mask: MaskCounts) -> PatchStudent:
+def build_masked_student(settings: MaskedSettings, targets: TargetWidths, mask: MaskCounts) -> PatchStudent:
     """The student of `settings.form`. Raises UserError for a trunk or masks that the form cannot work with."""
-    student: MaskedStudent | VisibleStudent
-    if settings.form == "visible":
-        student = VisibleStudent(settings, target_width, mask)
-    else:
-        student = MaskedStudent(settings, target_width)
+    student = VisibleStudent(settings, targets, mask) if settings.form == "visible" else MaskedStudent(settings, targets)
     if mask.masked_patches(student.patches) == 0:
         student.mask_token.requires_grad_(False)  # it has no use, so it would get no gradient
     return student
@@ -65,7 +61,7 @@ class VisibleStudent(PatchStudent):
     any_mask = False
     decoder_positions: Tensor
 
-    def __init__(self, settings: MaskedSettings, target_width: int, mask: MaskCounts):
+    def __init__(self, settings: MaskedSettings, targets: TargetWidths, mask: MaskCounts):
         super().__init__(settings)
         if not isinstance(self.trunk, (VisionTransformer, Eva)):
             raise UserError(f"student.form=visible: {settings.name} cannot leave out patches; set it to mask_tokens")
@@ -84,10 +80,10 @@ class VisibleStudent(PatchStudent):
         blocks = [Block(width, settings.decoder.heads, qkv_bias=True) for _ in range(settings.decoder.depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = LayerNorm(width)
-        self.head = nn.Linear(width, target_width)
+        self.head = build_head(width, targets)
         self.register_buffer("decoder_positions", sincos_table(self.grid, width, self.prefix), persistent=False)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        for layer in (self.decoder_embed, *self.decoder_blocks.modules(), self.head):
+        for layer in (self.decoder_embed, *self.decoder_blocks.modules(), *self.head.modules()):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
@@ -101,8 +97,9 @@ class VisibleStudent(PatchStudent):
         torch._assert_async((masked.sum(dim=1) == self.patches - self.visible).all(), f"not {self.visible} patches are visible")
         return masked.byte().argsort(dim=1, stable=True)[:, : self.visible]
 
-    def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor:
-        """[M, C] predictions for the patches of `target_index` (see `Batch`); nothing is hidden where `masked` is None."""
+    def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor | dict[str, Tensor]:
+        """[M, C] predictions for the patches of `target_index` (see `Batch`), of several teachers by name; nothing is hidden
+        where `masked` is None."""
         encoded = self.decoder_embed(self.tokens(images, masked))
         prefix, patches = encoded[:, : self.prefix], encoded[:, self.prefix :]
         if masked is not None:
@@ -111,5 +108,4 @@ class VisibleStudent(PatchStudent):
             patches = missing.scatter(1, index, patches)
         x = torch.cat([prefix, patches], dim=1) + self.decoder_positions
         decoded = self.decoder_norm(self.decoder_blocks(x))[:, self.prefix :]
-        prediction: Tensor = self.head(decoded.reshape(-1, decoded.shape[-1])[target_index])
-        return prediction
+        return predict(self.head, decoded.reshape(-1, decoded.shape[-1])[target_index])

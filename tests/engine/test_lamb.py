@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim.core.contracts import Batch, Rates, StepOutput
+from eva_mim.core.contracts import Batch, LossTerm, Rates, StepOutput
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.deepspeed import DeepSpeedEngine
@@ -176,10 +176,10 @@ class Squares:
         return batches
 
     def loss(self, student: Any, batch: Batch) -> StepOutput:
-        return StepOutput(student(batch.images).square().mean(), {})
+        return StepOutput({"loss": LossTerm(student(batch.images).square().mean())}, {})
 
-    def terms(self, batch: Batch) -> None:
-        return None
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
 
 
 @pytest.mark.parametrize("stop", [0, 3])
