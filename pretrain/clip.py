@@ -80,6 +80,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Towers, data and evaluator of a recipe."""
     from eva_mim.core.files import write_json, write_weights
     from eva_mim.core.report import KeyReport
+    from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
     from eva_mim.data.subset import open_splits
     from eva_mim.evaluate.evaluators import ClipEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
@@ -109,8 +110,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         trunk = part(weights, "model.visual.trunk.")
         write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk),
                    crop_pct=recipe.view.crop_pct)
-        write_weights(out / "open_clip_model.safetensors", as_open_clip(part(weights, "model.")))
-        write_json(out / "open_clip_config.json", student.open_clip_config())
+        write_weights(out / CLIP_WEIGHTS, as_open_clip(part(weights, "model.")))
+        write_json(out / CLIP_CONFIG, student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, tokenize=tokenize)
     if settings.whole and recipe.init_from is not None:

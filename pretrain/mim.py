@@ -72,6 +72,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Teacher, student, data and evaluator of a recipe."""
     from eva_mim.core.files import write_weights
     from eva_mim.core.registry import OBJECTIVES, lookup
+    from eva_mim.core.run_folder import HEAD
     from eva_mim.data.masking import make_mask
     from eva_mim.data.subset import open_splits
     from eva_mim.evaluate.evaluators import MaskedFeatureEvaluator
@@ -104,7 +105,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
                    crop_pct=recipe.view.crop_pct)
-        write_weights(out / "head.safetensors", {n: v for n, v in weights.items() if not n.startswith("trunk.")})
+        write_weights(out / HEAD, {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, mask=mask)
     return Built(

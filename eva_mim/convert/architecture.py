@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.weights.files.sidecar import Description
 from eva_mim.weights.hints import Hints, Pixels, Requirements, check_limits, plain, read_clip_config, read_hints
 from eva_mim.weights.names.buffers import Rope
@@ -204,7 +205,7 @@ def _same(name: str, config: Mapping[str, Any]) -> bool:
 
 def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidate:
     """A CLIP model of open_clip's. Raises UserError where its names and shapes are not exactly those of the weights."""
-    label = name or "open_clip_config.json"
+    label = name or CLIP_CONFIG
     if other := _mismatch(want, config):
         raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(other)}")
     vision = config["vision_cfg"]

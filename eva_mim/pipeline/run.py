@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eva_mim.core.registry import PROGRAMS, lookup
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.pipeline.plan import plan
 
 
@@ -15,13 +16,12 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     from eva_mim.core.log import say
     from eva_mim.pipeline.summary import write_summary
     from eva_mim.run.stage import identity_of, run_stage
-    from eva_mim.weights.handover import read_record
 
     first = planned[0].recipe.run
     setup(pick_device(first.device), first.timeout_minutes)  # ranks look at folders together, so they need their barrier now
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
-        record = read_record(stage.out)
+        record = RunFolder(stage.out).record()
         changes = identity_of(stage.entry.program, stage.recipe).changes(record) if record else []
         barrier()
         if changes:
@@ -46,14 +46,13 @@ def put_aside(folder: Path) -> None:
 def describe(path: str, overrides: list[str], out: Path) -> str:
     """The plan in words, for --dry-run."""
     from eva_mim.run.stage import has_checkpoint, identity_of, is_finished
-    from eva_mim.weights.handover import read_record
 
     _, planned = plan(path, overrides, out)
     lines, stale = [], set()
     for stage in planned:
         entry = stage.entry
         parents = [name for name in (entry.init_from, entry.teacher, entry.text_from) if name]
-        record = read_record(stage.out)
+        record = RunFolder(stage.out).record()
         waits = [name for name in parents if name in stale]
         if waits:
             state = f"runs, after {', '.join(waits)}"

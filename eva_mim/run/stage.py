@@ -16,23 +16,22 @@ import yaml
 from torch import Tensor
 
 import eva_mim
-from eva_mim.core import run_folder as checkpoint
 from eva_mim.core.contracts import Teacher
 from eva_mim.core.distributed import barrier, is_main, pick_device, setup, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json, write_text
-from eva_mim.core.log import duration, say, seconds_at_work
+from eva_mim.core.log import duration, say
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.report import KeyReport
 from eva_mim.core.rng import derive, seed_all
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import as_tree, differences, digest, override, parse, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
-from eva_mim.run.dump import SETTINGS
 from eva_mim.run.loop import Loop, Parts
 from eva_mim.run.recipe import Recipe
 from eva_mim.trunks.kernels import choose_kernels
-from eva_mim.weights.handover import LINEAGE, WEIGHTS, content_hash, read_record
+from eva_mim.weights.handover import content_hash
 
 Weights = dict[str, Tensor]
 LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
@@ -86,14 +85,14 @@ def identity_of(program: str, recipe: Recipe) -> StageIdentity:
 
 def is_finished(out: Path, plan: StageIdentity) -> bool:
     """The folder holds this very stage, whole."""
-    record = read_record(out)
-    return bool(record.get("finished")) and record.get("identity") == plan.identity and (out / WEIGHTS).is_file()
+    record = RunFolder(out).record()
+    return bool(record.get("finished")) and record.get("identity") == plan.identity and RunFolder(out).weights.is_file()
 
 
 def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, torch.device], Built]) -> dict[str, Any]:
     """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
     plan = identity_of(program, recipe)
-    record = read_record(out)
+    record = RunFolder(out).record()
     if is_finished(out, plan):
         say(f"{out}: finished before, nothing to do ({_figures(record)})")
         return record
@@ -108,8 +107,8 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             say(f"  begun with other versions, so that it may not go on bit for bit: {', '.join(changed)}")
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
-        write_json(out / LINEAGE, begun)
+        write_text(RunFolder(out).settings, yaml.safe_dump(as_tree(recipe), sort_keys=False))
+        write_json(RunFolder(out).lineage, begun)
     barrier()
     student = built.parts.task.student
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -132,18 +131,18 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             "finished": True,
             "headline": built.parts.evaluator.headline,
             "metrics": trained.metrics,
-            "seconds": round(seconds_at_work(out), 1),
+            "seconds": round(RunFolder(out).seconds_at_work(), 1),
             "steps": steps,
             "samples_seen": steps * recipe.run.global_batch,
-            "weights_sha256": sha256(out / WEIGHTS),
+            "weights_sha256": sha256(RunFolder(out).weights),
             "classes": list(built.classes) if built.classes else None,
             "grid": built.grid,
             "teacher": built.teacher.facts() | {"sha256": before} if built.teacher else None,
             "seeded": built.seeded.as_dict() if built.seeded else None,
         }
-        write_json(out / LINEAGE, record)
+        write_json(RunFolder(out).lineage, record)
     barrier()
-    record = read_record(out)
+    record = RunFolder(out).record()
     say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
     return record
 
@@ -153,11 +152,11 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
 
     `overrides` change settings of the run, such as data.root. Every rank must call. Raises UserError.
     """
-    record = read_record(out)
+    record = RunFolder(out).record()
     if not record or not has_checkpoint(out):
         raise UserError(f"{out} holds no run with a checkpoint")
     program = lookup(PROGRAMS, record["program"], "lineage.program")
-    recipe = parse(program.StageRecipe, override(read_yaml(out / SETTINGS), overrides), str(out / SETTINGS))
+    recipe = parse(program.StageRecipe, override(read_yaml(RunFolder(out).settings), overrides), str(RunFolder(out).settings))
     device, built = prepare(recipe, program.build)
     _same_classes(out, record, built)
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
@@ -198,7 +197,7 @@ def _same_data(out: Path, record: dict[str, Any], built: Built) -> None:
         counts = [f"{facts['train']} training and {facts['val']} held-out images" for facts in (begun, now)]
         raise UserError(f"{out} was begun with {counts[0]}; since then the data has changed (now {counts[1]}), and the run "
                         "would not go on with the same samples. Bring the data back, or start another run from these weights: "
-                        f"--out ANOTHER init_from={checkpoint.complete(out)[0][1]}")
+                        f"--out ANOTHER init_from={RunFolder(out).complete()[0][1]}")
 
 
 def _record(plan: StageIdentity, built: Built, recipe: Recipe) -> dict[str, Any]:
@@ -232,4 +231,4 @@ def _figures(record: dict[str, Any]) -> str:
 
 def has_checkpoint(out: Path) -> bool:
     """A run that can go on is in the folder."""
-    return checkpoint.latest(out) is not None
+    return RunFolder(out).latest() is not None

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from eva_mim.core.files import write_json, write_weights
+from eva_mim.core.run_folder import TIMM_CONFIG, WEIGHTS
 from eva_mim.trunks import TrunkSettings
 from eva_mim.trunks.create import mean_std
-from eva_mim.weights.handover import WEIGHTS
 
 
 def write_timm(
@@ -51,7 +51,7 @@ def write_timm(
     if classes:
         config["label_names"] = list(classes)
     write_weights(out / WEIGHTS, weights)
-    write_json(out / "config.json", config)
+    write_json(out / TIMM_CONFIG, config)
 
 
 def unpooled(trunk: nn.Module) -> str:

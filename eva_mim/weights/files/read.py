@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.run_folder import is_complete, latest
+from eva_mim.core.run_folder import CLIP_WEIGHTS, WEIGHTS, RunFolder, is_complete
 from eva_mim.weights.files.allowlist import Stored, Stub
 from eva_mim.weights.files.formats import MAX_TENSORS, TorchFile, read_file, read_json
 from eva_mim.weights.files.tensors import Entry
@@ -33,7 +33,7 @@ BARE = "bare"
 WRAPPER = "module."
 """In front of every name that torch's DistributedDataParallel saved."""
 FOLDER_FILES = (
-    "model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
+    WEIGHTS, CLIP_WEIGHTS, "open_clip_pytorch_model.bin", "pytorch_model.bin",
     "model.safetensors.index.json", "pytorch_model.bin.index.json",
 )
 """Weights of a folder, the first that exists: ours and timm's, open_clip's, transformers'."""
@@ -209,7 +209,7 @@ def _open_folder(folder: Path, container: str | None) -> Checkpoint:
         return opened if inner else _replace(opened, chosen[0].stem, stems)
     if files:
         raise UserError(f"{folder}: several weight files; name one: {', '.join(path.name[:60] for path in files[:12])}")
-    if (found := latest(folder.parent if folder.name == "checkpoints" else folder)) is not None:
+    if (found := RunFolder(folder.parent if folder.name == "checkpoints" else folder).latest()) is not None:
         return _open_folder(found[1], container)
     looked = f"{', '.join(FOLDER_FILES)}, DeepSpeed's files, a run's checkpoints"
     raise UserError(f"{folder}: no checkpoint that is known here (looked for {looked})")

@@ -13,6 +13,7 @@ from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.report import KeyReport
+from eva_mim.core.run_folder import HEAD, WEIGHTS
 from eva_mim.weights.files.lazy import deferred
 from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from eva_mim.weights.files.sidecar import Description, describe
@@ -104,8 +105,8 @@ def _scheme(family: Family | None) -> str:
 
 def _head_beside(path: Path) -> dict[str, Tensor]:
     """The `head.safetensors` of a masked stage, whose trunk is at `path`."""
-    head = path.with_name("head.safetensors")
-    if path.name != "model.safetensors" or not head.is_file():
+    head = path.with_name(HEAD)
+    if path.name != WEIGHTS or not head.is_file():
         return {}
     found = deferred(open_checkpoint(head))
     return found if "mask_token" in found and all(is_outside(name, ours=True) for name in found) else {}
