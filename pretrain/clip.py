@@ -5,15 +5,13 @@ Expect the loss to start near ln(global batch) and zero-shot accuracy to leave c
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.run.program import leave, run_program
+from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, whole_file
 from eva_mim.tasks import ContrastiveSettings
@@ -132,10 +130,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
-    return run_program("pretrain.clip", "clip", argv, "Contrastive image-text training with open_clip's model and loss.")
+STAGE = Stage("clip", "Contrastive image-text training with open_clip's model and loss.", StageRecipe, build)
+main = STAGE.main
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main())

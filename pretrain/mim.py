@@ -6,8 +6,6 @@ Expect the held-out cosine to rise above `cosine_of_mean` within the first epoch
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,7 @@ from pydantic import Field, model_validator
 
 from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
-from eva_mim.run.program import leave, run_program
+from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import MaskedSettings
 from eva_mim.tasks import ObjectiveSettings
@@ -118,10 +116,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
-    return run_program("pretrain.mim", "mim", argv, "Masked feature pretraining with a frozen teacher.")
+STAGE = Stage("mim", "Masked feature pretraining with a frozen teacher.", StageRecipe, build)
+main = STAGE.main
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main())

@@ -61,7 +61,8 @@ def test_an_engine_has_the_methods_of_its_contract(name: str) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_has_a_recipe_a_builder_and_a_main(name: str) -> None:
     program = lookup(PROGRAMS, name, "x")
-    assert issubclass(program.StageRecipe, Recipe)
+    assert issubclass(program.recipe, Recipe)
+    assert program.name == name
     assert list(inspect.signature(program.build).parameters) == ["recipe", "device"]
     with pytest.raises(SystemExit) as left:
         program.main(["--help"])

@@ -51,13 +51,13 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     record: dict[str, Any] = json.loads((folder / RECORD).read_text())
     processes, micro_batches = record["processes"], record["micro_batches"]
     samples = record["samples"][str(record["data_step"])]
-    program = lookup(PROGRAMS, record["program"], "dump.program")
+    stage = lookup(PROGRAMS, record["program"], "dump.program")
     tree = read_yaml(RunFolder(folder).settings)
     if tree.get("init_from") and not Path(tree["init_from"]).exists():
         tree["init_from"] = None  # the weights are in the dump; some recipes cannot be without a parent
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
-    recipe = parse(program.StageRecipe, override(tree, overrides), str(RunFolder(folder).settings))
-    device, built = prepare(recipe, program.build)
+    recipe = parse(stage.recipe, override(tree, overrides), str(RunFolder(folder).settings))
+    device, built = prepare(recipe, stage.build)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / DUMPED))
     steps = built.parts.train.steps(record["data_step"], record["data_step"] + 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.settings import Settings, override, parse, read_yaml
 from eva_mim.run.recipe import Recipe
 
-RESERVED = {
-    "data", "run", "optim", "student", "teacher", "mask", "objective", "contrastive", "evaluate", "view", "mix", "init_from",
-    "hand_over",
-}
-"""Sections of recipes: a stage of such a name could not be told from a setting in an override."""
+
+@cache
+def sections() -> frozenset[str]:
+    """Sections of all stages' recipes: a stage of such a name could not be told from a setting in an override."""
+    return frozenset(name for program in PROGRAMS for name in lookup(PROGRAMS, program, "program").recipe.model_fields)
 
 
 class StageEntry(Settings):
@@ -38,7 +39,7 @@ class StageEntry(Settings):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     program: str
-    """"clip", "mim", "classify" or "probe"."""
+    """A name in `registry.PROGRAMS`."""
     recipe: str
     settings: dict[str, Any] = {}
     """Dotted setting -> value, over the recipe's own."""
@@ -64,7 +65,7 @@ class PipelineFile(Settings):
     def _in_order(cls, stages: list[StageEntry]) -> list[StageEntry]:
         seen: dict[str, str] = {}
         for stage in stages:
-            if stage.name in seen or stage.name in RESERVED:
+            if stage.name in seen or stage.name in sections():
                 raise ValueError(f"stage name {stage.name!r} is used twice or is a recipe's section")
             lookup(PROGRAMS, stage.program, f"stages.{stage.name}.program")
             for setting in ("init_from", "teacher", "text_from"):
@@ -113,7 +114,7 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
             elif head not in names:
                 assignments.append(text)
         assignments += [f"{setting}={_plain(value)}" for setting, value in _parents(stage, out).items()]
-        model = lookup(PROGRAMS, stage.program, "program").StageRecipe
+        model = lookup(PROGRAMS, stage.program, "program").recipe
         try:
             tree = read_yaml(stage.recipe)
             kept = [text for text in assignments if _applies(model, text)]
@@ -131,7 +132,7 @@ def _applies(model: type[Recipe], assignment: str) -> bool:
     section = assignment.partition("=")[0].partition(".")[0]
     if section in model.model_fields:
         return True
-    if section in RESERVED:
+    if section in sections():
         return False
     raise UserError(f"{assignment}: neither a stage of this pipeline nor a section of its recipes")
 

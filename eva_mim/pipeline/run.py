@@ -29,8 +29,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
             if is_main():
                 put_aside(stage.out)
             barrier()
-        program = lookup(PROGRAMS, stage.entry.program, "program")
-        run_stage(stage.entry.program, stage.recipe, stage.out, program.build)
+        run_stage(lookup(PROGRAMS, stage.entry.program, "program"), stage.recipe, stage.out)
     if is_main():
         write_summary(out, planned, file.compare)
 

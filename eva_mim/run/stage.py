@@ -29,6 +29,7 @@ from eva_mim.core.settings import as_tree, differences, digest, override, parse,
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
 from eva_mim.run.loop import Loop, Parts
+from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
 from eva_mim.trunks.kernels import choose_kernels
 from eva_mim.weights.handover import content_hash
@@ -89,16 +90,16 @@ def is_finished(out: Path, plan: StageIdentity) -> bool:
     return bool(record.get("finished")) and record.get("identity") == plan.identity and RunFolder(out).weights.is_file()
 
 
-def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, torch.device], Built]) -> dict[str, Any]:
+def run_stage(stage: Stage, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
-    plan = identity_of(program, recipe)
+    plan = identity_of(stage.name, recipe)
     record = RunFolder(out).record()
     if is_finished(out, plan):
         say(f"{out}: finished before, nothing to do ({_figures(record)})")
         return record
     if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
-    device, built = prepare(recipe, build)
+    device, built = prepare(recipe, stage.build)
     begun = _record(plan, built, recipe)
     if has_checkpoint(out):
         _same_classes(out, record, built)
@@ -112,7 +113,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     barrier()
     student = built.parts.task.student
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
+    say(f"{stage.name} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
         f"{recipe.run.engine}, {recipe.run.precision}")
     if built.seeded is not None:
         say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
@@ -155,9 +156,9 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     record = RunFolder(out).record()
     if not record or not has_checkpoint(out):
         raise UserError(f"{out} holds no run with a checkpoint")
-    program = lookup(PROGRAMS, record["program"], "lineage.program")
-    recipe = parse(program.StageRecipe, override(read_yaml(RunFolder(out).settings), overrides), str(RunFolder(out).settings))
-    device, built = prepare(recipe, program.build)
+    stage: Stage = lookup(PROGRAMS, record["program"], "lineage.program")
+    recipe = parse(stage.recipe, override(read_yaml(RunFolder(out).settings), overrides), str(RunFolder(out).settings))
+    device, built = prepare(recipe, stage.build)
     _same_classes(out, record, built)
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
     return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
