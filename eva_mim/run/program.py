@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
 from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
+from eva_mim.core.log import say
 from eva_mim.core.settings import override, parse, read_yaml
 from eva_mim.run.recipe import Recipe
 
@@ -92,8 +93,16 @@ class Stage:
         def work() -> None:
             tree = override(read_yaml(arguments.recipe), arguments.overrides)
             recipe = parse(self.recipe, tree, arguments.recipe)
+            state = None
+            if world_size() == 1:  # several ranks look together, once they are a group
+                from eva_mim.run.state import state_of
+
+                state = state_of(self.name, recipe, arguments.out)
+                if state.finished:  # answered before torch is loaded
+                    say(f"{arguments.out}: finished before, nothing to do ({state.figures})")
+                    return
             from eva_mim.run.stage import run_stage
 
-            run_stage(self, recipe, arguments.out)
+            run_stage(self, recipe, arguments.out, state)
 
         return guard(work)

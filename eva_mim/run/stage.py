@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import eva_mim
 from eva_mim.core.contracts import Teacher
-from eva_mim.core.distributed import barrier, is_main, pick_device, setup, world_size
+from eva_mim.core.distributed import barrier, is_main, pick_device, run_on_main, setup, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json, write_text
 from eva_mim.core.log import duration, say
@@ -25,14 +26,14 @@ from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.report import KeyReport
 from eva_mim.core.rng import derive, seed_all
 from eva_mim.core.run_folder import RunFolder
-from eva_mim.core.settings import as_tree, differences, digest, override, parse, read_yaml
+from eva_mim.core.settings import as_tree, differences, override, parse, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
 from eva_mim.run.loop import Loop, Parts
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
+from eva_mim.run.state import StageIdentity, StageState, figures, state_of
 from eva_mim.trunks.kernels import choose_kernels
-from eva_mim.weights.handover import content_hash
 
 Weights = dict[str, Tensor]
 LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
@@ -54,54 +55,20 @@ class Built:
     teacher: Teacher | None = None
 
 
-@dataclass(frozen=True)
-class StageIdentity:
-    """A stage's identity: its settings and the content of its parents."""
-
-    program: str
-    settings: dict[str, Any]
-    parents: dict[str, dict[str, str]]
-
-    @property
-    def identity(self) -> str:
-        """Changes when a result would."""
-        return digest([self.program, self.settings, {name: parent["sha256"] for name, parent in self.parents.items()}])
-
-    def changes(self, record: dict[str, Any]) -> list[str]:
-        """Why an earlier record is not this plan; empty when it is."""
-        if record.get("identity") == self.identity:
-            return []
-        lines = differences(record.get("settings", {}), self.settings)
-        old = record.get("parents", {})
-        lines += [f"{name}: other weights" for name, parent in self.parents.items()
-                  if parent["sha256"] != old.get(name, {}).get("sha256")]
-        return lines or ["settings of another version"]
-
-
-def identity_of(program: str, recipe: Recipe) -> StageIdentity:
-    """Raises UserError when a parent does not exist."""
-    parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
-    return StageIdentity(program, recipe.identity_tree(), parents)
-
-
-def is_finished(out: Path, plan: StageIdentity) -> bool:
-    """The folder holds this very stage, whole."""
-    record = RunFolder(out).record()
-    return bool(record.get("finished")) and record.get("identity") == plan.identity and RunFolder(out).weights.is_file()
-
-
-def run_stage(stage: Stage, recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
-    plan = identity_of(stage.name, recipe)
-    record = RunFolder(out).record()
-    if is_finished(out, plan):
-        say(f"{out}: finished before, nothing to do ({_figures(record)})")
+def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None = None) -> dict[str, Any]:
+    """Train (or go on with, or just report) a stage; returns its lineage record. One rank looks at the folder and reads the
+    parents, unless `state` has what it found. Raises UserError, Interrupted."""
+    setup(pick_device(recipe.run.device), recipe.run.timeout_minutes)
+    state = state or run_on_main(partial(state_of, stage.name, recipe, out))
+    plan, record = state.identity, state.record
+    if state.finished:
+        say(f"{out}: finished before, nothing to do ({state.figures})")
         return record
-    if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
+    if (record.get("finished") or state.resumes) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
     device, built = prepare(recipe, stage.build)
     begun = _record(plan, built, recipe)
-    if has_checkpoint(out):
+    if state.resumes:
         _same_classes(out, record, built)
         _same_data(out, record, built)
         if changed := differences(begun["versions"] | record["versions"], begun["versions"]):
@@ -144,7 +111,7 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path) -> dict[str, Any]:
         write_json(RunFolder(out).lineage, record)
     barrier()
     record = RunFolder(out).record()
-    say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
+    say(f"  finished in {duration(trained.seconds)}: {figures(record)}")
     return record
 
 
@@ -154,7 +121,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     `overrides` change settings of the run, such as data.root. Every rank must call. Raises UserError.
     """
     record = RunFolder(out).record()
-    if not record or not has_checkpoint(out):
+    if not record or RunFolder(out).latest() is None:
         raise UserError(f"{out} holds no run with a checkpoint")
     stage: Stage = lookup(PROGRAMS, record["program"], "lineage.program")
     recipe = parse(stage.recipe, override(read_yaml(RunFolder(out).settings), overrides), str(RunFolder(out).settings))
@@ -224,12 +191,3 @@ def _versions() -> dict[str, str]:
 def _subfolder(out: Path, name: str) -> Path:
     (out / name).mkdir(exist_ok=True)
     return out / name
-
-
-def _figures(record: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
-
-
-def has_checkpoint(out: Path) -> bool:
-    """A run that can go on is in the folder."""
-    return RunFolder(out).latest() is not None

@@ -19,10 +19,10 @@ from eva_mim.weights import HandOverSettings
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.hints import Pixels, read_hints
 from eva_mim.weights.names.eva import unshare_relative, with_norm
-from eva_mim.weights.names.translate import NamedCheckpoint, content_hash, read_source
+from eva_mim.weights.names.translate import NamedCheckpoint, read_source
 from eva_mim.weights.resize import adapt_kernel, resize_trunk
 
-__all__ = ["Parent", "content_hash", "parent_of", "read_parent", "seed_trunk"]
+__all__ = ["Parent", "parent_of", "read_parent", "seed_trunk"]
 INNER_NORM = ".attn.norm."
 """EVA-02's CLIP towers normalise inside attention, its masked students do not (facts on EVA-CLIP, section 4): starts fresh."""
 

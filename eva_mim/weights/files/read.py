@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import CLIP_WEIGHTS, WEIGHTS, RunFolder, is_complete
 from eva_mim.weights.files.allowlist import Stored, Stub
 from eva_mim.weights.files.formats import MAX_TENSORS, TorchFile, read_file, read_json
@@ -256,3 +258,11 @@ def _checked(opened: Checkpoint) -> Checkpoint:
     if sum(entry.size for entry in opened.entries.values()) > MAX_SHARING * whole:
         raise UserError(f"{opened.path}: its tensors are more than {MAX_SHARING} times as large as its {whole} bytes")
     return opened
+
+
+def content_hash(path: str | Path, container: str | None = None) -> str:
+    """SHA-256 of the files that hold a checkpoint's tensors: of the one file, or of the hashes of several, by name."""
+    opened = open_checkpoint(path, container)
+    files = sorted({piece.file for entry in opened.entries.values() for piece in entry.pieces})
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(files) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
