@@ -17,6 +17,7 @@ from eva_mim.core.contracts import ImageTextBatch, Rates, StepOutput
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
+from eva_mim.data.preparation import ImageTextPreparation
 from eva_mim.data.subset import open_splits
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
@@ -231,7 +232,7 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "4")
     recipe = parse(StageRecipe, CLIP | {"run": CLIP["run"] | {"global_batch": 2}}, "r.yaml")
     with pytest.raises(UserError, match=r"run.global_batch=2 is not a multiple of run.micro_batch=1 x 4 processes"):
-        train_loader(recipe, open_splits(recipe.data).train, [32], recipe.view)
+        train_loader(recipe, open_splits(recipe.data).train, [32], recipe.view, ImageTextPreparation)
 
 
 @pytest.mark.slow
