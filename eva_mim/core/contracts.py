@@ -187,15 +187,41 @@ class Features(NamedTuple):
     grid: Grid
 
 
-class StepOutput(NamedTuple):
-    """A differentiable mean loss and detached scalars to log."""
+class Targets(Protocol):
+    """What a student learns to predict: live teachers, or what teachers once said."""
 
-    loss: Tensor
+    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
+        """Features of the batch by the teacher's name."""
+
+
+class LossTerm(NamedTuple):
+    """One summand of a loss: a mean over some number of patches, images or pairs, which `Task.counts` says."""
+
+    mean: Tensor
+    """Differentiable scalar. Where the count is 0 it is a finite number that all of the student's outputs enter."""
+    weight: float = 1.0
+    """Factor of the term in the loss."""
+    metrics: Mapping[str, Tensor] = {}
+    """Detached scalars to log that are means over the same number."""
+
+
+class StepOutput(NamedTuple):
+    """The loss of a forward pass or of a step, term by term, and detached scalars to log."""
+
+    terms: dict[str, LossTerm]
+    """By name; the same names on every rank and in every micro-batch."""
     metrics: dict[str, Tensor]
+    """Means over passes, however many patches or images each has."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the terms' means, each times its weight."""
+        first, *others = (term.mean * term.weight for term in self.terms.values())
+        return sum(others, first)
 
     def with_metrics(self, **more: Tensor | None) -> StepOutput:
         """The same loss with more metrics; None is left out."""
-        return StepOutput(self.loss, self.metrics | {name: value for name, value in more.items() if value is not None})
+        return StepOutput(self.terms, self.metrics | {name: value for name, value in more.items() if value is not None})
 
 
 class GradCacheStep(NamedTuple):
@@ -234,7 +260,7 @@ class Student(Protocol):
 
 
 class Task(Protocol):
-    """One kind of training step: teacher(s) + student + objective. The loop and the engines know nothing else."""
+    """One kind of training step: targets + student + objective. The loop and the engines know nothing else."""
 
     student: nn.Module
 
@@ -246,10 +272,13 @@ class Task(Protocol):
         return batches
 
     def loss(self, student: Callable[..., Any], batch: Any) -> StepOutput:
-        """The mean loss of one forward pass. `student` is the engine's callable around `self.student`."""
+        """The loss of one forward pass, term by term. `student` is the engine's callable around `self.student`."""
 
-    def terms(self, batch: Any) -> Tensor | None:
-        """How many terms the mean runs over (a scalar), or None when that is the same for every batch."""
+    def counts(self, batch: Any) -> dict[str, Tensor]:
+        """How many patches, images or pairs of this batch each loss term is a mean over, a scalar by the term's name; known
+        before the forward pass, since the engine weighs each micro-batch by its share of the whole step's. The same names on
+        every rank, 0 where a rank has none. A term that is left out has the same count in every batch."""
+        return {}
 
 
 class Evaluator(Protocol):

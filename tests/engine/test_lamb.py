@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim.core.contracts import FeatureBatch, Rates, StepOutput
+from eva_mim.core.contracts import FeatureBatch, LossTerm, Rates, StepOutput
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.deepspeed import DeepSpeedEngine
@@ -176,10 +176,10 @@ class Squares:
         return batches
 
     def loss(self, student: Any, batch: FeatureBatch) -> StepOutput:
-        return StepOutput(student(batch.features).square().mean(), {})
+        return StepOutput({"loss": LossTerm(student(batch.features).square().mean())}, {})
 
-    def terms(self, batch: FeatureBatch) -> None:
-        return None
+    def counts(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        return {}
 
 
 @pytest.mark.parametrize("stop", [0, 3])
