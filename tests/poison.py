@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
     def loss(self: Any, student: Callable[..., Any], batch: Batch) -> StepOutput:
         output = healthy[type(self)](self, student, batch)
-        return StepOutput(output.loss * float("nan"), output.metrics) if ill(batch) else output
+        poisoned = {name: term._replace(mean=term.mean * float("nan")) for name, term in output.terms.items()}
+        return output._replace(terms=poisoned) if ill(batch) else output
 
     def labels_loss(self: Labels, student: Callable[..., Any], batch: Batch) -> StepOutput:
         images = batch.images.float() * float("nan") if ill(batch) else batch.images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class MaskedFeatures(Task):
         return dict.fromkeys(self.weights, torch.tensor(float(predicted), device=batch.index.device))
 
     def _patches(self, batch: MaskedBatch) -> int:
-        rows, columns = self.student.grid  # type: ignore[misc]
+        rows, columns = cast(Grid, self.student.grid)
         return batch.size * rows * columns
 
 
