@@ -13,9 +13,10 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  registers the architectures
-from eva_mim.core.contracts import ImageTextBatch, LossTerm, Rates, StepOutput
+from eva_mim.core.contracts import ImageTextBatch, Rates
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.settings import parse
 from eva_mim.data.subset import open_splits
 from eva_mim.engine import RunSettings

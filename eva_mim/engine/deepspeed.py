@@ -14,8 +14,9 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Rates, StepOutput, Task
+from eva_mim.core.contracts import Batch, Rates, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, world_size
+from eva_mim.core.losses import StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import StepOutput
 from eva_mim.core.distributed import world_size
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale

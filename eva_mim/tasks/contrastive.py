@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import GradCacheStep, ImageTextBatch, LossTerm, StepOutput, Task
+from eva_mim.core.contracts import ImageTextBatch, Task
 from eva_mim.core.distributed import rank, world_size
+from eva_mim.core.losses import GradCacheStep, LossTerm, StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.tasks import ContrastiveSettings
 

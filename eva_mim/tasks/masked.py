@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Grid, LossTerm, MaskedBatch, StepOutput, Targets, Task, Teacher
+from eva_mim.core.contracts import Grid, MaskedBatch, Targets, Task, Teacher
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 
 Objective = Callable[[Tensor, Tensor], LossTerm]

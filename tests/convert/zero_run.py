@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import eva_mim.trunks.small  # noqa: F401
-from eva_mim.core.contracts import LossTerm, Rates, StepOutput
+from eva_mim.core.contracts import Rates
 from eva_mim.core.distributed import is_main, leave_group, setup
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim.core.contracts import FeatureBatch, LossTerm, Rates, StepOutput
+from eva_mim.core.contracts import FeatureBatch, Rates
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.deepspeed import DeepSpeedEngine
 from eva_mim.engine.local import LocalEngine

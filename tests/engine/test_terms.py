@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import FeatureBatch, LossTerm, Rates, StepOutput, Task
+from eva_mim.core.contracts import FeatureBatch, Rates, Task
 from eva_mim.core.distributed import rank, setup, world_size
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
 from tests.ranks import on_ranks
