@@ -73,7 +73,8 @@ def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
     """From a name such as "patch16" and an image size. Raises UserError."""
     match = re.fullmatch(r"patch([1-9]\d{0,3})", settings.name)
     if match is None:
-        raise UserError(f"{settings.path}.name: {settings.name!r} does not say the patch side in pixels; write it as patch16")
+        raise UserError(f"{settings.path}.name: {settings.name!r} does not say the patch side in pixels; write one such as "
+                        "patch16")
     if settings.image_size is None:
         raise UserError(f"{settings.path}.image_size: must be given for a teacher of pixels; set it to student.image_size")
     patch = int(match[1])
