@@ -58,6 +58,7 @@ def test_one_teacher_stands_for_itself_or_in_the_mapping() -> None:
         (TWO | {"teacher": MIM["teacher"]}, r"give teacher, for one, or teachers.*teachers has vit, patches"),
         ({name: value for name, value in TWO.items() if name != "teachers"}, r"give teacher.*neither is given"),
         (TWO | {"teachers": {"vit": {"kind": "timm"}}}, r"teachers\.vit\.name: must be given"),
+        (TWO | {"teachers": {"vit": TEACHERS["vit"] | {"layr": 1}}}, r"teachers\.vit\.layr.*did you mean teachers\.vit\.layer\?"),
         (TWO | {"teachers": {"a.b": {"name": "x"}}}, r"teachers\.a\.b"),
     ],
 )
