@@ -74,8 +74,8 @@ class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
         # A skipped first step leaves the count at 0.
         count = state["step"].clamp(min=1).to(p.device)
         spread = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
-        momentum_buffer = state["exp_avg"].div(1 - first**count).div_(spread).mul_(group["lr"])
-        before = (p + momentum_buffer).div_(1 - group["lr"] * group["weight_decay"])
+        moved = state["exp_avg"].div(1 - first**count).div_(spread).mul_(group["lr"])
+        before = (p + moved).div_(1 - group["lr"] * group["weight_decay"])
         done = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         return torch.stack([(before - p).square_().sum() * done, before.square_().sum()])
 

@@ -92,8 +92,8 @@ def test_it_is_the_loop_with_steps_left_out_and_a_loss_scale(decay: float) -> No
             assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
             assert ratio == 0
             continue
-        momentum_buffer, sizes = zip(*(loop.step(g) for loop, g in zip(loops, given, strict=True)), strict=True)
-        assert float(ratio) == pytest.approx(math.sqrt(sum(momentum_buffer) / sum(sizes)), rel=1e-5)
+        moved, sizes = zip(*(loop.step(g) for loop, g in zip(loops, given, strict=True)), strict=True)
+        assert float(ratio) == pytest.approx(math.sqrt(sum(moved) / sum(sizes)), rel=1e-5)
         for weight, loop in zip(weights, loops, strict=True):
             assert weight.detach().flatten().tolist() == pytest.approx(loop.w, rel=2e-6, abs=1e-6), step
 
