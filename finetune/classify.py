@@ -61,7 +61,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
 
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
-    """What the loop runs: all of the classifier learns from images."""
+    """Task, data and evaluator of a classifier that learns from images."""
     from eva_mim.data.preparation import LabelledPreparation
     from eva_mim.evaluate.evaluators import ClassifierEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader

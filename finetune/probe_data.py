@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device) -> Parts:
-    """What the loop runs. Raises UserError."""
+    """Task, data and evaluator of a probe. Raises UserError."""
     names = [f"lr{lr:g}" for lr in recipe.lrs]
     fixed: dict[str, float] = {}
     train: TrainData
@@ -83,7 +83,7 @@ def _from_features(
 
 
 def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device: torch.device) -> Rows:
-    """Of all images of a source, with the held-out view."""
+    """Features of all images of a source, with the held-out view."""
     student.to(device).eval()
     tune(student, device)
     roots = [part.root for part in (recipe.data, recipe.data.held_out) if part is not None and part.root is not None]

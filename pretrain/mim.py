@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateSettings(Settings):
-    """What bounds the time of an evaluation."""
+    """Limits on the images of an evaluation."""
 
     images: int = Field(5000, ge=1)
     """Held-out images, spread evenly over the set."""

@@ -48,7 +48,7 @@ def check(what: str, expected: str | None = None) -> None:
 
 
 def report(classes: Sequence[str]) -> str:
-    """Its size, hash and layout; how it differs from the nearest one; how many classes of ImageNet-1k it holds."""
+    """Size, hash and layout of a class list; how it differs from the nearest one; how many classes of ImageNet-1k it holds."""
     lines = [f"classes   {len(classes)}, {few([class_id(name) for name in classes])}", f"hash      {class_hash(classes)}",
              f"layout    {describe(classes)}"]
     nearest = matches(classes)[0]

@@ -36,7 +36,7 @@ class Bands:
         return self.each[0].size
 
     def crop(self, box: tuple[int, int, int, int]) -> Bands:
-        """As Pillow's, and so are the others."""
+        """Crop of every band; this method and the next two are Pillow's."""
         return Bands(tuple(band.crop(box) for band in self.each))
 
     def resize(
@@ -60,7 +60,7 @@ class Sample(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How records are shuffled that are read best in sequence: blocks are permuted, and records only within a pool of blocks."""
+    """Shuffle plan for sequential storage: blocks are permuted globally, records only within a pool of blocks."""
 
     ends: npt.NDArray[np.int64]
     """Rising, each after the last record of a block: neighbours on the disk."""
@@ -95,7 +95,7 @@ B = TypeVar("B", bound="Batch")
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process sees in one forward pass; each kind of training has a class of its own below."""
+    """Input of one forward pass of one process; each kind of training has a class of its own below."""
 
     index: Tensor
     """[B] int64, position of each image in its source."""
@@ -178,7 +178,7 @@ class FeatureBatch(Batch):
 
 
 class Features(NamedTuple):
-    """What a teacher says about a batch."""
+    """Features that a teacher computes for a batch."""
 
     summary: Tensor
     """[B, C], one vector an image."""
@@ -220,7 +220,7 @@ class Teacher(Protocol):
     def to(self, device: Any) -> Teacher: ...
     def fingerprint(self) -> str: ...
     def facts(self) -> dict[str, Any]:
-        """What it is and what it reads off itself (sizes, layer, norm, projection), for the record."""
+        """Name, sizes, layer, norm and projection, for the lineage record."""
 
 
 class Student(Protocol):
@@ -249,7 +249,7 @@ class Task(Protocol):
         """The mean loss of one forward pass. `student` is the engine's callable around `self.student`."""
 
     def terms(self, batch: Any) -> Tensor | None:
-        """How many terms the mean runs over (a scalar), or None when that is the same for every batch."""
+        """Number of summands of the mean loss (a scalar), or None when it is the same for every batch."""
 
 
 class Evaluator(Protocol):
@@ -262,7 +262,7 @@ class Evaluator(Protocol):
 
 
 class Rates(NamedTuple):
-    """What an engine puts into its parameter groups before a step."""
+    """Rates that an engine sets in its parameter groups before a step."""
 
     lr: float
     """For groups with `lr_scale` 1."""
@@ -306,10 +306,10 @@ class Engine(Protocol):
         """Context with the precision of the forward pass."""
 
     def loss_scale(self) -> float:
-        """What the loss is multiplied by before the backward pass (1 but for fp16)."""
+        """Factor on the loss before the backward pass (1 except in fp16)."""
 
     def state(self) -> dict[str, StateGroup]:
-        """What a checkpoint holds of it: `module` (all of the state dict), each moment of the optimizer under the parameters'
+        """State groups of a checkpoint: `module` (all of the state dict), each moment of the optimizer under the parameters'
         names, and `counts`. Every rank must call."""
 
 

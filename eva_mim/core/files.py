@@ -62,7 +62,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content; hexadecimal."""
     total = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -43,7 +43,7 @@ class Progress:
         self._began = self._told = time.monotonic()
 
     def advance(self, more: int = 1) -> None:
-        """So many more are done."""
+        """Add to the number of finished items."""
         self._done += more
         if (now := time.monotonic()) - self._told < SAY_EVERY:
             return

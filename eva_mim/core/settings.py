@@ -66,7 +66,7 @@ class Dependent(NamedTuple):
 
     @property
     def foreign(self) -> bool:
-        """It has no effect."""
+        """True where the setting has no effect."""
         return self.chosen not in self.mark.values
 
     def __str__(self) -> str:

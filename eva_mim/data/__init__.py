@@ -17,7 +17,7 @@ MAX_CHANNELS = 512
 
 
 class Pixels(NamedTuple):
-    """What an image file is decoded into."""
+    """Pixel format of decoded images."""
 
     channels: int = 3
     window: tuple[float, float] | None = None
@@ -69,7 +69,7 @@ PAIRS = For("source", "folder", "shards")
 
 
 class SourceSettings(Settings):
-    """Where images, labels and captions of one dataset come from, and which of its images are used."""
+    """Source of a dataset's images, labels and captions, and the images of it that are used."""
 
     source: str = "folder"
     """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
@@ -123,7 +123,7 @@ class SourceSettings(Settings):
 
     @property
     def pixels(self) -> Pixels:
-        """What its images are decoded into."""
+        """Pixel format that images are decoded into."""
         return Pixels(self.channels, self.window)
 
     @model_validator(mode="after")
@@ -245,7 +245,7 @@ class DataSettings(SourceSettings):
 
 
 class ViewSettings(Settings):
-    """What is done to a training image, in this order; held-out images are resized and cropped at the centre."""
+    """Augmentations of a training image, in this order; held-out images are resized and cropped at the centre."""
 
     crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random crop, as a share of the image."""
@@ -276,7 +276,7 @@ class ViewSettings(Settings):
 
 
 class MaskSettings(Settings):
-    """Which patches the student does not see."""
+    """Masking of the student's patches."""
 
     kind: Literal["block", "random"] = "block"
     """"block": rectangles by BEiT's law, as EVA uses it (EVA-01/eva/masking_generator.py). "random": single patches (MAE)."""

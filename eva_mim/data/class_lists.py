@@ -40,7 +40,7 @@ SYNSET = re.compile(r"\bn\d{8}\b")
 
 
 class Match(NamedTuple):
-    """How a class list compares with a layout."""
+    """Comparison of a class list with a layout."""
 
     layout: str
     missing: tuple[str, ...]
@@ -76,7 +76,7 @@ def layout_classes(layout: str) -> tuple[str, ...]:
 
 
 def class_id(name: str) -> str:
-    """What a class is known by: its synset id ("n01440764" of "n01440764 tench"), else its name."""
+    """Identifier of a class: its synset id ("n01440764" of "n01440764 tench"), else its name."""
     found = SYNSET.search(name)
     return found[0] if found else name.strip()
 
@@ -108,7 +108,7 @@ def class_hash(classes: Sequence[str]) -> str:
 
 
 def positions(wanted: Sequence[str], among: Sequence[str]) -> list[int | None]:
-    """Where each wanted class stands in another list; None where it does not. Raises UserError for a name that stands twice."""
+    """Position of each wanted class in another list; None where it is missing. Raises UserError for a name that stands twice."""
     ids = [class_id(name) for name in among]
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if shared := set(twice) & {class_id(name) for name in wanted}:

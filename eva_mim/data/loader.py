@@ -103,7 +103,7 @@ class Reader(Dataset["Item | str | Failure"], Generic[B]):
 
 
 def _gone(error: Exception) -> str:
-    """Of a file that is not there: the highest folder above it that is not there either."""
+    """Hint that names the highest missing folder above a missing file; empty otherwise."""
     parents = Path(error.filename).parents if isinstance(error, OSError) and error.filename else ()
     missing = [folder for folder in parents if not folder.exists()]
     return f"; {missing[-1]} does not exist: is its disk mounted?" if missing else ""

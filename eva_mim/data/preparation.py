@@ -1,4 +1,4 @@
-"""What is made of a sample: views, mask and caption, each from a random stream of its own, and the batch of a task."""
+"""From a sample to an item to a batch: views, mask and caption, each from a random stream of its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Preparation(ABC, Generic[B]):
-    """What is made of a sample. A subclass makes the batches of one kind of training.
+    """Turns samples into items and items into batches; a subclass for each kind of training.
 
     View, mask and caption of a sample are functions of (seed, purpose, number, index): none depends on what another one drew.
     """

@@ -19,7 +19,7 @@ def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
 
 
 def class_words(settings: SourceSettings) -> tuple[str, ...] | None:
-    """What `data.class_names` stands for; None where it is not set. Raises UserError."""
+    """Class names by label that `data.class_names` names; None where it is not set. Raises UserError."""
     if settings.class_names == "imagenet":
         return imagenet_names()
     return None if settings.class_names is None else _lines(settings, settings.class_names, "data.class_names")

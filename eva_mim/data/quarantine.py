@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What is known of one source: its first `checked` of `records` were decoded, and these are broken, by position."""
+    """Result of checking one source: its first `checked` of `records` were decoded, and these are broken, by position."""
 
     what: str
     records: int
@@ -44,7 +44,7 @@ class Checked(NamedTuple):
 
 
 class Quarantine:
-    """What is known of sources, by their fingerprints: a source that has changed since is not on the list."""
+    """Checked sources by fingerprint: a source that has changed since is not on the list."""
 
     def __init__(self, path: Path, sources: dict[str, Checked]):
         self.path, self.sources = path, sources

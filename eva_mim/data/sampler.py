@@ -21,7 +21,7 @@ MAX_ROUND = 1_000_000
 
 
 class Place(NamedTuple):
-    """Which sample to read, and in which epoch: together with the run seed it decides everything about the view."""
+    """Index and epoch of a sample: together with the run seed it decides everything about the view."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody wants here
@@ -146,7 +146,7 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 def take_turns(weights: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Which part stands at each position of a round: part p as often as its weight says, as evenly as it goes."""
+    """Part of the mixture at each position of a round: part p as often as its weight says, as evenly as it goes."""
     count = np.asarray(weights)
     part = np.repeat(np.arange(len(count)), count)
     number = np.arange(len(part)) - np.repeat(np.cumsum(count) - count, count)

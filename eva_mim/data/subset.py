@@ -47,7 +47,7 @@ class Complement:
         return number + np.searchsorted(self._before, number, side="right")
 
     def below(self, bounds: Positions) -> Positions:
-        """How many of them are below each bound."""
+        """Number of excluded positions below each bound."""
         few = self._before + np.arange(len(self._before))
         kept: Positions = np.minimum(bounds - np.searchsorted(few, bounds), self._count)
         return kept
@@ -79,7 +79,7 @@ class Subset:
 
     @property
     def blocks(self) -> Blocks | None:
-        """Those of the source, without the records and blocks that are left out."""
+        """Blocks of the source, without the records and blocks that are left out."""
         if self._source.blocks is None:
             return None
         ends, pooled = self._source.blocks
@@ -88,7 +88,7 @@ class Subset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the source and the choice; it takes a second for 14 million."""
+        """Hash of the source's fingerprint and the chosen records; a second for 14 million."""
         labels = self._label_map if self._own_labels is None else self._own_labels
         return _fingerprint(self._source.fingerprint, self._indices, labels)
 
@@ -140,11 +140,11 @@ class Mixture:
 
     @property
     def blocks(self) -> None:
-        """Those of the parts are in `parts`."""
+        """None: `parts` has the blocks of each part."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all parts."""
+        """Hash of the parts' fingerprints."""
         return digest([source.fingerprint for source in self._sources])
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ class Splits(NamedTuple):
     val: Source
 
     def facts(self) -> dict[str, Any]:
-        """What makes two runs see the same records in the same order."""
+        """Facts that decide which records a run sees and in which order."""
         return {"train": len(self.train), "val": len(self.val), "sha256": digest([self.train.fingerprint, self.val.fingerprint])}
 
 

@@ -12,7 +12,7 @@ from eva_mim.optim import OptimSettings
 
 
 class RunSettings(Settings):
-    """How long, how much at once, on what."""
+    """Length, batch sizes, engine and device of a run."""
 
     epochs: int | None = Field(None, ge=1)
     samples: int | None = Field(None, ge=1)
@@ -56,12 +56,12 @@ class RunSettings(Settings):
     """Besides these, checkpoints whose step is a multiple of this are kept for good; null keeps none."""
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Of the whole run."""
+        """Number of steps of the run."""
         return max(1, round((self.samples or 0) / self.global_batch)) if self.epochs is None else self.epochs * steps_per_epoch
 
     @property
     def length(self) -> str:
-        """As a person says it."""
+        """Length of the run as text: epochs or samples."""
         return f"{self.samples:,} samples" if self.epochs is None else f"{self.epochs} epochs"
 
     @model_validator(mode="after")

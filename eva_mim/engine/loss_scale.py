@@ -38,7 +38,7 @@ class LossScale:
         return [float(self.value), float(self._good), float(self._left)]
 
     def restore(self, state: list[float]) -> None:
-        """What `state` gave."""
+        """Put back a state that `state` returned."""
         value, good, left = state
         self.value, self._good, self._left = (
             torch.full_like(own, number)

@@ -16,7 +16,7 @@ UPDATES, LOSS_SCALE = "updates", "loss_scale"
 
 
 class EngineState:
-    """Of an engine whose tensors are whole on every rank."""
+    """Checkpoint state of an engine whose tensors are full on every rank."""
 
     def __init__(self, module: nn.Module, optimizer: SkippableOptimizer, scale: LossScale):
         self._module, self._optimizer, self._scale = module, optimizer, scale

@@ -35,7 +35,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 def low_precision(precision: str) -> torch.dtype | None:
-    """What autocast computes in; None for fp32."""
+    """Data type of autocast; None for fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 

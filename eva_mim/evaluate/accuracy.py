@@ -73,7 +73,7 @@ def _classes(folder: Path, found: Description, outputs: int, told: str | None) -
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What was counted on one test set."""
+    """Accuracy on one test set."""
 
     name: str
     classes: tuple[str, ...]
@@ -100,7 +100,7 @@ def count(
     variant: Variant, model: Callable[[Tensor], Tensor], own: tuple[str, ...], batches: Iterable[LabelledBatch],
     device: torch.device, context: Callable[[], Any],
 ) -> Accuracy:
-    """How often the largest logit (or one of the five largest) of the competing classes is an answer. Every rank must call.
+    """Top-1 and top-5 accuracy over the competing classes. Every rank must call.
 
     `own` are the classes of `model`'s outputs; `context` gives its precision.
     """

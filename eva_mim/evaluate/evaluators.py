@@ -285,7 +285,7 @@ class ProbeEvaluator:
     def _measure(
         self, student: Any, autocast: Autocast, batches: Iterable[LabelledBatch | FeatureBatch]
     ) -> dict[str, list[float]]:
-        """Of each layer, over all ranks."""
+        """Figures of each layer, over all ranks."""
         counts = TopCounts(self.device, len(self.names))
         for batch in (batch.to(self.device) for batch in batches):
             with autocast():

@@ -13,7 +13,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TowerSettings(Settings):
-    """What one tower of a CLIP student has of its own; null: the general value."""
+    """Rates of one tower of a CLIP student; null: the general value."""
 
     lr: Annotated[float, Field(gt=0.0)] | None = None
     """Peak; the schedule has the same form for all, and ends at the same share of the peak."""

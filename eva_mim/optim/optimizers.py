@@ -27,7 +27,7 @@ class SkippableOptimizer(torch.optim.Optimizer):
     """[2] squared norms of each tensor's update and of the tensor before it."""
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Its record of a tensor, made as for a first update where there is none."""
+        """Optimizer state of a parameter, initialised if missing."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update({moment: torch.zeros_like(parameter) for moment in self.moments})

@@ -180,7 +180,7 @@ def _write(
 
 
 def _at_once(work: Callable[[Values], None], values: Values) -> Future[None]:
-    """What a thread would have made of it."""
+    """Runs `work` now and returns a finished Future."""
     end = Future[None]()
     try:
         work(values)

@@ -20,7 +20,7 @@ Layers = dict[str, dict[str, float]]
 
 @dataclass
 class Finding:
-    """What a forward (and backward) pass showed."""
+    """Findings of a forward (and backward) pass."""
 
     loss: float
     layers: Layers

@@ -22,7 +22,7 @@ from eva_mim.weights.handover import read_parent, seed_trunk
 
 
 def batch_cut(run: RunSettings) -> dict[str, int]:
-    """How an order of samples is cut into this rank's micro-batches: arguments of `GlobalOrder`."""
+    """Arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches."""
     micro = run.micro_batch or max(1, run.global_batch // world_size())
     return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
 

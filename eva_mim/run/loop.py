@@ -34,7 +34,7 @@ EMA = "ema"
 
 @dataclass
 class Parts:
-    """What a stage program builds and the loop runs."""
+    """Task, training data and evaluator of a stage, for the loop."""
 
     task: Task
     train: TrainData
@@ -44,7 +44,7 @@ class Parts:
 
 @dataclass
 class Trained:
-    """What the loop hands back."""
+    """Result of the loop."""
 
     engine: Engine
     ema: Any

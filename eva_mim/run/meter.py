@@ -19,7 +19,7 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Window:
-    """What happened since the last log line, over all ranks."""
+    """Figures since the last log line, over all ranks."""
 
     figures: dict[str, float]
     """Means over the steps that were taken; `skipped`, `broken`: sums; `loss_scale`: the last; `grad_norm_max`: the largest."""

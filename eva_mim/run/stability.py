@@ -68,7 +68,7 @@ class SkipCounter:
 
 
 class SkippedData:
-    """Which data steps are left out after rewinds. Kept beside the checkpoints, so that a resumed run knows them.
+    """Data steps that are left out after rewinds. Kept beside the checkpoints, so that a resumed run knows them.
 
     A data step is a global batch by its position in the endless order of samples; the optimizer's step is the number of
     updates. They are equal until the first detour.
@@ -81,7 +81,7 @@ class SkippedData:
         """First and last data step of each detour, rising."""
 
     def load(self) -> None:
-        """What an earlier process of the run found out."""
+        """Read the data steps that an earlier process of the run left out."""
         if self._file.is_file():
             record = json.loads(self._file.read_text())
             self.rewinds, self.left_out = record["rewinds"], [(first, last) for first, last in record["left_out"]]
@@ -128,7 +128,7 @@ class SpikeAlarm:
         return [self.mean, self.variance, self.seen, self.spikes]
 
     def restore(self, state: list[Any]) -> None:
-        """What `state` gave."""
+        """Put back a state that `state` returned."""
         self.mean, self.variance, self.seen, self.spikes = state
 
     def feed(self, losses: list[float]) -> list[float]:

@@ -42,7 +42,7 @@ LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pi
 
 @dataclass
 class Built:
-    """What a program makes of its recipe."""
+    """Parts that a program builds from its recipe."""
 
     parts: Parts
     export: Callable[[Path, Weights], None]

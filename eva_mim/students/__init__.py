@@ -16,7 +16,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class InitSettings(Settings):
-    """How a student starts when nothing seeds it."""
+    """Initialisation of a student without `init_from`."""
 
     law: Literal["timm", "eva01", "eva02", "mae"] = "timm"
     """"timm": the architecture's own. The others: `students/initialise.py` says what each does, with its source."""
@@ -72,7 +72,7 @@ class ClassifierSettings(TrunkSettings):
 
 
 class ProbeSettings(Settings):
-    """How a linear probe is trained."""
+    """Training of a linear probe."""
 
     cached: bool = False
     """Features of all images are computed once, with the held-out view, and kept below $EVA_MIM_CACHE (~/.cache/eva-mim): seconds

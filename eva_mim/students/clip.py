@@ -161,7 +161,7 @@ def as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class TextSource(NamedTuple):
-    """What a text tower is made from."""
+    """Architecture and weights that a text tower starts from."""
 
     name: str
     config: dict[str, Any]

@@ -43,7 +43,7 @@ def hidden(masked: Tensor | None) -> Iterator[None]:
 
 
 class MaskCounts(Protocol):
-    """What a student must know of `MaskSettings`."""
+    """Counts of masked patches that a student needs from `MaskSettings`."""
 
     @property
     def varies(self) -> bool:

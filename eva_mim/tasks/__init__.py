@@ -10,14 +10,14 @@ from eva_mim.core.settings import Settings
 
 
 class ObjectiveSettings(Settings):
-    """How prediction and target are compared."""
+    """Loss between prediction and target."""
 
     kind: str = "cosine"
     """"cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE's, for pixel targets)."""
 
 
 class ContrastiveSettings(Settings):
-    """How images and texts find each other."""
+    """Contrastive loss between images and texts."""
 
     kind: Literal["clip", "siglip"] = "clip"
     """"clip": cross entropy over the batch, both ways; "siglip": one sigmoid for each pair, with a learned bias."""

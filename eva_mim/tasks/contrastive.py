@@ -95,7 +95,7 @@ class ImageText(Task):
 
     @torch.no_grad()
     def _first_pass(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[tuple[Tensor, ...]]:
-        """What the student says of each micro-batch. The second pass draws the same random numbers, and moves what buffers
+        """Features of each micro-batch, without gradients. The second pass draws the same random numbers, and moves what buffers
         hold (running means of batch norms)."""
         device = batches[0].images.device
         before = [buffer.clone() for buffer in self.student.buffers()]

@@ -17,7 +17,7 @@ NETWORKS = For("kind", "open_clip", "timm", "stage")
 
 
 class TeacherSettings(Settings):
-    """Which frozen network gives the targets."""
+    """Frozen network that gives the targets."""
 
     kind: str = "open_clip"
     """"open_clip" (image tower of a CLIP model), "timm" (any timm trunk), "stage" (folder of our own clip stage) or "pixels"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """How features are read off a network: the settings as resolved for it."""
+    """Layer, norm and projection that features are read from, resolved for a network."""
 
     features: Callable[[Tensor], Features]
     """From normalised pixels [B, channels, S, S]. Layer and norm choose the patches; the summary is always the network's own."""
@@ -76,7 +76,7 @@ class FrozenTeacher:
         return weights_sha256(self._network.state_dict())
 
     def facts(self) -> dict[str, Any]:
-        """What it is and what is read off it, in JSON's types."""
+        """Name, sizes and reading of the teacher, in JSON's types."""
         return {
             "network": self._kind,
             "parameters": sum(parameter.numel() for parameter in self._network.parameters()),

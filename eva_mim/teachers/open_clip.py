@@ -60,7 +60,7 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
 
 
 def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
-    """How to read open_clip's two kinds of tower. Raises UserError for towers without patch features."""
+    """Reading of open_clip's two kinds of tower. Raises UserError for towers without patch features."""
     if isinstance(visual, TimmModel):
         if hasattr(visual.head, "pool"):
             raise UserError(f"teacher.name: {settings.name} ends in attention pooling and has no patch features")

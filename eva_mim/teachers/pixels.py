@@ -53,7 +53,7 @@ class PixelTeacher:
         return digest(self.facts())
 
     def facts(self) -> dict[str, Any]:
-        """What it is, in JSON's types; keys as in `FrozenTeacher.facts`."""
+        """Facts of the teacher in JSON's types; keys as in `FrozenTeacher.facts`."""
         return {
             "network": "pixels",
             "parameters": 0,
@@ -70,7 +70,7 @@ class PixelTeacher:
 
 
 def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
-    """From a name such as "patch16" and an image size. Raises UserError."""
+    """Pixel teacher from a name such as "patch16" and an image size. Raises UserError."""
     match = re.fullmatch(r"patch([1-9]\d{0,3})", settings.name)
     if match is None:
         raise UserError(f"teacher.name: {settings.name!r} does not say the patch side in pixels; write one such as patch16")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | None = None) -> Reading:
-    """How to read a timm trunk; `behind` is what an open_clip tower has behind it (its classifier then is a projection,
+    """Reading of a timm trunk; `behind` is what an open_clip tower has behind it (its classifier then is a projection,
     too). Raises UserError for settings that the trunk cannot follow."""
     # Attention pooling projects one vector an image; the patches before it have no place in that space.
     pools = getattr(trunk, "attn_pool", None) is not None

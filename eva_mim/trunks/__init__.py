@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -29,13 +29,6 @@ class Tower(NamedTuple):
         """A timm model, alone or inside a module."""
         matcher = trunk.group_matcher(coarse=False) if hasattr(trunk, "group_matcher") else None
         return cls(trunk if module is None else module, trunk, matcher)
-
-
-class KernelSettings(Settings):
-    """How a network computes what it computes; results change by rounding at most."""
-
-    attention: Literal["auto", "fused", "explicit"] = "auto"
-    """timm's attention layers: one fused kernel, or the explicit product; "auto": fused on CUDA alone."""
 
 
 class TrunkSettings(Settings):

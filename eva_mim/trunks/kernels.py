@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from eva_mim.trunks import KernelSettings
 
-
-def tune(module: nn.Module, device: Any, settings: KernelSettings | None = None) -> None:
+def tune(module: nn.Module, device: Any) -> None:
     """Choose how the attention layers of timm and open_clip below `module` compute, in place. Results change by rounding at most.
 
     On CPUs timm's explicit product is 1.3 to 7 times faster in training than the fused kernel. open_clip's towers go with the
@@ -17,11 +15,9 @@ def tune(module: nn.Module, device: Any, settings: KernelSettings | None = None)
     224 px in bf16, 8 images: 40 s against 2.4 s).
     """
     cuda = getattr(device, "type", device) == "cuda"
-    attention = (settings or KernelSettings()).attention
-    fused = cuda if attention == "auto" else attention == "fused"
     for layer in module.modules():
         if isinstance(getattr(layer, "fused_attn", None), bool):
-            layer.fused_attn = fused  # type: ignore[assignment]
+            layer.fused_attn = cuda  # type: ignore[assignment]
         stack = getattr(layer, "resblocks", None)
         if isinstance(getattr(layer, "batch_first", None), bool) and stack is not None:
             layer.batch_first = cuda  # type: ignore[assignment]

@@ -30,7 +30,7 @@ COLUMNS, ROWS, TILE, LINE = 8, 6, 144, 26
 
 
 class Look(NamedTuple):
-    """What a record says without being decoded."""
+    """Label, size and captions of a record, read without decoding the image."""
 
     width: int
     height: int
@@ -69,7 +69,7 @@ def look(source: FileSource, record: int) -> Look:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """So many positions, evenly over all: a folder is sorted by class."""
+    """Evenly spread positions, since a folder is sorted by class."""
     return [int(one) for one in np.linspace(0, total - 1, count).round()]
 
 
@@ -151,7 +151,7 @@ def _write_sheet(source: Source, path: Path) -> Path:
 
 
 def _as_colours(image: Image.Image | Bands) -> Image.Image:
-    """Of other channels the first three, or the first in grey."""
+    """An RGB picture of the first three channels, or a grey one of the first."""
     if not isinstance(image, Bands):
         return image
     bands = [band.convert("L") for band in image.each]

@@ -34,7 +34,7 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": 
 
 
 class Job(NamedTuple):
-    """What a process needs to know to write any shard of a split."""
+    """Description of a split's shards, for the processes that write them."""
 
     out: Path
     split: str

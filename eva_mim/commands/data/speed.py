@@ -56,7 +56,7 @@ def measure(
 
 
 def read_settings(what: str, overrides: Sequence[str]) -> BenchSettings:
-    """Of a recipe, whose other sections do not matter, or of a folder. Raises UserError."""
+    """Data and view settings of a recipe, whose other sections are ignored, or of a folder. Raises UserError."""
     tree = {name: section for name, section in read_tree(what).items() if name in BenchSettings.model_fields}
     return resolve(BenchSettings, tree, overrides, what)
 

@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of all images, each of which counts the same, however large."""
+    """Sums for mean and std over images; each image counts the same, however large."""
 
     mean: npt.NDArray[np.float64]
     """[channels]"""
@@ -151,7 +151,7 @@ def _report(found: Moments) -> str:
 
 
 def _lines(settings: DataSettings, found: Moments) -> str:
-    """As YAML to paste into a recipe."""
+    """YAML lines to paste into a recipe."""
     first, lines = first_of(settings), []
     if first.pixels != RGB:
         lines.append("data:" if settings.mixture is None else "data: # in each part of the mixture")

@@ -79,7 +79,7 @@ class CaptionFile:
 
 
 def _places(path: Path, setting: str, keys: Keys, records: str) -> Column:
-    """Where the line of each record starts, in bytes. Every mistake of the file is found here, with numbers for keys: 14 million
+    """Byte offset of each record's line. Every mistake of the file is found here, with numbers for keys: 14 million
     would be gigabytes of text."""
     lines, starts = _read_lines(path)
     wanted = np.fromiter((_number(key) for key in keys()), np.uint64)

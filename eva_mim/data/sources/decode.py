@@ -74,7 +74,7 @@ class FileSource(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """What a record is called."""
+        """Name of a record."""
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Files at hand need no asking."""
@@ -113,7 +113,7 @@ def decoded(content: bytes, pixels: Pixels = RGB) -> Image.Image | Bands:
 
 
 class Header(NamedTuple):
-    """What an image file says about itself."""
+    """Facts in the header of an image file."""
 
     width: int
     height: int

@@ -113,8 +113,8 @@ def class_folders(folder: Path) -> tuple[str, ...] | None:
 
 
 def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
-    """Of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of all
-    `folders`, and whether captions lie there (`captioned`), in the order in which they are met, which is that of sorted paths.
+    """Index of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of
+    all `folders`, and whether captions lie there (`captioned`), in the order in which they are met, which is that of sorted paths.
     Raises UserError."""
 
     def fresh(index: Index) -> bool:

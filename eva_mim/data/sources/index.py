@@ -147,7 +147,7 @@ def narrow(numbers: Column) -> Column:
 
 
 def cache_folder() -> Path:
-    """Where indexes, unpacked shards and features are kept. Raises UserError."""
+    """Folder of indexes, unpacked shards and features. Raises UserError."""
     folder = Path(os.environ.get("EVA_MIM_CACHE", Path.home() / ".cache" / "eva-mim"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ CHANGED = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime
 
 
 class RemoteFile(NamedTuple):
-    """As it was listed."""
+    """Remote file as listed."""
 
     url: str
     size: int
@@ -119,7 +119,7 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 def _persistent(call: Callable[[], T], url: str) -> T:
-    """What `call` returns, after a few attempts."""
+    """Result of `call`, after a few attempts."""
     for wait in (*WAITS, None):
         try:
             return _timed(call)

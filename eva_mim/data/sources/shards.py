@@ -148,7 +148,7 @@ class ShardSource(FileSource):
         return content
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """By URL: all at once, where the driver can do that."""
+        """Fetch records by URL all at once, where the driver can do that."""
         asked = {index: span for index in indices if self._tars[self._shard(index)].remote and (span := self._span(index))}
         with phase("read"):
             found = zip(asked.items(), read_ranges(list(asked.values())), strict=True)
@@ -164,7 +164,7 @@ class ShardSource(FileSource):
         return str(self._tars[self._shard(index)].place), min(starts), max(ends)
 
     def _fetched(self, index: int, number: int, start: int, size: int) -> bytes:
-        """By URL: fields of a record that lie together come with one request."""
+        """Fields of a record by URL; neighbours in the file come with one request."""
         if self._last is None or self._last[0] != index:
             arrived, span = self._arrived.pop(index, None), self._span(index)
             if span is None:

@@ -56,17 +56,17 @@ class Shard(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Where it lies, for messages."""
+        """Folder of the shard, for messages."""
         return self.place.rpartition("/")[0]
 
     @property
     def remote(self) -> bool:
-        """It is read by URL."""
+        """True for a shard that is read by URL."""
         return not self.place.startswith("/")
 
     @property
     def packed(self) -> bool:
-        """It must be unpacked before it can be read by offset."""
+        """True for a compressed shard, which must be unpacked before it can be read by offset."""
         return self.name.endswith((".gz", ".tgz"))
 
     def cached(self, suffix: str) -> Path:
@@ -84,7 +84,7 @@ class Shard(NamedTuple):
 
 
 class Member(NamedTuple):
-    """Where one field of a record lies in its shard, in bytes."""
+    """Byte range of one field of a record in its shard."""
 
     offset: int
     size: int

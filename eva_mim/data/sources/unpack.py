@@ -28,12 +28,12 @@ DEFAULT_GB = 200
 
 
 def copy_of(shard: Shard) -> Path:
-    """Where the unpacked copy of a compressed shard lies or will lie."""
+    """Path of the unpacked copy of a compressed shard, present or not."""
     return shard.cached(".tar")
 
 
 def ready(shard: Shard) -> bool:
-    """It can be read by offset now."""
+    """True where the shard can be read by offset: not compressed, or unpacked."""
     return not shard.packed or copy_of(shard).exists()
 
 
@@ -56,7 +56,7 @@ def unpack(shard: Shard) -> Shard:
 
 
 def _write(shard: Shard, temporary: Path) -> None:
-    """Its content, flushed to the disk; what a killed process left in this file is overwritten."""
+    """Write the unpacked content and flush it to the disk; overwrites what a killed process left in the file."""
     left = min(limit(), most_bytes(shard))
     try:
         with temporary.open("wb") as copy, shard.open(DOWNLOAD_AHEAD) as file, gzip.GzipFile(fileobj=file) as packed:
