@@ -114,7 +114,7 @@ def class_folders(folder: Path) -> tuple[str, ...] | None:
 
 def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
     """Index of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of
-    all `folders`, and whether captions lie there (`captioned`), in the order in which they are met, which is that of sorted paths.
+    all `folders`, and whether captions lie there (`captioned`), in the order of sorted paths.
     Raises UserError."""
 
     def fresh(index: Index) -> bool:
