@@ -119,6 +119,7 @@ def _serve(rank: int, size: int, port: int, line: Connection) -> None:
         own |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port)}
     os.environ.update(own)
+    multiprocessing.current_process().daemon = False  # here, so that programs may start processes of their own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, whose end is the end of this
     import torch
 

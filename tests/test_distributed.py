@@ -33,8 +33,8 @@ def work():
 
 try:
     for _ in range(3):
-        assert distributed.agreed(lambda: distributed.rank(), True) == {0: 0, 1: 1, 2: 2}
-    print(distributed.agreed(work, distributed.rank() == worker))
+        assert distributed.run_on(lambda: distributed.rank(), True) == {0: 0, 1: 1, 2: 2}
+    print(distributed.run_on(work, distributed.rank() == worker))
     store = distributed._store()
     print(store.check(["agreed/2/all"]), store.check(["agreed/3/all"]))
     distributed.leave_group()

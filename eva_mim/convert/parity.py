@@ -69,7 +69,7 @@ def streamed(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """
     module.float().eval()
     expected = module.state_dict()
-    _check(type(module).__name__, expected, weights)
+    check_fit(type(module).__name__, expected, weights)
 
     inside: set[str] = set()
     for path, block in _blocks(module):
@@ -108,7 +108,8 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _blocks(child, f"{path}{name}.")
 
 
-def _check(model: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def check_fit(model: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless the weights have the names and shapes of a model's state dict; no value is read."""
     other = {name: value.shape for name, value in expected.items() if name in weights and weights[name].shape != value.shape}
     found = {
         "missing": expected.keys() - weights.keys(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eva_mim.convert.onnx import runner
-from eva_mim.convert.parity import BOUNDS, Parity, compare, outputs, sample_images, sample_tokens, streamed, unloaded
+from eva_mim.convert.parity import BOUNDS, Parity, check_fit, compare, outputs, sample_images, sample_tokens, streamed, unloaded
 from eva_mim.convert.timm_filters import under_timms_names
 from eva_mim.convert.writers import Model
 from eva_mim.core.errors import UserError
@@ -140,6 +140,9 @@ def by_onnxruntime(path: Path, model: Model, images: Tensor, tokens: Tensor | No
 def _transformers_outputs(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Tensor, tokens: Tensor | None
 ) -> dict[str, Tensor]:
+    with torch.device("meta"):  # a configuration may ask for more than the memory holds
+        planned = huggingface.build(config)
+    check_fit(type(planned).__name__, planned.state_dict(), huggingface.for_module(weights, planned))
     with unloaded():
         module = huggingface.build(config)
     built = streamed(module, huggingface.for_module(weights, module))

@@ -169,11 +169,12 @@ def test_400_megabytes_in_100_of_memory(tmp_path: Path, write: str) -> None:
     path = tmp_path / "a.safetensors"
     save_file({f"blocks.{number}.weight": torch.full((2**11, 2**10), float(number)) for number in range(48)}, path)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom eva_mim.convert import deferred, reading, resize, writing\n"
+        "import sys\nfrom pathlib import Path\nfrom eva_mim.weights import resize\n"
+        "from eva_mim.weights.files import lazy, read, write\n"
         "if len(sys.argv) > 1:\n"
-        "    weights = deferred.deferred(reading.open_checkpoint(sys.argv[1]))\n"
+        "    weights = lazy.deferred(read.open_checkpoint(sys.argv[1]))\n"
         "    weights = {name: (value * 2).T for name, value in weights.items()}\n"
-        f"    writing.{write}(Path(sys.argv[1] + '.new'), weights, dtype='float32')\n"
+        f"    write.{write}(Path(sys.argv[1] + '.new'), weights, dtype='float32')\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
     )
     commands = ([sys.executable, "-c", code], [sys.executable, "-c", code, str(path)])
