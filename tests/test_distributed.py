@@ -20,6 +20,7 @@ import os, signal, sys, time
 from datetime import timedelta
 import torch
 from eva_mim.core import distributed
+from eva_mim.core.errors import LostProcess
 
 worker, seconds, kill = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "kill"
 distributed.setup(torch.device("cpu"), 3 / 60)
