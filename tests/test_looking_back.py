@@ -29,7 +29,8 @@ def evaluate(out: Path, processes: int = 1) -> str:
     ("program", "settings", "processes"),
     [
         ("mim", ["run.ema_decay=0.9"], 1),
-        ("mim", ["student.form=visible", "mask.kind=random", "mask.ratio=0.75", "run.precision=bf16"], 1),
+        ("mim", ["student.form=visible", "mask.kind=random", "mask.ratio=0.75", "run.precision=bf16",
+                 "student.decoder={width: 32, depth: 1, heads: 2}"], 1),
         ("mim", ["run.engine=deepspeed", "run.zero_stage=3"], 2),
         ("classify", ["run.ema_decay=0.9"], 1),
     ],
