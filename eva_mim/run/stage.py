@@ -29,6 +29,7 @@ from eva_mim.core.rng import derive, seed_all
 from eva_mim.core.settings import as_tree, differences, digest, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
+from eva_mim.engine.step import slowdown
 from eva_mim.run.dump import SETTINGS
 from eva_mim.run.loop import Loop, Parts
 from eva_mim.run.recipe import Recipe
@@ -116,6 +117,9 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
     say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
         f"{recipe.run.engine}, {recipe.run.precision}")
+    if is_main() and (factor := slowdown(recipe.run.precision, device)) > 2:
+        say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} times "
+            "as slowly as in fp32; run.precision=fp32 is faster here")
     if built.seeded is not None:
         say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
     before = built.teacher.fingerprint() if built.teacher else None
