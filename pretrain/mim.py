@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from eva_mim.run.stage import Built
 
 
+TeacherName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+
 class EvaluateSettings(Settings):
     """Limits on the images of an evaluation."""
 
@@ -39,12 +42,29 @@ class EvaluateSettings(Settings):
 class StageRecipe(Recipe):
     """Settings of the masked-feature stage."""
 
-    teacher: TeacherSettings
+    teacher: TeacherSettings | None = None
+    """The only teacher: the same as `teachers` with one of the name "teacher"."""
+    teachers: dict[TeacherName, TeacherSettings] = {}
+    """Several teachers by name; the student gets a head for each."""
     student: MaskedSettings
     objective: ObjectiveSettings = ObjectiveSettings()
     mask: MaskSettings = MaskSettings()
     view: ViewSettings = ViewSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _somebody_teaches(self) -> StageRecipe:
+        if (self.teacher is None) != bool(self.teachers):
+            given = f"teachers has {', '.join(self.teachers)}" if self.teachers else "neither is given"
+            raise ValueError(f"give teacher, for one, or teachers: {{NAME: ...}}, for several, not both ({given})")
+        for name, settings in self.teachers.items():
+            settings.stand_at(f"teachers.{name}")
+        return self
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherSettings]:
+        """Settings of every teacher by name."""
+        return self.teachers if self.teacher is None else {"teacher": self.teacher}
 
     @model_validator(mode="after")
     def _positions_have_one_source(self) -> StageRecipe:
@@ -59,17 +79,18 @@ class StageRecipe(Recipe):
         return self
 
     def parents(self) -> dict[str, Path]:
-        """Also the teacher, when it is a stage or a file of ours."""
+        """Also each teacher that is a stage or a file of ours."""
         found = super().parents()
-        if self.teacher.kind == "stage":
-            found["teacher.name"] = Path(self.teacher.name)
-        elif self.teacher.weights is not None and Path(self.teacher.weights).is_file():
-            found["teacher.weights"] = Path(self.teacher.weights)
+        for teacher in self.all_teachers.values():
+            if teacher.kind == "stage":
+                found[f"{teacher.path}.name"] = Path(teacher.name)
+            elif teacher.weights is not None and Path(teacher.weights).is_file():
+                found[f"{teacher.path}.weights"] = Path(teacher.weights)
         return found
 
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Teacher, student, data and evaluator of a recipe."""
+    """Teachers, student, data and evaluator of a recipe."""
     from functools import partial
 
     from eva_mim.core.files import write_weights
@@ -83,18 +104,23 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.stage import Built
     from eva_mim.students.initialise import initialise
     from eva_mim.students.masked import MaskedStudent
-    from eva_mim.tasks.masked import MaskedFeatures
+    from eva_mim.targets.live import LiveTargets
+    from eva_mim.tasks.masked import MaskedFeatures, check_grids
     from eva_mim.teachers import build_teacher
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
 
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
-    teacher = build_teacher(recipe.teacher, recipe.data.channels_of_all)
-    student = MaskedStudent(recipe.student, teacher.width, recipe.mask)
+    teachers = {name: build_teacher(settings, recipe.data.channels_of_all) for name, settings in recipe.all_teachers.items()}
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    student = MaskedStudent(recipe.student, widths["teacher"] if recipe.teacher else widths, recipe.mask)
     initialise(student, recipe.student.init)
-    task = MaskedFeatures(student, teacher, objective)
-    teacher.to(device)
-    sizes = [student.image_size, teacher.image_size]
+    for name, teacher in teachers.items():
+        check_grids(student.grid, student.image_size, teacher, recipe.all_teachers[name].path)
+        teacher.to(device)
+    weights = {name: settings.weight for name, settings in recipe.all_teachers.items()}
+    task = MaskedFeatures(student, LiveTargets(teachers), objective, weights)
+    sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values())]
     masked = partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask))
     evaluator = MaskedFeatureEvaluator(
         task,
@@ -116,7 +142,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         splits.facts(),
         grid=grid_of(student.trunk),
         seeded=seed_from(recipe, student.trunk),
-        teacher=teacher,
+        teachers=teachers,
     )
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 from eva_mim.cli import main as eva_mim
-from eva_mim.core.contracts import Batch, StepOutput
+from eva_mim.core.contracts import Batch
+from eva_mim.core.losses import StepOutput
 from eva_mim.engine import loss_scale as step
 from eva_mim.run.program import leave
 from eva_mim.tasks.contrastive import ImageText
@@ -36,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
 
     def loss(self: Any, student: Callable[..., Any], batch: Batch) -> StepOutput:
         output = healthy[type(self)](self, student, batch)
-        return StepOutput(output.loss * float("nan"), output.metrics) if ill(batch) else output
+        poisoned = {name: term._replace(mean=term.mean * float("nan")) for name, term in output.terms.items()}
+        return output._replace(terms=poisoned) if ill(batch) else output
 
     def labels_loss(self: Labels, student: Callable[..., Any], batch: Batch) -> StepOutput:
         images = batch.images.float() * float("nan") if ill(batch) else batch.images

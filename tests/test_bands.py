@@ -115,7 +115,7 @@ def test_five_bands_through_masked_training_classifier_and_probe(tmp_path: Path)
     recipe = write_recipe(tmp_path, tree)
     run("mim", recipe, tmp_path / "mim")
     record = json.loads((tmp_path / "mim" / "lineage.json").read_text())
-    assert record["teacher"]["bands"] == [4, 1, 0]
+    assert record["teachers"]["teacher"]["bands"] == [4, 1, 0]
     assert record["seeded"]["resized"] == ["patch_embed.proj.weight"]
     for folder in (tmp_path / "mim", tmp_path / "mim" / "ema"):
         model, weights = timm.create_model(f"local-dir:{folder}", pretrained=True), load_file(folder / "model.safetensors")
@@ -149,7 +149,7 @@ def test_grey_images_through_masked_training_and_classifier(tmp_path: Path) -> N
     data = {"root": str(tmp_path / "data"), "train": "train", "val": "val", "workers": 0, "channels": 1}
     student = {"name": "vit_nano_patch4_32", "mean": [0.37], "std": [0.22]}
     run("mim", write_recipe(tmp_path, MIM | {"data": data, "student": student}), tmp_path / "mim")
-    assert json.loads((tmp_path / "mim" / "lineage.json").read_text())["teacher"]["bands"] == [0, 0, 0]
+    assert json.loads((tmp_path / "mim" / "lineage.json").read_text())["teachers"]["teacher"]["bands"] == [0, 0, 0]
     tuned = {"data": data, "student": student, "init_from": str(tmp_path / "mim"), "run": RUN, "optim": OPTIM,
              "view": {"erase": 0.25}, "mix": {"mixup": 0.2}}
     run("classify", write_recipe(tmp_path, tuned, "classify.yaml"), tmp_path / "classify")

@@ -13,9 +13,10 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  registers the architectures
-from eva_mim.core.contracts import ImageTextBatch, Rates, StepOutput
+from eva_mim.core.contracts import ImageTextBatch, Rates
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.settings import parse
 from eva_mim.data.preparation import ImageTextPreparation
 from eva_mim.data.subset import open_splits
@@ -75,7 +76,8 @@ def open_clip_step(
     norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP_NORM)
     groups = [group | {"weight_decay": 0.1 * group["decays"]} for group in parameter_groups(student, OPTIM)]
     torch.optim.AdamW(groups, lr=1e-2, betas=OPTIM.betas, eps=OPTIM.eps).step()
-    return StepOutput(loss.detach(), {"grad_norm": norm, "logit_scale": scalars[0][0].detach()}), gradients
+    metrics = {"grad_norm": norm, "logit_scale": scalars[0][0].detach()}
+    return StepOutput({"contrastive": LossTerm(loss.detach())}, metrics), gradients
 
 
 def local_step(

@@ -14,7 +14,8 @@ from tests.conftest import REPOSITORY, make_folder
 from tests.tiny import environment
 
 ROOMS = [
-    "core", "trunks", "data", "optim", "weights.files", "weights.names", "teachers", "students", "weights", "tasks", "engine",
+    "core", "trunks", "data", "optim", "weights.files", "weights.names", "teachers", "students", "weights", "targets", "tasks",
+    "engine",
     "convert", "evaluate", "run", "pipeline", "commands", "cli", "pretrain", "finetune",
 ]
 """The rooms, lowest first: a file imports only from its own room and from those before it. `weights.files` and `weights.names`

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eva_mim.commands.evaluate import table
-from eva_mim.core.contracts import FeatureBatch, StepOutput
+from eva_mim.core.contracts import FeatureBatch
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.run.diagnose import diagnose, first_bad, largest_of
 from eva_mim.run.meter import Meter
@@ -57,7 +58,8 @@ def test_the_table_says_what_differs() -> None:
 
 def output(loss: float, skipped: float, **metrics: float) -> StepOutput:
     """A step's loss and metrics as tensors."""
-    return StepOutput(torch.tensor(loss), {name: torch.tensor(value) for name, value in (metrics | {"skipped": skipped}).items()})
+    scalars = {name: torch.tensor(value) for name, value in (metrics | {"skipped": skipped}).items()}
+    return StepOutput({"loss": LossTerm(torch.tensor(loss))}, scalars)
 
 
 def test_means_are_over_the_steps_that_were_taken() -> None:
@@ -123,10 +125,11 @@ class Mean:
 
     def loss(self, student: nn.Module, batch: FeatureBatch) -> StepOutput:
         """Mean output."""
-        return StepOutput(student(batch.features).mean(), {})
+        return StepOutput({"loss": LossTerm(student(batch.features).mean())}, {})
 
-    def terms(self, batch: FeatureBatch) -> None:
+    def counts(self, batch: FeatureBatch) -> dict[str, Tensor]:
         """Not weighed."""
+        return {}
 
 
 def test_the_first_bad_layer_is_where_infinity_begins() -> None:

@@ -172,4 +172,4 @@ def test_teacher_is_in_no_checkpoint(tmp_path: Path) -> None:
     head = load_file(tmp_path / "run" / "head.safetensors")
     assert state.keys() == {f"trunk.{name}" for name in trunk} | head.keys()
     assert head.keys() == {"mask_token", "head.weight", "head.bias"}
-    assert len(record["teacher"]["sha256"]) == 64
+    assert len(record["teachers"]["teacher"]["sha256"]) == 64

@@ -24,8 +24,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401
-from eva_mim.core.contracts import Rates, StateGroup, StepOutput
+from eva_mim.core.contracts import Rates, StateGroup
 from eva_mim.core.distributed import pick_device
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
 from eva_mim.run import checkpoints as snapshot
@@ -54,11 +55,11 @@ class Squares:
 
     def loss(self, student: nn.Module, batch: Tensor) -> StepOutput:
         """Of one micro-batch."""
-        return StepOutput(student(batch).square().mean(), {})
+        return StepOutput({"loss": LossTerm(student(batch).square().mean())}, {})
 
-    def terms(self, batch: Tensor) -> None:
+    def counts(self, batch: Tensor) -> dict[str, Tensor]:
         """All alike."""
-        return
+        return {}
 
 
 def trained(step: Callable[[], None], parts: Callable[[], dict[str, StateGroup]], folder: Path, options: Any) -> dict[str, float]:

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "teacher", help="recipe with a teacher section, or KIND:NAME[:WEIGHTS] such as open_clip:ViT-B-16:openai, "
         "timm:vit_small_patch14_dinov2.lvd142m:pretrained, stage:runs/demo/clip_teacher, pixels:patch16",
     )
+    parser.add_argument("--name", help="name of the teacher, where the recipe has several")
     parser.add_argument("overrides", nargs="*", metavar="a=b", help="settings of the teacher, such as image_size=336 layer=-2")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with pictures of yours; default: built-in drawings")
     parser.add_argument("--student", metavar="NAME", help="architecture of the student that shall learn from it")
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> None:
     """Print what is found. Raises UserError for a teacher, or a student for it, that cannot be used."""
-    settings = teacher_settings(options.teacher, options.overrides)
+    settings = teacher_settings(options.teacher, options.overrides, options.name)
     from eva_mim.core.distributed import pick_device
     from eva_mim.core.rng import seed_all
 
@@ -73,19 +74,31 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
-def teacher_settings(text: str, overrides: Sequence[str]) -> TeacherSettings:
-    """Settings from "KIND:NAME[:WEIGHTS]" or from a recipe, with changes. Raises UserError."""
+def teacher_settings(text: str, overrides: Sequence[str], name: str | None = None) -> TeacherSettings:
+    """Settings from "KIND:NAME[:WEIGHTS]" or from a recipe (of several teachers the one called `name`), with changes. Raises
+    UserError."""
     kind, colon, rest = text.partition(":")
     tree: Any
     if not colon or Path(text).is_file():
-        tree = read_yaml(text).get("teacher")
-        if not isinstance(tree, dict):
-            raise UserError(f"{text}: no teacher section; name a recipe of masked pretraining, or a teacher as KIND:NAME")
+        tree = _section(read_yaml(text), text, name)
     else:
         lookup(TEACHERS, kind, "the teacher's kind")
         name, _, weights = rest.partition(":") if kind in ("open_clip", "timm") else (rest, "", "")
         tree = {"kind": kind, "name": name, "weights": weights or None}
     return resolve(TeacherSettings, tree, overrides, text)
+
+
+def _section(recipe: dict[str, Any], source: str, name: str | None) -> dict[str, Any]:
+    teachers = recipe.get("teachers") or {"teacher": recipe.get("teacher")}
+    known = [known for known, section in teachers.items() if isinstance(section, dict)] if isinstance(teachers, dict) else []
+    if not known:
+        raise UserError(f"{source}: no teacher section; name a recipe of masked pretraining, or a teacher as KIND:NAME")
+    if name is None and len(known) > 1:
+        raise UserError(f"{source}: {len(known)} teachers; choose one by --name: {', '.join(known)}")
+    if name is not None and name not in known:
+        raise UserError(f"--name: {source} has no teacher {name!r}; known: {', '.join(known)}")
+    found: dict[str, Any] = teachers[name or known[0]]
+    return found
 
 
 def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image, Resampling, Transpose
     from torch import Tensor, nn
 
+    from eva_mim.core.losses import GradCacheStep, StepOutput
+
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
 
@@ -187,24 +189,11 @@ class Features(NamedTuple):
     grid: Grid
 
 
-class StepOutput(NamedTuple):
-    """A differentiable mean loss and detached scalars to log."""
+class Targets(Protocol):
+    """What a student learns to predict: live teachers, or what teachers once said."""
 
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-    def with_metrics(self, **more: Tensor | None) -> StepOutput:
-        """The same loss with more metrics; None is left out."""
-        return StepOutput(self.loss, self.metrics | {name: value for name, value in more.items() if value is not None})
-
-
-class GradCacheStep(NamedTuple):
-    """The loss of a whole step, and what one of its micro-batches passes back."""
-
-    output: StepOutput
-    """Without a gradient; the same for every micro-batch of a process."""
-    gradients: tuple[Tensor, ...]
-    """Of the loss by each tensor that the student says of this micro-batch, such that the mean over micro-batches is right."""
+    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
+        """Features of the batch by the teacher's name."""
 
 
 class Teacher(Protocol):
@@ -234,7 +223,7 @@ class Student(Protocol):
 
 
 class Task(Protocol):
-    """One kind of training step: teacher(s) + student + objective. The loop and the engines know nothing else."""
+    """One kind of training step: targets + student + objective. The loop and the engines know nothing else."""
 
     student: nn.Module
 
@@ -246,10 +235,13 @@ class Task(Protocol):
         return batches
 
     def loss(self, student: Callable[..., Any], batch: Any) -> StepOutput:
-        """The mean loss of one forward pass. `student` is the engine's callable around `self.student`."""
+        """The loss of one forward pass, term by term. `student` is the engine's callable around `self.student`."""
 
-    def terms(self, batch: Any) -> Tensor | None:
-        """Number of summands of the mean loss (a scalar), or None when it is the same for every batch."""
+    def counts(self, batch: Any) -> dict[str, Tensor]:
+        """How many patches, images or pairs of this batch each loss term is a mean over, a scalar by the term's name; known
+        before the forward pass, since the engine weighs each micro-batch by its share of the whole step's. The same names on
+        every rank, 0 where a rank has none. A term that is left out has the same count in every batch."""
+        return {}
 
 
 class Evaluator(Protocol):

@@ -25,7 +25,7 @@ OBJECTIVES = {
     "cosine": "eva_mim.tasks.masked:masked_cosine",
     "mse": "eva_mim.tasks.masked:masked_mse",
 }
-"""(prediction [M, C], target [M, C]) -> StepOutput."""
+"""(prediction [M, C], target [M, C]) -> LossTerm."""
 ENGINES = {
     "local": "eva_mim.engine.local:LocalEngine",
     "deepspeed": "eva_mim.engine.deepspeed:DeepSpeedEngine",

@@ -220,7 +220,8 @@ def parse(model: type[S], tree: Mapping[str, Any], source: str) -> S:
 def _explain(model: type[Settings], item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        names = setting_names(model)
+        entry = str(item["loc"][1]) if len(item["loc"]) > 1 else "*"
+        names = [name.replace("*", entry) for name in setting_names(model)]
         parent = path.rpartition(".")[0]
         beside = [name for name in names if name.rpartition(".")[0] == parent]
         hint = nearest(path, beside, cutoff=0.5) or nearest(path, names) or f"; known here: {', '.join(beside)}"
@@ -233,13 +234,14 @@ def _explain(model: type[Settings], item: Any) -> str:
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted setting name of a model, sections included."""
+    """Every dotted setting name of a model, sections included; "*" stands for the names in a mapping of sections."""
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                names += setting_names(kind, f"{prefix}{name}.")
+                entry = "*." if get_origin(field.annotation) is dict else ""
+                names += setting_names(kind, f"{prefix}{name}.{entry}")
     return names
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Rates, StateGroup, StepOutput, Task
+from eva_mim.core.contracts import Batch, Rates, StateGroup, Task
+from eva_mim.core.losses import StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import EngineState
-from eva_mim.engine.step import autocast, loss_weights, nan_gradient_if_not_finite, reduce_outputs, set_rates
+from eva_mim.engine.step import Shares, autocast, loss_shares, reduce_outputs, set_rates
 from eva_mim.optim.optimizers import SkippableOptimizer
 
 
@@ -36,22 +37,23 @@ class BaseEngine:
         self._watched.measure_update = measure_update
         with self.autocast():
             batches = task.prepare(self.forward, batches)
-        weights = loss_weights(task, batches)
+        shares = loss_shares(task, batches)
         outputs = []
-        for batch, weight in zip(batches, weights, strict=True):
+        for batch, share in zip(batches, shares, strict=True):
             with self.autocast():
                 output = task.loss(self.forward, batch)
             with phase("backward"):
-                self._backward(nan_gradient_if_not_finite(output.loss), weight, len(batches))
+                self._backward(output, share, len(batches))
             outputs.append(output)
             with phase("optimizer"):
                 norm = self._update(last=batch is batches[-1])
         assert norm is not None
         ratio = self._watched.update_ratio(self._device, sharded=self._sharded)
-        return reduce_outputs(outputs, weights, norm, self._scale, ratio)
+        return reduce_outputs(outputs, shares, norm, self._scale, ratio)
 
-    def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
-        """Add the gradient of one of `count` micro-batches: that of loss * weight * loss scale / count."""
+    def _backward(self, output: StepOutput, shares: Shares, count: int) -> None:
+        """Add the gradient of one of `count` micro-batches: that of the loss, each term times its share, times
+        loss scale / count."""
         raise NotImplementedError
 
     def _update(self, last: bool) -> Tensor | None:

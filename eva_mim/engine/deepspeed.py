@@ -14,13 +14,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Rates, StepOutput, Task
+from eva_mim.core.contracts import Batch, Rates, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, world_size
+from eva_mim.core.losses import StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import EngineState
-from eva_mim.engine.step import clip_and_step, low_precision
+from eva_mim.engine.step import Shares, clip_and_step, low_precision, scaled_loss
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer
@@ -95,9 +96,9 @@ class DeepSpeedEngine(BaseEngine):
             self._optimizer.override_loss_scale(float(self._scale.value))  # DeepSpeed multiplies and divides by it
         return super().step(task, batches, rates, measure_update)
 
-    def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
+    def _backward(self, output: StepOutput, shares: Shares, count: int) -> None:
         # Divides by the number of micro-batches itself; reduces over ranks after the last.
-        self._network.backward(loss * (weight if self._sharded else weight * self._scale.value))
+        self._network.backward(scaled_loss(output, shares, 1.0 if self._sharded else self._scale.value, 1))
 
     def _update(self, last: bool) -> Tensor | None:
         """After each micro-batch; the norm of the unscaled, unclipped gradient after the last."""

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from eva_mim.core.distributed import world_size
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import EngineState
-from eva_mim.engine.step import clip_and_step
+from eva_mim.engine.step import Shares, clip_and_step, scaled_loss
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer
@@ -34,8 +35,8 @@ class LocalEngine(BaseEngine):
         self._state = EngineState(self.module, self._watched, self._scale)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
 
-    def _backward(self, loss: Tensor, weight: Tensor | float, count: int) -> None:
-        torch.autograd.backward(loss * (weight * self._scale.value / count))
+    def _backward(self, output: StepOutput, shares: Shares, count: int) -> None:
+        torch.autograd.backward(scaled_loss(output, shares, self._scale.value, count))
 
     def _update(self, last: bool) -> Tensor | None:
         if not last:

@@ -10,23 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Rates, StepOutput, Task
+from eva_mim.core.contracts import Batch, Rates, Task
 from eva_mim.core.distributed import all_reduce_sum, world_size
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.optim.optimizers import SkippableOptimizer
 
+Shares = dict[str, Tensor]
+"""Factor of a micro-batch's mean by the loss term's name; 1 where a name is missing."""
 
-def loss_weights(task: Task, batches: list[Batch]) -> list[Tensor | float]:
-    """Factor of each micro-batch's mean loss, such that the plain mean over micro-batches and ranks is the mean over
-    all terms of the global batch. Masks hide different numbers of patches; without this the loss would depend on how
-    the batch is cut."""
-    terms = [task.terms(batch) for batch in batches]
-    counted = [term for term in terms if term is not None]
-    if not counted:
-        return [1.0] * len(batches)
-    local = torch.stack(counted)
-    mean = all_reduce_sum(local.sum()) / (len(batches) * world_size())
-    return list(local / mean)
+
+def loss_shares(task: Task, batches: list[Batch]) -> list[Shares]:
+    """For each micro-batch the factor of each loss term's mean: its count over the mean count of all micro-batches and ranks. So
+    the plain mean over micro-batches and ranks is the mean over the global batch. Masks hide different numbers of patches;
+    without this the loss would depend on how the batch is cut. A term that counts 0 everywhere has factors 0."""
+    counts = [task.counts(batch) for batch in batches]
+    names = list(counts[0])
+    if not names:
+        return [{} for _ in batches]
+    local = torch.stack([torch.stack([count[name] for name in names]) for count in counts])
+    mean = all_reduce_sum(local.sum(0)) / (len(batches) * world_size())
+    return [dict(zip(names, row, strict=True)) for row in local / mean.where(mean > 0, 1.0)]
+
+
+def scaled_loss(output: StepOutput, shares: Shares, scale: Tensor | float, divisor: int) -> Tensor:
+    """What a micro-batch passes back: the sum of its terms' means, each times weight * share * scale / divisor."""
+    first, *others = (
+        nan_gradient_if_not_finite(term.mean) * (term.weight * shares.get(name, 1.0) * scale / divisor)
+        for name, term in output.terms.items()
+    )
+    return sum(others, first)
 
 
 def autocast(device: torch.device, precision: str) -> Any:
@@ -73,19 +86,36 @@ def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
 
 
 def reduce_outputs(
-    outputs: list[StepOutput], weights: list[Tensor | float], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
+    outputs: list[StepOutput], shares: list[Shares], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
 ) -> StepOutput:
-    """This rank's share of the step's loss and metrics (detached); moves the loss scale. See `contracts.Engine.step`."""
-    count, used, bad = len(outputs), scale.value, ~norm.isfinite()
+    """This rank's share of the step's loss and metrics (detached); moves the loss scale. See `contracts.Engine.step`. Of several
+    terms each is among the metrics, as `loss_NAME`."""
+    used, bad = scale.value, ~norm.isfinite()
     scale.update(bad)
-    loss = torch.stack([output.loss.detach().float() * w for output, w in zip(outputs, weights, strict=True)]).sum()
-    metrics = {
-        name: torch.stack([o.metrics[name] * w for o, w in zip(outputs, weights, strict=True)]).sum() / count
-        for name in outputs[0].metrics
-    }
-    return StepOutput(loss / count, metrics).with_metrics(
+    terms = {name: _reduced(name, outputs, shares) for name in outputs[0].terms}
+    metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
+    for name, term in terms.items():
+        metrics |= term.metrics
+        if len(terms) > 1:
+            metrics[f"loss_{name}"] = term.mean
+    return StepOutput(terms, metrics).with_metrics(
         grad_norm=norm, skipped=bad.float(), update_ratio=update_ratio, loss_scale=used if scale.dynamic else None
     )
+
+
+def _reduced(name: str, outputs: list[StepOutput], shares: list[Shares]) -> LossTerm:
+    """One term over micro-batches, and its metrics, each micro-batch with its share."""
+    terms, factors = [output.terms[name] for output in outputs], [share.get(name, 1.0) for share in shares]
+
+    def mean(values: list[Tensor]) -> Tensor:
+        return _mean([value * factor for value, factor in zip(values, factors, strict=True)])
+
+    metrics = {metric: mean([term.metrics[metric] for term in terms]) for metric in terms[0].metrics}
+    return LossTerm(mean([term.mean.detach().float() for term in terms]), terms[0].weight, metrics)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum() / len(values)
 
 
 def clip_and_step(

@@ -35,7 +35,7 @@ class MaskedFeatureEvaluator:
         device: torch.device,
     ):
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
-        self._mean_target: float | None = None
+        self._mean_target: dict[str, float] | None = None
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
         """`cosine`: with the held-out masks, which are of the training's kind; `cosine_stripes`: with every other patch hidden,
@@ -46,24 +46,22 @@ class MaskedFeatureEvaluator:
         rows, labels = [], []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
-                target = self.task.spatial(batch)
-                images, index = self.task.images(batch), self.task.index(batch)
-                found.cosine("cosine", student(images, batch.masked, index), target[index])
+                targets, index = self.task.spatial(batch), self.task.index(batch)
+                found.cosines("cosine", self.task.predictions(student, batch, batch.masked, index), targets, index)
                 if batch.masked is not None and student.any_mask:
                     stripes, striped = _stripes(batch)
-                    found.cosine("cosine_stripes", student(images, stripes, striped), target[striped])
-                rows.append(_both(student.features(images)))
+                    found.cosines("cosine_stripes", self.task.predictions(student, batch, stripes, striped), targets, striped)
+                rows.append(_both(student.features(self.task.images(batch))))
             if self._mean_target is None:
-                found.direction(target[index])
+                found.directions(targets, index)
             if batch.labels is not None:
                 labels.append(batch.labels)
         result = found.means()
         if self._mean_target is None:
-            self._mean_target = found.length_of_mean()
+            self._mean_target = found.lengths_of_means()
         mean, token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
         assert mean is not None
-        result |= {
-            "cosine_of_mean": self._mean_target,
+        result |= self._mean_target | {
             "feature_std": features.spread(mean),
             "effective_rank": features.effective_rank(mean),
         }
@@ -95,35 +93,46 @@ class MaskedFeatureEvaluator:
 
 
 class _Sums:
-    """Cosines over patches and ranks."""
+    """Cosines over patches and ranks, by figure and teacher."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self._direction: Tensor | None = None
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self._directions: dict[str, Tensor] = {}
 
-    def cosine(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        """Add the cosines of [M, C] rows to the mean called `name`."""
-        cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1).double()
-        part = torch.stack([cosine.sum(), cosine.new_tensor(len(cosine))])
-        self.sums[name] = self.sums.get(name, 0) + part
+    def cosines(self, figure: str, predictions: dict[str, Tensor], targets: dict[str, Tensor], index: Tensor) -> None:
+        """Add to each teacher's mean the cosines of its [M, C] predictions and the rows `index` of its [B * N, C] targets."""
+        for name, prediction in predictions.items():
+            cosine = F.cosine_similarity(prediction.float(), targets[name][index].float(), dim=-1).double()
+            part = torch.stack([cosine.sum(), cosine.new_tensor(len(cosine))])
+            self.sums[figure, name] = self.sums.get((figure, name), 0) + part
 
-    def direction(self, target: Tensor) -> None:
-        """Add [M, C] targets to the mean unit target."""
-        part = F.normalize(target.float(), dim=-1).double().sum(0)
-        self._direction = part if self._direction is None else self._direction + part
+    def directions(self, targets: dict[str, Tensor], index: Tensor) -> None:
+        """Add the rows `index` of each teacher's [B * N, C] targets to its mean unit target."""
+        for name, target in targets.items():
+            part = F.normalize(target[index].float(), dim=-1).double().sum(0)
+            self._directions[name] = self._directions[name] + part if name in self._directions else part
 
     def means(self) -> dict[str, float]:
-        """Mean cosine by name."""
-        names = sorted(self.sums)
-        total = all_reduce_sum(torch.stack([self.sums[name] for name in names]))
-        self._count = float(total[names.index("cosine"), 1])
-        return {name: float(row[0] / row[1]) for name, row in zip(names, total, strict=True)}
+        """Mean cosines by figure."""
+        keys = sorted(self.sums)
+        total = all_reduce_sum(torch.stack([self.sums[key] for key in keys]))
+        found = {key: float(row[0] / row[1]) for key, row in zip(keys, total, strict=True)}
+        self._count = float(total[[figure for figure, _ in keys].index("cosine"), 1])
+        figures = {figure: {name: value for (of, name), value in found.items() if of == figure} for figure, _ in keys}
+        return {name: value for figure, each in figures.items() for name, value in _by_teacher(figure, each).items()}
 
-    def length_of_mean(self) -> float:
+    def lengths_of_means(self) -> dict[str, float]:
         """The constant with the best mean cosine is the mean unit target; its mean cosine is that vector's length."""
-        assert self._direction is not None
-        return float(all_reduce_sum(self._direction).norm() / self._count)
+        lengths = {name: float(all_reduce_sum(one).norm() / self._count) for name, one in sorted(self._directions.items())}
+        return _by_teacher("cosine_of_mean", lengths)
+
+
+def _by_teacher(figure: str, values: dict[str, float]) -> dict[str, float]:
+    """The mean over teachers, and of several each teacher's own as FIGURE_NAME."""
+    if len(values) == 1:
+        return {figure: next(iter(values.values()))}
+    return {figure: sum(values.values()) / len(values)} | {f"{figure}_{name}": value for name, value in values.items()}
 
 
 def _stripes(batch: MaskedBatch) -> tuple[Tensor, Tensor]:

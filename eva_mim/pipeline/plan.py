@@ -28,8 +28,8 @@ from eva_mim.core.settings import Settings, parse, read_yaml
 from eva_mim.run.recipe import Recipe
 
 RESERVED = {
-    "data", "run", "optim", "student", "teacher", "mask", "objective", "contrastive", "evaluate", "view", "mix", "init_from",
-    "hand_over",
+    "data", "run", "optim", "student", "teacher", "teachers", "mask", "objective", "contrastive", "evaluate", "view", "mix",
+    "init_from", "hand_over",
 }
 """Sections of recipes: a stage of such a name could not be told from a setting in an override."""
 
@@ -47,8 +47,18 @@ class StageEntry(Settings):
     """Earlier stage whose trunk this one starts from."""
     teacher: str | None = None
     """Earlier clip stage that is the teacher."""
+    teachers: dict[str, str] = {}
+    """Earlier clip stages that are among the teachers, by the teacher's name."""
     text_from: str | None = None
     """Earlier clip stage that gives the text tower."""
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Setting of this stage -> earlier stage that it builds on."""
+        named = {"init_from": self.init_from, "teacher": self.teacher, "text_from": self.text_from}
+        return {setting: stage for setting, stage in named.items() if stage is not None} | {
+            f"teachers.{name}": stage for name, stage in self.teachers.items()
+        }
 
 
 class PipelineFile(Settings):
@@ -68,9 +78,8 @@ class PipelineFile(Settings):
             if stage.name in seen or stage.name in RESERVED:
                 raise ValueError(f"stage name {stage.name!r} is used twice or is a recipe's section")
             lookup(PROGRAMS, stage.program, f"stages.{stage.name}.program")
-            for setting in ("init_from", "teacher", "text_from"):
-                parent = getattr(stage, setting)
-                if parent is not None and parent not in seen:
+            for setting, parent in stage.parents.items():
+                if parent not in seen:
                     known = ", ".join(seen) or "none"
                     raise ValueError(f"{stage.name}.{setting}: {parent!r} is not an earlier stage (earlier: {known})")
             seen[stage.name] = stage.program
@@ -154,8 +163,9 @@ def _parents(stage: StageEntry, out: Path) -> dict[str, str]:
     values = {}
     if stage.init_from is not None:
         values["init_from"] = str(out / stage.init_from)
-    if stage.teacher is not None:
-        values |= {"teacher.kind": "stage", "teacher.name": str(out / stage.teacher)}
+    for setting, parent in stage.parents.items():
+        if setting.startswith("teacher"):
+            values |= {f"{setting}.kind": "stage", f"{setting}.name": str(out / parent)}
     if stage.text_from is not None:
         values["student.text.init_from"] = str(out / stage.text_from)
     return values

@@ -52,7 +52,7 @@ def describe(path: str, overrides: list[str], out: Path) -> str:
     lines, stale = [], set()
     for stage in planned:
         entry = stage.entry
-        parents = [name for name in (entry.init_from, entry.teacher, entry.text_from) if name]
+        parents = list(entry.parents.values())
         record = read_record(stage.out)
         waits = [name for name in parents if name in stale]
         if waits:

@@ -42,7 +42,8 @@ def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str
 
 def _row(stage: PlannedStage, record: dict[str, Any]) -> tuple[str, ...]:
     entry = stage.entry
-    origin = ", ".join(filter(None, [entry.init_from, entry.teacher and f"teacher {entry.teacher}"])) or "scratch"
+    teachers = [f"teacher {name}" for name in (entry.teacher, *entry.teachers.values()) if name]
+    origin = ", ".join([*filter(None, [entry.init_from]), *teachers]) or "scratch"
     return (
         entry.name,
         entry.program,

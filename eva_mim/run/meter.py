@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from eva_mim.core.contracts import StepOutput
 from eva_mim.core.distributed import all_reduce_sum, world_size
+from eva_mim.core.losses import StepOutput
 from eva_mim.core.timing import Stopwatch
 
 Row = dict[str, float]

@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class Built:
     classes: tuple[str, ...] | None = None
     grid: list[int] | None = None
     seeded: KeyReport | None = None
-    teacher: Teacher | None = None
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+    """By name; not one of their weights may change."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,11 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             "as slowly as in fp32; run.precision=fp32 is faster here")
     if built.seeded is not None:
         say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
-    before = built.teacher.fingerprint() if built.teacher else None
+    taught = _teachers(built)
     engine = build_engine(student, recipe.run, recipe.optim, device)
     trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()
-    if built.teacher and built.teacher.fingerprint() != before:
-        raise AssertionError("the teacher changed during training")
+    if _teachers(built) != taught:
+        raise AssertionError("a teacher changed during training")
     weights = dict(trained.engine.weights())
     if is_main():
         built.export(out, weights)
@@ -143,7 +144,7 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             "weights_sha256": sha256(out / WEIGHTS),
             "classes": list(built.classes) if built.classes else None,
             "grid": built.grid,
-            "teacher": built.teacher.facts() | {"sha256": before} if built.teacher else None,
+            "teachers": taught,
             "seeded": built.seeded.as_dict() if built.seeded else None,
         }
         write_json(out / LINEAGE, record)
@@ -219,6 +220,11 @@ def _record(plan: StageIdentity, built: Built, recipe: Recipe) -> dict[str, Any]
         "data": built.data,
         "classes_sha256": class_hash(built.classes) if built.classes else None,
     }
+
+
+def _teachers(built: Built) -> dict[str, dict[str, Any]]:
+    """Facts and SHA-256 of each teacher by name; the main rank alone reads all their weights, the others get an empty dict."""
+    return {name: one.facts() | {"sha256": one.fingerprint()} for name, one in built.teachers.items()} if is_main() else {}
 
 
 def _versions() -> dict[str, str]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import GradCacheStep, ImageTextBatch, StepOutput, Task
+from eva_mim.core.contracts import ImageTextBatch, Task
 from eva_mim.core.distributed import rank, world_size
+from eva_mim.core.losses import GradCacheStep, LossTerm, StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.tasks import ContrastiveSettings
 
@@ -32,7 +33,7 @@ class Contrastive:
         with torch.autocast(image.device.type, enabled=False):
             loss = self._loss(image.float(), text.float(), scale.float(), None if bias is None else bias.float())
         metrics = {"logit_scale": scale.detach().float()}
-        return StepOutput(loss, metrics).with_metrics(logit_bias=None if bias is None else bias.detach().float())
+        return _output(loss, metrics).with_metrics(logit_bias=None if bias is None else bias.detach().float())
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         images, texts = image, text
@@ -64,6 +65,10 @@ def _sigmoid(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, p
     return -F.logsigmoid(signs * logits).sum()
 
 
+def _output(loss: Tensor, metrics: dict[str, Tensor]) -> StepOutput:
+    return StepOutput({"contrastive": LossTerm(loss)}, metrics)
+
+
 def _logits(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     logits = scale * rows @ others.T
     return logits if bias is None else logits + bias
@@ -85,12 +90,12 @@ class ImageText(Task):
             said = [torch.cat(image), torch.cat(text), *(same[0] for same in scalars)]
             leaves = [tensor.detach().float().requires_grad_() for tensor in said]
             with torch.autocast(leaves[0].device.type, enabled=False):
-                loss, metrics = self.objective(*leaves)
-                by_image, by_text, *by_scalars = torch.autograd.grad(loss, leaves)
+                whole = self.objective(*leaves)
+                by_image, by_text, *by_scalars = torch.autograd.grad(whole.loss, leaves)
         # The engines take the mean over micro-batches. A row of features is in one of them, a scalar in each.
         count = len(batches)
         rows = zip(batches, (by_image * count).chunk(count), (by_text * count).chunk(count), strict=True)
-        whole = StepOutput(loss.detach(), metrics)
+        whole = _output(whole.loss.detach(), whole.metrics)
         return [replace(batch, grad_cache=GradCacheStep(whole, (image, text, *by_scalars))) for batch, image, text in rows]
 
     @torch.no_grad()
@@ -111,9 +116,6 @@ class ImageText(Task):
             said = student(batch.images, batch.texts)
             if batch.grad_cache is None:
                 return self.objective(*said)
-            (loss, metrics), gradients = batch.grad_cache
+            whole, gradients = batch.grad_cache
             inner = sum((one.float() * gradient).sum() for one, gradient in zip(said, gradients, strict=True))
-            return StepOutput(loss + (inner - inner.detach()), metrics)
-
-    def terms(self, batch: ImageTextBatch) -> None:
-        """Every batch has the same size."""
+            return _output(whole.loss + (inner - inner.detach()), whole.metrics)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import LabelledBatch, StepOutput, Task
+from eva_mim.core.contracts import LabelledBatch, Task
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.tasks import MixSettings
 
@@ -32,7 +33,5 @@ class Labels(Task):
         smoothing = 0.0 if self._mix is not None else self.settings.smoothing
         with phase("student"):
             logits: Tensor = student(images)
-        return StepOutput(nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing), {})
-
-    def terms(self, batch: LabelledBatch) -> None:
-        """Every batch has the same size."""
+        loss = nn.functional.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+        return StepOutput({"labels": LossTerm(loss)}, {})

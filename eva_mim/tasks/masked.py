@@ -1,33 +1,39 @@
-"""Masked feature prediction: a student predicts a teacher's features of patches that it does not see (EVA: cosine; MAE: MSE)."""
+"""Masked feature prediction: a student predicts teachers' features of patches that it does not see (EVA: cosine; MAE: MSE)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Grid, MaskedBatch, StepOutput, Task, Teacher
+from eva_mim.core.contracts import Grid, MaskedBatch, Targets, Task, Teacher
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 
-Objective = Callable[..., StepOutput]
+Objective = Callable[[Tensor, Tensor], LossTerm]
 
 
-def masked_cosine(prediction: Tensor, target: Tensor) -> StepOutput:
-    """Loss over [M, C] predictions and targets, mean over patches (EVA-01/eva/engine_for_pretraining.py).
+def masked_cosine(prediction: Tensor, target: Tensor) -> LossTerm:
+    """Loss over [M, C] predictions and targets, mean over patches (EVA-01/eva/engine_for_pretraining.py); 0 of no patches.
 
     Always in fp32: squares of half-precision features overflow or vanish. Finite for norms from 1e-8 to 1e4.
     """
     cosine = _cosine(prediction, target)
-    return StepOutput(-cosine.mean(), _figures(cosine, target))
+    return LossTerm(-_mean(cosine), metrics=_figures(cosine, target))
 
 
-def masked_mse(prediction: Tensor, target: Tensor) -> StepOutput:
-    """Mean squared error over [M, C] (MAE, section 3, for pixel targets), in fp32."""
-    return StepOutput(F.mse_loss(prediction.float(), target.float()), _figures(_cosine(prediction, target), target))
+def masked_mse(prediction: Tensor, target: Tensor) -> LossTerm:
+    """Mean squared error over [M, C] (MAE, section 3, for pixel targets), in fp32; 0 of no patches."""
+    error = F.mse_loss(prediction.float(), target.float(), reduction="mean" if len(prediction) else "sum")
+    return LossTerm(error, metrics=_figures(_cosine(prediction, target), target))
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if len(values) else values.sum()
 
 
 def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
@@ -35,32 +41,46 @@ def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _figures(cosine: Tensor, target: Tensor) -> dict[str, Tensor]:
-    return {"cosine": cosine.detach().mean(), "target_norm": target.detach().float().norm(dim=-1).mean()}
+    return {"cosine": _mean(cosine.detach()), "target_norm": _mean(target.detach().float().norm(dim=-1))}
 
 
 class MaskedFeatures(Task):
-    """The student predicts the teacher's features of the patches that it does not see."""
+    """The student predicts, with a head for each teacher, the teacher's features of the patches that it does not see."""
 
-    def __init__(self, student: nn.Module, teacher: Teacher, objective: Objective):
-        grid: tuple[int, int] = student.grid  # type: ignore[assignment]
-        check_grids(grid, student.image_size, teacher)  # type: ignore[arg-type]
-        self.student, self.teacher, self.objective = student, teacher, objective
+    def __init__(self, student: nn.Module, targets: Targets, objective: Objective, weights: Mapping[str, float]):
+        """`weights`: factor of each teacher's loss, by the teacher's name."""
+        self.student, self.targets, self.objective, self.weights = student, targets, objective, dict(weights)
 
     def loss(self, student: Callable[..., Any], batch: MaskedBatch) -> StepOutput:
-        """The objective, a mean over the M predicted patches."""
+        """A term for each teacher: the objective, a mean over the M predicted patches."""
         index = self.index(batch)
         with phase("teacher"):
-            target = self.spatial(batch)[index]
+            targets = {name: spatial[index] for name, spatial in self.spatial(batch).items()}
         with phase("student"):
-            return self.objective(student(self.images(batch), batch.masked, index), target)
+            predictions = self.predictions(student, batch, batch.masked, index)
+            return StepOutput({name: self._term(name, predictions[name], targets[name]) for name in self.weights}, {})
+
+    def _term(self, name: str, prediction: Tensor, target: Tensor) -> LossTerm:
+        """Of several teachers, each has metrics of its own name."""
+        mean, _, metrics = self.objective(prediction, target)
+        if len(self.weights) > 1:
+            metrics = {f"{metric}_{name}": value for metric, value in metrics.items()}
+        return LossTerm(mean, self.weights[name], metrics)
+
+    def predictions(
+        self, student: Callable[..., Any], batch: MaskedBatch, masked: Tensor | None, index: Tensor
+    ) -> dict[str, Tensor]:
+        """[M, C] predictions of the patches of `index` by the teacher's name, where the patches of `masked` are hidden."""
+        found = student(self.images(batch), masked, index)
+        return found if isinstance(found, dict) else dict.fromkeys(self.weights, found)
 
     def images(self, batch: MaskedBatch) -> Tensor:
         """[B, channels, H, W] the view that the student sees."""
         return batch.views[self.student.image_size]  # type: ignore[index]
 
-    def spatial(self, batch: MaskedBatch) -> Tensor:
-        """[B * N, C] teacher features of every patch."""
-        return self.teacher(batch.views[self.teacher.image_size]).spatial.flatten(0, 1)
+    def spatial(self, batch: MaskedBatch) -> dict[str, Tensor]:
+        """[B * N, C] target of every patch by the teacher's name."""
+        return {name: features.spatial.flatten(0, 1) for name, features in self.targets(batch).items()}
 
     def index(self, batch: MaskedBatch) -> Tensor:
         """[M] positions of the predicted patches in the flattened [B * N]."""
@@ -68,22 +88,23 @@ class MaskedFeatures(Task):
             return batch.target_index
         return torch.arange(self._patches(batch), device=batch.index.device)
 
-    def terms(self, batch: MaskedBatch) -> Tensor:
-        """M, which may differ from batch to batch."""
+    def counts(self, batch: MaskedBatch) -> dict[str, Tensor]:
+        """M, which may differ from batch to batch, for each teacher."""
         predicted = self._patches(batch) if batch.target_index is None else len(batch.target_index)
-        return torch.tensor(float(predicted), device=batch.index.device)
+        return dict.fromkeys(self.weights, torch.tensor(float(predicted), device=batch.index.device))
 
     def _patches(self, batch: MaskedBatch) -> int:
-        rows, columns = self.teacher.grid
+        rows, columns = cast(Grid, self.student.grid)
         return batch.size * rows * columns
 
 
-def check_grids(grid: Grid, image_size: int, teacher: Teacher) -> None:
-    """Raises UserError, with the sizes that would fit, when student and teacher do not share one patch grid."""
+def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teacher") -> None:
+    """Raises UserError, with the sizes that would fit, when student and teacher do not share one patch grid. `path`: where the
+    teacher's settings stand."""
     if grid != teacher.grid:
         raise UserError(
-            f"student grid {grid[0]}x{grid[1]} ({image_size} px) does not match teacher grid "
+            f"student grid {grid[0]}x{grid[1]} ({image_size} px) does not match {path} grid "
             f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); set student.image_size="
-            f"{image_size // grid[0] * teacher.grid[0]}, or set teacher.image_size="
+            f"{image_size // grid[0] * teacher.grid[0]}, or set {path}.image_size="
             f"{round(teacher.image_size / teacher.grid[0] * grid[0])} where the teacher allows it"
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import FeatureBatch, LabelledBatch, StepOutput, Task
+from eva_mim.core.contracts import FeatureBatch, LabelledBatch, Task
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 
 
@@ -25,13 +26,9 @@ class ProbeTask(Task):
         self.student, self.names, self.smoothing = student, names, smoothing
 
     def loss(self, student: Callable[..., Any], batch: LabelledBatch | FeatureBatch) -> StepOutput:
-        """Sum over layers of the batch's mean cross entropies; with several, each under its name."""
+        """The batch's mean cross entropy of each layer, a term of its name."""
         with phase("student"):
             logits = logits_of(student, batch)
         labels = batch.labels[:, None].expand(-1, logits.shape[2])
         losses = nn.functional.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none").mean(0)
-        named = {f"loss_{name}": loss.detach() for name, loss in zip(self.names, losses, strict=True)}
-        return StepOutput(losses.sum(), named if len(named) > 1 else {})
-
-    def terms(self, batch: LabelledBatch | FeatureBatch) -> None:
-        """Every batch has the same size."""
+        return StepOutput({name: LossTerm(loss) for name, loss in zip(self.names, losses.unbind(), strict=True)}, {})

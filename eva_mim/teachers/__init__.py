@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from eva_mim.core.registry import TEACHERS, lookup
 from eva_mim.core.settings import For, Settings
@@ -41,11 +41,23 @@ class TeacherSettings(Settings):
     """Mean of each channel, as `student.mean`; default ImageNet's, of RGB. A network has its own."""
     std: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, For("kind", "pixels")] = None
     """Standard deviation of each channel."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Factor of the loss against its features."""
+    _path: str = PrivateAttr("teacher")
+
+    @property
+    def path(self) -> str:
+        """Where these settings stand in the recipe, for messages: "teacher" or "teachers.NAME"."""
+        return self._path
+
+    def stand_at(self, path: str) -> None:
+        """Say where these settings stand in the recipe."""
+        self._path = path
 
     @model_validator(mode="after")
     def _mean_and_std_are_a_pair(self) -> TeacherSettings:
         if len(self.mean or ()) != len(self.std or ()):
-            raise ValueError(f"teacher.mean has {len(self.mean or ())} values, teacher.std {len(self.std or ())}; give both for "
+            raise ValueError(f"mean has {len(self.mean or ())} values, std {len(self.std or ())}; give both for "
                              "each channel")
         return self
 
@@ -53,7 +65,7 @@ class TeacherSettings(Settings):
 def build_teacher(settings: TeacherSettings, channels: int = 3) -> Teacher:
     """The teacher of images with so many channels, frozen, on the CPU. Raises UserError for an unknown name, missing weights, an
     unusable trunk, and channels that do not fit."""
-    teacher: Teacher = lookup(TEACHERS, settings.kind, "teacher.kind")(settings)
+    teacher: Teacher = lookup(TEACHERS, settings.kind, f"{settings.path}.kind")(settings)
     from eva_mim.teachers.bands import with_bands
 
     return with_bands(teacher, settings, channels)

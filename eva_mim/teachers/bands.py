@@ -49,10 +49,10 @@ def with_bands(teacher: Teacher, settings: TeacherSettings, channels: int) -> Te
     if bands is None and (channels, own) == (1, 3):
         bands = (0, 0, 0)
     if bands is None:
-        more = ", or give teacher.mean and teacher.std for all" if settings.kind == "pixels" else ""
-        raise UserError(f"teacher.bands: the images have {channels} channels and {settings.name} sees {own}; name those, counted "
-                        f"from 0{more}")
+        more = f", or give {settings.path}.mean and {settings.path}.std for all" if settings.kind == "pixels" else ""
+        raise UserError(f"{settings.path}.bands: the images have {channels} channels and {settings.name} sees {own}; name those, "
+                        f"counted from 0{more}")
     if len(bands) != own or max(bands) >= channels:
-        raise UserError(f"teacher.bands={list(bands)}: {settings.name} sees {own} channels, and those of the images are 0 to "
-                        f"{channels - 1}")
+        raise UserError(f"{settings.path}.bands={list(bands)}: {settings.name} sees {own} channels, and those of the images are "
+                        f"0 to {channels - 1}")
     return BandTeacher(teacher, bands)

@@ -39,8 +39,10 @@ class FrozenTeacher:
     """A network with a way to read its features. Not an nn.Module: no engine casts, shards, saves or counts it."""
 
     def __init__(
-        self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...],
+        path: str = "teacher",
     ):
+        """`path`: where the teacher's settings stand in the recipe."""
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         tune(self._network, "cpu")
         self._reading = reading
@@ -48,12 +50,12 @@ class FrozenTeacher:
         try:
             probe = self(torch.zeros(1, len(mean), image_size, image_size, dtype=torch.uint8))
         except (AssertionError, RuntimeError) as error:
-            raise UserError(f"teacher.image_size: this {self._kind} cannot take {image_size} px: {error}") from None
+            raise UserError(f"{path}.image_size: this {self._kind} cannot take {image_size} px: {error}") from None
         self.grid: Grid = probe.grid
         self.width: int = probe.spatial.shape[-1]
         if image_size % self.grid[0]:
             raise UserError(
-                f"teacher.image_size: {image_size} px are not a whole number for each of the {self.grid[0]} patches in a row"
+                f"{path}.image_size: {image_size} px are not a whole number for each of the {self.grid[0]} patches in a row"
             )
 
     @property
@@ -96,7 +98,7 @@ def block_index(settings: TeacherSettings, blocks: int) -> int:
     """`settings.layer` counted from 0. Raises UserError for a block that does not exist."""
     if not -blocks <= settings.layer < blocks:
         raise UserError(
-            f"teacher.layer: {settings.layer} does not exist; {settings.name} has {blocks} blocks, 0 to {blocks - 1} "
+            f"{settings.path}.layer: {settings.layer} does not exist; {settings.name} has {blocks} blocks, 0 to {blocks - 1} "
             f"(or -{blocks} to -1)"
         )
     return settings.layer % blocks
@@ -105,5 +107,5 @@ def block_index(settings: TeacherSettings, blocks: int) -> int:
 def with_projection(settings: TeacherSettings, available: bool) -> bool:
     """Whether to project. Raises UserError where that is asked of a network that cannot."""
     if settings.project and not available:
-        raise UserError(f"teacher.project: {settings.name} has no projection for patches; leave it out or set it to false")
+        raise UserError(f"{settings.path}.project: {settings.name} has no projection for patches; leave it out, or set false")
     return available if settings.project is None else settings.project

@@ -28,16 +28,16 @@ def open_clip_teacher(settings: TeacherSettings) -> FrozenTeacher:
     """A tower by open_clip's architecture name, with a pretrained tag or a local weight file. Raises UserError."""
     known = open_clip.list_models()
     if settings.name not in known:
-        raise UserError(f"teacher.name: {settings.name!r} is not among open_clip's {len(known)} architectures")
+        raise UserError(f"{settings.path}.name: {settings.name!r} is not among open_clip's {len(known)} architectures")
     return _teacher(settings, settings.name, settings.weights)
 
 
 def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
     """The tower of a finished clip stage of ours. Raises UserError when the folder does not hold one."""
     if not (Path(settings.name) / CONFIG).is_file():
-        raise UserError(f"teacher.name: {settings.name} has no {CONFIG}; it must be the folder of a finished clip stage")
+        raise UserError(f"{settings.path}.name: {settings.name} has no {CONFIG}; it must be the folder of a finished clip stage")
     if not (Path(settings.name) / "open_clip_model.safetensors").is_file():
-        raise UserError(f"teacher.name: {settings.name} has no open_clip_model.safetensors")
+        raise UserError(f"{settings.path}.name: {settings.name} has no open_clip_model.safetensors")
     return _teacher(settings, f"local-dir:{settings.name}", None)
 
 
@@ -46,7 +46,7 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
     try:
         model = create(name, by=open_clip.create_model, pretrained=pretrained, weights_only=True, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"teacher {settings.name} with weights {settings.weights}: {error}") from None
+        raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     preprocess = getattr(visual, "preprocess_cfg", {})
@@ -56,6 +56,7 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
         image_size=size,
         mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
+        path=settings.path,
     )
 
 
@@ -63,12 +64,12 @@ def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
     """Reading of open_clip's two kinds of tower. Raises UserError for towers without patch features."""
     if isinstance(visual, TimmModel):
         if hasattr(visual.head, "pool"):
-            raise UserError(f"teacher.name: {settings.name} ends in attention pooling and has no patch features")
+            raise UserError(f"{settings.path}.name: {settings.name} ends in attention pooling and has no patch features")
         return read_trunk(visual.trunk, settings, visual.head)
     if not isinstance(visual, VisionTransformer):
-        raise UserError(f"teacher.name: {settings.name} is a {type(visual).__name__}, which has no patch features")
+        raise UserError(f"{settings.path}.name: {settings.name} is a {type(visual).__name__}, which has no patch features")
     if visual.attn_pool is not None or visual.final_ln_after_pool:
-        raise UserError(f"teacher.name: {settings.name} has its last norm behind the pooling and no patch features")
+        raise UserError(f"{settings.path}.name: {settings.name} has its last norm behind the pooling and no patch features")
     blocks = len(visual.transformer.resblocks)
     layer, project = block_index(settings, blocks), with_projection(settings, visual.proj is not None)
     if not project:

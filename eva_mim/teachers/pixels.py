@@ -73,11 +73,12 @@ def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
     """Pixel teacher from a name such as "patch16" and an image size. Raises UserError."""
     match = re.fullmatch(r"patch([1-9]\d{0,3})", settings.name)
     if match is None:
-        raise UserError(f"teacher.name: {settings.name!r} does not say the patch side in pixels; write one such as patch16")
+        raise UserError(f"{settings.path}.name: {settings.name!r} does not say the patch side in pixels; write one such as "
+                        "patch16")
     if settings.image_size is None:
-        raise UserError("teacher.image_size: must be given for a teacher of pixels; set it to student.image_size")
+        raise UserError(f"{settings.path}.image_size: must be given for a teacher of pixels; set it to student.image_size")
     patch = int(match[1])
     if settings.image_size % patch:
-        raise UserError(f"teacher.image_size: {settings.image_size} px are no whole number of patches of {patch} px")
+        raise UserError(f"{settings.path}.image_size: {settings.image_size} px are no whole number of patches of {patch} px")
     mean, std = settings.mean or IMAGENET_DEFAULT_MEAN, settings.std or IMAGENET_DEFAULT_STD
     return PixelTeacher(patch, settings.image_size, settings.final_norm, mean, std)

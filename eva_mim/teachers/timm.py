@@ -22,12 +22,12 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
         options["pretrained"] = True
     elif settings.weights is not None:
         if not Path(settings.weights).is_file():
-            raise UserError(f"teacher.weights: {settings.weights} does not exist")
+            raise UserError(f"{settings.path}.weights: {settings.weights} does not exist")
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": settings.weights}}
     try:
         trunk = _create(settings.name, settings.image_size, num_classes=0, **options)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"teacher {settings.name} with weights {settings.weights}: {error}") from None
+        raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     mean, std = facts.mean_std(trunk)
     return FrozenTeacher(
         trunk,
@@ -35,6 +35,7 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
         image_size=settings.image_size or facts.configuration(trunk)["input_size"][-1],
         mean=mean,
         std=std,
+        path=settings.path,
     )
 
 

@@ -53,8 +53,9 @@ def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | No
 def _read_end(trunk: Any, settings: TeacherSettings, head: Callable[[Tensor], Tensor], project: bool) -> Reading:
     if settings.layer != -1 or not settings.final_norm:
         raise UserError(
-            f"teacher.layer={settings.layer}, teacher.final_norm={str(settings.final_norm).lower()}: {settings.name} has no "
-            "row of equal blocks and is read at its end alone; leave out both"
+            f"{settings.path}.layer={settings.layer}, {settings.path}.final_norm={str(settings.final_norm).lower()}: "
+            f"{settings.name} "
+            "has no row of equal blocks and is read at its end alone; leave out both"
         )
 
     def features(images: Tensor) -> Features:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import eva_mim.trunks.small  # noqa: F401
-from eva_mim.core.contracts import Rates, StepOutput
+from eva_mim.core.contracts import Rates
 from eva_mim.core.distributed import is_main, leave_group, setup
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
 
@@ -37,10 +38,10 @@ class Squares:
         return batches
 
     def loss(self, student: torch.nn.Module, batch: torch.Tensor) -> StepOutput:
-        return StepOutput(student(batch).square().mean(), {})
+        return StepOutput({"loss": LossTerm(student(batch).square().mean())}, {})
 
-    def terms(self, batch: torch.Tensor) -> None:
-        return None
+    def counts(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
 
 
 def main(stage: int, folder: Path, frozen: str | None = None) -> None:

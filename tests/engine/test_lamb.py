@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim.core.contracts import FeatureBatch, Rates, StepOutput
+from eva_mim.core.contracts import FeatureBatch, Rates
 from eva_mim.core.errors import UserError
+from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.deepspeed import DeepSpeedEngine
 from eva_mim.engine.local import LocalEngine
@@ -176,10 +177,10 @@ class Squares:
         return batches
 
     def loss(self, student: Any, batch: FeatureBatch) -> StepOutput:
-        return StepOutput(student(batch.features).square().mean(), {})
+        return StepOutput({"loss": LossTerm(student(batch.features).square().mean())}, {})
 
-    def terms(self, batch: FeatureBatch) -> None:
-        return None
+    def counts(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        return {}
 
 
 @pytest.mark.parametrize("stop", [0, 3])
