@@ -119,8 +119,8 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
     say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
         f"{recipe.run.engine}, {recipe.run.precision}")
     if is_main() and (factor := slowdown(recipe.run.precision, device)) > 2:
-        say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} times "
-            "as slowly as in fp32; run.precision=fp32 is faster here")
+        say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} "
+            "times as slowly as in fp32; run.precision=fp32 is faster here")
     if built.seeded is not None:
         say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
     taught = _teachers(built)

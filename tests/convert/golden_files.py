@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 from eva_mim.convert.convert import Options, convert
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.names.translate import read_source
-from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, load
+from tests.weights.golden_names import checkpoint
 
 MASKED = ("eva01_mim", "eva02_s_mim", "eva02_b_mim", "eva01_relpos", "evaL_mae")
 CLASSIFIERS = ("eva01_cls", "eva02_s_cls", "eva02_b_cls", "evaL_cls", "relpos_tuned")

@@ -26,8 +26,8 @@ from eva_mim.weights.names.eva import from_eva, visual_trunk
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.openai import openai_to_timm
 from eva_mim.weights.resize import resize_trunk
-from tests.convert.golden_names import checkpoint
 from tests.students.golden import below
+from tests.weights.golden_names import checkpoint
 
 
 def meta(name: str, **options: Any) -> dict[str, Tensor]:

@@ -36,9 +36,9 @@ from eva_mim.weights.names import eva as names
 from eva_mim.weights.names import families
 from eva_mim.weights.names import translate as source
 from eva_mim.weights.names.eva import from_eva
-from tests.convert.golden_names import checkpoint
 from tests.students.golden import below, pixels
 from tests.tiny import CLASSIFY
+from tests.weights.golden_names import checkpoint
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -20,8 +20,8 @@ from eva_mim.students.masked import MaskedStudent
 from eva_mim.weights.names.eva import from_eva
 from eva_mim.weights.names.families import Family, Text, detect
 from eva_mim.weights.names.name_tables import RESBLOCK
-from tests.convert.golden_names import checkpoint
 from tests.students.golden import below
+from tests.weights.golden_names import checkpoint
 
 FUSED_EVA: dict[str, Any] = {"qkv": "fused", "bias": "q, v", "mlp": "plain", "rope": False}
 PACKED: dict[str, Any] = FUSED_EVA | {"mlp": "packed", "rope": True}

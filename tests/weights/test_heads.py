@@ -16,8 +16,8 @@ from eva_mim.students import ClassifierSettings
 from eva_mim.weights.handover import read_parent, seed_trunk
 from eva_mim.weights.head_rows import seed_head
 from finetune.classify import StageRecipe, build
-from tests.test_handover import trunk, write_stage
 from tests.tiny import CLASSIFY
+from tests.weights.test_handover import trunk, write_stage
 
 ANIMALS = ("ant", "bee", "cat", "dog", "eel")
 """Of the parent's head."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim.core.run_folder import folder_of
-from tests.test_stability import poisoned
+from tests.run.test_stability import poisoned
 from tests.tiny import MIM, losses, records, run, run_until, stopped_after, write_recipe
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from eva_mim.core.errors import UserError
 from eva_mim.weights.files.read import open_checkpoint
-from tests.convert.test_reading import same
+from tests.weights.test_reading import same
 
 GENERATOR = torch.Generator().manual_seed(0)
 GROUPS = [

@@ -19,8 +19,8 @@ from eva_mim.students import ClipSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.trunks.pixels import normalise
 from tests.conftest import make_folder
+from tests.evaluate.test_accuracy import rows
 from tests.students.tiny_towers import clip_folder
-from tests.test_reevaluate import rows
 from tests.tiny import finish, python
 
 CLASSES = ("ant", "bee", "n01440764 tench", "dog", "eel", "sea fox", "gnu")

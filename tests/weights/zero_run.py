@@ -1,4 +1,4 @@
-"""`torchrun -m tests.convert.zero_run STAGE FOLDER [NAME]`: one step, then DeepSpeed's own checkpoint, and whole weights beside
+"""`torchrun -m tests.weights.zero_run STAGE FOLDER [NAME]`: one step, then DeepSpeed's own checkpoint, and whole weights beside
 it. Parameters whose name has NAME are not trained."""
 
 from __future__ import annotations

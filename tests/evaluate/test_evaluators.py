@@ -22,7 +22,7 @@ from eva_mim.students.masked import MaskedStudent
 from eva_mim.targets.live import LiveTargets
 from eva_mim.tasks.masked import MaskedFeatures, masked_cosine
 from eva_mim.teachers import TeacherSettings, build_teacher
-from tests.test_retrieval import loop_recall
+from tests.evaluate.test_retrieval import loop_recall
 
 CPU = torch.device("cpu")
 

@@ -28,10 +28,10 @@ from eva_mim.weights.handover import read_parent, seed_trunk
 from finetune.classify import StageRecipe
 from finetune.probe import StageRecipe as ProbeRecipe
 from tests.conftest import REPOSITORY
-from tests.test_handover import write_stage
-from tests.test_optim import G_1K, G_21K, L_1K, L_21K
-from tests.test_recipes import read as read_masked
-from tests.test_recipes import student_of
+from tests.optim.test_optimizers import G_1K, G_21K, L_1K, L_21K
+from tests.programs.test_recipes import read as read_masked
+from tests.programs.test_recipes import student_of
+from tests.weights.test_handover import write_stage
 
 CONFIGS = REPOSITORY / "configs"
 IN_1K, IN_21K, CLASSES_21K = 1_281_167, 14_197_122, 21_841

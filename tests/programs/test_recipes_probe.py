@@ -10,7 +10,7 @@ from torch import nn
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.students.classifier import LinearProbe
 from finetune.probe import StageRecipe
-from tests.test_recipes_classify import CONFIGS, IN_1K, differing, header, mean_rate, parent_shapes, read, shapes
+from tests.programs.test_recipes_classify import CONFIGS, IN_1K, differing, header, mean_rate, parent_shapes, read, shapes
 
 PROBES = {"eva01_clip_g_224": (224, 1.0, "86.462 %"), "eva01_clip_g_336": (336, 0.6, "86.498 %")}
 """Pixels, learning rate, figure."""

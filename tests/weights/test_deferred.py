@@ -23,9 +23,9 @@ from eva_mim.weights.names.eva import from_eva, from_stage, to_eva, unshare_rela
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.openai import from_openai, openai_to_timm, to_openai
 from eva_mim.weights.resize import resize_trunk
-from tests.convert.golden_names import checkpoint
-from tests.convert.test_names import EVA
 from tests.students.golden import below
+from tests.weights.golden_names import checkpoint
+from tests.weights.test_names import EVA
 
 TABLE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 

@@ -310,7 +310,7 @@ def test_a_run_s_newest_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "frozen"), [(0, []), (1, []), (2, []), (3, []), (1, ["patch_embed"]), (2, ["patch_embed"])])
 def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int, frozen: list[str]) -> None:
     """Two real processes. Some parameters may be frozen."""
-    tiny.finish(tiny.python("tests.convert.zero_run", str(stage), tmp_path, *frozen, processes=2))
+    tiny.finish(tiny.python("tests.weights.zero_run", str(stage), tmp_path, *frozen, processes=2))
     wanted = load_file(tmp_path / "wanted.safetensors")
     opened: Checkpoint = open_checkpoint(tmp_path / "engine")
     assert opened.kind == ("DeepSpeed ZeRO 0" if stage == 0 else f"DeepSpeed ZeRO {stage}, 2 ranks")

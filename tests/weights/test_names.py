@@ -26,8 +26,8 @@ from eva_mim.weights.names.eva import Converted, from_eva, from_stage, to_eva, u
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.openai import from_openai, openai_to_timm, to_openai
 from eva_mim.weights.resize import resize_positions, resize_trunk
-from tests.convert.golden_names import checkpoint, classifier, clip
 from tests.students.golden import below, pixels
+from tests.weights.golden_names import checkpoint, classifier, clip
 
 MIM = ["eva01_mim", "eva02_s_mim", "eva02_b_mim", "eva01_relpos"]
 CLASSIFIERS = ["eva01_cls", "eva02_s_cls", "eva02_b_cls", "evaL_cls"]
