@@ -8,43 +8,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-SUMMARIES = {
-    "mim": "masked feature pretraining with a frozen teacher",
-    "clip": "contrastive image-text training",
-    "classify": "fine-tuning of a classifier (the broad and the target stage)",
-    "probe": "linear probe on frozen features",
-    "pipeline": "all stages of a pipeline file, in order",
-    "teacher": "look at a teacher before training with it",
-    "data": "index, inspect, verify or pack a data set before training on it",
-    "bench": "how fast the data loader is, and where its time goes",
-    "labels": "name the class list of a dataset or a checkpoint",
-    "evaluate": "measure a checkpoint again, or on ImageNet's variants",
-    "replay": "run the last step of a diverged run again",
-    "inspect": "look at a checkpoint without running anything in it",
-    "convert": "write a checkpoint for another program, with a proof",
+from eva_mim.core.registry import PROGRAMS, Command, lookup
+
+COMMANDS = PROGRAMS | {
+    "pipeline": Command("eva_mim.commands.pipeline", "all stages of a pipeline file, in order"),
+    "teacher": Command("eva_mim.commands.teacher", "look at a teacher before training with it"),
+    "data": Command("eva_mim.commands.data", "index, inspect, verify or pack a data set before training on it"),
+    "bench": Command("eva_mim.commands.bench", "how fast the data loader is, and where its time goes"),
+    "labels": Command("eva_mim.commands.labels", "name the class list of a dataset or a checkpoint"),
+    "evaluate": Command("eva_mim.commands.evaluate", "measure a checkpoint again, or on ImageNet's variants"),
+    "replay": Command("eva_mim.commands.replay", "run the last step of a diverged run again"),
+    "inspect": Command("eva_mim.commands.inspect", "look at a checkpoint without running anything in it"),
+    "convert": Command("eva_mim.commands.convert", "write a checkpoint for another program, with a proof"),
 }
-OTHERS = {
-    "teacher": "eva_mim.commands.teacher", "data": "eva_mim.commands.data", "bench": "eva_mim.commands.bench",
-    "labels": "eva_mim.commands.labels",
-    "evaluate": "eva_mim.commands.evaluate", "replay": "eva_mim.commands.replay", "inspect": "eva_mim.commands.inspect",
-    "convert": "eva_mim.commands.convert",
-}
-"""Commands that are no stages: modules with `main(argv)`."""
+"""Each place has `main(argv)`, which returns the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in SUMMARIES:
+    if not arguments or arguments[0] not in COMMANDS:
         return _usage(arguments)
-    command, rest = arguments[0], arguments[1:]
-    if command == "pipeline":
-        return _pipeline(rest)
-    from eva_mim.core.registry import PROGRAMS, lookup
-
-    code: int = lookup(PROGRAMS | OTHERS, command, "command").main(rest)
+    code: int = lookup(COMMANDS, arguments[0], "command").main(arguments[1:])
     return code
 
 
@@ -56,8 +42,8 @@ def _usage(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, summary in SUMMARIES.items():
-        commands.add_parser(name, help=summary)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help)
     if parser.parse_args(arguments).version:
         from eva_mim import __version__
 
@@ -65,26 +51,6 @@ def _usage(arguments: list[str]) -> int:
         return 0
     parser.print_help()
     return 2
-
-
-def _pipeline(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="eva-mim pipeline", description=SUMMARIES["pipeline"])
-    parser.add_argument("pipeline", help="YAML file, or the name of one that ships with eva-mim (configs/pipelines/...)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="for all stages; STAGE.a.b=c for one")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline; each stage gets a folder in it")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="print what would run and why")
-    mode.add_argument("--print-shell", action="store_true", help="print the stages as plain commands")
-    options = parser.parse_intermixed_args(arguments)
-    from eva_mim.pipeline import run as pipeline
-    from eva_mim.run.program import guard
-
-    call = options.pipeline, options.overrides, options.out
-    if options.dry_run:
-        return guard(lambda: sys.stdout.write(pipeline.describe(*call) + "\n"))
-    if options.print_shell:
-        return guard(lambda: sys.stdout.write(pipeline.as_shell(*call) + "\n"))
-    return guard(lambda: pipeline.run_pipeline(*call))
 
 
 def entry() -> None:

@@ -5,15 +5,14 @@ Expect a seeded trunk to be far ahead of scratch after the first epoch; when it 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.run.program import leave, run_program
+from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClassifierSettings
 from eva_mim.tasks import MixSettings
@@ -115,10 +114,9 @@ def build_classifier(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
-    return run_program("finetune.classify", "classify", argv, "Fine-tuning of a classifier.")
+STAGE = Stage("classify", "Fine-tuning of a classifier.", StageRecipe, build)
+main = STAGE.main
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.run.program import leave, run_program
+from eva_mim.run.program import Stage, leave
 from eva_mim.students import ProbeSettings
 from eva_mim.tasks import MixSettings
 from finetune.classify import StageRecipe as ClassifyRecipe
@@ -78,10 +76,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     return build_classifier(recipe, device, partial(LinearProbe, scales=scales), probe_parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
-    return run_program("finetune.probe", "probe", argv, "Linear probe on frozen features.")
+STAGE = Stage("probe", "Linear probe on frozen features.", StageRecipe, build)
+main = STAGE.main
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main())

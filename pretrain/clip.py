@@ -5,15 +5,13 @@ Expect the loss to start near ln(global batch) and zero-shot accuracy to leave c
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
 from eva_mim.data import ViewSettings
-from eva_mim.run.program import leave, run_program
+from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, clip_file
 from eva_mim.tasks import ContrastiveSettings
@@ -82,6 +80,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     from eva_mim.core.files import write_json, write_weights
     from eva_mim.core.report import KeyReport
+    from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
     from eva_mim.data.preparation import ImageTextPreparation
     from eva_mim.data.prompts import prompt_templates
     from eva_mim.data.subset import open_splits
@@ -114,8 +113,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         trunk = part(weights, "model.visual.trunk.")
         write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk),
                    crop_pct=recipe.view.crop_pct)
-        write_weights(out / "open_clip_model.safetensors", as_open_clip(part(weights, "model.")))
-        write_json(out / "open_clip_config.json", student.open_clip_config())
+        write_weights(out / CLIP_WEIGHTS, as_open_clip(part(weights, "model.")))
+        write_json(out / CLIP_CONFIG, student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, paired)
     if settings.init == "clip" and recipe.init_from is not None:
@@ -136,10 +135,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
-    return run_program("pretrain.clip", "clip", argv, "Contrastive image-text training with open_clip's model and loss.")
+STAGE = Stage("clip", "Contrastive image-text training with open_clip's model and loss.", StageRecipe, build)
+main = STAGE.main
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main())

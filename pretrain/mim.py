@@ -6,8 +6,6 @@ Expect the held-out cosine to rise above `cosine_of_mean` within the first epoch
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +13,7 @@ from pydantic import Field, model_validator
 
 from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
-from eva_mim.run.program import leave, run_program
+from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import MaskedSettings
 from eva_mim.tasks import ObjectiveSettings
@@ -95,6 +93,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     from eva_mim.core.files import write_weights
     from eva_mim.core.registry import OBJECTIVES, lookup
+    from eva_mim.core.run_folder import HEAD
     from eva_mim.data.masking import make_mask
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.subset import open_splits
@@ -133,7 +132,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
                    crop_pct=recipe.view.crop_pct)
-        write_weights(out / "head.safetensors", {n: v for n, v in weights.items() if not n.startswith("trunk.")})
+        write_weights(out / HEAD, {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, masked)
     return Built(
@@ -146,10 +145,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
-    return run_program("pretrain.mim", "mim", argv, "Masked feature pretraining with a frozen teacher.")
+STAGE = Stage("mim", "Masked feature pretraining with a frozen teacher.", StageRecipe, build)
+main = STAGE.main
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main())

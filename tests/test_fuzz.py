@@ -332,7 +332,7 @@ def test_recipes(home: Path, data: st.DataObject) -> None:
     changes = data.draw(st.lists(words, max_size=3))
     with suppress(UserError):
         tree = override(read_yaml(path), changes)
-        parse(lookup(PROGRAMS, name, "program").StageRecipe, tree, str(path))
+        parse(lookup(PROGRAMS, name, "program").recipe, tree, str(path))
 
 
 @FUZZ
@@ -347,4 +347,4 @@ def test_values_of_any_kind_in_any_setting(data: st.DataObject) -> None:
     else:
         tree[section] = value
     with suppress(UserError):
-        parse(lookup(PROGRAMS, name, "program").StageRecipe, override(tree, []), "recipe")
+        parse(lookup(PROGRAMS, name, "program").recipe, override(tree, []), "recipe")

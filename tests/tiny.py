@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from eva_mim.core.contracts import StateGroup
-from eva_mim.core.run_folder import folder_of
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.run import checkpoints as snapshot
 from tests.conftest import REPOSITORY
 from tests.ranks import LAUNCHERS, pool, program
@@ -110,7 +110,7 @@ def stopped_after(step: int, source: Path, out: Path) -> Path:
     """A copy of a run as a kill right after the checkpoint of `step` and a later log line would have left it."""
     shutil.copytree(source, out)
     for folder in (out / "checkpoints").iterdir():
-        if folder > folder_of(out, step):
+        if folder > RunFolder(out).checkpoint(step):
             shutil.rmtree(folder)
     record = json.loads((out / "lineage.json").read_text())
     (out / "lineage.json").write_text(json.dumps(record | {"finished": False}))
@@ -144,4 +144,4 @@ def save(out: Path, step: int, parts: dict[str, StateGroup], facts: dict[str, An
     writer.save(step, parts, facts)
     writer.close()
     writer.finish()
-    return folder_of(out, step)
+    return RunFolder(out).checkpoint(step)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import WEIGHTS
 from eva_mim.core.settings import few
 from eva_mim.run.program import guard
 from eva_mim.weights.files.sidecar import describe, number, text
@@ -153,7 +154,7 @@ def _values(opened: Checkpoint, recorded: str | None) -> dict[str, Any]:
             counts = int(wide.isnan().sum()), int(wide.isinf().sum())
             nan, inf = nan + counts[0], inf + counts[1]
             broken += [name] if any(counts) else []
-    own = recorded is not None and opened.path.name == "model.safetensors" and opened.path.parent.name != "ema"
+    own = recorded is not None and opened.path.name == WEIGHTS and opened.path.parent.name != "ema"
     return {"nan": nan, "inf": inf, "tensors": broken, "as_recorded": sha256(opened.path) == recorded if own else None}
 
 

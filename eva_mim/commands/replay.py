@@ -40,10 +40,11 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     from eva_mim.core.registry import PROGRAMS, lookup
     from eva_mim.core.resolve import resolve
     from eva_mim.core.rng import derive, seed_all
+    from eva_mim.core.run_folder import RunFolder
     from eva_mim.core.settings import read_yaml
     from eva_mim.engine.step import autocast
     from eva_mim.run.diagnose import diagnose, first_bad, largest_of
-    from eva_mim.run.dump import RECORD, SETTINGS, WEIGHTS
+    from eva_mim.run.dump import DUMPED, RECORD
     from eva_mim.run.stage import prepare
 
     if not (folder / RECORD).is_file():
@@ -51,15 +52,15 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     record: dict[str, Any] = json.loads((folder / RECORD).read_text())
     processes, micro_batches = record["processes"], record["micro_batches"]
     samples = record["samples"][str(record["data_step"])]
-    program = lookup(PROGRAMS, record["program"], "dump.program")
-    tree = read_yaml(folder / SETTINGS)
+    stage = lookup(PROGRAMS, record["program"], "dump.program")
+    tree = read_yaml(RunFolder(folder).settings)
     if tree.get("init_from") and not Path(tree["init_from"]).exists():
         tree["init_from"] = None  # the weights are in the dump; some recipes cannot be without a parent
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
-    recipe = resolve(program.StageRecipe, tree, overrides, str(folder / SETTINGS))
-    device, built = prepare(recipe, program.build)
+    recipe = resolve(stage.recipe, tree, overrides, str(RunFolder(folder).settings))
+    device, built = prepare(recipe, stage.build)
     module = built.parts.task.student.to(device).train()
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    module.load_state_dict(load_file(folder / DUMPED))
     steps = built.parts.train.steps(record["data_step"], record["data_step"] + 1)
     context = partial(autocast, device, recipe.run.precision)
     seed_all(derive(record["seed"], "step", record["step"], 0))

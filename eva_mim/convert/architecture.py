@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.students.clip import open_clip_config
 from eva_mim.trunks.config import timm_config
 from eva_mim.weights.files.sidecar import Description
@@ -200,7 +201,7 @@ def _same(name: str, config: Mapping[str, Any]) -> bool:
 
 def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidate:
     """Returns a CLIP model of open_clip. Raises UserError unless its names and shapes are exactly those of the weights."""
-    label = name or "open_clip_config.json"
+    label = name or CLIP_CONFIG
     if other := _mismatch(want, config):
         raise UserError(f"checkpoint: the weights are not those of {label}: {'; '.join(other)}")
     vision = config["vision_cfg"]

@@ -24,11 +24,12 @@ from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json
 from eva_mim.core.report import KeyReport
+from eva_mim.weights.files.read import content_hash
 from eva_mim.weights.files.sidecar import Description
 from eva_mim.weights.names.eva import NormRule, with_norm
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.name_tables import OUTSIDE
-from eva_mim.weights.names.translate import NamedCheckpoint, content_hash, read_source, trunk_of
+from eva_mim.weights.names.translate import NamedCheckpoint, read_source, trunk_of
 from eva_mim.weights.resize import CLASS_ROWS, KernelRule, PositionRule, resize_trunk
 
 LIBRARIES = ("torch", "timm", "open_clip_torch", "safetensors")

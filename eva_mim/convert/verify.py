@@ -17,6 +17,7 @@ from eva_mim.convert.parity import BOUNDS, Parity, check_fit, compare, outputs, 
 from eva_mim.convert.timm_filters import under_timms_names
 from eva_mim.convert.writers import Model
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import CLIP_WEIGHTS, HEAD
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.lazy import deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
@@ -121,7 +122,7 @@ def _source_outputs(source: NamedCheckpoint, model: Model, images: Tensor, token
 def reopened(path: Path, model: Model, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
     """Returns the outputs of a result in timm's or open_clip's model; the original code's names are read by timm's own
     loaders."""
-    found = read_source(path / "open_clip_model.safetensors" if model.trunk and path.is_dir() else path)
+    found = read_source(path / CLIP_WEIGHTS if model.trunk and path.is_dir() else path)
     if found.scheme == "eva":
         return _outputs(model, images, tokens, under_timms_names(deferred(found.checkpoint), model.built()))
     return _outputs(model, images, tokens, found.weights if model.trunk else found.trunk().weights)
@@ -159,7 +160,7 @@ def _aligned(one: Mapping[str, Tensor], other: dict[str, Tensor]) -> dict[str, T
 
 def _same_outside(path: Path, model: Model, dtype: str | None) -> None:
     """Raises UserError unless mask token and head of a masked model were written bit for bit."""
-    written = deferred(open_checkpoint(path / "head.safetensors")) if path.is_dir() else read_source(path).outside
+    written = deferred(open_checkpoint(path / HEAD)) if path.is_dir() else read_source(path).outside
     for name, value in model.outside.items():
         wanted = materialise(value)
         wanted = wanted.to(getattr(torch, dtype)) if dtype and wanted.is_floating_point() else wanted

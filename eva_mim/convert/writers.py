@@ -16,6 +16,7 @@ from eva_mim.convert.targets import TORCH_SUFFIXES
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json
 from eva_mim.core.report import KeyReport
+from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS, HEAD, TIMM_CONFIG, WEIGHTS
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.write import write_safetensors, write_torch
 from eva_mim.weights.names.buffers import Rope
@@ -72,19 +73,19 @@ def write_open_clip(model: Model, path: Path, dtype: str | None) -> KeyReport:
 def write_folder(model: Model, folder: Path, dtype: str | None) -> KeyReport:
     """Writes timm's folder, and open_clip's files beside it for a model with a text tower."""
     trunk = model.trunk or model
-    write_safetensors(folder / "model.safetensors", trunk.weights, dtype=dtype)
+    write_safetensors(folder / WEIGHTS, trunk.weights, dtype=dtype)
     same = trunk.classes if trunk.classes and len(trunk.classes) == trunk.architecture.arguments["num_classes"] else None
-    write_json(folder / "config.json", trunk.architecture.timm_config(same))
+    write_json(folder / TIMM_CONFIG, trunk.architecture.timm_config(same))
     if model.trunk is not None:
-        write_safetensors(folder / "open_clip_model.safetensors", model.weights, dtype=dtype)
-        write_json(folder / "open_clip_config.json", model.architecture.open_clip_config())
+        write_safetensors(folder / CLIP_WEIGHTS, model.weights, dtype=dtype)
+        write_json(folder / CLIP_CONFIG, model.architecture.open_clip_config())
     return KeyReport()
 
 
 def write_stage(model: Model, folder: Path, dtype: str | None) -> KeyReport:
     """Writes the folder of a stage of ours."""
     if model.outside:
-        write_safetensors(folder / "head.safetensors", model.outside, dtype=dtype)
+        write_safetensors(folder / HEAD, model.outside, dtype=dtype)
     return write_folder(model, folder, dtype)
 
 
@@ -134,8 +135,8 @@ def write_transformers(model: Model, folder: Path, dtype: str | None) -> KeyRepo
         weights, detect(weights), heads=heads, image_size=found.image_size[0], eps=eps, text_heads=text_heads,
         activation="quick_gelu" if type(act).__name__.startswith("QuickGELU") else "gelu",
     )
-    write_safetensors(folder / "model.safetensors", done.weights, dtype=dtype)
-    write_json(folder / "config.json", config)
+    write_safetensors(folder / WEIGHTS, done.weights, dtype=dtype)
+    write_json(folder / TIMM_CONFIG, config)
     write_json(folder / "preprocessor_config.json", preprocessor(found.mean, found.std, found.image_size[0]))
     return changed.plus(done.report)
 

@@ -7,12 +7,12 @@ import math
 import os
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
 from eva_mim.core.distributed import is_main
 from eva_mim.core.files import write_text
+from eva_mim.core.run_folder import RunFolder
 
 SAY_EVERY = 10.0
 """Seconds between lines of progress."""
@@ -59,17 +59,18 @@ class RunLog:
     """Metrics of one run. On resume the records after `step` are cut off, in TensorBoard too, so that curves never overlap."""
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
+        run = RunFolder(folder)
+        self.path = run.metrics
         self._file: TextIO | None = None
         self._board: Any = None
         if not is_main():
             return
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in run.log_lines() if json.loads(line)["step"] <= step] if step else []
         write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
         """Append one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
@@ -96,23 +97,3 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._board.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole records of a JSONL file; a line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        lines.append(line)
-    return lines
-
-
-def seconds_at_work(folder: Path) -> float:
-    """Time between the records of a run; what passed before a "start" (the run was stopped) is left out."""
-    records = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
-    return float(sum(after["time"] - before["time"] for before, after in pairwise(records) if after["kind"] != "start"))

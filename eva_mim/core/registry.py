@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from eva_mim.core.errors import UserError
+
+
+class Command(NamedTuple):
+    """A command of `eva-mim`, or of one of its commands: where it is, and its line in the help."""
+
+    place: str
+    """"module", or "module:attribute"."""
+    help: str
+
 
 SOURCES = {
     "scenes": "eva_mim.data.sources.scenes:open_scenes",
@@ -31,12 +40,12 @@ ENGINES = {
     "deepspeed": "eva_mim.engine.deepspeed:DeepSpeedEngine",
 }
 PROGRAMS = {
-    "mim": "pretrain.mim",
-    "clip": "pretrain.clip",
-    "classify": "finetune.classify",
-    "probe": "finetune.probe",
+    "mim": Command("pretrain.mim:STAGE", "masked feature pretraining with a frozen teacher"),
+    "clip": Command("pretrain.clip:STAGE", "contrastive image-text training"),
+    "classify": Command("finetune.classify:STAGE", "fine-tuning of a classifier (the broad and the target stage)"),
+    "probe": Command("finetune.probe:STAGE", "linear probe on frozen features"),
 }
-"""Stage programs: modules with `StageRecipe`, `build` and `main(argv)`; each is also `python -m MODULE`."""
+"""Stages: each place is a `run.program.Stage`, and its module is also `python -m MODULE`."""
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> str:
@@ -46,11 +55,12 @@ def nearest(name: str, names: Iterable[str], *, count: int = 1, cutoff: float = 
     return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?" if last else ""
 
 
-def lookup(table: dict[str, str], name: str, setting: str) -> Any:
+def lookup(table: Mapping[str, str | Command], name: str, setting: str) -> Any:
     """The object that `name` stands for in `table`. Raises UserError that lists the known names."""
     if name not in table:
         raise UserError(f"{setting}: {name!r} is not known{nearest(name, table) or ';'} known: {', '.join(table)}")
-    return load(table[name])
+    entry = table[name]
+    return load(entry.place if isinstance(entry, Command) else entry)
 
 
 def load(place: str) -> Any:

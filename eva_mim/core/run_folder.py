@@ -1,39 +1,109 @@
-"""Where a run's checkpoints lie, and which of them are whole. `snapshot.py` writes and reads them."""
+"""The folder of a run: the paths of its files, and their readers. `run/checkpoints.py` writes and loads the checkpoints in it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from eva_mim.core.errors import UserError
+
+WEIGHTS, HEAD = "model.safetensors", "head.safetensors"
+"""Files of a finished stage: the trunk under timm's names; what of a masked student lies outside it."""
+TIMM_CONFIG = "config.json"
+CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+LINEAGE = "lineage.json"
 MANIFEST = "manifest.json"
 """Written last; a folder without it, or with a file of another size, is not a checkpoint."""
 
 
-def folder_of(out: Path, step: int) -> Path:
-    """`OUT/checkpoints/step-00001234`: names sort as numbers."""
-    return out / "checkpoints" / f"step-{step:08d}"
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder by its path; nothing in it needs to exist."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        """The trunk of a finished stage."""
+        return self.path / WEIGHTS
+
+    @property
+    def lineage(self) -> Path:
+        """The record: identity, parents, versions, figures."""
+        return self.path / LINEAGE
+
+    @property
+    def settings(self) -> Path:
+        """The recipe with all defaults and overrides."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """Log lines, one JSON object each."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def skipped_data(self) -> Path:
+        """Data steps that rewinds left out."""
+        return self.path / "detours.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """`checkpoints/step-00001234`: names sort as numbers."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def dump(self, step: int) -> Path:
+        """The folder of what a run that diverged in `step` leaves."""
+        return self.path / "dumps" / f"step-{step:08d}"
+
+    def record(self) -> dict[str, Any]:
+        """The lineage record; empty where there is none. Raises UserError."""
+        try:
+            record: dict[str, Any] = json.loads(self.lineage.read_text()) if self.lineage.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{self.lineage} is damaged: {error}") from None
+        return record
+
+    def complete(self) -> list[tuple[int, Path]]:
+        """(step, folder) of each complete checkpoint, the newest first."""
+        folders = sorted(self.checkpoints.glob("step-*"), reverse=True)
+        return [(step_of(folder), folder) for folder in folders if is_complete(folder)]
+
+    def latest(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest complete checkpoint, or None."""
+        return next(iter(self.complete()), None)
+
+    def log_lines(self) -> list[str]:
+        """The lines of `metrics`; a line cut short by a kill is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return [line for line in lines if _is_json(line)]
+
+    def seconds_at_work(self) -> float:
+        """Seconds between the log lines; what passed before a "start" (the run was stopped) is left out."""
+        rows = [json.loads(line) for line in self.log_lines()]
+        return float(sum(after["time"] - before["time"] for before, after in pairwise(rows) if after["kind"] != "start"))
 
 
 def step_of(folder: Path) -> int:
-    """The inverse of `folder_of`."""
+    """The step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def file_of(part: str) -> str:
-    """Name of the file that holds a part."""
+    """Name of the file that holds a state group."""
     return f"{part}.safetensors"
-
-
-def complete(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of each whole checkpoint, the newest first."""
-    folders = sorted((out / "checkpoints").glob("step-*"), reverse=True)
-    return [(step_of(folder), folder) for folder in folders if is_complete(folder)]
-
-
-def latest(out: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest whole checkpoint, or None."""
-    return next(iter(complete(out)), None)
 
 
 def is_complete(folder: Path) -> bool:
@@ -46,6 +116,14 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError where there is none."""
+    """A checkpoint's manifest. Raises OSError or ValueError where there is none."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True

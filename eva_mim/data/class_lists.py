@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
+from eva_mim.core.run_folder import LINEAGE, TIMM_CONFIG
 from eva_mim.core.settings import digest, few
 
 LAYOUTS = {
@@ -167,7 +168,7 @@ def read_classes(what: str | Path) -> tuple[str, ...]:
 
 
 def _from_folder(folder: Path) -> tuple[str, ...]:
-    for record in ("config.json", "lineage.json", "classes.txt"):
+    for record in (TIMM_CONFIG, LINEAGE, "classes.txt"):
         if (folder / record).is_file():
             return read_classes(folder / record)
     if (folder / "train").is_dir():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import LabelledBatch
 from eva_mim.core.distributed import all_reduce_sum
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import TIMM_CONFIG, WEIGHTS
 from eva_mim.data.class_lists import layouts_with, read_classes
 from eva_mim.data.loader import EvalLoader
 from eva_mim.data.preparation import LabelledPreparation
@@ -27,7 +28,6 @@ from eva_mim.trunks.create import create
 from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, precision_of
-from eva_mim.weights.handover import WEIGHTS
 
 
 class FolderClassifier(nn.Module):
@@ -64,7 +64,7 @@ def _classes(folder: Path, found: Description, outputs: int, told: str | None) -
     if not recorded and told is None:
         raise UserError(f"{folder} does not name the classes of its {outputs} outputs; say them with --classes "
                         f"{' or '.join(layouts_with(outputs)) or 'FILE'}")
-    classes = read_classes(folder / "config.json") if recorded else read_classes(str(told))
+    classes = read_classes(folder / TIMM_CONFIG) if recorded else read_classes(str(told))
     if len(classes) != outputs:
         whose = "its class list" if recorded else f"--classes {told}"
         raise UserError(f"{folder} has {outputs} outputs, but {whose} has {len(classes)} classes")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from eva_mim.core.resolve import Change, apply, say_changes, touched
 from eva_mim.core.settings import Settings, parse, read_yaml
 from eva_mim.run.recipe import Recipe
 
-RESERVED = {
-    "data", "run", "optim", "student", "teacher", "teachers", "mask", "objective", "contrastive", "evaluate", "view", "mix",
-    "init_from", "hand_over",
-}
-"""Sections of recipes: a stage of such a name could not be told from a setting in an override."""
+
+@cache
+def sections() -> frozenset[str]:
+    """Sections of all stages' recipes: a stage of such a name could not be told from a setting in an override. One is also a
+    program's name, "probe", and stages may have it: `probe.a.b=c` is then for the stage, `probe.probe.b=c` for its section."""
+    return frozenset(name for program in PROGRAMS for name in lookup(PROGRAMS, program, "program").recipe.model_fields)
 
 
 class StageEntry(Settings):
@@ -39,7 +41,7 @@ class StageEntry(Settings):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     program: str
-    """"clip", "mim", "classify" or "probe"."""
+    """A name in `registry.PROGRAMS`."""
     recipe: str
     settings: dict[str, Any] = {}
     """Dotted setting -> value, over the recipe's own."""
@@ -75,7 +77,7 @@ class PipelineFile(Settings):
     def _in_order(cls, stages: list[StageEntry]) -> list[StageEntry]:
         seen: dict[str, str] = {}
         for stage in stages:
-            if stage.name in seen or stage.name in RESERVED:
+            if stage.name in seen or stage.name in sections() - PROGRAMS.keys():
                 raise ValueError(f"stage name {stage.name!r} is used twice or is a recipe's section")
             lookup(PROGRAMS, stage.program, f"stages.{stage.name}.program")
             for setting, parent in stage.parents.items():
@@ -131,7 +133,7 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
 def _planned(stage: StageEntry, layers: list[list[str]], out: Path) -> PlannedStage:
     """A stage with its final settings. Each layer of overrides goes over those before it, and over the recipe: what these have
     for a kind that it changes is left out. Raises UserError."""
-    model = lookup(PROGRAMS, stage.program, "program").StageRecipe
+    model = lookup(PROGRAMS, stage.program, "program").recipe
     tree, source = read_yaml(stage.recipe), f"stage {stage.name} ({stage.recipe})"
     kept: list[str] = []
     changes: list[Change] = []
@@ -154,7 +156,7 @@ def _applies(model: type[Recipe], assignment: str) -> bool:
     section = assignment.partition("=")[0].partition(".")[0]
     if section in model.model_fields:
         return True
-    if section in RESERVED:
+    if section in sections():
         return False
     raise UserError(f"{assignment}: neither a stage of this pipeline nor a section of its recipes")
 

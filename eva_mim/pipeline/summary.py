@@ -11,8 +11,8 @@ from rich.table import Table
 
 from eva_mim.core.files import write_text
 from eva_mim.core.log import duration
+from eva_mim.core.run_folder import TIMM_CONFIG, RunFolder
 from eva_mim.trunks import small
-from eva_mim.weights.handover import read_record
 
 if TYPE_CHECKING:
     from eva_mim.pipeline.plan import PlannedStage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str]]) -> None:
     """Write OUT/summary.md and show its figures, files and the lines of Python that open each result."""
-    records = {stage.entry.name: read_record(stage.out) for stage in planned}
+    records = {stage.entry.name: RunFolder(stage.out).record() for stage in planned}
     rows = [_row(stage, records[stage.entry.name]) for stage in planned]
     header = ("stage", "program", "starts from", "samples seen", "time", "reached", "folder")
     table = Table(*header, title=f"Pipeline {out}", title_justify="left")
@@ -74,7 +74,7 @@ def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _python(stage: PlannedStage) -> list[str]:
-    config = json.loads((stage.out / "config.json").read_text())
+    config = json.loads((stage.out / TIMM_CONFIG).read_text())
     name, architecture = stage.entry.name, config["architecture"]
     own = ["import eva_mim.trunks.small  # makes the small architectures known to timm"]
     if architecture not in small.default_cfgs:

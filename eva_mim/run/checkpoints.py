@@ -24,7 +24,7 @@ from eva_mim.core.distributed import is_main, run_on_main, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, sha256, write_json
 from eva_mim.core.log import say
-from eva_mim.core.run_folder import MANIFEST, complete, file_of, folder_of, latest, read_manifest, step_of
+from eva_mim.core.run_folder import MANIFEST, RunFolder, file_of, read_manifest, step_of
 from eva_mim.core.settings import few
 from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from eva_mim.weights.files.write import Kinds, bytes_of, in_file_order, stream_safetensors
@@ -129,13 +129,13 @@ def newest(out: Path) -> tuple[int, Path] | None:
     Raises UserError where every one is damaged."""
 
     def search() -> tuple[int, Path] | None:
-        folders = complete(out)
+        folders = RunFolder(out).complete()
         for step, folder in folders:
             if not (damaged := _damaged(folder)):
                 return step, folder
             say(f"  {folder}: {damaged} is not as it was written; the checkpoint is left out")
         if folders:
-            raise UserError(f"{out}: every checkpoint is damaged; to train from the start again, remove {out / 'checkpoints'}")
+            raise UserError(f"{out}: every checkpoint is damaged; to train from the start again, remove {folders[0][1].parent}")
         return None
 
     return run_on_main(search)
@@ -165,7 +165,7 @@ def _write(
 ) -> None:
     """A checkpoint from its tensors to the pruning of old ones; the main rank's alone. Raises UserError."""
     step = manifest["step"]
-    target = folder_of(out, step)
+    target = RunFolder(out).checkpoint(step)
     temporary = target.with_name(f"tmp-{target.name}")
     try:
         _begin(temporary, sum(map(bytes_of, kinds.values())))
@@ -173,7 +173,7 @@ def _write(
         _finish(temporary, target, manifest | {"norms": norms})
     except (UserError, OSError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        before = latest(out)
+        before = RunFolder(out).latest()
         stays = "there is no checkpoint" if before is None else f"the checkpoint of step {before[0]} is complete"
         raise UserError(f"step {step} was not saved: {error}\n  {stays}; the same command goes on from there") from None
     _prune(target, keep_last, keep_every)

@@ -11,11 +11,12 @@ import torch
 from eva_mim.core.contracts import Batch, Engine
 from eva_mim.core.distributed import barrier, grouped, is_main, world_size
 from eva_mim.core.files import write_json, write_weights
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.engine import RunSettings
 from eva_mim.run.diagnose import Layers, diagnose, largest_of
-from eva_mim.weights.handover import read_record
 
-RECORD, WEIGHTS, SETTINGS = "dump.json", "weights.safetensors", "resolved.yaml"
+RECORD, DUMPED = "dump.json", "weights.safetensors"
+"""Files of a dump, beside its `resolved.yaml`: facts of the step, and the student's weights."""
 
 
 def write_dump(
@@ -26,16 +27,16 @@ def write_dump(
     Every rank must call, with its own micro-batches of the last one.
     """
     step, data_step = bad[-1]
-    folder = out / "dumps" / f"step-{step:08d}"
+    folder = RunFolder(out).dump(step)
     with engine.full_module() as module:
         layers = _over_ranks([diagnose(parts.task, module, batch, engine.autocast).layers for batch in batches])
     weights = dict(engine.weights())
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / SETTINGS, folder / SETTINGS)
-        write_weights(folder / WEIGHTS, weights)
+        shutil.copyfile(RunFolder(out).settings, RunFolder(folder).settings)
+        write_weights(folder / DUMPED, weights)
         record = {
-            "program": read_record(out)["program"],
+            "program": RunFolder(out).record()["program"],
             "step": step,
             "seed": run.seed,
             "processes": world_size(),

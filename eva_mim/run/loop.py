@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from eva_mim.core import run_folder as checkpoint
 from eva_mim.core.contracts import Batch, Engine, Evaluator, StateGroup, Task, TrainData
 from eva_mim.core.distributed import all_reduce_sum, barrier, detect_lost_processes, is_main, rank, world_size
 from eva_mim.core.errors import Diverged, Interrupted, UserError
 from eva_mim.core.log import RunLog, duration, say
 from eva_mim.core.rng import derive, seed_all
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.data import too_many
 from eva_mim.engine import RunSettings
@@ -119,7 +119,7 @@ class Loop:
                 self._save(streak)
 
     def _place(self) -> str:
-        found = checkpoint.latest(self.out)
+        found = RunFolder(self.out).latest()
         saved = f"the checkpoint of step {found[0]}" if found else "no checkpoint"
         return f" in step {self.step}, with {saved} and run.timeout_minutes={self.run.timeout_minutes:g}"
 

@@ -9,15 +9,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
 from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
+from eva_mim.core.log import say
 from eva_mim.core.resolve import resolve
 from eva_mim.core.settings import read_yaml
 from eva_mim.run.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from eva_mim.run.stage import Built
 
 GRACE = 2.0
 """Seconds in which the other ranks come to say the same, before a launcher that sees this one end ends them."""
@@ -67,17 +73,36 @@ def stage_parser(program: str, summary: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_program(module: str, program: str, argv: Sequence[str] | None, summary: str) -> int:
-    """A stage program from its command line to its exit code. `module` holds `StageRecipe` and `build`."""
-    arguments = stage_parser(program, summary).parse_intermixed_args(argv)
-    if arguments.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    home = import_module(module)
+@dataclass(frozen=True)
+class Stage:
+    """A kind of stage: what its command, a pipeline and the commands that look at its runs need of it."""
 
-    def work() -> None:
-        recipe: Recipe = resolve(home.StageRecipe, read_yaml(arguments.recipe), arguments.overrides, arguments.recipe)
-        from eva_mim.run.stage import run_stage
+    name: str
+    """Of its command, and in pipelines and records."""
+    help: str
+    """A sentence."""
+    recipe: type[Recipe]
+    build: Callable[[Any, torch.device], Built]
+    """Makes networks, data and evaluator of a recipe."""
 
-        run_stage(program, recipe, arguments.out, home.build)
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the stage from its command line; returns the exit code."""
+        arguments = stage_parser(self.name, self.help).parse_intermixed_args(argv)
+        if arguments.local_rank is not None:
+            os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
 
-    return guard(work)
+        def work() -> None:
+            recipe: Recipe = resolve(self.recipe, read_yaml(arguments.recipe), arguments.overrides, arguments.recipe)
+            state = None
+            if world_size() == 1:  # several ranks look together, once they are a group
+                from eva_mim.run.state import state_of
+
+                state = state_of(self.name, recipe, arguments.out)
+                if state.finished:  # answered before torch is loaded
+                    say(f"{arguments.out}: finished before, nothing to do ({state.figures})")
+                    return
+            from eva_mim.run.stage import run_stage
+
+            run_stage(self, recipe, arguments.out, state)
+
+        return guard(work)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Batch, TrainData
 from eva_mim.core.files import write_json
+from eva_mim.core.run_folder import RunFolder
 
-DETOURS = "detours.json"
 SPIKE_SIGMAS = 6.0
 """A step whose loss lies so many standard deviations above its running mean is called a spike."""
 SPIKE_MEMORY = 0.98
@@ -75,7 +75,7 @@ class SkippedData:
     """
 
     def __init__(self, out: Path, main: bool):
-        self._file, self._main = out / DETOURS, main
+        self._file, self._main = RunFolder(out).skipped_data, main
         self.rewinds = 0
         self.left_out: list[tuple[int, int]] = []
         """First and last data step of each detour, rising."""

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,25 @@ import yaml
 from torch import Tensor
 
 import eva_mim
-from eva_mim.core import run_folder as checkpoint
 from eva_mim.core.contracts import Teacher
-from eva_mim.core.distributed import barrier, is_main, pick_device, setup, world_size
+from eva_mim.core.distributed import barrier, is_main, pick_device, run_on_main, setup, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json, write_text
-from eva_mim.core.log import duration, say, seconds_at_work
+from eva_mim.core.log import duration, say
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.report import KeyReport
 from eva_mim.core.resolve import resolve
 from eva_mim.core.rng import derive, seed_all
-from eva_mim.core.settings import as_tree, differences, digest, read_yaml
+from eva_mim.core.run_folder import RunFolder
+from eva_mim.core.settings import as_tree, differences, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import slowdown
-from eva_mim.run.dump import SETTINGS
 from eva_mim.run.loop import Loop, Parts
+from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
+from eva_mim.run.state import StageIdentity, StageState, figures, state_of
 from eva_mim.trunks.kernels import tune
-from eva_mim.weights.handover import LINEAGE, WEIGHTS, content_hash, read_record
 
 Weights = dict[str, Tensor]
 LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
@@ -57,66 +58,32 @@ class Built:
     """By name; not one of their weights may change."""
 
 
-@dataclass(frozen=True)
-class StageIdentity:
-    """A stage's identity: its settings and the content of its parents."""
-
-    program: str
-    settings: dict[str, Any]
-    parents: dict[str, dict[str, str]]
-
-    @property
-    def identity(self) -> str:
-        """Changes when a result would."""
-        return digest([self.program, self.settings, {name: parent["sha256"] for name, parent in self.parents.items()}])
-
-    def changes(self, record: dict[str, Any]) -> list[str]:
-        """Why an earlier record is not this plan; empty when it is."""
-        if record.get("identity") == self.identity:
-            return []
-        lines = differences(record.get("settings", {}), self.settings)
-        old = record.get("parents", {})
-        lines += [f"{name}: other weights" for name, parent in self.parents.items()
-                  if parent["sha256"] != old.get(name, {}).get("sha256")]
-        return lines or ["settings of another version"]
-
-
-def identity_of(program: str, recipe: Recipe) -> StageIdentity:
-    """Raises UserError when a parent does not exist."""
-    parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
-    return StageIdentity(program, recipe.identity_tree(), parents)
-
-
-def is_finished(out: Path, plan: StageIdentity) -> bool:
-    """The folder holds this very stage, whole."""
-    record = read_record(out)
-    return bool(record.get("finished")) and record.get("identity") == plan.identity and (out / WEIGHTS).is_file()
-
-
-def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, torch.device], Built]) -> dict[str, Any]:
-    """Train (or go on with, or just report) a stage; returns its lineage record. Raises UserError, Interrupted."""
-    plan = identity_of(program, recipe)
-    record = read_record(out)
-    if is_finished(out, plan):
-        say(f"{out}: finished before, nothing to do ({_figures(record)})")
+def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None = None) -> dict[str, Any]:
+    """Train (or go on with, or just report) a stage; returns its lineage record. One rank looks at the folder and reads the
+    parents, unless `state` has what it found. Raises UserError, Interrupted."""
+    setup(pick_device(recipe.run.device), recipe.run.timeout_minutes)
+    state = state or run_on_main(partial(state_of, stage.name, recipe, out))
+    plan, record = state.identity, state.record
+    if state.finished:
+        say(f"{out}: finished before, nothing to do ({state.figures})")
         return record
-    if (record.get("finished") or has_checkpoint(out)) and (changes := plan.changes(record)):
+    if (record.get("finished") or state.resumes) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
-    device, built = prepare(recipe, build)
+    device, built = prepare(recipe, stage.build)
     begun = _record(plan, built, recipe)
-    if has_checkpoint(out):
+    if state.resumes:
         _same_classes(out, record, built)
         _same_data(out, record, built)
         if changed := differences(begun["versions"] | record["versions"], begun["versions"]):
             say(f"  begun with other versions, so that it may not go on bit for bit: {', '.join(changed)}")
     if is_main():  # from here on the folder belongs to this run
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / SETTINGS, yaml.safe_dump(as_tree(recipe), sort_keys=False))
-        write_json(out / LINEAGE, begun)
+        write_text(RunFolder(out).settings, yaml.safe_dump(as_tree(recipe), sort_keys=False))
+        write_json(RunFolder(out).lineage, begun)
     barrier()
     student = built.parts.task.student
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    say(f"{program} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
+    say(f"{stage.name} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
         f"{recipe.run.engine}, {recipe.run.precision}")
     if is_main() and (factor := slowdown(recipe.run.precision, device)) > 2:
         say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} "
@@ -138,19 +105,19 @@ def run_stage(program: str, recipe: Recipe, out: Path, build: Callable[[Any, tor
             "finished": True,
             "headline": built.parts.evaluator.headline,
             "metrics": trained.metrics,
-            "seconds": round(seconds_at_work(out), 1),
+            "seconds": round(RunFolder(out).seconds_at_work(), 1),
             "steps": steps,
             "samples_seen": steps * recipe.run.global_batch,
-            "weights_sha256": sha256(out / WEIGHTS),
+            "weights_sha256": sha256(RunFolder(out).weights),
             "classes": list(built.classes) if built.classes else None,
             "grid": built.grid,
             "teachers": taught,
             "seeded": built.seeded.as_dict() if built.seeded else None,
         }
-        write_json(out / LINEAGE, record)
+        write_json(RunFolder(out).lineage, record)
     barrier()
-    record = read_record(out)
-    say(f"  finished in {duration(trained.seconds)}: {_figures(record)}")
+    record = RunFolder(out).record()
+    say(f"  finished in {duration(trained.seconds)}: {figures(record)}")
     return record
 
 
@@ -159,12 +126,13 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
 
     `overrides` change settings of the run, such as data.root. Every rank must call. Raises UserError.
     """
-    record = read_record(out)
-    if not record or not has_checkpoint(out):
+    record = RunFolder(out).record()
+    if not record or RunFolder(out).latest() is None:
         raise UserError(f"{out} holds no run with a checkpoint")
-    program = lookup(PROGRAMS, record["program"], "lineage.program")
-    recipe = resolve(program.StageRecipe, read_yaml(out / SETTINGS), overrides, str(out / SETTINGS))
-    device, built = prepare(recipe, program.build)
+    stage: Stage = lookup(PROGRAMS, record["program"], "lineage.program")
+    settings = RunFolder(out).settings
+    recipe = resolve(stage.recipe, read_yaml(settings), overrides, str(settings))
+    device, built = prepare(recipe, stage.build)
     _same_classes(out, record, built)
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
     return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
@@ -204,7 +172,7 @@ def _same_data(out: Path, record: dict[str, Any], built: Built) -> None:
         counts = [f"{facts['train']} training and {facts['val']} held-out images" for facts in (begun, now)]
         raise UserError(f"{out} was begun with {counts[0]}; since then the data has changed (now {counts[1]}), and the run "
                         "would not go on with the same samples. Bring the data back, or start another run from these weights: "
-                        f"--out ANOTHER init_from={checkpoint.complete(out)[0][1]}")
+                        f"--out ANOTHER init_from={RunFolder(out).complete()[0][1]}")
 
 
 def _record(plan: StageIdentity, built: Built, recipe: Recipe) -> dict[str, Any]:
@@ -235,12 +203,3 @@ def _versions() -> dict[str, str]:
 def _subfolder(out: Path, name: str) -> Path:
     (out / name).mkdir(exist_ok=True)
     return out / name
-
-
-def _figures(record: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
-
-
-def has_checkpoint(out: Path) -> bool:
-    """A run that can go on is in the folder."""
-    return checkpoint.latest(out) is not None

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from eva_mim.core.run_folder import CLIP_WEIGHTS
 from eva_mim.core.settings import For, Settings
 from eva_mim.trunks import Rate, TrunkSettings
 
@@ -168,5 +169,5 @@ class ClipSettings(TrunkSettings):
 
 def clip_file(path: str) -> Path:
     """The file of a CLIP model: in a clip stage's folder beside the trunk, else at `path` itself."""
-    beside = Path(path) / "open_clip_model.safetensors"
+    beside = Path(path) / CLIP_WEIGHTS
     return beside if beside.is_file() else Path(path)

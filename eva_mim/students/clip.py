@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
+from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings
 from eva_mim.trunks import Tower, facts
 from eva_mim.trunks.create import build_trunk, scale_patch_gradient
@@ -180,9 +181,9 @@ def text_source(settings: TextSettings) -> TextSource:
         return TextSource("scratch", config, bool(settings.quick_gelu), {})
     folder = Path(settings.init_from)
     if folder.is_dir():
-        if not (folder / "open_clip_config.json").is_file():
+        if not (folder / CLIP_CONFIG).is_file():
             raise UserError(f"student.text.init_from: {folder} is not the folder of a finished clip stage")
-        model_config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        model_config = json.loads((folder / CLIP_CONFIG).read_text())["model_cfg"]
         weights = _text_weights(f"local-dir:{folder}", None)
     else:
         model_config = open_clip.get_model_config(settings.init_from)

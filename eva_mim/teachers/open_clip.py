@@ -14,14 +14,13 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Features
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
 from eva_mim.teachers.trunk import read_trunk
 from eva_mim.trunks.create import create
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
-
-CONFIG = "open_clip_config.json"
 
 
 def open_clip_teacher(settings: TeacherSettings) -> FrozenTeacher:
@@ -34,10 +33,11 @@ def open_clip_teacher(settings: TeacherSettings) -> FrozenTeacher:
 
 def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
     """The tower of a finished clip stage of ours. Raises UserError when the folder does not hold one."""
-    if not (Path(settings.name) / CONFIG).is_file():
-        raise UserError(f"{settings.path}.name: {settings.name} has no {CONFIG}; it must be the folder of a finished clip stage")
-    if not (Path(settings.name) / "open_clip_model.safetensors").is_file():
-        raise UserError(f"{settings.path}.name: {settings.name} has no open_clip_model.safetensors")
+    if not (Path(settings.name) / CLIP_CONFIG).is_file():
+        raise UserError(f"{settings.path}.name: {settings.name} has no {CLIP_CONFIG}; it must be the folder of a finished clip "
+                        "stage")
+    if not (Path(settings.name) / CLIP_WEIGHTS).is_file():
+        raise UserError(f"{settings.path}.name: {settings.name} has no {CLIP_WEIGHTS}")
     return _teacher(settings, f"local-dir:{settings.name}", None)
 
 

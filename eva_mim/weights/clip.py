@@ -9,6 +9,7 @@ import torch
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
+from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.students import ClipSettings, clip_file
 from eva_mim.students.clip import ClipStudent, TextSource, seed_text
 from eva_mim.weights import HandOverSettings
@@ -29,7 +30,7 @@ def with_text_of(settings: ClipSettings, path: str) -> ClipSettings:
     that folder has no open_clip_config.json."""
     if settings.text.init_from is not None:
         return settings
-    if not (Path(path) / "open_clip_config.json").is_file():
+    if not (Path(path) / CLIP_CONFIG).is_file():
         raise UserError(f"student.init=clip: {path} does not describe its text tower; name its architecture in "
                         "student.text.init_from (one of open_clip's, without student.text.weights)")
     return settings.model_copy(update={"text": settings.text.model_copy(update={"init_from": path})})

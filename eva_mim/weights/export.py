@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from eva_mim.core.files import write_json, write_weights
+from eva_mim.core.run_folder import TIMM_CONFIG, WEIGHTS
 from eva_mim.trunks import TrunkSettings, facts
 from eva_mim.trunks.config import timm_config
-from eva_mim.weights.handover import WEIGHTS
 
 
 def write_timm(
@@ -35,7 +35,7 @@ def write_timm(
         num_classes=len(classes) if classes else 0, labels=classes, crop_pct=crop_pct,
     )
     write_weights(out / WEIGHTS, weights)
-    write_json(out / "config.json", config)
+    write_json(out / TIMM_CONFIG, config)
 
 
 def unpooled(trunk: nn.Module) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +14,16 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.trunks import facts
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.hints import Pixels, read_hints
 from eva_mim.weights.names.eva import unshare_relative, with_norm
-from eva_mim.weights.names.translate import NamedCheckpoint, content_hash, read_source
+from eva_mim.weights.names.translate import NamedCheckpoint, read_source
 from eva_mim.weights.resize import adapt_kernel, resize_trunk
 
-__all__ = ["LINEAGE", "WEIGHTS", "Parent", "content_hash", "parent_of", "read_parent", "read_record", "seed_trunk"]
-WEIGHTS, LINEAGE = "model.safetensors", "lineage.json"
+__all__ = ["Parent", "parent_of", "read_parent", "seed_trunk"]
 INNER_NORM = ".attn.norm."
 """Norm inside attention, which EVA-02's CLIP towers have and its masked students lack (facts on EVA-CLIP, section 4); it
 starts fresh."""
@@ -52,20 +51,10 @@ class Parent:
     unknown."""
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Returns a stage's lineage record; empty for a folder without one."""
-    file = folder / LINEAGE
-    try:
-        record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    return record
-
-
 def read_parent(path: str | Path, settings: HandOverSettings | None = None) -> Parent:
     """Reads a parent from the folder of a stage, or from any checkpoint that `translate.read_source` opens. Raises UserError."""
     settings = settings or HandOverSettings()
-    if (record := read_record(Path(path))) and not record.get("finished"):
+    if (record := RunFolder(Path(path)).record()) and not record.get("finished"):
         raise UserError(f"init_from: {path} is not finished; to start from it as it is, "
                         "name one of its checkpoints (checkpoints/step-N)")
     try:

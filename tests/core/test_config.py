@@ -252,7 +252,7 @@ def only(values: Any, like: Any) -> Any:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_recipe_parses_and_survives_being_written(path: Path) -> None:
-    model: type[Recipe] = lookup(PROGRAMS, path.parent.name, "program").StageRecipe
+    model: type[Recipe] = lookup(PROGRAMS, path.parent.name, "program").recipe
     tree = read_yaml(path)
     recipe = parse(model, tree, str(path))
     resolved = as_tree(recipe)

@@ -18,7 +18,7 @@ from eva_mim.core import registry
 from eva_mim.core.contracts import Engine, Features, Sample, Source, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json
-from eva_mim.core.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, lookup, nearest
+from eva_mim.core.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, Command, lookup, nearest
 from eva_mim.data import ColumnSettings, DataSettings, SceneSettings
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, TextSettings
@@ -32,8 +32,14 @@ TABLES = {name: table for name, table in vars(registry).items() if name.isupper(
 @pytest.mark.parametrize(("table", "name"), [(table, name) for table, entries in TABLES.items() for name in entries])
 def test_every_name_stands_for_something_that_exists(table: str, name: str) -> None:
     found = lookup(TABLES[table], name, "x")
-    module, _, attribute = TABLES[table][name].partition(":")
-    assert (found.__module__, found.__name__) == (module, attribute) if attribute else found.__name__ == module
+    entry = TABLES[table][name]
+    if isinstance(entry, Command):
+        module, _, attribute = entry.place.partition(":")
+        assert found.build.__module__ == module
+        assert attribute == "STAGE"
+    else:
+        module, _, attribute = entry.partition(":")
+        assert (found.__module__, found.__name__) == (module, attribute) if attribute else found.__name__ == module
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -61,7 +67,8 @@ def test_an_engine_has_the_methods_of_its_contract(name: str) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_has_a_recipe_a_builder_and_a_main(name: str) -> None:
     program = lookup(PROGRAMS, name, "x")
-    assert issubclass(program.StageRecipe, Recipe)
+    assert issubclass(program.recipe, Recipe)
+    assert program.name == name
     assert list(inspect.signature(program.build).parameters) == ["recipe", "device"]
     with pytest.raises(SystemExit) as left:
         program.main(["--help"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from eva_mim.core.contracts import StateGroup
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
-from eva_mim.core.run_folder import MANIFEST, folder_of, is_complete, latest, read_manifest
+from eva_mim.core.run_folder import MANIFEST, RunFolder, is_complete, read_manifest
 from eva_mim.run import checkpoints as snapshot
 from eva_mim.weights.files.write import stream_safetensors
 from tests import tiny
@@ -80,17 +80,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         writer.save(1, parts, {"step": 1})
         for value in values.values():
             value += 1
-        assert latest(tmp_path) is None
+        assert RunFolder(tmp_path).latest() is None
         assert list((tmp_path / "checkpoints").glob("step-*")) == []
         threading.Timer(0.3, disk.end.set).start()
         began = time.monotonic()
         writer.save(2, parts, {"step": 2})
         assert time.monotonic() - began > 0.2
-        assert is_complete(folder_of(tmp_path, 1))
+        assert is_complete(RunFolder(tmp_path).checkpoint(1))
         writer.finish()
     for step in (1, 2):
         fits, held = fresh()
-        assert snapshot.load(folder_of(tmp_path, step), fits) == {"step": step}
+        assert snapshot.load(RunFolder(tmp_path).checkpoint(step), fits) == {"step": step}
         assert all(torch.equal(held[0][name], value + (step - 1)) for name, value in MODULE.items())
 
 
@@ -103,11 +103,11 @@ def test_without_the_memory_for_a_copy_training_is_held(
     before, writer = threading.active_count(), snapshot.Writer(tmp_path, keep_last=2)
     for step in (1, 2):
         writer.save(step, parts, {"step": step})
-        assert latest(tmp_path) == (step, folder_of(tmp_path, step))
+        assert RunFolder(tmp_path).latest() == (step, RunFolder(tmp_path).checkpoint(step))
     assert threading.active_count() == before
     assert capsys.readouterr().err.count("training is held while a checkpoint is written: a copy takes 200 bytes of memory") == 1
     fits, held = fresh()
-    snapshot.load(folder_of(tmp_path, 2), fits)
+    snapshot.load(RunFolder(tmp_path).checkpoint(2), fits)
     assert all(torch.equal(held[0][name], value) for name, value in MODULE.items())
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"(?s)step 2 was not saved: .*needs 80,\d+ bytes, but .* are free.*step 1 is complete"):
         tiny.save(small_disk, 2, small, {}, keep_last=9)
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
-    assert latest(small_disk) == (1, folder_of(small_disk, 1))
+    assert RunFolder(small_disk).latest() == (1, RunFolder(small_disk).checkpoint(1))
     (small_disk / "filler").unlink()
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="step 2 was not saved"):

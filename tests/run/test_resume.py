@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim.cli import main
-from eva_mim.core import run_folder as checkpoint
+from eva_mim.core.run_folder import MANIFEST, RunFolder
 from tests.conftest import make_folder, picture, png
 from tests.tiny import (
     CLASSIFY,
@@ -101,7 +101,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_so(tmp_path: Path) -> None:
     """Exit code 130, and the checkpoint is of the step that was ended."""
     recipe = write_recipe(tmp_path, CLASSIFY | {"run": CLASSIFY["run"] | {"epochs": 200}})
     assert stop_at(5, signal.SIGINT, "classify", recipe, tmp_path / "run") == 130
-    found = checkpoint.latest(tmp_path / "run")
+    found = RunFolder(tmp_path / "run").latest()
     assert found is not None
     assert found[0] == records(tmp_path / "run")[-1]["step"]
 
@@ -121,11 +121,11 @@ def test_half_written_checkpoint_is_not_believed(tmp_path: Path, classified: Pat
     assert [folder.name for folder in folders] == ["step-00000004", "step-00000008"]
     with (folders[1] / "exp_avg.safetensors").open("rb+") as file:
         file.truncate(1000)
-    found = checkpoint.latest(tmp_path / "run")
+    found = RunFolder(tmp_path / "run").latest()
     assert found is not None
     assert found[1] == folders[0]
-    (folders[0] / checkpoint.MANIFEST).unlink()
-    assert checkpoint.latest(tmp_path / "run") is None
+    (folders[0] / MANIFEST).unlink()
+    assert RunFolder(tmp_path / "run").latest() is None
 
 
 def test_finished_stage_is_not_run_again_and_other_settings_are_refused(tmp_path: Path, classified: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
     (root / "ant" / "new.png").write_bytes(png(picture(99, (32, 32))))
     refused = run("classify", recipe, tmp_path / "run", code=2)
     assert "begun with 64 training and 16 held-out images; since then the data has changed (now 65 " in refused.stderr
-    newest = checkpoint.latest(tmp_path / "run")
+    newest = RunFolder(tmp_path / "run").latest()
     assert newest is not None
     assert f"init_from={newest[1]}" in refused.stderr
     (root / "ant" / "new.png").unlink()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eva_mim.core.run_folder import folder_of
+from eva_mim.core.run_folder import RunFolder
 from tests.run.test_stability import poisoned
 from tests.tiny import MIM, losses, records, run, run_until, stopped_after, write_recipe
 
@@ -31,7 +31,7 @@ ROUNDING = 1e-5
 def state(out: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint."""
     return {f"{part}.{name}": value for part in PARTS
-            for name, value in load_file(folder_of(out, step) / f"{part}.safetensors").items()}
+            for name, value in load_file(RunFolder(out).checkpoint(step) / f"{part}.safetensors").items()}
 
 
 def figures(out: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.groups import parameter_groups
-from eva_mim.pipeline.plan import RESERVED
+from eva_mim.pipeline.plan import sections
 from eva_mim.run.loaders import train_loader
 from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
@@ -227,7 +227,7 @@ def test_gradients_by_features_are_fp32_inside_autocast() -> None:
 
 
 def test_a_pipeline_keeps_the_names_of_the_sections() -> None:
-    assert StageRecipe.model_fields.keys() <= RESERVED
+    assert StageRecipe.model_fields.keys() <= sections()
 
 
 def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,9 @@ from eva_mim.trunks import TrunkSettings
 from eva_mim.trunks.create import build_trunk
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.export import write_timm
+from eva_mim.weights.files.read import content_hash
 from eva_mim.weights.files.tensors import Entry
-from eva_mim.weights.handover import content_hash, read_parent, seed_trunk
+from eva_mim.weights.handover import read_parent, seed_trunk
 from eva_mim.weights.names import eva as names
 from eva_mim.weights.names import families
 from eva_mim.weights.names import translate as source

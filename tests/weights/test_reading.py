@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eva_mim.core import run_folder as checkpoint
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json, write_weights
+from eva_mim.core.run_folder import RunFolder
 from eva_mim.run import checkpoints as snapshot
 from eva_mim.weights.files.allowlist import HARMLESS
 from eva_mim.weights.files.read import Checkpoint, open_checkpoint
@@ -296,11 +296,11 @@ def write_step(out: Path, step: int, value: Tensor) -> None:
 def test_a_run_s_newest_whole_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write_step(tmp_path, step, torch.full((2,), float(step)))
-    broken = checkpoint.folder_of(tmp_path, 3)
+    broken = RunFolder(tmp_path).checkpoint(3)
     (broken / "exp_avg.safetensors").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "checkpoints"):
         assert open_checkpoint(path)["a"].tolist() == [2, 2]
-    assert open_checkpoint(checkpoint.folder_of(tmp_path, 1))["a"].tolist() == [1, 1]
+    assert open_checkpoint(RunFolder(tmp_path).checkpoint(1))["a"].tolist() == [1, 1]
     with pytest.raises(UserError, match="not whole"):
         open_checkpoint(broken)
     assert open_checkpoint(tmp_path, "ema")["a"].tolist() == [4, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,15 @@ class DataOnly(Settings):
     """The section of a recipe that is about data."""
 
     data: DataSettings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command. Raises UserError."""
+    describe(options.what, options.overrides)
 
 
 def describe(what: str, overrides: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from eva_mim.commands.data import add_processes, positive
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Bands, Sample, Source
@@ -39,6 +41,18 @@ class Look(NamedTuple):
     mode: str
     captions: int
     words: int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    add_processes(parser)
+    parser.add_argument("--images", type=positive, default=2000, help="looked at, spread over each split (default 2000)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a contact sheet of each split there")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command. Raises UserError."""
+    inspect(options.what, options.overrides, images=options.images, out=options.out, processes=options.processes)
 
 
 def inspect(

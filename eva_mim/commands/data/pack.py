@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eva_mim.commands.data import add_processes, positive
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool
 from eva_mim.core.errors import UserError
@@ -48,6 +50,21 @@ class Written(NamedTuple):
     records: int
     size: int
     faults: list[str]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    add_processes(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the shards: empty, or begun before")
+    parser.add_argument("--per-shard", type=positive, default=10_000, metavar="N", help="records in a shard (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of records (default 0)")
+    parser.add_argument("--keep-order", action="store_true", help="records stay in their order, which may be by class")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command. Raises UserError."""
+    seed = None if options.keep_order else options.seed
+    pack(options.what, options.overrides, options.out, per_shard=options.per_shard, seed=seed, processes=options.processes)
 
 
 def pack(

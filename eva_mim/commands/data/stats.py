@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from eva_mim.commands.data import add_processes, positive
 from eva_mim.commands.data.index import read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Bands, Source
@@ -56,6 +58,17 @@ class Moments(NamedTuple):
     whole: bool
     images: int
     faults: list[Fault]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    add_processes(parser)
+    parser.add_argument("--images", type=positive, default=5000, help="drawn as training draws them (default 5000)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command. Raises UserError."""
+    stats(options.what, options.overrides, images=options.images, processes=options.processes)
 
 
 def stats(what: str, overrides: Sequence[str], *, images: int, processes: int | None = None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Source
@@ -20,6 +22,17 @@ CHUNK = 64
 KEEP_EVERY = 30.0
 """Seconds between writings of the list, from which an interrupted run goes on."""
 SHOWN = 3
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's own options."""
+    add_processes(parser)
+    parser.add_argument("--out", type=Path, default=Path("quarantine.json"), help="the list (default quarantine.json)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command. Raises UserError."""
+    verify(options.what, options.overrides, options.out, options.processes)
 
 
 def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None = None) -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.run_folder import is_complete, latest
+from eva_mim.core.files import sha256
+from eva_mim.core.run_folder import CLIP_WEIGHTS, WEIGHTS, RunFolder, is_complete
 from eva_mim.weights.files.allowlist import Stored, Stub
 from eva_mim.weights.files.formats import MAX_TENSORS, TorchFile, read_file, read_json
 from eva_mim.weights.files.tensors import Entry
@@ -33,7 +35,7 @@ BARE = "bare"
 WRAPPER = "module."
 """Prefix of every name that torch's DistributedDataParallel saves."""
 FOLDER_FILES = (
-    "model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
+    WEIGHTS, CLIP_WEIGHTS, "open_clip_pytorch_model.bin", "pytorch_model.bin",
     "model.safetensors.index.json", "pytorch_model.bin.index.json",
 )
 """Weight files of a folder, in the order of preference: ours and timm's, open_clip's, transformers'."""
@@ -211,7 +213,7 @@ def _open_folder(folder: Path, container: str | None) -> Checkpoint:
         return opened if inner else _replace(opened, chosen[0].stem, stems)
     if files:
         raise UserError(f"{folder}: several weight files; name one: {', '.join(path.name[:60] for path in files[:12])}")
-    if (found := latest(folder.parent if folder.name == "checkpoints" else folder)) is not None:
+    if (found := RunFolder(folder.parent if folder.name == "checkpoints" else folder).latest()) is not None:
         return _open_folder(found[1], container)
     looked = f"{', '.join(FOLDER_FILES)}, DeepSpeed's files, a run's checkpoints"
     raise UserError(f"{folder}: no checkpoint that is known here (looked for {looked})")
@@ -258,3 +260,12 @@ def _checked(opened: Checkpoint) -> Checkpoint:
     if sum(entry.size for entry in opened.entries.values()) > MAX_SHARING * whole:
         raise UserError(f"{opened.path}: its tensors are more than {MAX_SHARING} times as large as its {whole} bytes")
     return opened
+
+
+def content_hash(path: str | Path, container: str | None = None) -> str:
+    """Returns the SHA-256 of the files that hold a checkpoint's tensors: of the one file, or of the hashes of several, in
+    order of their names."""
+    opened = open_checkpoint(path, container)
+    files = sorted({piece.file for entry in opened.entries.values() for piece in entry.pieces})
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(files) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eva_mim.core.run_folder import CLIP_CONFIG, HEAD, LINEAGE, TIMM_CONFIG
 from eva_mim.weights.files.formats import read_json
 from eva_mim.weights.files.read import FOLDER_FILES, MODULE_FILE
 
 MAX_DESCRIPTION = 10_000_000
 """Bytes of a config.json or lineage.json; one with the names of 21,841 classes has 1,000,000."""
-STANDARD = (*FOLDER_FILES, MODULE_FILE, "head.safetensors")
+STANDARD = (*FOLDER_FILES, MODULE_FILE, HEAD)
 """Names of weight files that own the folder in which they lie."""
 MAX_BATCH = 250
 """Largest number of images in one forward pass of an evaluation."""
@@ -59,10 +60,10 @@ def describe(path: Path) -> Description:
     while run.name.startswith(INSIDE_A_RUN) and run != run.parent:
         run = run.parent
     return Description(
-        config=_read(home / "config.json") or _read(run / "config.json"),
-        open_clip=_read(home / "open_clip_config.json"),
+        config=_read(home / TIMM_CONFIG) or _read(run / TIMM_CONFIG),
+        open_clip=_read(home / CLIP_CONFIG),
         preprocessor=_read(home / "preprocessor_config.json"),
-        record=_read(run / "lineage.json"),
+        record=_read(run / LINEAGE),
     )
 
 

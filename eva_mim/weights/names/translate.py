@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import sha256
 from eva_mim.core.report import KeyReport
+from eva_mim.core.run_folder import HEAD, WEIGHTS
 from eva_mim.weights.files.lazy import deferred
 from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from eva_mim.weights.files.sidecar import Description, describe
@@ -104,17 +103,8 @@ def _scheme(family: Family | None) -> str:
 
 def _head_beside(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of the `head.safetensors` beside the trunk of a masked stage at `path`; empty if there is none."""
-    head = path.with_name("head.safetensors")
-    if path.name != "model.safetensors" or not head.is_file():
+    head = path.with_name(HEAD)
+    if path.name != WEIGHTS or not head.is_file():
         return {}
     found = deferred(open_checkpoint(head))
     return found if "mask_token" in found and all(is_outside(name, ours=True) for name in found) else {}
-
-
-def content_hash(path: str | Path, container: str | None = None) -> str:
-    """Returns the SHA-256 of the files that hold a checkpoint's tensors: of the one file, or of the hashes of several, in
-    order of their names."""
-    opened = open_checkpoint(path, container)
-    files = sorted({piece.file for entry in opened.entries.values() for piece in entry.pieces})
-    hashes = [sha256(file) for file in files]
-    return hashes[0] if len(files) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
