@@ -2,9 +2,9 @@
 
     python -m tools.mutants [--seed 0] [--drawn 18] [--minutes 4] [--only 3 7] [--list] [--out runs/mutants.json]
 
-Twelve places are named here, three of each kind of fault (sign, off by one, dropped seed, skipped flush to the disk); the others are
-drawn over the syntax trees of all rooms. Each change is made in a copy of the tree beside this one, where the tests of its room and of
-the programs run until one fails. Exit code 0: at most 4 of 30 survived; 1: more did.
+Twelve places are named here, three of each kind of fault (sign, off by one, dropped seed, skipped flush to the disk); the others
+are drawn over the syntax trees of all rooms. Each change is made in a copy of the tree beside this one, where the tests of its room
+and of the programs run until one fails. Exit code 0: at most 4 of 30 survived; 1: more did.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).parent.parent
 PRODUCT = ("eva_mim", "pretrain", "finetune")
@@ -68,8 +68,8 @@ def named() -> list[Mutant]:
 
 OTHER = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.And: ast.Or, ast.Or: ast.And,
+    ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div,
+    ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.And: ast.Or, ast.Or: ast.And,
 }
 """Operator -> the one that takes its place."""
 SPEAKS = ("say", "write", "print", "add_argument", "join", "UserError", "ValueError", "phase", "status")
@@ -77,8 +77,8 @@ SPEAKS = ("say", "write", "print", "add_argument", "join", "UserError", "ValueEr
 
 
 def candidates(tree: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
-    """(kind, node, what takes its place) of every comparison, operator, constant, keyword argument and statement in functions that
-    decides a number, a file or a refusal: no annotations, docstrings or words for people."""
+    """(kind, node, what takes its place) of every comparison, operator, constant, keyword argument and statement that decides a
+    number, a file or a refusal: no annotations, docstrings or words for people."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) and child in (tree.args, tree.returns, *tree.decorator_list):
             continue
@@ -149,7 +149,8 @@ def drawn(seed: int, count: int) -> list[Mutant]:
         text = ast.get_source_segment(source, node)
         assert text is not None
         changed = ast.unparse(new)
-        found.append(Mutant(kind, str(path.relative_to(REPOSITORY)), node.lineno, text, changed, _replaced(source, node, changed)))
+        file = str(path.relative_to(REPOSITORY))
+        found.append(Mutant(kind, file, node.lineno, text, changed, _replaced(source, node, changed)))
     raise AssertionError("no rooms")
 
 
@@ -182,7 +183,8 @@ def caught(mutant: Mutant, tree: Path, minutes: float) -> tuple[str, float]:
             if left <= 1:
                 break
             line = [*words, "-m", "not long", tests]
-            with subprocess.Popen(line, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+            start: dict[str, Any] = {"cwd": tree, "env": environment, "stdout": subprocess.PIPE, "start_new_session": True}
+            with subprocess.Popen(line, text=True, **start) as run:
                 try:
                     said = run.communicate(timeout=left)[0]
                 except subprocess.TimeoutExpired:

@@ -30,6 +30,10 @@ TEACHERS = {
     "timm": "eva_mim.teachers.timm:timm_teacher",
     "pixels": "eva_mim.teachers.pixels:pixel_teacher",
 }
+HEADS = {
+    "linear": "torch.nn.modules.linear:Linear",
+}
+"""(D, C) -> module from [M, D] patches to [M, C] predictions."""
 OBJECTIVES = {
     "cosine": "eva_mim.tasks.masked:masked_cosine",
     "mse": "eva_mim.tasks.masked:masked_mse",

@@ -49,6 +49,8 @@ class MaskedSettings(TrunkSettings):
     positions: Literal["learned", "sincos"] = "learned"
     """"sincos": fixed sine-cosine tables that are not trained (MAE, EVA-L)."""
     init: InitSettings = InitSettings()
+    head: str = "linear"
+    """What predicts a target from a patch: a kind of `HEADS` (`core/registry.py`)."""
     decoder: Annotated[DecoderSettings, For("form", "visible")] = DecoderSettings()
 
 

@@ -1,26 +1,28 @@
-"""Heads of a student: a linear layer for each target."""
+"""Heads of a student: one for each target."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.registry import HEADS, lookup
 
 TargetWidths = int | Mapping[str, int]
 """C of the one target, or of several by the target's name."""
 
 
-def build_head(width: int, targets: TargetWidths) -> nn.Linear | nn.ModuleDict:
-    """A linear layer from the student's width to the target's, or one for each of several targets, by name. Raises UserError for
-    a name that torch does not allow."""
+def build_head(kind: str, width: int, targets: TargetWidths) -> nn.Module:
+    """A head of a kind of `HEADS` from the student's width to the target's, or a ModuleDict with one for each of several targets.
+    Raises UserError for an unknown kind, and for the name of a target that torch does not allow."""
+    build: Callable[[int, int], nn.Module] = lookup(HEADS, kind, "student.head")
     if isinstance(targets, int):
-        return nn.Linear(width, targets)
+        return build(width, targets)
     for name in targets:
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise UserError(f"teachers.{name}: torch does not allow this name; choose another")
-    return nn.ModuleDict({name: nn.Linear(width, target) for name, target in targets.items()})
+    return nn.ModuleDict({name: build(width, target) for name, target in targets.items()})
 
 
 def draw_linear(*modules: nn.Module) -> None:

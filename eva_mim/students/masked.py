@@ -18,7 +18,7 @@ from eva_mim.trunks.pixels import normalise
 
 
 class MaskedStudent(nn.Module):
-    """A timm ViT without head, from which patches are hidden as `settings.form` says, and linear heads on its patches.
+    """A timm ViT without head, from which patches are hidden as `settings.form` says, and heads on its patches.
 
     The trunk's own forward and key names stay as they are. Raises UserError for a trunk or masks that the form cannot work with.
     """
@@ -44,7 +44,7 @@ class MaskedStudent(nn.Module):
         for hiding in self._hidings:
             hiding.build(self, settings, mask)
             width = hiding.width(settings, width)
-        self.head = build_head(width, targets)
+        self.head = build_head(settings.head, width, targets)
         for hiding in self._hidings:
             hiding.draw(self)
         draw_linear(self.head)
