@@ -3,8 +3,8 @@
     python -m tools.mutants [--seed 0] [--drawn 18] [--minutes 4] [--only 3 7] [--list] [--out runs/mutants.json]
 
 Twelve places are named here, three of each kind of fault (sign, off by one, dropped seed, skipped flush to the disk); the others
-are drawn over the syntax trees of all rooms. Each change is made in a copy of the tree beside this one, where the tests of its room
-and of the programs run until one fails. Exit code 0: at most 4 of 30 survived; 1: more did.
+are drawn over the syntax trees of all rooms. Each change is made in a copy of the tree beside this one, where the tests of its
+room and of the programs run until one fails. Exit code 0: at most 4 of 30 survived; 1: more did.
 """
 
 from __future__ import annotations
@@ -45,7 +45,20 @@ class Mutant(NamedTuple):
         return f"{self.kind:<12} {self.file}:{self.line}  {_short(self.old)}  ->  {_short(self.new)}"
 
 
-NAMED: list[tuple[str, str, str, str]] = []
+NAMED = [
+    ("sign", "eva_mim/tasks/masked.py", "LossTerm(-_mean(cosine)", "LossTerm(_mean(cosine)"),
+    ("sign", "eva_mim/optim/schedule.py", "0.5 * (start - end)", "0.5 * (end - start)"),
+    ("sign", "eva_mim/tasks/contrastive.py", "return -F.logsigmoid(", "return F.logsigmoid("),
+    ("off by one", "eva_mim/optim/schedule.py", "(step + 1) / warmup", "step / warmup"),
+    ("off by one", "eva_mim/data/sampler.py", "range(first, last):", "range(first + 1, last + 1):"),
+    ("off by one", "eva_mim/teachers/frozen.py", "return settings.layer % blocks", "return (settings.layer + 1) % blocks"),
+    ("dropped seed", "eva_mim/data/sampler.py", 'derive(self.seed, "order", epoch)', 'derive(0, "order", epoch)'),
+    ("dropped seed", "eva_mim/data/preparation.py", "derive(self.seed, purpose", "derive(0, purpose"),
+    ("dropped seed", "eva_mim/run/loop.py", 'seed_all(derive(self.run.seed, "step", self.step, rank()))', "pass"),
+    ("no flush", "eva_mim/core/files.py", "        fsync(temporary)\n", ""),
+    ("no flush", "eva_mim/run/checkpoints.py", "    flush_folder(temporary)\n", ""),
+    ("no flush", "eva_mim/data/feature_store.py", "        fsync(file)\n", "        pass\n"),
+]
 """(kind, file, old text, new text); the old text is in the file once."""
 
 

@@ -15,8 +15,8 @@ from pretrain.mim import StageRecipe
 from tests.tiny import MIM, losses, records, run, write_recipe
 
 TEACHERS = {
-    "vit": {"kind": "timm", "name": "vit_nano_patch4_32"},
-    "patches": {"kind": "pixels", "name": "patch4", "image_size": 32, "weight": 0.5},
+    "vit": {"kind": "timm", "name": "vit_nano_patch4_32", "image_size": 16},
+    "patches": {"kind": "pixels", "name": "patch8", "image_size": 32, "weight": 0.5},
 }
 TWO: dict[str, Any] = {name: value for name, value in MIM.items() if name != "teacher"} | {
     "teachers": TEACHERS, "run": MIM["run"] | {"epochs": 1},
@@ -43,7 +43,7 @@ def test_two_teachers_train_on_one_process_and_on_two(tmp_path: Path) -> None:
     assert record["teachers"].keys() == TEACHERS.keys()
     assert len(record["teachers"]["vit"]["sha256"]) == 64
     heads = load_file(tmp_path / "two" / "head.safetensors")
-    assert (heads["head.vit.weight"].shape[0], heads["head.patches.weight"].shape[0]) == (96, 48)
+    assert (heads["head.vit.weight"].shape[0], heads["head.patches.weight"].shape[0]) == (96, 192)
 
 
 def test_one_teacher_stands_for_itself_or_in_the_mapping() -> None:
