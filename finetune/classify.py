@@ -62,7 +62,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
     """Task, data and evaluator of a classifier that learns from images."""
     from eva_mim.data.preparation import LabelledPreparation
-    from eva_mim.evaluate.evaluators import ClassifierEvaluator
+    from eva_mim.evaluate.labels import ClassifierEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.tasks.labels import Labels

@@ -22,8 +22,8 @@ from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import HOLD_OUT_SEED, Splits, Subset
 from eva_mim.engine.step import autocast
-from eva_mim.evaluate.evaluators import ProbeEvaluator
 from eva_mim.evaluate.features import ridge_accuracy
+from eva_mim.evaluate.probe import ProbeEvaluator
 from eva_mim.run.loaders import batch_cut, eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.students.classifier import LinearProbe

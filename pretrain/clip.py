@@ -84,7 +84,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.data.preparation import ImageTextPreparation
     from eva_mim.data.prompts import prompt_templates
     from eva_mim.data.subset import open_splits
-    from eva_mim.evaluate.evaluators import ClipEvaluator
+    from eva_mim.evaluate.contrastive import ClipEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built

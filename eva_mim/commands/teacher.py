@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from eva_mim.core.contracts import Bands, Teacher
+    from eva_mim.core.bands import Bands
+    from eva_mim.core.contracts import Teacher
 
 PICTURES = 32
 """Pictures looked at."""

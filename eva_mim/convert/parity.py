@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
 
-from eva_mim.core.contracts import Bands
+from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few

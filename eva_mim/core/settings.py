@@ -38,6 +38,14 @@ class For:
         self.setting, self.values, self.reread = setting, values, reread
 
 
+class Runtime:
+    """Marks a setting, in its annotation, that decides no result, or only where it is computed: a run may be resumed with another
+    value. Rounding may differ, and what draws by rank or micro-batch (drop path, mixup)."""
+
+
+RUNTIME = Runtime()
+
+
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values never change."""
 
@@ -48,6 +56,15 @@ class Settings(BaseModel):
         """The value that the section `tree` has for a setting that others depend on (`For`): written, or by default. None where
         nothing depends on it."""
         return tree.get(setting, cls.model_fields[setting].default)
+
+    def results(self) -> dict[str, Any]:
+        """The settings that a result depends on, in JSON's types: all but those marked `RUNTIME`, here and in sections."""
+        return self.model_dump(mode="json", exclude=self._runtime())
+
+    def _runtime(self) -> dict[str, Any]:
+        marked: dict[str, Any] = {name: True for name, field in type(self).model_fields.items() if RUNTIME in field.metadata}
+        sections = {name: value._runtime() for name, value in self if isinstance(value, Settings)}
+        return marked | {name: inner for name, inner in sections.items() if inner}
 
 
 S = TypeVar("S", bound=Settings)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from eva_mim.core.settings import For, Settings
+from eva_mim.core.settings import RUNTIME, For, Settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
@@ -166,12 +166,12 @@ class DataSettings(SourceSettings):
     templates: str | list[str] = ["a photo of a {}."]
     """Captions for labelled images without one ("{}" is the class name), and the zero-shot prompts: a list, or "openai" (80) or
     "simple" (7), those of CLIP's authors for ImageNet as open_clip has them."""
-    expected: int | None = Field(None, ge=1)
+    expected: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Number of training images that the recipe was written for; a source with another number is refused."""
-    quarantine: Path | None = None
+    quarantine: Annotated[Path | None, RUNTIME] = None
     """Records that are not read: the list that `eva-mim data verify` writes. Each is replaced like a broken one, by the same
     sample, but not counted."""
-    workers: int = Field(1, ge=0)
+    workers: Annotated[int, RUNTIME] = Field(1, ge=0)
     """Loader processes of each rank; no result depends on it."""
     max_broken: Share = 0.01
     """The run stops when more than this share of the images read is broken."""

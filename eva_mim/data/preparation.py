@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import B, Bands, ImageTextBatch, LabelledBatch, MaskedBatch, Sample
+from eva_mim.core.bands import Bands
+from eva_mim.core.contracts import B, ImageTextBatch, LabelledBatch, MaskedBatch, Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.timing import phase
 from eva_mim.data.masking import Mask

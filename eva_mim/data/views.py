@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
-from eva_mim.core.contracts import Bands
+from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
 from eva_mim.core.rng import isolated
 from eva_mim.core.timing import phase

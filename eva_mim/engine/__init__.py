@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from eva_mim.core.registry import ENGINES, lookup
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import RUNTIME, Settings
 from eva_mim.optim import OptimSettings
 
 
@@ -19,16 +19,16 @@ class RunSettings(Settings):
     """Training images seen in all, in place of `epochs`; rounded to whole steps."""
     global_batch: int = Field(ge=1)
     """Images in one optimizer step, over all processes."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Images in one forward pass of one process; default global_batch / processes. Less of it accumulates gradients."""
     seed: int = 0
-    engine: str = "local"
+    engine: Annotated[str, RUNTIME] = "local"
     """"local" (one process) or "deepspeed" (any number)."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], RUNTIME] = 0
     """DeepSpeed's sharding: 1 optimizer state, 2 and gradients, 3 and parameters."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward pass (autocast); fp16 with a dynamic loss scale. Weights, optimizer and losses are fp32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Keep an exponential moving average of the weights and evaluate it as well."""
     ema_warmup: bool = True
@@ -38,21 +38,21 @@ class RunSettings(Settings):
     """Epochs between evaluations; the end is always evaluated."""
     evaluate_steps: int | None = Field(None, ge=1)
     """Steps between evaluations, in place of `evaluate_every`."""
-    log_every: int = Field(20, ge=1)
+    log_every: Annotated[int, RUNTIME] = Field(20, ge=1)
     """Steps between log lines. There the host waits for the device; DeepSpeed's ZeRO 1 to 3 also waits in each step, for the
     norm of the gradient."""
     max_skips: int = Field(20, ge=1)
     """Steps in a row without a finite gradient before the run rewinds to its last checkpoint and leaves their samples out.
     fp16 needs up to 17 to bring its loss scale from 2^16 down to 1."""
-    max_rewinds: int = Field(3, ge=0)
+    max_rewinds: Annotated[int, RUNTIME] = Field(3, ge=0)
     """Rewinds before the run stops with a dump for `eva-mim replay`."""
-    timeout_minutes: float = Field(30.0, gt=0.0)
+    timeout_minutes: Annotated[float, RUNTIME] = Field(30.0, gt=0.0)
     """How long processes wait for a sign of each other before the run stops. One that works while others wait gives signs."""
-    checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_every: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Steps between checkpoints; default one epoch."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: Annotated[int, RUNTIME] = Field(2, ge=1)
     """Newest checkpoints kept."""
-    keep_every: int | None = Field(None, ge=1)
+    keep_every: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Besides these, checkpoints whose step is a multiple of this are kept for good; null keeps none."""
 
     def steps(self, steps_per_epoch: int) -> int:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from eva_mim.core.contracts import Bands, Source
+from eva_mim.core.bands import Bands
+from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 from eva_mim.data.class_lists import class_id, layout_classes, layout_of, positions, table

@@ -15,7 +15,7 @@ from eva_mim.core.settings import few
 from eva_mim.data.class_lists import SYNSET, read_classes, spoken
 from eva_mim.data.prompts import imagenet_names, prompt_templates, read_lines
 from eva_mim.engine.step import autocast
-from eva_mim.evaluate.evaluators import class_features
+from eva_mim.evaluate.contrastive import class_features
 from eva_mim.trunks.create import create
 from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise

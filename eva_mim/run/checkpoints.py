@@ -141,11 +141,12 @@ def newest(out: Path) -> tuple[int, Path] | None:
     return run_on_main(search)
 
 
-def load(folder: Path, parts: Mapping[str, StateGroup]) -> dict[str, Any]:
-    """Put a checkpoint back on all ranks; returns its facts. Raises UserError where names, shapes or, after all is done, the norm
-    of a part is not what it should be: never a part of a load."""
+def load(folder: Path, parts: Mapping[str, StateGroup], *, alone: bool = False) -> dict[str, Any]:
+    """Put a checkpoint back on all ranks; returns its facts. `alone`: these parts and no others, for a module that does not go on
+    training. Raises UserError where names, shapes or, after all is done, the norm of a part is not what it should be: never a
+    part of a load."""
     manifest = read_manifest(folder)
-    if set(manifest["norms"]) != set(parts):
+    if not (set(manifest["norms"]) >= set(parts) if alone else set(manifest["norms"]) == set(parts)):
         raise UserError(f"{folder} holds {', '.join(sorted(manifest['norms']))}, but this run keeps {', '.join(sorted(parts))}")
     opened = {name: open_checkpoint(folder / file_of(name)) for name in parts}
     for name, part in parts.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +25,10 @@ from eva_mim.optim import OptimSettings
 from eva_mim.optim.schedule import rates_at
 from eva_mim.run import checkpoints as snapshot
 from eva_mim.run.dump import write_dump
+from eva_mim.run.measure import EMA, average_of, measure
 from eva_mim.run.meter import Meter, Row, Window
 from eva_mim.run.signals import caught_signals
 from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
-
-EMA = "ema"
 
 
 @dataclass
@@ -40,6 +39,21 @@ class Parts:
     train: TrainData
     evaluator: Evaluator
     max_broken: float
+
+
+class RunState(NamedTuple):
+    """What a run goes on with beside its tensors, in JSON's types."""
+
+    window: list[Row]
+    """Figures since the last log line, a row for each rank."""
+    broken: int
+    """Records that could not be read so far, over all ranks."""
+    skipped: int
+    """Steps left out so far."""
+    alarm: list[float]
+    """`SpikeAlarm.state`."""
+    evaluation_due: bool
+    """An evaluation belongs between this step and the next."""
 
 
 @dataclass
@@ -59,7 +73,7 @@ class Loop:
         self.parts, self.engine, self.run, self.optim, self.out, self.device = parts, engine, run, optim, out, device
         self.steps_per_epoch = parts.train.steps_per_epoch
         self.total = run.steps(self.steps_per_epoch)
-        self.ema = self._make_ema()
+        self.ema = average_of(engine.module, run)
         self.detours = SkippedData(out, is_main())
         self.norm_statistics = [buffer for name, buffer in engine.module.named_buffers()
                                 if name.endswith(("running_mean", "running_var"))]
@@ -223,7 +237,9 @@ class Loop:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        self.metrics = self.measure()
+        self._average_norm_statistics()
+        with self.engine.full_module() as module:
+            self.metrics = measure(self.parts.evaluator, module, self.ema, self.engine.autocast)
         self.log.write("eval", self.step, self.step * self.run.global_batch, self.metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         took = time.perf_counter() - began
@@ -231,34 +247,10 @@ class Loop:
         self.meter.started += took
         self.evaluation_due = False
 
-    @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Held-out figures of the student, and of its average where one is kept. Every rank must call."""
-        self._average_norm_statistics()
-        with measuring(Stopwatch()):  # its teacher and student passes are none of a step's
-            with self.engine.full_module() as module:
-                metrics = self._figures(module, "")
-            if self.ema is not None:
-                metrics |= self._figures(self.ema.module, "ema_")
-        return metrics
-
-    def _figures(self, module: Any, prefix: str) -> dict[str, float]:
-        module.eval()
-        values = self.parts.evaluator(module, self.engine.autocast)
-        module.train()
-        return {prefix + name: value for name, value in values.items()}
-
     def _average_norm_statistics(self) -> None:
         # Each rank's batch norms have seen other images; evaluation and checkpoints need one answer.
         for buffer in self.norm_statistics if world_size() > 1 else ():
             buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
-
-    def _make_ema(self) -> Any:
-        if self.run.ema_decay is None:
-            return None
-        from timm.utils import ModelEmaV3
-
-        return ModelEmaV3(self.engine.module, decay=self.run.ema_decay, use_warmup=self.run.ema_warmup)
 
     def _save(self, streak: SkipCounter) -> None:
         # A checkpoint is a place to rewind to: none is written in a streak (its steps leave the weights alone), but at the end.
@@ -268,14 +260,9 @@ class Loop:
         with phase("checkpoint"):
             self._average_norm_statistics()
             self.log.flush()
-            facts = {
-                "window": self.meter.rows(self.device),
-                "broken": self.broken + self.meter.broken_everywhere(self.device),
-                "skipped": self.skipped,
-                "alarm": self.alarm.state(),
-                "evaluation_due": self.evaluation_due,
-            }
-            self.writer.save(self.step, self._parts(), facts)
+            broken = self.broken + self.meter.broken_everywhere(self.device)
+            kept = RunState(self.meter.rows(self.device), broken, self.skipped, self.alarm.state(), self.evaluation_due)
+            self.writer.save(self.step, self._parts(), kept._asdict())
 
     def _parts(self) -> dict[str, StateGroup]:
         return self.engine.state() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
@@ -289,9 +276,8 @@ class Loop:
         return self._restore(*found)
 
     def _restore(self, step: int, folder: Path) -> int:
-        facts = snapshot.load(folder, self._parts())
-        self.window, self.broken, self.skipped = facts["window"], facts["broken"], facts["skipped"]
-        self.evaluation_due = facts["evaluation_due"]
-        self.alarm.restore(facts["alarm"])
+        kept = RunState(**snapshot.load(folder, self._parts()))
+        self.window, self.broken, self.skipped, self.evaluation_due = kept.window, kept.broken, kept.skipped, kept.evaluation_due
+        self.alarm.restore(kept.alarm)
         self.step = step
         return step

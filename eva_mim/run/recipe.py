@@ -14,15 +14,6 @@ from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.trunks import TrunkSettings
 from eva_mim.weights import HandOverSettings
 
-RUNTIME = {
-    "run": ["log_every", "checkpoint_every", "keep_last", "keep_every", "max_rewinds", "timeout_minutes", "device",
-            "engine", "zero_stage", "micro_batch"],
-    "data": ["workers", "expected", "quarantine"],
-    "contrastive": ["chunk"],
-}
-"""Settings that decide no result, or only where it is computed: a run may be resumed with other values. Rounding differs with the
-latter, and what draws by rank or micro-batch (drop path, mixup)."""
-
 
 class Recipe(Settings):
     """Settings of one stage. Order of starting: the run's own last checkpoint, else `init_from`, else scratch."""
@@ -63,7 +54,7 @@ class Recipe(Settings):
 
     def identity_tree(self) -> dict[str, Any]:
         """The settings that a result depends on; parents stand for their content elsewhere, so their paths are left out."""
-        tree = self.model_dump(mode="json", exclude={section: set(names) for section, names in RUNTIME.items()})
+        tree = self.results()
         for setting in self.parents():
             *sections, leaf = setting.split(".")
             inner = tree

@@ -30,8 +30,10 @@ from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import as_tree, differences, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
-from eva_mim.engine.step import slowdown
+from eva_mim.engine.step import autocast, slowdown
+from eva_mim.run.checkpoints import kept_here, load, newest
 from eva_mim.run.loop import Loop, Parts
+from eva_mim.run.measure import EMA, average_of, measure
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
 from eva_mim.run.state import StageIdentity, StageState, figures, state_of
@@ -99,7 +101,7 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None 
     if is_main():
         built.export(out, weights)
         if trained.ema is not None:
-            built.export(_subfolder(out, "ema"), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
+            built.export(_subfolder(out, EMA), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
         steps = recipe.run.steps(built.parts.train.steps_per_epoch)
         record = begun | {
             "finished": True,
@@ -122,9 +124,9 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None 
 
 
 def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
-    """Load the newest checkpoint of a run and measure it again: (figures now, figures on record).
+    """Load the weights of a run's newest checkpoint and measure them again: (figures now, figures on record).
 
-    `overrides` change settings of the run, such as data.root. Every rank must call. Raises UserError.
+    `overrides` change settings of the run, such as data.root. Every rank must call, and has the full weights. Raises UserError.
     """
     record = RunFolder(out).record()
     if not record or RunFolder(out).latest() is None:
@@ -134,8 +136,14 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     recipe = resolve(stage.recipe, read_yaml(settings), overrides, str(settings))
     device, built = prepare(recipe, stage.build)
     _same_classes(out, record, built)
-    engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
-    return Loop(built.parts, engine, recipe.run, recipe.optim, out, device).measure(), record.get("metrics", {})
+    found = newest(out)
+    assert found is not None
+    student = built.parts.task.student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = average_of(student, recipe.run)
+    parts = {"module": student} | ({} if average is None else {EMA: average.module})
+    load(found[1], {name: kept_here(module.state_dict()) for name, module in parts.items()}, alone=True)
+    now = measure(built.parts.evaluator, student, average, partial(autocast, device, recipe.run.precision))
+    return now, record.get("metrics", {})
 
 
 def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:

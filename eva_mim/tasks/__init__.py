@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import RUNTIME, Settings
 
 
 class ObjectiveSettings(Settings):
@@ -21,7 +21,7 @@ class ContrastiveSettings(Settings):
 
     kind: Literal["clip", "siglip"] = "clip"
     """"clip": cross entropy over the batch, both ways; "siglip": one sigmoid for each pair, with a learned bias."""
-    chunk: int | None = Field(None, ge=1)
+    chunk: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Rows of logits computed at once, and again in the backward pass: memory chunk x global_batch in place of a whole
     micro-batch's (with accumulation: of all of this process's). The result is the same. Default all rows."""
 

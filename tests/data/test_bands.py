@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from eva_mim.cli import main
-from eva_mim.core.contracts import Bands
+from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data import RGB, Pixels, ViewSettings

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_mim.core.contracts import ImageTextBatch, LabelledBatch, MaskedBatch
-from eva_mim.evaluate.evaluators import ClassifierEvaluator, ClipEvaluator, MaskedFeatureEvaluator, by_rank
+from eva_mim.evaluate.contrastive import ClipEvaluator, by_rank
 from eva_mim.evaluate.features import knn_accuracy, ridge_accuracy
+from eva_mim.evaluate.labels import ClassifierEvaluator
+from eva_mim.evaluate.masked import MaskedFeatureEvaluator
 from eva_mim.students import ClipSettings, MaskedSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
@@ -198,8 +200,8 @@ def test_rows_shared_among_ranks_come_back_in_order(monkeypatch: pytest.MonkeyPa
     cut = [[10 * group + member for member in range(group + 1)] for group in range(groups)]
     done: list[Tensor] = []
     for rank in range(world):
-        monkeypatch.setattr("eva_mim.evaluate.evaluators.world_size", lambda: world)
-        monkeypatch.setattr("eva_mim.evaluate.evaluators.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("eva_mim.evaluate.contrastive.world_size", lambda: world)
+        monkeypatch.setattr("eva_mim.evaluate.contrastive.rank", lambda rank=rank: rank)
         sent: list[Tensor] = []
 
         def all_gather(rows: Tensor, sent: list[Tensor] = sent, rank: int = rank) -> Tensor:
@@ -207,7 +209,7 @@ def test_rows_shared_among_ranks_come_back_in_order(monkeypatch: pytest.MonkeyPa
             others = [value for other in range(world) for group in cut[other::world] for value in group]
             return torch.tensor(others).float().view(-1, 1)
 
-        monkeypatch.setattr("eva_mim.evaluate.evaluators.all_gather_rows", all_gather)
+        monkeypatch.setattr("eva_mim.evaluate.contrastive.all_gather_rows", all_gather)
         result = by_rank(cut, lambda group: torch.tensor(group).float().view(-1, 1))
         assert result[:, 0].tolist() == [value for group in cut for value in group]
         done += sent

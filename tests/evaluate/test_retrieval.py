@@ -19,7 +19,7 @@ from eva_mim.data.preparation import ImageTextPreparation
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView
 from eva_mim.evaluate import retrieval as module
-from eva_mim.evaluate.evaluators import ClipEvaluator
+from eva_mim.evaluate.contrastive import ClipEvaluator
 from eva_mim.evaluate.retrieval import nearest, retrieval
 from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent

@@ -27,8 +27,8 @@ from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import Subset, open_splits
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
-from eva_mim.evaluate.evaluators import ProbeEvaluator
 from eva_mim.evaluate.features import ridge_accuracy
+from eva_mim.evaluate.probe import ProbeEvaluator
 from eva_mim.optim import OptimSettings
 from eva_mim.run.loaders import eval_loader, train_loader
 from eva_mim.run.stage import prepare

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from eva_mim.commands.data import add_processes, positive
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
-from eva_mim.core.contracts import Bands, Sample, Source
+from eva_mim.core.bands import Bands
+from eva_mim.core.contracts import Sample, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import replacing
 from eva_mim.core.log import Progress

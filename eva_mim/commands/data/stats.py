@@ -14,7 +14,8 @@ import numpy.typing as npt
 from eva_mim.commands.data import add_processes, positive
 from eva_mim.commands.data.index import read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
-from eva_mim.core.contracts import Bands, Source
+from eva_mim.core.bands import Bands
+from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
 from eva_mim.core.rng import derive

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from eva_mim.core.contracts import Bands, Sample
+from eva_mim.core.bands import Bands
+from eva_mim.core.contracts import Sample
 from eva_mim.core.timing import phase
 from eva_mim.data import MAX_CHANNELS, RGB, Pixels
 

@@ -1,0 +1,33 @@
+"""Held-out accuracy of a classifier. Every rank measures its own samples; counts are summed, so nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from eva_mim.core.contracts import LabelledBatch
+from eva_mim.evaluate.counts import TopCounts
+
+Autocast = Callable[[], Any]
+
+
+class ClassifierEvaluator:
+    """Accuracy over exactly the held-out samples."""
+
+    headline = "top1"
+
+    def __init__(self, val: Iterable[LabelledBatch], device: torch.device):
+        self.val, self.device = val, device
+
+    def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]:
+        """`top1` and `top5` in percent, `loss` without smoothing."""
+        counts = TopCounts(self.device)
+        for batch in (batch.to(self.device) for batch in self.val):
+            with autocast():
+                logits = student(batch.images).float()
+            counts.add(logits, batch.labels, F.cross_entropy(logits, batch.labels, reduction="sum"))
+        return counts.figures()
