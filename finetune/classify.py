@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from eva_mim.data.subset import Splits
     from eva_mim.run.loop import Parts
-    from eva_mim.run.stage import Built
+    from eva_mim.run.stage import Built, Networks
     from eva_mim.students.classifier import Classifier
 
 
@@ -52,11 +52,17 @@ class StageRecipe(Recipe):
         return self
 
 
-def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Classifier, data and evaluator of a recipe."""
+def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
+    """The classifier of as many classes; 1,000 where that is not known."""
+    from eva_mim.run.stage import Networks
     from eva_mim.students.classifier import Classifier
 
-    return build_classifier(recipe, device, Classifier, image_parts)
+    return Networks(Classifier(recipe.student, classes or 1000))
+
+
+def build(recipe: StageRecipe, device: torch.device) -> Built:
+    """Classifier, data and evaluator of a recipe."""
+    return build_classifier(recipe, device, networks, image_parts)
 
 
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
@@ -74,7 +80,7 @@ def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device
 
 
 def build_classifier(
-    recipe: R, device: torch.device, kind: Callable[[ClassifierSettings, int], C],
+    recipe: R, device: torch.device, networks_of: Callable[[R, int], Networks],
     parts_of: Callable[[R, C, Splits, torch.device], Parts],
 ) -> Built:
     """The same around another kind of classifier and other parts of a run (a linear probe)."""
@@ -94,7 +100,7 @@ def build_classifier(
     if splits.val.classes != classes:
         raise UserError(f"data.held_out: its classes ({describe(splits.val.classes or ())}) are not those of the training images "
                         f"({describe(classes)})")
-    student = kind(recipe.student, len(classes))
+    student: C = networks_of(recipe, len(classes)).student
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         pool = recipe.student.global_pool
@@ -114,7 +120,7 @@ def build_classifier(
     )
 
 
-STAGE = Stage("classify", "Fine-tuning of a classifier.", StageRecipe, build)
+STAGE = Stage("classify", "Fine-tuning of a classifier.", StageRecipe, networks, build)
 main = STAGE.main
 
 

@@ -16,7 +16,7 @@ from finetune.classify import build_classifier
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.run.stage import Built
+    from eva_mim.run.stage import Built, Networks
 
 
 class StageRecipe(ClassifyRecipe):
@@ -65,18 +65,22 @@ class StageRecipe(ClassifyRecipe):
         return self
 
 
-def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Frozen trunk, linear layers, data and evaluator of a recipe."""
-    from functools import partial
-
+def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
+    """Frozen trunk and linear layers for as many classes; 1,000 where that is not known."""
+    from eva_mim.run.stage import Networks
     from eva_mim.students.classifier import LinearProbe
+
+    return Networks(LinearProbe(recipe.student, classes or 1000, scales=[lr / recipe.optim.lr for lr in recipe.lrs]))
+
+
+def build(recipe: StageRecipe, device: torch.device) -> Built:
+    """Networks, data and evaluator of a recipe."""
     from finetune.probe_data import probe_parts
 
-    scales = [lr / recipe.optim.lr for lr in recipe.lrs]
-    return build_classifier(recipe, device, partial(LinearProbe, scales=scales), probe_parts)
+    return build_classifier(recipe, device, networks, probe_parts)
 
 
-STAGE = Stage("probe", "Linear probe on frozen features.", StageRecipe, build)
+STAGE = Stage("probe", "Linear probe on frozen features.", StageRecipe, networks, build)
 main = STAGE.main
 
 

@@ -19,7 +19,7 @@ from eva_mim.tasks import ContrastiveSettings
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.run.stage import Built
+    from eva_mim.run.stage import Built, Networks
 
 
 class StageRecipe(Recipe):
@@ -74,6 +74,21 @@ class StageRecipe(Recipe):
         return found
 
 
+def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
+    """The towers. Without weights a text tower has no lock: there would be nothing worth keeping."""
+    from eva_mim.run.stage import Networks
+    from eva_mim.students.clip import ClipStudent
+    from eva_mim.weights.clip import with_text_of
+
+    settings = recipe.student
+    if not weights:
+        text = settings.text.model_copy(update={"weights": None, "projection": None})
+        settings = settings.model_copy(update={"text": text, "lock_text": False})
+    elif settings.init == "clip" and recipe.init_from is not None:
+        settings = with_text_of(settings, recipe.init_from)
+    return Networks(ClipStudent(settings))
+
+
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Towers, data and evaluator of a recipe."""
     from functools import partial
@@ -88,16 +103,13 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
-    from eva_mim.students.clip import ClipStudent, as_open_clip
+    from eva_mim.students.clip import as_open_clip
     from eva_mim.tasks.contrastive import Contrastive, ImageText
-    from eva_mim.weights.clip import init_clip_from_clip, with_text_of
+    from eva_mim.weights.clip import init_clip_from_clip
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
 
     splits = open_splits(recipe.data)
-    settings = recipe.student
-    if settings.init == "clip" and recipe.init_from is not None:
-        settings = with_text_of(settings, recipe.init_from)
-    student = ClipStudent(settings)
+    student = networks(recipe).student
     tokenize = student.tokenizer()
     sizes = [student.image_size]
     paired = partial(ImageTextPreparation, tokenize=tokenize, templates=prompt_templates(recipe.data.templates))
@@ -117,8 +129,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_json(out / CLIP_CONFIG, student.open_clip_config())
 
     train = train_loader(recipe, splits.train, sizes, recipe.view, paired)
-    if settings.init == "clip" and recipe.init_from is not None:
-        seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, settings, recipe.hand_over)
+    if recipe.student.init == "clip" and recipe.init_from is not None:
+        seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, recipe.student, recipe.hand_over)
     else:
         seeded = seed_from(recipe, student.trunk)
         for name in student.model.visual.head.state_dict() if seeded else ():
@@ -135,7 +147,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-STAGE = Stage("clip", "Contrastive image-text training with open_clip's model and loss.", StageRecipe, build)
+STAGE = Stage("clip", "Contrastive image-text training with open_clip's model and loss.", StageRecipe, networks, build)
 main = STAGE.main
 
 

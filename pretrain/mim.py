@@ -22,7 +22,7 @@ from eva_mim.teachers import TeacherSettings
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.run.stage import Built
+    from eva_mim.run.stage import Built, Networks
 
 
 TeacherName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
@@ -87,8 +87,27 @@ class StageRecipe(Recipe):
         return found
 
 
+def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
+    """Student, with a head for each teacher, and teachers. Raises UserError where they do not fit each other."""
+    from eva_mim.run.stage import Networks
+    from eva_mim.students.initialise import initialise
+    from eva_mim.students.masked import MaskedStudent
+    from eva_mim.tasks.masked import check_grids
+    from eva_mim.teachers import build_teacher
+
+    teachers = {}
+    for name, settings in recipe.all_teachers.items():
+        teachers[name] = build_teacher(settings, recipe.data.channels_of_all, weights=weights)
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    student = MaskedStudent(recipe.student, widths["teacher"] if recipe.teacher else widths, recipe.mask)
+    initialise(student, recipe.student.init)
+    for name, teacher in teachers.items():
+        check_grids(student.grid, student.image_size, teacher, recipe.all_teachers[name].path)
+    return Networks(student, teachers)
+
+
 def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Teachers, student, data and evaluator of a recipe."""
+    """Networks, data and evaluator of a recipe."""
     from functools import partial
 
     from eva_mim.core.files import write_weights
@@ -101,22 +120,14 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
-    from eva_mim.students.initialise import initialise
-    from eva_mim.students.masked import MaskedStudent
     from eva_mim.targets.live import LiveTargets
-    from eva_mim.tasks.masked import MaskedFeatures, check_grids
-    from eva_mim.teachers import build_teacher
+    from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
 
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
-    teachers = {name: build_teacher(settings, recipe.data.channels_of_all) for name, settings in recipe.all_teachers.items()}
-    widths = {name: teacher.width for name, teacher in teachers.items()}
-    student = MaskedStudent(recipe.student, widths["teacher"] if recipe.teacher else widths, recipe.mask)
-    initialise(student, recipe.student.init)
-    for name, teacher in teachers.items():
-        check_grids(student.grid, student.image_size, teacher, recipe.all_teachers[name].path)
-        teacher.to(device)
+    made = networks(recipe)
+    student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
     weights = {name: settings.weight for name, settings in recipe.all_teachers.items()}
     task = MaskedFeatures(student, LiveTargets(teachers), objective, weights)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values())]
@@ -145,7 +156,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-STAGE = Stage("mim", "Masked feature pretraining with a frozen teacher.", StageRecipe, build)
+STAGE = Stage("mim", "Masked feature pretraining with a frozen teacher.", StageRecipe, networks, build)
 main = STAGE.main
 
 

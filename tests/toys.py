@@ -25,7 +25,7 @@ from eva_mim.run.loaders import eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
-from eva_mim.run.stage import Built
+from eva_mim.run.stage import Built, Networks
 from eva_mim.teachers import TeacherSettings
 from eva_mim.trunks.create import build_trunk
 from eva_mim.weights.export import write_timm
@@ -106,9 +106,14 @@ class BrightnessEvaluator:
         return {"error": float(torch.cat(errors).abs().mean())}
 
 
+def networks(recipe: Recipe, classes: int | None = None, *, weights: bool = True) -> Networks:
+    """The student of the toy stage."""
+    return Networks(Brightness(recipe))
+
+
 def build(recipe: Recipe, device: torch.device) -> Built:
     """Parts of the toy stage."""
-    splits, student = open_splits(recipe.data), Brightness(recipe)
+    splits, student = open_splits(recipe.data), networks(recipe).student
     train = train_loader(recipe, splits.train, [32], recipe.view, LabelledPreparation)
     evaluator = BrightnessEvaluator(eval_loader(recipe, splits.val, [32], recipe.view, LabelledPreparation))
 
@@ -118,7 +123,7 @@ def build(recipe: Recipe, device: torch.device) -> Built:
     return Built(Parts(BrightnessTask(student), train, evaluator, recipe.data.max_broken), export, splits.facts())
 
 
-STAGE = Stage("brightness", "Predict how bright an image is.", Recipe, build)
+STAGE = Stage("brightness", "Predict how bright an image is.", Recipe, networks, build)
 
 
 # ---- a command

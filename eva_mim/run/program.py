@@ -23,7 +23,7 @@ from eva_mim.run.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.run.stage import Built
+    from eva_mim.run.stage import Built, Networks
 
 GRACE = 2.0
 """Seconds in which the other ranks come to say the same, before a launcher that sees this one end ends them."""
@@ -82,8 +82,19 @@ class Stage:
     help: str
     """A sentence."""
     recipe: type[Recipe]
+    networks: Callable[..., Networks]
+    """(recipe, classes of its data: int | None, weights: bool) -> its student and teachers. With `weights` false none is read
+    from a file, so that `on_meta` knows sizes of any recipe at no cost."""
     build: Callable[[Any, torch.device], Built]
     """Makes networks, data and evaluator of a recipe."""
+
+    def on_meta(self, recipe: Recipe, classes: int | None = None) -> Networks:
+        """The networks of a recipe without memory for weights: names, shapes, grids and widths. `classes` of a head: as many as
+        the data has."""
+        import torch
+
+        with torch.device("meta"):
+            return self.networks(recipe, classes, weights=False)
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the stage from its command line; returns the exit code."""

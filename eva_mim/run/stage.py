@@ -45,6 +45,15 @@ LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pi
 
 
 @dataclass
+class Networks:
+    """What a recipe computes with, before any data is opened."""
+
+    student: Any
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+    """By name; not one of their weights may change."""
+
+
+@dataclass
 class Built:
     """Parts that a program builds from its recipe."""
 

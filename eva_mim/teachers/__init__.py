@@ -62,10 +62,11 @@ class TeacherSettings(Settings):
         return self
 
 
-def build_teacher(settings: TeacherSettings, channels: int = 3) -> Teacher:
-    """The teacher of images with so many channels, frozen, on the CPU. Raises UserError for an unknown name, missing weights, an
-    unusable trunk, and channels that do not fit."""
-    teacher: Teacher = lookup(TEACHERS, settings.kind, f"{settings.path}.kind")(settings)
+def build_teacher(settings: TeacherSettings, channels: int = 3, *, weights: bool = True) -> Teacher:
+    """The teacher of images with so many channels, frozen, on the default device; without `weights` its file is not read. Raises
+    UserError for an unknown name, missing weights, an unusable trunk, and channels that do not fit."""
+    build = lookup(TEACHERS, settings.kind, f"{settings.path}.kind")
+    teacher: Teacher = build(settings if weights else settings.model_copy(update={"weights": None}))
     from eva_mim.teachers.bands import with_bands
 
     return with_bands(teacher, settings, channels)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import open_clip
+import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
@@ -44,7 +45,8 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
 def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> FrozenTeacher:
     options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
     try:
-        model = create(name, by=open_clip.create_model, pretrained=pretrained, weights_only=True, **options)
+        device = torch.empty(0).device  # the default: open_clip would move what stands on the meta device
+        model = create(name, by=open_clip.create_model, pretrained=pretrained, weights_only=True, device=device, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     visual = model.visual

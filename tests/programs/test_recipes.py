@@ -21,10 +21,9 @@ from eva_mim.data import DataSettings
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import open_splits
 from eva_mim.optim.schedule import lr_at, rates_at
-from eva_mim.students.masked import MaskedStudent
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.open_clip import read_tower
-from pretrain.mim import StageRecipe
+from pretrain.mim import STAGE, StageRecipe
 from tests.conftest import REPOSITORY, make_folder
 
 IN_21K = 14_197_122
@@ -91,10 +90,7 @@ def teacher_map(name: str, image_size: int | None) -> tuple[tuple[int, int], tup
 
 @cache
 def student_of(name: str) -> Any:
-    recipe = read(name)
-    _, (_, _, width) = teacher_map(recipe.teacher.name, recipe.teacher.image_size)
-    with torch.device("meta"):
-        return MaskedStudent(recipe.student, width, recipe.mask)
+    return STAGE.on_meta(read(name)).student
 
 
 def test_no_published_recipe_is_missing() -> None:

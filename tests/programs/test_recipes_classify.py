@@ -25,7 +25,7 @@ from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.weights.handover import read_parent, seed_trunk
-from finetune.classify import StageRecipe
+from finetune.classify import STAGE, StageRecipe
 from finetune.probe import StageRecipe as ProbeRecipe
 from tests.conftest import REPOSITORY
 from tests.optim.test_optimizers import G_1K, G_21K, L_1K, L_21K
@@ -154,8 +154,8 @@ def classes_of(name: str) -> int:
 
 @cache
 def classifier(name: str) -> Classifier:
-    with torch.device("meta"):
-        return Classifier(read(f"classify/{name}").student, classes_of(name))
+    student: Classifier = STAGE.on_meta(read(f"classify/{name}"), classes_of(name)).student
+    return student
 
 
 def trunk_facts(name: str) -> Trunk:

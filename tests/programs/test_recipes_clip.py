@@ -24,7 +24,7 @@ from eva_mim.students import ClipSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.trunks.create import build_trunk
 from eva_mim.trunks.pixels import normalise
-from pretrain.clip import StageRecipe
+from pretrain.clip import STAGE, StageRecipe
 from pretrain.mim import StageRecipe as MimRecipe
 from tests.conftest import REPOSITORY
 
@@ -117,16 +117,10 @@ def read(name: str) -> StageRecipe:
     return parse(StageRecipe, read_yaml(path), str(path))
 
 
-def without_weights(settings: ClipSettings) -> ClipSettings:
-    """The text tower's weights are a download; without them nothing can be locked."""
-    text = settings.text.model_copy(update={"weights": None, "projection": None})
-    return settings.model_copy(update={"text": text, "lock_text": False})
-
-
 @cache
 def student_of(name: str) -> ClipStudent:
-    with torch.device("meta"):
-        return ClipStudent(without_weights(read(name).student))
+    student: ClipStudent = STAGE.on_meta(read(name)).student
+    return student
 
 
 @cache

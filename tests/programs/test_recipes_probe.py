@@ -4,12 +4,10 @@ github.com/baaivision/EVA, commit 5623d08."""
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.students.classifier import LinearProbe
-from finetune.probe import StageRecipe
+from finetune.probe import STAGE, StageRecipe
 from tests.programs.test_recipes_classify import CONFIGS, IN_1K, differing, header, mean_rate, parent_shapes, read, shapes
 
 PROBES = {"eva01_clip_g_224": (224, 1.0, "86.462 %"), "eva01_clip_g_336": (336, 0.6, "86.498 %")}
@@ -41,8 +39,7 @@ def test_a_published_probe(name: str) -> None:
     assert (recipe.mix.smoothing, recipe.view.randaugment, recipe.view.flip) == (0.0, None, 0.5)
     assert (recipe.view.crop_scale, recipe.view.crop_pct) == ((0.08, 1.0), 1.0)
     assert (recipe.probe.cached, recipe.lrs) == (False, (lr,))
-    with torch.device("meta"):
-        student = LinearProbe(recipe.student, 1000)
+    student = STAGE.on_meta(recipe).student
     assert sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad) == 1_409_000
     assert (student.image_size, student.trunk.global_pool) == (pixels, "token")
     assert isinstance(student.trunk.norm, nn.LayerNorm)
