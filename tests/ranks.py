@@ -1,7 +1,8 @@
 """Processes that stay for the session: tests call functions, and the programs themselves, in them, and start no programs.
 
-Importing the libraries costs more than a tiny run. `pool(n)` has n processes, for n > 1 the ranks of a gloo group; each has its
-own globals, signals and environment. A call that hangs is a failure, and after a failure the next call meets new processes.
+Importing the libraries costs more than a tiny run: it is done once, in a process that all others are forks of. `pool(n)` has n
+processes, for n > 1 the ranks of a gloo group; each has its own globals, signals and environment. A call that hangs is a failure,
+and after a failure the next call meets new processes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PATIENCE = 240.0
 GRACE = 10.0
 """Seconds for the other ranks to come to an end after one has failed."""
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PROGRAMS = ("pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "finetune.probe_data")
 _pools: dict[int, Pool] = {}
 
 
@@ -48,7 +50,7 @@ class Pool:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = zygote()
         self.lines: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -92,6 +94,13 @@ class Pool:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def zygote() -> Any:
+    """Context whose processes are forked off one that has imported the libraries: that takes 10 s, a fork none."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    multiprocessing.set_forkserver_preload(["tests.ranks", "eva_mim.run.stage", "open_clip", "deepspeed", *PROGRAMS])
+    return multiprocessing.get_context("forkserver")
 
 
 def pool(size: int) -> Pool:

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eva_mim.core.contracts import Batch, Rates, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, world_size
@@ -52,6 +53,7 @@ class DeepSpeedEngine(BaseEngine):
         micro = run.micro_batch or run.global_batch // world_size()
         # ZeRO 3 fetches parameters when a module is called; evaluation also calls parts of modules, so it gets a plain copy.
         self._plain = copy.deepcopy(student).to(device) if run.zero_stage == 3 else None
+        self._linear = functional.linear  # ZeRO 3 puts its own in the place, which rounds otherwise: not for evaluation
         groups = parameter_groups(student, optim)
         self._watched = build_optimizer(groups, optim)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
@@ -129,4 +131,8 @@ class DeepSpeedEngine(BaseEngine):
 
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             self._plain.load_state_dict(self.module.state_dict())
-        yield self._plain
+        zeros, functional.linear = functional.linear, self._linear
+        try:
+            yield self._plain
+        finally:
+            functional.linear = zeros

@@ -65,11 +65,11 @@ def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
 
 def test_grids_that_do_not_fit_name_both_ways_out(tmp_path: Path) -> None:
     """The sizes in the text really fit."""
-    tree = MIM | {"student": {"name": "vit_nano_patch4_32", "image_size": 48}}
+    tree = MIM | {"student": {"name": "vit_nano_patch4_32", "image_size": 24}}
     text = refused(tmp_path, "mim", tree)
-    assert "student grid 12x12 (48 px) does not match teacher grid 8x8 (32 px)" in text
-    assert "set student.image_size=32, or set teacher.image_size=48" in text
-    run("mim", tmp_path / "recipe.yaml", tmp_path / "run", "teacher.image_size=48", "run.epochs=1")
+    assert "student grid 6x6 (24 px) does not match teacher grid 4x4 (16 px)" in text
+    assert "set student.image_size=16, or set teacher.image_size=24" in text
+    run("mim", tmp_path / "recipe.yaml", tmp_path / "run", "teacher.image_size=24", "run.epochs=1")
 
 
 def test_broken_images_are_counted_named_and_replaced(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_mistakes_of_the_clip_stage(tmp_path: Path) -> None:
     text = refused(tmp_path, "clip", CLIP, "student.text={init_from: ViT-B-32, width: 64}")
     assert "student.text.width=64: the text tower of ViT-B-32 has 512; leave it out" in text
     few = ("run.engine=deepspeed", "run.global_batch=1")
-    done = started(command("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2), 2)
+    done = run("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2, code=2)
     said = "error: run.global_batch=1 is not a multiple of run.micro_batch=1 x 2 processes"
     assert done.stderr.count(said) == 2  # on every rank
-    assert "in main" not in done.stderr.split("ChildFailedError")[0].split("Traceback")[0]
+    assert "Traceback" not in done.stderr
 
 
 def test_class_lists_that_are_not_the_heads(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.tiny import CLASSIFY, MIM, losses, records, write_recipe
 
 pytestmark = pytest.mark.slow
 TEACHES: dict[str, Any] = MIM | {
-    "teacher": {"kind": "colours", "name": "mean"}, "objective": {"kind": "absolute"},
+    "teacher": {"kind": "colours", "name": "mean", "image_size": 16}, "objective": {"kind": "absolute"},
     "student": MIM["student"] | {"head": "wide"},
 }
 

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm)
 from eva_mim.trunks import TrunkSettings
 from eva_mim.weights.export import write_timm
-from tests.tiny import MIM, RUN, run, write_recipe
+from tests.tiny import MIM, RUN, VIT, run, write_recipe
 
 pytestmark = pytest.mark.slow
 Array = npt.NDArray[np.uint16]
@@ -104,10 +105,10 @@ def test_what_only_one_band_tells_is_learned_and_not_without_it(tmp_path: Path) 
 def test_five_bands_through_masked_training_classifier_and_probe(tmp_path: Path) -> None:
     """An RGB teacher sees three of the bands; the trunk starts from one of RGB."""
     torch.manual_seed(1)
-    parent = timm.create_model("vit_nano_patch4_32", num_classes=0)
+    parent = timm.create_model("vit_nano_patch4_32", patch_size=8, num_classes=0)
     (tmp_path / "rgb").mkdir()
-    write_timm(tmp_path / "rgb", parent, TrunkSettings(name="vit_nano_patch4_32"), parent.state_dict(), global_pool="token")
-    data, student = write_bands(tmp_path / "data", 5) | BANDS, {"name": "vit_nano_patch4_32", **FIVE}
+    write_timm(tmp_path / "rgb", parent, TrunkSettings(**VIT), parent.state_dict(), global_pool="token")
+    data, student = write_bands(tmp_path / "data", 5) | BANDS, VIT | FIVE
     tree = MIM | {
         "data": data, "student": student, "teacher": MIM["teacher"] | {"bands": [4, 1, 0]}, "init_from": str(tmp_path / "rgb"),
         "run": RUN | {"epochs": 1, "global_batch": 20, "ema_decay": 0.9}, "optim": OPTIM | {"lr": 5e-4},
@@ -120,7 +121,7 @@ def test_five_bands_through_masked_training_classifier_and_probe(tmp_path: Path)
     for folder in (tmp_path / "mim", tmp_path / "mim" / "ema"):
         model, weights = timm.create_model(f"local-dir:{folder}", pretrained=True), load_file(folder / "model.safetensors")
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-        assert weights["patch_embed.proj.weight"].shape == (96, 5, 4, 4)
+        assert weights["patch_embed.proj.weight"].shape == (96, 5, 8, 8)
     tuned = {"data": data, "student": student, "init_from": str(tmp_path / "mim"), "run": RUN | {"global_batch": 20},
              "optim": OPTIM}
     run("classify", write_recipe(tmp_path, tuned, "classify.yaml"), tmp_path / "classify")
@@ -147,7 +148,7 @@ def test_grey_images_through_masked_training_and_classifier(tmp_path: Path) -> N
                 image = stripes(1 - label, 1000 * (split == "val") + number)[:, :, 4] // 16
                 Image.fromarray(image.astype(np.uint8)).save(tmp_path / "data" / split / name / f"{number}.png")
     data = {"root": str(tmp_path / "data"), "train": "train", "val": "val", "workers": 0, "channels": 1}
-    student = {"name": "vit_nano_patch4_32", "mean": [0.37], "std": [0.22]}
+    student = VIT | {"mean": [0.37], "std": [0.22]}
     run("mim", write_recipe(tmp_path, MIM | {"data": data, "student": student}), tmp_path / "mim")
     assert json.loads((tmp_path / "mim" / "lineage.json").read_text())["teachers"]["teacher"]["bands"] == [0, 0, 0]
     tuned = {"data": data, "student": student, "init_from": str(tmp_path / "mim"), "run": RUN, "optim": OPTIM,

@@ -42,6 +42,7 @@ from finetune.probe_data import set_aside
 from tests.tiny import RUN, SCENES, VIT, losses, records, run, same_weights, stopped_after, write_recipe
 
 CPU = torch.device("cpu")
+MADE = {"model_name": VIT["name"], "patch_size": VIT["patch_size"]}
 LRS = [0.001, 0.01, 0.1]
 OPTIM = {"lr": 0.01, "warmup_epochs": 0, "weight_decay": 0.0, "betas": [0.9, 0.999], "clip_grad": None}
 LARS = {name: value for name, value in OPTIM.items() if name != "betas"} | {"optimizer": "lars"}
@@ -51,7 +52,7 @@ LARS = {name: value for name, value in OPTIM.items() if name != "betas"} | {"opt
 def probe(tmp_path: Path) -> dict[str, Any]:
     """A recipe of a cached sweep on a trunk as a stage leaves it."""
     torch.manual_seed(3)
-    trunk = timm.create_model(VIT["name"], num_classes=0)
+    trunk = timm.create_model(**MADE, num_classes=0)
     write_timm(folder(tmp_path), trunk, TrunkSettings(**VIT), trunk.state_dict())
     return {
         "data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT, "init_from": str(tmp_path / "trunk"),
@@ -303,7 +304,7 @@ def test_features_are_the_trunks_on_the_held_out_view(probe: dict[str, Any], cap
     """timm's own trunk on the loader's images; the ridge figure is that of these features."""
     recipe = parse(StageRecipe, probe, "recipe")
     _, built = prepare(recipe, build)
-    trunk = timm.create_model(VIT["name"], num_classes=0, global_pool="avg").eval()
+    trunk = timm.create_model(**MADE, num_classes=0, global_pool="avg").eval()
     weights = load_file(Path(probe["init_from"]) / "model.safetensors")
     trunk.load_state_dict({name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value
                            for name, value in weights.items()})

@@ -25,6 +25,8 @@ from eva_mim.run import checkpoints as snapshot
 from eva_mim.weights.files.allowlist import HARMLESS
 from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from tests import tiny
+from tests.ranks import on_ranks
+from tests.weights import zero_run
 
 WEIGHTS = {
     "cls_token": torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(1)),
@@ -310,7 +312,7 @@ def test_a_run_s_newest_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "frozen"), [(0, []), (1, []), (2, []), (3, []), (1, ["patch_embed"]), (2, ["patch_embed"])])
 def test_deepspeed_s_own_checkpoints(tmp_path: Path, stage: int, frozen: list[str]) -> None:
     """Two real processes. Some parameters may be frozen."""
-    tiny.finish(tiny.python("tests.weights.zero_run", str(stage), tmp_path, *frozen, processes=2))
+    on_ranks(2, zero_run.save, stage, tmp_path, *frozen)
     wanted = load_file(tmp_path / "wanted.safetensors")
     opened: Checkpoint = open_checkpoint(tmp_path / "engine")
     assert opened.kind == ("DeepSpeed ZeRO 0" if stage == 0 else f"DeepSpeed ZeRO {stage}, 2 ranks")

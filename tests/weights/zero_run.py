@@ -1,9 +1,7 @@
-"""`torchrun -m tests.weights.zero_run STAGE FOLDER [NAME]`: one step, then DeepSpeed's own checkpoint, and whole weights beside
-it. Parameters whose name has NAME are not trained."""
+"""One step on some ranks, then DeepSpeed's own checkpoint, and whole weights beside it."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import timm
@@ -12,7 +10,7 @@ from safetensors.torch import save_file
 
 import eva_mim.trunks.small  # noqa: F401
 from eva_mim.core.contracts import Rates
-from eva_mim.core.distributed import is_main, leave_group, setup
+from eva_mim.core.distributed import is_main
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings
@@ -44,8 +42,8 @@ class Squares:
         return {}
 
 
-def main(stage: int, folder: Path, frozen: str | None = None) -> None:
-    setup(torch.device("cpu"))
+def save(stage: int, folder: Path, frozen: str | None = None) -> None:
+    """Called on every rank. Parameters whose name has `frozen` in it are not trained."""
     torch.manual_seed(0)
     student = Classifier()
     for name, value in student.named_parameters():
@@ -57,8 +55,3 @@ def main(stage: int, folder: Path, frozen: str | None = None) -> None:
     weights = dict(engine.weights())
     if is_main():
         save_file(weights, folder / "wanted.safetensors")
-    leave_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
