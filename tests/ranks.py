@@ -122,12 +122,77 @@ def program(module: str, words: list[str]) -> None:
     sys.exit(import_module(module).main(words))
 
 
+class Launched:
+    """A process of its own, in a session of its own: it can be killed, and its exit code is the system's. It is spared the import
+    of the libraries, no more. The methods are those of `subprocess.Popen`."""
+
+    def __init__(
+        self, function: Callable[..., Any], *arguments: Any, log: str | os.PathLike[str] = os.devnull, **surroundings: str
+    ):
+        """`log`: file for what it says. `surroundings`: more environment."""
+        kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS} | surroundings
+        own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        self.process = zygote().Process(target=_launched, args=(function, arguments, kept | own, os.fspath(log)))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code, once it has ended."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still at work after {timeout:.0f} s"
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """A signal to it alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, to it alone."""
+        self.send_signal(signal.SIGKILL)
+
+
+def ends(module: str, words: list[str]) -> None:
+    """`python -m MODULE WORDS` to its end, for `Launched`."""
+    from eva_mim.run.program import leave
+
+    leave(import_module(module).main(words))
+
+
+def script(text: str, *words: str) -> None:
+    """`python -c TEXT WORDS`, for `Launched`."""
+    sys.argv = ["-c", *words]
+    exec(compile(text, "<script>", "exec"), {"__name__": "__main__"})
+
+
+def _launched(function: Callable[..., Any], arguments: tuple[Any, ...], surroundings: dict[str, str], log: str) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(surroundings)
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(number, 1)
+    os.dup2(number, 2)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
 def _serve(rank: int, size: int, port: int, line: Connection) -> None:
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if size > 1:
         own |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port)}
     os.environ.update(own)
+    multiprocessing.set_start_method("fork", force=True)  # that of a program, not of the process that this is a fork of
     multiprocessing.current_process().daemon = False  # here, so that programs may start processes of their own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests, whose end is the end of this
     import torch

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.tiny import environment
+from tests.ranks import Launched, script
 
 WORKING = """
 import os, signal, sys, time
@@ -49,39 +45,40 @@ except LostProcess as error:
 GONE = "the process that keeps the group together (rank 0, or its launcher) is gone"
 
 
-def three(worker: int, seconds: float, kill: str = "") -> tuple[list[str], list[int]]:
+def three(folder: Path, worker: int, seconds: float, kill: str = "") -> tuple[list[str], list[int]]:
     """What each of three ranks says, and its exit code. None may hang."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    line = [sys.executable, "-c", WORKING, str(worker), str(seconds), kill]
-    ranks = [
-        subprocess.Popen(line, env=environment() | group | {"RANK": str(rank)}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
+    words, logs = (str(worker), str(seconds), kill), [folder / str(rank) for rank in range(3)]
+    ranks = [Launched(script, WORKING, *words, log=log, RANK=str(rank), **group) for rank, log in enumerate(logs)]
     end = time.monotonic() + 200
     try:
-        said = [rank.communicate(timeout=end - time.monotonic())[0].strip() for rank in ranks]
+        codes = [rank.wait(end - time.monotonic()) for rank in ranks]
     finally:
         for rank in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(rank.pid, signal.SIGKILL)
-    return said, [rank.returncode for rank in ranks]
+            rank.kill()
+    return [_own(log.read_text()) for log in logs], codes
+
+
+def _own(said: str) -> str:
+    """Without what torch's store says of lost connections."""
+    return said[max(0, said.find("stopped: ")) :].strip()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker", [0, 1])
-def test_work_may_take_longer_than_a_collective(worker: int) -> None:
+def test_work_may_take_longer_than_a_collective(tmp_path: Path, worker: int) -> None:
     """9 s, where a collective may take 3; and the store keeps the keys of one turn."""
-    said, codes = three(worker, 9)
+    said, codes = three(tmp_path, worker, 9)
     assert codes == [0, 0, 0]
     assert said == [f"{{{worker}: 'done'}}\nFalse True"] * 3
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_at_work_is_not_waited_for() -> None:
-    said, codes = three(1, 2, "kill")
+def test_a_rank_that_dies_at_work_is_not_waited_for(tmp_path: Path) -> None:
+    said, codes = three(tmp_path, 1, 2, "kill")
     assert codes == [2, -signal.SIGKILL, 2]
     silent = "only 2 of 3 processes came this far, and the others gave no sign of life for 3 s"
     assert said[0] == f"stopped: rank 0: {silent}"
@@ -90,7 +87,7 @@ def test_a_rank_that_dies_at_work_is_not_waited_for() -> None:
 
 
 @pytest.mark.slow
-def test_the_rank_that_keeps_the_store_may_die_as_well() -> None:
-    said, codes = three(0, 2, "kill")
+def test_the_rank_that_keeps_the_store_may_die_as_well(tmp_path: Path) -> None:
+    said, codes = three(tmp_path, 0, 2, "kill")
     assert codes == [-signal.SIGKILL, 2, 2]
     assert [text.partition(GONE)[0] for text in said[1:]] == ["stopped: rank 1: ", "stopped: rank 2: "]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
+import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from eva_mim.cli import main
+from eva_mim.core import distributed
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
 from eva_mim.data import ColumnSettings, DataSettings
+from eva_mim.data.sources import folder as folder_module
 from eva_mim.data.sources import shards as shards_module
 from eva_mim.data.sources.decode import SUFFIXES
 from eva_mim.data.sources.folder import FolderSource
@@ -22,8 +25,9 @@ from eva_mim.data.sources.index import Content, Index, Texts, cache_folder, read
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.sources.shards import ShardSource
 from eva_mim.data.subset import Complement, Subset, open_splits
-from tests.conftest import REPOSITORY, make_folder, make_shards, picture, png, write_tar
-from tests.tiny import environment, write_recipe
+from tests.conftest import make_folder, make_shards, picture, png, write_tar
+from tests.ranks import on_ranks
+from tests.tiny import write_recipe
 
 TREE = ["b/2.png", "b/10.PNG", "b.png", "b-1/x.jpg", "a/c/d/e.webp", "a/c.png", "a/c-d.png", "ü/é ñ.jpeg", "z/.hidden.bmp",
         "a.b/c.tif"]
@@ -271,43 +275,32 @@ def test_an_index_that_became_another_one_is_refused(tmp_path: Path) -> None:
         pickle.loads(sent)
 
 
-RANKS = """
-import os, sys, time
-import torch
-from eva_mim.core import distributed
-from eva_mim.core.errors import UserError
-from eva_mim.data.sources import folder
-from pathlib import Path
+def on_this_rank(root: Path, own: str | None = None) -> list[str]:
+    """What a rank has of a folder; `own`: it is on another host, with a cache of its own, where its folder may differ."""
+    if own:
+        os.environ["EVA_MIM_CACHE"] += os.environ["RANK"]
+        os.environ["LOCAL_RANK"] = "0"
+    said, scan = [], folder_module._scan
 
-root, own = Path(sys.argv[1]), sys.argv[2:]
-if own:  # another host: a cache of its own, and its first process
-    os.environ["EVA_MIM_CACHE"] += os.environ["RANK"]
-    os.environ["LOCAL_RANK"] = "0"
-distributed.setup(torch.device("cpu"))
-walk = folder._scan
-def counted(root, *more):
-    time.sleep(1)
-    sys.stdout.write(f"walked {distributed.rank()}\\n")
-    if own and own[0] == "differ" and distributed.rank():
-        (root / "more.png").write_bytes(b"")
-    return walk(root, *more)
-folder._scan = counted
-try:
-    source = folder.FolderSource(root, None)
-    sys.stdout.write(f"rank {distributed.rank()} has {len(source)}: {source.key(1)}\\n")
-except UserError as error:
-    sys.stdout.write(f"refused {distributed.rank()}: {error}\\n")
-distributed.leave_group()
-"""
+    def counted(root: Path, *more: Any) -> Any:
+        time.sleep(1)
+        said.append(f"walked {distributed.rank()}")
+        if own == "differ" and distributed.rank():
+            (root / "more.png").write_bytes(b"")
+        return scan(root, *more)
+
+    with patch.object(folder_module, "_scan", counted):
+        try:
+            source = FolderSource(root, None)
+            said.append(f"rank {distributed.rank()} has {len(source)}: {source.key(1)}")
+        except UserError as error:
+            said.append(f"refused {distributed.rank()}: {error}")
+    return said
 
 
-def ranks(*arguments: str) -> list[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
-    done = subprocess.run(
-        [*line, "-c", RANKS, *arguments], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return sorted(done.stdout.splitlines())
+def ranks(root: Path, own: str | None = None) -> list[str]:
+    """What two ranks have, sorted."""
+    return sorted(line for said in on_ranks(2, on_this_rank, root, own) for line in said)
 
 
 @pytest.mark.slow
@@ -315,20 +308,20 @@ def test_one_rank_makes_the_index_and_all_read_it(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", {"a": 2})
     settle(root)
     both = ["rank 0 has 2: a/00001.png", "rank 1 has 2: a/00001.png"]
-    assert ranks(str(root)) == [*both, "walked 0"]
-    assert ranks(str(root)) == both
-    assert ranks(str(root), "hosts") == [*both, "walked 0", "walked 1"]
+    assert ranks(root) == [*both, "walked 0"]
+    assert ranks(root) == both
+    assert ranks(root, "hosts") == [*both, "walked 0", "walked 1"]
 
 
 @pytest.mark.slow
 def test_a_failure_of_one_rank_stops_all(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    first, second, walked = ranks(str(tmp_path / "empty"))
+    first, second, walked = ranks(tmp_path / "empty")
     assert first.startswith(f"refused 0: {tmp_path}/empty: no images here")
     assert second.startswith(f"refused 1: rank 0: {tmp_path}/empty: no images here")
     assert walked == "walked 0"
     root = make_folder(tmp_path / "data", {"a": 2})
-    found = ranks(str(root), "differ")
+    found = ranks(root, "differ")
     assert sum("hosts see different files" in line for line in found) == 2
 
 

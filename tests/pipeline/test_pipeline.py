@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import open_clip
@@ -16,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import eva_mim.trunks.small  # noqa: F401
-from tests.tiny import CLASSIFY, CLIP, MIM, environment, finish, python, write_recipe
+from tests.ranks import Launched, ends
+from tests.tiny import CLASSIFY, CLIP, MIM, finish, python, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -85,14 +85,12 @@ def test_killed_pipeline_goes_on_and_ends_alike(finished: Path, tmp_path: Path) 
     out = copy_of(finished, tmp_path)
     for name in ("masked", "tower", "broad", "target"):
         shutil.rmtree(out / name)
-    line = [sys.executable, "-m", "eva_mim.cli", "pipeline", str(finished / "pipeline.yaml"), "--out", str(out), "run.epochs=1"]
-    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for text in process.stderr:
-        if "step      1/" in text:
-            process.send_signal(signal.SIGTERM)
-            break
-    process.stderr.read()
+    words, said = ["pipeline", str(finished / "pipeline.yaml"), "--out", str(out), "run.epochs=1"], tmp_path / "said"
+    process = Launched(ends, "eva_mim.cli", words, log=said)
+    while not (said.is_file() and "step      1/" in said.read_text()):
+        assert process.poll() is None, said.read_text()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(200) == 75
     assert not json.loads((out / "masked" / "lineage.json").read_text())["finished"]
     text = pipeline(finished / "pipeline.yaml", out, "run.epochs=1")

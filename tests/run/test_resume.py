@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from safetensors.torch import load_file
 from eva_mim.cli import main
 from eva_mim.core.run_folder import MANIFEST, RunFolder
 from tests.conftest import make_folder, picture, png
+from tests.ranks import Launched, ends
 from tests.tiny import (
     CLASSIFY,
     CLIP,
     MIM,
-    command,
-    environment,
+    MODULES,
     losses,
     records,
     run,
@@ -38,10 +37,7 @@ pytestmark = pytest.mark.slow
 
 def stop_at(step: int, number: signal.Signals, program: str, recipe: Path, out: Path, *overrides: str) -> int:
     """Start a stage with loader processes, signal all of them once it has logged `step`, return its exit code."""
-    line = command(program, recipe, out, "data.workers=2", *overrides)
-    process = subprocess.Popen(
-        line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = Launched(ends, MODULES[program], [str(recipe), "data.workers=2", *overrides, "--out", str(out)])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         log = out / "metrics.jsonl"

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import Launched, ends
 from tests.tiny import MIM, command, environment, losses, run, same_weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
+Running = subprocess.Popen[str] | Launched
 PATIENCE = 6.0
 """Seconds that processes wait for each other once they have met."""
 RECIPE = MIM | {"run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 2, "epochs": 8, "checkpoint_every": 3,
@@ -37,17 +39,21 @@ class Hosts:
     interfaces: tuple[str, str]
     cut: Callable[[], object]
 
-    def start(self, out: Path, recipe: Path) -> list[subprocess.Popen[str]]:
+    def start(self, out: Path, recipe: Path) -> list[Running]:
         """Both ranks, without a launcher; each speaks into a file of its own."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         out.mkdir(exist_ok=True)
-        started = []
+        started: list[Running] = []
         for rank, prefix in enumerate(self.prefixes):
             own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": self.address,
                    "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": self.interfaces[rank]}
-            with (out / f"rank-{rank}.log").open("w") as log:
+            said = out / f"rank-{rank}.log"
+            if not prefix:
+                started.append(Launched(ends, "pretrain.mim", [str(recipe), "--out", str(out)], log=said, **own))
+                continue
+            with said.open("w") as log:
                 line = [*prefix, *command("mim", recipe, out)]
                 started.append(subprocess.Popen(line, env=environment() | own, stdout=log, stderr=log, text=True))
         return started
@@ -90,7 +96,7 @@ def one_host() -> Hosts:
     return ON_ONE_HOST
 
 
-def until(step: int, out: Path, processes: list[subprocess.Popen[str]]) -> None:
+def until(step: int, out: Path, processes: list[Running]) -> None:
     """Wait for the log line of `step`."""
     late = time.monotonic() + 120
     log = out / "metrics.jsonl"
@@ -100,7 +106,7 @@ def until(step: int, out: Path, processes: list[subprocess.Popen[str]]) -> None:
         time.sleep(0.005)
 
 
-def ended(process: subprocess.Popen[str], log: Path) -> str:
+def ended(process: Running, log: Path) -> str:
     """A process that has lost the other ends in time, with its exit code and one line; returns the line."""
     began = time.monotonic()
     assert process.wait(PATIENCE + 30) == 69, log.read_text()
