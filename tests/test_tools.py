@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -16,7 +17,7 @@ import yaml
 from eva_mim.pipeline import run as pipeline
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import pool
-from tools import cifar10_smoke, cifar10_styles, flickr8k
+from tools import cifar10_smoke, cifar10_styles, flickr8k, mutants
 
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if path.stem != "__init__")
 WITHOUT_WORDS = ("shuffle_cost",)
@@ -153,3 +154,14 @@ def test_index_memory_measures_a_small_folder(tmp_path: Path) -> None:
     assert re.fullmatch(r"10000 images, file of 0 MB: opened in \d+\.\d\d s; -?\d+\.\d{3} GB for 2 ranks x \(1 \+ 1 workers\), "
                         r"with an epoch's order\n", done.stdout), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_mutants_are_changes_that_parse() -> None:
+    """The named ones still find their place; the drawn ones depend on the seed alone and stand in all rooms in turn."""
+    found = mutants.drawn(0, 18)
+    assert found == mutants.drawn(0, 18) != mutants.drawn(1, 18)
+    assert len({mutants.room(mutant.file) for mutant in found}) > 12
+    for mutant in [*mutants.named(), *found]:
+        source = (REPOSITORY / mutant.file).read_text()
+        assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source)), mutant
+        assert all((REPOSITORY / tests).is_dir() for tests in mutants.tests_of(mutant.file))
