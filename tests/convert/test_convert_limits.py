@@ -112,7 +112,7 @@ def test_weights_that_fit_a_model_that_nobody_can_run(home: Path) -> None:
     assert {name: found for name, found in limited(home, runs).items() if found[0] not in (0, 2)} == {}
 
 
-@pytest.mark.parametrize("form", ["blocks.%d.norm1.weight", "%d"])
+@pytest.mark.parametrize("form", ["blocks.%d.norm1.weight", pytest.param("%d", marks=pytest.mark.long)])
 def test_as_many_names_as_are_read_and_more(home: Path, form: str) -> None:
     one = '"' + form + '":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
     paths = {count: home / "source" / f"{count}.safetensors" for count in (MAX_TENSORS, MAX_TENSORS + 1)}

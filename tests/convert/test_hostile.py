@@ -259,7 +259,7 @@ def limits() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [
-    ("zip", 40_000), ("safetensors", MAX_TENSORS), pytest.param("zip", 200_000, marks=pytest.mark.long),
+    ("zip", 40_000), *(pytest.param(*more, marks=pytest.mark.long) for more in (("safetensors", MAX_TENSORS), ("zip", 200_000))),
 ])
 def test_as_many_tensors_as_allowed(tmp_path: Path, kind: str, count: int) -> None:
     """In a process of its own with limits."""

@@ -163,7 +163,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("write", ["write_safetensors", "write_torch"])
+@pytest.mark.parametrize("write", ["write_torch", pytest.param("write_safetensors", marks=pytest.mark.long)])
 def test_400_megabytes_in_100_of_memory(tmp_path: Path, write: str) -> None:
     """What a conversion adds to the memory of a process that imports the same. (ru_maxrss would count what pytest had before.)"""
     path = tmp_path / "a.safetensors"
