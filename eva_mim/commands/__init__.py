@@ -1,1 +1,1 @@
-"""Everything behind `eva-mim NAME` that is no stage."""
+"""Commands of `eva-mim` that are not stages."""

@@ -1,4 +1,4 @@
-"""`eva-mim bench WHAT`: how fast a part of training is on this machine. Light to import."""
+"""`eva-mim bench WHAT`: measures the speed of a part of training on this machine. Light to import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eva_mim.run.program import guard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a benchmark; returns its exit code."""
+    """Runs a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="eva-mim bench", description="How fast a part of training is on this machine.")
     parser.add_argument("part", choices=["data"], help="data: images a second of a loader worker, and where its time goes; no "
                         "network is built")

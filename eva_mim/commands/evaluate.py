@@ -1,4 +1,4 @@
-"""`eva-mim evaluate`: measure a run's newest checkpoint again, or a finished classifier on ImageNet and its variants."""
+"""`eva-mim evaluate`: measures a run's newest checkpoint again, or a finished classifier on ImageNet and its variants."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from eva_mim.core.errors import UserError
 
 CLOSE = 1e-6
-"""Relative difference that other threads or other kernels may make."""
+"""Relative difference of two figures that count as close; threads and kernels may differ."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for a mistake."""
+    """Runs the command; returns the exit code, 0 or 2 for a user's mistake."""
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
     if not options.on and any((options.classes, options.csv, options.precision, options.batch, options.templates)):
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def again(out: Path, overrides: Sequence[str]) -> None:
-    """Measure a run's newest checkpoint with its own data. Raises UserError."""
+    """Measures a run's newest checkpoint with its own data, and prints the figures beside the recorded ones. Raises UserError."""
     from eva_mim.core.distributed import is_main
     from eva_mim.run.stage import evaluate_stage
 
@@ -58,7 +58,8 @@ def again(out: Path, overrides: Sequence[str]) -> None:
 
 
 def on_sets(options: argparse.Namespace) -> None:
-    """Measure a finished classifier on the test sets of `--on`, once all their folders are right. Raises UserError."""
+    """Measures a finished classifier on the test sets of `--on`, after all their folders have been checked, and prints the
+    accuracies. Raises UserError."""
     from eva_mim.core.distributed import is_main, pick_device, setup
     from eva_mim.core.files import write_text
     from eva_mim.evaluate import accuracy
@@ -86,7 +87,8 @@ def on_sets(options: argparse.Namespace) -> None:
 
 
 def opened(options: argparse.Namespace, device: Any) -> Any:
-    """A classifier, or a CLIP model that becomes one by its prompts. Raises UserError."""
+    """Returns the classifier in a folder: a timm model, or a CLIP model with its prompts as class weights. Raises UserError for
+    anything else."""
     from eva_mim.evaluate.accuracy import FolderClassifier
     from eva_mim.evaluate.zeroshot import ZeroShot
     from eva_mim.weights.files.sidecar import describe
@@ -100,7 +102,7 @@ def opened(options: argparse.Namespace, device: Any) -> Any:
 
 
 def table(now: dict[str, float], before: dict[str, float]) -> str:
-    """One line a figure: now, on record, and whether they agree."""
+    """Returns a table with a line for each figure: its value now, its recorded value, and whether they agree."""
     width = max(map(len, now))
     lines = [f"{'figure':<{width}} {'now':>12} {'on record':>12}"]
     for name, value in now.items():

@@ -1,4 +1,4 @@
-"""`eva-mim labels WHAT`: which of ImageNet's class lists a dataset or a checkpoint has, before a head is trained on it."""
+"""`eva-mim labels WHAT`: names the ImageNet layout of a dataset's or checkpoint's class list, before a head is trained on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TARGET = "imagenet-1k"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for what has no class list or not the expected one."""
+    """Runs the command; returns the exit code, 0 or 2 if there is no class list or not the expected one."""
     parser = argparse.ArgumentParser(prog="eva-mim labels", description="Name the layout of a class list.")
     parser.add_argument(
         "what", help="class folders, a folder with one tar a synset, shards with their classes.txt, a file with a class a line, "
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(what: str, expected: str | None = None) -> None:
-    """Print what a class list is. Raises UserError for none, and for another one than expected."""
+    """Prints a report on a class list. Raises UserError if there is none, or if its layout is not the expected one."""
     if expected is not None and expected != WINTER21:
-        layout_classes(expected)  # known
+        layout_classes(expected)  # raises UserError for an unknown layout
     classes = read_classes(what)
     sys.stdout.write(report(classes))
     if expected is not None and layout_of(classes) != expected:
@@ -48,7 +48,8 @@ def check(what: str, expected: str | None = None) -> None:
 
 
 def report(classes: Sequence[str]) -> str:
-    """Size, hash and layout of a class list; how it differs from the nearest one; how many classes of ImageNet-1k it holds."""
+    """Returns a text with size, hash and layout of a class list, its differences from the nearest layout, and the number of
+    classes of ImageNet-1k in it."""
     lines = [f"classes   {len(classes)}, {few([class_id(name) for name in classes])}", f"hash      {class_hash(classes)}",
              f"layout    {describe(classes)}"]
     nearest = matches(classes)[0]

@@ -1,4 +1,5 @@
-"""`eva-mim pipeline`: all stages of a file in order, what would run, or the stages as plain commands. Light to import."""
+"""`eva-mim pipeline`: runs all stages of a file in order, or prints what would run, or prints the stages as plain commands. Light
+to import."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from eva_mim.run.program import guard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a pipeline; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="eva-mim pipeline", description="All stages of a pipeline file, in order.")
     parser.add_argument("pipeline", help="YAML file, or the name of one that ships with eva-mim (configs/pipelines/...)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="for all stages; STAGE.a.b=c for one")

@@ -1,4 +1,5 @@
-"""`eva-mim replay DUMP`: run the last step of a diverged run again, in one process, and show where it breaks."""
+"""`eva-mim replay DUMP`: runs the last step of a diverged run again, in one process, and shows the first layers with values that
+are not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ NOT_REPRODUCED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the step is not finite here either, 1 when it is finite, 2 for a mistake."""
+    """Runs the command; returns the exit code: 0 if the step is not finite here either, 1 if it is finite, 2 for a user's
+    mistake."""
     parser = argparse.ArgumentParser(prog="eva-mim replay", description="Run the last step of a diverged run again.")
     parser.add_argument("dump", type=Path, help="folder OUT/dumps/step-... that the run named when it stopped")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change, such as run.precision=fp32")
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
-    """Print losses and layers; True when everything is finite. Raises UserError for a folder that is no dump."""
+    """Runs the step, prints its losses and layers, and returns True if everything is finite. Raises UserError for a folder that
+    is no dump."""
     import json
     from functools import partial
 
@@ -55,7 +58,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     stage = lookup(PROGRAMS, record["program"], "dump.program")
     tree = read_yaml(RunFolder(folder).settings)
     if tree.get("init_from") and not Path(tree["init_from"]).exists():
-        tree["init_from"] = None  # the weights are in the dump; some recipes cannot be without a parent
+        tree["init_from"] = None  # the dump has the weights; an existing parent is kept, since some recipes require one
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
     recipe = resolve(stage.recipe, tree, overrides, str(RunFolder(folder).settings))
     device, built = prepare(recipe, stage.build)
@@ -64,7 +67,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     steps = built.parts.train.steps(record["data_step"], record["data_step"] + 1)
     context = partial(autocast, device, recipe.run.precision)
     seed_all(derive(record["seed"], "step", record["step"], 0))
-    with context():  # a loss over the global batch is one here too; of several processes' random draws it has the first one's
+    with context():  # a loss over the global batch covers it here too; its random numbers are the first process's
         batches = built.parts.task.prepare(module, [batch.to(device) for batch in next(iter(steps))])
     write = sys.stdout.write
     write(f"step {record['step']} of {processes} processes x {micro_batches} micro-batches, {recipe.run.precision}, "

@@ -1,4 +1,4 @@
-"""`eva-mim teacher check`: what a teacher is and what its features look like, before hours are spent on predicting them."""
+"""`eva-mim teacher check`: prints facts of a teacher and figures of its features, before a student is trained on them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from eva_mim.core.contracts import Teacher
 
 PICTURES = 32
-"""Pictures looked at."""
+"""Maximum number of pictures that are examined."""
 CHUNK = 8
 """Pictures in one forward pass."""
 CONSTANT = 0.999
-"""Features that have this mean cosine with their mean over all images say nothing about an image."""
+"""Mean cosine of features with their mean over all images above which the features count as the same for every image."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a teacher; returns the exit code, 2 for one that cannot be used."""
+    """Runs the command; returns the exit code, 2 for a teacher that cannot be used."""
     parser = argparse.ArgumentParser(prog="eva-mim teacher", description="Look at a teacher before training with it.")
     parser.add_argument("action", choices=["check"], help="check: its facts, its features on some pictures, and what fits it")
     parser.add_argument(
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Print what is found. Raises UserError for a teacher, or a student for it, that cannot be used."""
+    """Prints facts and figures of a teacher. Raises UserError for a teacher, or a student for it, that cannot be used."""
     settings = teacher_settings(options.teacher, options.overrides, options.name)
     from eva_mim.core.distributed import pick_device
     from eva_mim.core.rng import seed_all
@@ -76,8 +76,8 @@ def check(options: argparse.Namespace) -> None:
 
 
 def teacher_settings(text: str, overrides: Sequence[str], name: str | None = None) -> TeacherSettings:
-    """Settings from "KIND:NAME[:WEIGHTS]" or from a recipe (of several teachers the one called `name`), with changes. Raises
-    UserError."""
+    """Returns the settings of a teacher, from "KIND:NAME[:WEIGHTS]" or from a recipe (`name` chooses one of several teachers),
+    with the overrides applied. Raises UserError for a text that names no teacher."""
     kind, colon, rest = text.partition(":")
     tree: Any
     if not colon or Path(text).is_file():
@@ -103,7 +103,8 @@ def _section(recipe: dict[str, Any], source: str, name: str | None) -> dict[str,
 
 
 def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:
-    """What was taken, in words, and at most 32 pictures, evenly spread. Raises UserError for an unusable folder."""
+    """Returns a description of the pictures, and the pictures: 32 built-in drawings, or at most 32 of a folder, evenly spread.
+    Raises UserError for an unusable folder."""
     if folder is None:
         from eva_mim.data.sources.scenes import SceneSource
 
@@ -127,12 +128,12 @@ def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:
 
 
 def measure(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.device) -> dict[str, float]:
-    """Figures of the features. Raises UserError for features that are not finite.
+    """Returns figures of the teacher's features. Raises UserError for features that are not finite.
 
     `norm_mean`, `norm_sd`, `norm_min`, `norm_max`: lengths of the patch features. `cosine_of_mean`: mean cosine of the patch
     features with their mean direction; `cosine_of_place`: with the mean direction at their place in the grid. `mirrored`:
-    cosine of patches with those of the mirror image, mirrored back. `same`, `other`: cosine of the summaries of two random
-    crops of one image, and of two images. `milliseconds` an image.
+    mean cosine of patches with those of the mirrored image, mirrored back. `same`, `other`: mean cosine of the summaries of
+    two random crops of one image, and of two images. `milliseconds`: time of the forward pass for one image.
     """
     import torch
     from torch import Tensor
@@ -174,7 +175,7 @@ def measure(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.d
 
 
 def _crops(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.device) -> tuple[float, float]:
-    """Mean cosine of the summaries of two random crops: of one image, and of different images."""
+    """Returns the mean cosine of the summaries of two random crops: of one image, and of different images."""
     import torch
     from torch.nn import functional as F
 
@@ -230,13 +231,13 @@ def _figures(figures: dict[str, float]) -> dict[str, str]:
 
 
 def _fitting(settings: MaskedSettings, teacher: Teacher) -> str:
-    """What fits, in words. Raises UserError with the sizes that would."""
+    """Returns a text that states how the student fits. Raises UserError, with the sizes that would fit, if it does not."""
     import torch
 
     from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import check_grids
 
-    with torch.device("meta"):  # its sizes are wanted, not its weights
+    with torch.device("meta"):  # only its sizes are needed, not its weights
         student = MaskedStudent(settings.model_copy(update={"form": "mask_tokens"}), teacher.width)  # needs no mask
     check_grids(student.grid, student.image_size, teacher)
     rows, columns = student.grid

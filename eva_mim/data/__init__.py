@@ -1,4 +1,4 @@
-"""Images in, batches out. This file holds the settings; the parts are imported when used."""
+"""Settings of data sets, views and masks. The modules that implement them are imported when they are used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eva_mim.core.settings import RUNTIME, For, Settings
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
 MAX_CHANNELS = 512
-"""Hyperspectral cameras have 200 to 400."""
+"""Maximum number of channels; hyperspectral cameras have 200 to 400."""
 
 
 class Pixels(NamedTuple):
@@ -24,20 +24,20 @@ class Pixels(NamedTuple):
 
 
 RGB = Pixels()
-"""8 bits of red, green and blue."""
+"""Pixel format of 8-bit RGB images."""
 
 
 MIN_BROKEN = 10
-"""Fewer broken images than this never stop anything, whatever their share."""
+"""Number of broken images that is tolerated whatever their share."""
 
 
 def too_many(broken: int, images: int, max_broken: float) -> bool:
-    """More of the images are broken than `data.max_broken` allows."""
+    """Returns True if `broken` of `images` are more than both `MIN_BROKEN` and the share `max_broken` (`data.max_broken`)."""
     return broken > max(MIN_BROKEN, max_broken * images)
 
 
 class SceneSettings(Settings):
-    """The built-in dataset: pictures drawn from (seed, index)."""
+    """Settings of the built-in dataset: pictures drawn from (seed, index)."""
 
     size: int = Field(64, ge=8)
     """Side of a picture in pixels."""
@@ -52,71 +52,72 @@ class SceneSettings(Settings):
 
 
 class ColumnSettings(Settings):
-    """list: which column holds what. JSONL: the names in each line."""
+    """Names of a list's columns; for JSON lines, of the keys in each line."""
 
     image: str = "image"
-    """Path of the image, relative to the list's own folder."""
+    """Column with the image's path, relative to the list's own folder."""
     captions: str | list[str] | None = None
     """One or more columns with captions; a cell of JSONL or Parquet may hold several."""
     label: str | None = None
-    """Class of the image: its name, or its number in `data.classes`."""
+    """Column with the image's class: its name, or its number in `data.classes`."""
 
 
 FILES = For("source", "folder", "shards", "list")
-"""Not the built-in pictures, which are 8-bit RGB and have held-out images of their own."""
+"""Condition of settings that apply to image files; built-in pictures are 8-bit RGB and have held-out images of their own."""
 FILES_OF_A_SPLIT = For(FILES.setting, *FILES.values, reread=True)
 PAIRS = For("source", "folder", "shards")
 
 
 class SourceSettings(Settings):
-    """Source of a dataset's images, labels and captions, and the images of it that are used."""
+    """Source of images, labels and captions, and the choice of its images that are used."""
 
     source: str = "folder"
     """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
     .parquet)."""
     root: Annotated[Path | None, FILES] = None
-    """Folder of the dataset. A list may name no image outside it. shards: may be a URL, such as s3://bucket/folder, for which
-    fsspec's driver must be installed (s3fs, gcsfs, aiohttp)."""
+    """Folder of the dataset. A list may name no image outside it. For shards it may be a URL, such as s3://bucket/folder, for
+    which fsspec's driver must be installed (s3fs, gcsfs, aiohttp)."""
     train: Annotated[str | None, FILES_OF_A_SPLIT] = None
     """folder: sub-folder with the training images; shards: file pattern such as "train-*.tar"; list: the list's file."""
     val: Annotated[str | None, FILES_OF_A_SPLIT] = None
-    """The same for held-out images; without it `val_share` of `train` is held out."""
+    """Sub-folder, file pattern or list of the held-out images, as for `train`; without it `val_share` of `train` is held out."""
     val_share: Annotated[Share, FILES] = 0.05
     """Share of the training images held out when `val` is not given."""
     classes: Annotated[str | None, For("source", "shards", "list")] = None
     """File in `root` with one class name a line, by label."""
     class_names: str | None = None
-    """Words for the classes, by label, in place of the dataset's own names (such as n01440764): "imagenet" (open_clip's 1,000),
-    or a file in `root` with one name a line."""
+    """Class names for captions and prompts, by label, which replace the dataset's own names (such as n01440764): "imagenet"
+    (open_clip's 1,000), or a file in `root` with one name a line."""
     label_map: dict[str, list[str]] | None = None
-    """New class -> old classes: trains on groups of the dataset's own classes."""
+    """Mapping of each new class to its old classes; training uses these groups of the dataset's own classes as labels."""
     captions: Annotated[str | None, PAIRS] = None
     """File in `root` with a line {"key": KEY, "captions": [...]} for each image, instead of KEY.txt, KEY.json."""
     val_captions: Annotated[str | None, PAIRS] = None
-    """The same for the images of `val`, when they are not in `captions`."""
+    """File as `captions` for the images of `val`, if their captions are not in `captions`."""
     caption_lines: Annotated[bool, PAIRS] = False
-    """KEY.txt holds one caption a line, not one caption."""
+    """True if KEY.txt holds one caption a line, False if the whole file is one caption."""
     bad_shards: Annotated[Literal["refuse", "skip"], For("source", "shards")] = "refuse"
-    """A damaged one is named, and the run refused ("refuse") or made without it ("skip")."""
+    """Treatment of damaged shards, which are named in the log: "refuse" refuses the run, "skip" leaves them out."""
     shuffle_gb: Annotated[float, Field(gt=0.0), For("source", "shards")] = 8.0
-    """So many 10^9 bytes of shards are shuffled together, which the host's memory should hold. Data that is no larger is
-    shuffled as a whole; of larger data blocks are permuted, and records within so many blocks, so that reading is sequential."""
+    """Size of a shuffle pool in 10^9 bytes of shards; the host's memory should hold a pool. Data that fits into one pool is
+    shuffled globally. Of larger data, blocks are shuffled globally and records within a pool of blocks, so that reading is
+    sequential."""
     columns: Annotated[ColumnSettings, For("source", "list")] = ColumnSettings()
     channels: Annotated[int, FILES] = Field(3, ge=1, le=MAX_CHANNELS)
-    """Channels of an image. 3: RGB, into which everything is converted; 1: grey, into which colours are; other numbers: the
-    channels of the file, which must be so many. See docs/data.md."""
+    """Channels of an image. 3: RGB, to which other colour modes are converted; 1: greyscale, to which colours are converted; any
+    other number must be the file's number of channels. See docs/data.md."""
     window: Annotated[tuple[float, float] | None, FILES] = None
-    """[low, high] for images of more than 8 bits: values between are spread over 0 to 255, others are cut off, and nothing is
-    rounded. `eva-mim data stats` proposes one."""
+    """[low, high] for images of more than 8 bits: values between are mapped linearly to 0 to 255, values outside are clipped, and
+    nothing is rounded. `eva-mim data stats` proposes a window."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many training images."""
+    """Number of training images that are used, the first ones of the source; None: all."""
     val_limit: int | None = Field(None, ge=1)
-    """Use only the first so many held-out images."""
+    """Number of held-out images that are used, the first ones; None: all."""
     scenes: Annotated[SceneSettings, For("source", "scenes")] = SceneSettings()
 
     @property
     def own_root(self) -> Path:
-        """`root` of a source that has one. Raises ValueError without it."""
+        """Folder `root` of a source that needs one. Raises ValueError if it is not set."""
         if self.root is None:
             raise ValueError(f"data.root must be given when data.source is {self.source!r}")
         return self.root
@@ -158,19 +159,19 @@ class DataSettings(SourceSettings):
     """The data of a stage: one source, or a mixture of several."""
 
     held_out: SourceSettings | None = None
-    """A dataset of its own for the held-out images: those of its `val`, or all of it where `val` is not set. With it the training
-    images come from anywhere, such as web pairs, and zero-shot accuracy is measured on ImageNet's validation images."""
+    """Separate dataset of the held-out images: its `val`, or all of it if `val` is not set. The training images may then come
+    from other sources: web pairs, for example, with zero-shot accuracy measured on ImageNet's validation images."""
     mixture: list[PartSettings] | None = Field(None, min_length=1)
-    """Several sources, each with a weight. An epoch has as many images as all of them together. Every part runs through its own
-    images without replacement, pass after pass: before an image comes again, all others of its part have come."""
+    """Several sources, each with a weight. An epoch has as many images as all parts together. Each part is sampled without
+    replacement, pass after pass: an image is repeated only after all other images of its part."""
     templates: str | list[str] = ["a photo of a {}."]
-    """Captions for labelled images without one ("{}" is the class name), and the zero-shot prompts: a list, or "openai" (80) or
-    "simple" (7), those of CLIP's authors for ImageNet as open_clip has them."""
+    """Templates of captions for labelled images without a caption, and of zero-shot prompts; "{}" stands for the class name. The
+    value is a list, or "openai" (80) or "simple" (7): templates of CLIP's authors for ImageNet, as open_clip has them."""
     expected: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Number of training images that the recipe was written for; a source with another number is refused."""
     quarantine: Annotated[Path | None, RUNTIME] = None
-    """Records that are not read: the list that `eva-mim data verify` writes. Each is replaced like a broken one, by the same
-    sample, but not counted."""
+    """File of records that are not read, as written by `eva-mim data verify`. A listed record is replaced by the same sample as a
+    broken one, but is not counted as broken."""
     workers: Annotated[int, RUNTIME] = Field(1, ge=0)
     """Loader processes of each rank; no result depends on it."""
     max_broken: Share = 0.01
@@ -188,24 +189,25 @@ class DataSettings(SourceSettings):
 
     @classmethod
     def chosen_in(cls, tree: Mapping[str, Any], setting: str) -> Any:
-        """A mixture has no source of its own: what is set beside it is refused as a whole."""
+        """Returns the value of `setting` that other settings depend on; None for the source of a mixture, which has one in each
+        part (settings of a single source beside a mixture are refused together)."""
         return None if setting == "source" and isinstance(tree.get("mixture"), list) else super().chosen_in(tree, setting)
 
     @property
     def sources(self) -> dict[str, SourceSettings]:
-        """Dotted path -> each source that images come from; training first."""
+        """Every source of images by its dotted path, those of training images first."""
         mixed = {f"data.mixture.{number}": part for number, part in enumerate(self.mixture or ())}
         found: dict[str, SourceSettings] = {**mixed} or {"data": self}
         return found if self.held_out is None else found | {"data.held_out": self.held_out}
 
     @property
     def channels_of_all(self) -> int:
-        """Channels of every image, whatever its source."""
+        """Number of channels of the images, the same for all sources."""
         return next(iter(self.sources.values())).channels
 
     @property
     def plain(self) -> bool:
-        """All images are 8-bit RGB."""
+        """True if all images are 8-bit RGB."""
         return all(source.pixels == RGB for source in self.sources.values())
 
     @model_validator(mode="after")
@@ -252,7 +254,7 @@ class ViewSettings(Settings):
     crop_ratio: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the random crop."""
     flip: Share = 0.5
-    """Probability of a mirror image."""
+    """Probability of a horizontal flip."""
     randaugment: str | None = None
     """timm's RandAugment by its config string, such as "rand-m9-mstd0.5-inc1"."""
     jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] | None = None
@@ -262,10 +264,12 @@ class ViewSettings(Settings):
     grayscale: Share = 0.0
     """Probability that an image loses its colours."""
     erase: Share = 0.0
-    """Probability that a rectangle of the image is filled with noise: timm's RandomErasing, mode "pixel". For classifiers."""
+    """Probability that a rectangle of the image is filled with noise (timm's RandomErasing, mode "pixel"); meant for
+    classifiers."""
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Held-out images: the short side is resized to image_size / crop_pct and the centre is cropped (EVA's classifiers: 1; 0.875
-    is the usual 256 for 224). It is recorded in the result, so that timm and `eva-mim evaluate` prepare images alike."""
+    """Crop of held-out images: the short side is resized to image_size / crop_pct, then the centre is cropped (EVA's classifiers:
+    1; 0.875 is the usual 256 for 224). The value is recorded in the result, so that timm and `eva-mim evaluate` prepare images
+    alike."""
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> ViewSettings:
@@ -281,22 +285,23 @@ class MaskSettings(Settings):
     kind: Literal["block", "random"] = "block"
     """"block": rectangles by BEiT's law, as EVA uses it (EVA-01/eva/masking_generator.py). "random": single patches (MAE)."""
     ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.41
-    """Masked share. block: the ceiling is round(ratio * N) patches (EVA's 105 of 256 is 0.41); random: N - int(N * (1 - ratio)).
-    0 masks nothing: every patch is seen and predicted (plain distillation)."""
+    """Masked share of the N patches. block: at most round(ratio * N) patches are masked (EVA's 105 of 256 is 0.41); random:
+    exactly N - int(N * (1 - ratio)). 0: no patch is masked, and every patch is predicted (plain distillation)."""
     exact: Annotated[bool, For("kind", "block")] = False
-    """Always mask as many patches as the ceiling allows (fixed shapes); EVA's law may give up a little earlier."""
+    """True: the number of masked patches is always the maximum (fixed shapes). False: as in EVA's law, it may be slightly
+    lower."""
     min_block: Annotated[int | None, For("kind", "block")] = Field(None, ge=1)
-    """Smallest block in patches; default N / 16 (EVA's 16 of 256)."""
+    """Smallest area of a block in patches; default N / 16 (EVA's 16 of 256)."""
     min_aspect: Annotated[float, Field(gt=0.0, le=1.0), For("kind", "block")] = 0.3
-    """Aspect ratios lie between this and its inverse."""
+    """Smallest aspect ratio of a block; the largest is its inverse."""
 
     @property
     def varies(self) -> bool:
-        """Images differ in their number of masked patches."""
+        """True if the number of masked patches differs between images."""
         return self.ratio > 0 and self.kind == "block" and not self.exact
 
     def masked_patches(self, patches: int) -> int:
-        """Masked patches of an image with so many: always, or at most where the number varies."""
+        """Returns the number of masked patches in an image of `patches` patches; the maximum, if the number varies."""
         if self.ratio == 0:
             return 0
         return max(1, round(self.ratio * patches) if self.kind == "block" else patches - int(patches * (1 - self.ratio)))

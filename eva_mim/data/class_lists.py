@@ -1,7 +1,7 @@
-"""Lists of class names: which of ImageNet's layouts one is, and where the classes of one stand in another. Light to import.
+"""Class lists: recognition of ImageNet's layouts, and positions of one list's classes in another. Light to import.
 
-The lists are timm's (`timm/data/_info`); they are read without importing timm. A class is known by its synset id where its name
-has one, else by the whole name.
+The layouts are timm's lists (`timm/data/_info`), which are read without importing timm. Classes are compared by synset id
+where the name has one, else by the whole name.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LAYOUTS = {
     "imagenet-r": "imagenet_r_synsets.txt",
     "mini-imagenet": "mini_imagenet_synsets.txt",
 }
-"""Name -> timm's list, by label. 12k: timm's; google: BiT's, with two more; p: cleaned by Ridnik et al.; ms: FocalNet's, which
-starts with the classes of 1k; a and r: the 200 classes of ImageNet-A and -R."""
+"""Layout -> timm's file of its classes, by label. 12k: timm's layout; google: BiT's, with two more classes; p: cleaned by Ridnik
+et al.; ms: FocalNet's, which starts with the classes of 1k; a and r: the 200 classes of ImageNet-A and -R."""
 WINTER21, WINTER21_CLASSES, WINTER21_CORE = "imagenet-21k-winter21", 19_167, "imagenet-21k-p-winter21"
-"""No list of winter21 comes with timm. It is told by its number of classes (Alibaba-MIIL/ImageNet21K, issue 16) and by its
-cleaned part, which has a list."""
+"""Layout for which timm has no list. It is recognised by its number of classes (Alibaba-MIIL/ImageNet21K, issue 16), by its
+sorted order and by its cleaned subset, which has a list."""
 SYNSET = re.compile(r"\bn\d{8}\b")
 
 
@@ -49,7 +49,7 @@ class Match(NamedTuple):
     extra: tuple[str, ...]
     """Classes of the list that the layout lacks."""
     ordered: bool
-    """Both have the same classes in the same order."""
+    """True if both have the same classes in the same order."""
 
     def __str__(self) -> str:
         if self.ordered:
@@ -60,7 +60,7 @@ class Match(NamedTuple):
 
 
 def table(file: str) -> Path:
-    """A file of `timm/data/_info`."""
+    """Returns the path of a file in `timm/data/_info`."""
     found = find_spec("timm")
     assert found is not None
     assert found.submodule_search_locations
@@ -69,7 +69,7 @@ def table(file: str) -> Path:
 
 @cache
 def layout_classes(layout: str) -> tuple[str, ...]:
-    """Class names of a layout, by label. Raises UserError for an unknown one."""
+    """Returns the class names of a layout, by label. Raises UserError for an unknown layout."""
     if layout not in LAYOUTS:
         why = "timm has no list of it; name a file with its classes" if layout == WINTER21 else f"not known{_near(layout)}"
         raise UserError(f"layout {layout!r}: {why}")
@@ -77,25 +77,27 @@ def layout_classes(layout: str) -> tuple[str, ...]:
 
 
 def class_id(name: str) -> str:
-    """Identifier of a class: its synset id ("n01440764" of "n01440764 tench"), else its name."""
+    """Returns the identifier of a class: its synset id ("n01440764" of "n01440764 tench"), else its name."""
     found = SYNSET.search(name)
     return found[0] if found else name.strip()
 
 
 def class_line(line: str) -> str:
-    """The class that a line of a list names ("name", or columns such as "index<TAB>synset id<TAB>name"): its synset id, where
+    """Returns the class in a line of a list ("name", or columns such as "index<TAB>synset id<TAB>name"): its synset id, where
     there is one, and its name."""
     found, last = SYNSET.search(line), line.split("\t")[-1].strip()
     return f"{found[0]} {SYNSET.sub('', last).strip()}".strip() if found else last
 
 
 def spoken(name: str) -> str:
-    """A class as a caption names it: without its synset id ("tench" of "n01440764 tench"), unless that is all there is."""
+    """Returns the name of a class for captions: without its synset id ("tench" of "n01440764 tench"), or the id if there is no
+    name."""
     return SYNSET.sub("", name).strip() or name
 
 
 def known_as(classes: Sequence[str]) -> dict[str, int]:
-    """Label by everything a class may be called: its line, its synset id, and its name unless that is the name of several."""
+    """Returns {alias: label}. The aliases of a class are its line, its synset id, and its name unless several classes share
+    it."""
     words = Counter(spoken(name) for name in classes)
     found = {spoken(name): label for label, name in enumerate(classes) if words[spoken(name)] == 1}
     for call in (class_id, str):
@@ -104,12 +106,13 @@ def known_as(classes: Sequence[str]) -> dict[str, int]:
 
 
 def class_hash(classes: Sequence[str]) -> str:
-    """Changes when a class or the order changes; the same for "n01440764" and "n01440764 tench"."""
+    """Returns a hash of the classes and their order; it is the same for "n01440764" and "n01440764 tench"."""
     return digest([class_id(name) for name in classes])
 
 
 def positions(wanted: Sequence[str], among: Sequence[str]) -> list[int | None]:
-    """Position of each wanted class in another list; None where it is missing. Raises UserError for a name that stands twice."""
+    """Returns the position of each wanted class in the list `among`, None for a missing class. Raises UserError if `among` has a
+    wanted class twice."""
     ids = [class_id(name) for name in among]
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if shared := set(twice) & {class_id(name) for name in wanted}:
@@ -119,7 +122,7 @@ def positions(wanted: Sequence[str], among: Sequence[str]) -> list[int | None]:
 
 
 def matches(classes: Sequence[str]) -> list[Match]:
-    """Every layout against a class list, the nearest first."""
+    """Returns the comparison of a class list with every layout, nearest layout first."""
     own = [class_id(name) for name in classes]
     found = []
     for layout in LAYOUTS:
@@ -130,7 +133,7 @@ def matches(classes: Sequence[str]) -> list[Match]:
 
 
 def layout_of(classes: Sequence[str]) -> str | None:
-    """The layout that a class list is, in its order; None for any other list."""
+    """Returns the layout with exactly these classes in this order; None if there is none."""
     own = [class_id(name) for name in classes]
     if len(own) == WINTER21_CLASSES and own == sorted(set(own)) and set(own) >= set(layout_classes(WINTER21_CORE)):
         return WINTER21
@@ -138,7 +141,7 @@ def layout_of(classes: Sequence[str]) -> str | None:
 
 
 def describe(classes: Sequence[str]) -> str:
-    """The layout of a class list, or the nearest ones."""
+    """Returns a text that names the layout of a class list, or the nearest layouts."""
     if layout := layout_of(classes):
         return layout
     near = [match for match in matches(classes) if len(match.extra) < len(classes)][:3]
@@ -146,13 +149,13 @@ def describe(classes: Sequence[str]) -> str:
 
 
 def layouts_with(count: int) -> list[str]:
-    """Layouts of so many classes: a guess for a head that says nothing else."""
+    """Returns the layouts with `count` classes, as suggestions for a head without class names."""
     return [name for name in LAYOUTS if len(layout_classes(name)) == count] + [WINTER21] * (count == WINTER21_CLASSES)
 
 
 def read_classes(what: str | Path) -> tuple[str, ...]:
-    """Class names by label: of a layout by its name; of a text file (a class a line) or a JSON list; of class folders, of a
-    folder of synset tars or of shards with their classes.txt; of a stage's result. Raises UserError."""
+    """Returns class names by label. `what` is the name of a layout, a text file (a class a line), a JSON list, class folders, a
+    folder of synset tars or of shards with classes.txt, or a stage's result. Raises UserError for anything else."""
     if str(what) in (*LAYOUTS, WINTER21):
         return layout_classes(str(what))
     path = Path(what)
@@ -192,7 +195,7 @@ def _from_json(path: Path) -> tuple[str, ...]:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if isinstance(tree, dict):
         tree = tree.get("label_names") or tree.get("classes") or []
-    if isinstance(tree, dict):  # timm also knows {index: name}
+    if isinstance(tree, dict):  # timm also accepts {index: name}
         tree = [tree.get(str(index)) for index in range(len(tree))]
     if not isinstance(tree, list) or not all(isinstance(name, str) for name in tree):
         raise UserError(f"{path}: expected class names by label")

@@ -1,7 +1,7 @@
-"""Features of a frozen network in files: made once by all ranks, then read row by row as batches.
+"""Cached features of a frozen network: computed once by all ranks, then read from files as batches of rows.
 
-A folder below `index.cache_folder()` is named after what the features depend on, so nothing in it is ever out of date; what is
-no longer asked for stays there until the user removes it.
+A folder below `index.cache_folder()` is named by a hash of everything that the features depend on, so its content is never
+stale. Unused folders stay until the user removes them.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.sources.index import cache_folder
 
 ABANDONED = 3600
-"""Seconds without a write after which half-made features count as those of a killed run, and are removed."""
+"""Seconds without a write after which incomplete features are attributed to a killed run and removed."""
 COPY_ROWS = 4096
 """Rows copied at once when the ranks' files are joined."""
 EVAL_ROWS = 1024
-"""Rows of a batch that nothing learns from."""
+"""Rows of an evaluation batch."""
 
 Positions = npt.NDArray[np.int64]
 
 
 class Rows(NamedTuple):
-    """Features of a source's readable images, in its order. The tensors lie in files that all processes share."""
+    """Features of a source's readable images, in the source's order. The tensors are memory-mapped files, shared by all
+    processes."""
 
     features: Tensor
     """[R, D] fp32."""
     labels: Tensor
     """[R] int64."""
     places: Tensor
-    """[R] int64, position of each in the source."""
+    """[R] int64, position of each image in the source."""
 
     def batch(self, rows: Positions) -> FeatureBatch:
-        """The batch of these rows."""
+        """Returns the batch of the rows with these numbers [B]."""
         chosen = torch.from_numpy(rows)
         return FeatureBatch(self.places[chosen], self.features[chosen], self.labels[chosen])
 
@@ -57,13 +58,14 @@ def cached_features(
     facts: dict[str, Any], batches: Iterable[LabelledBatch], features: Callable[[Tensor], Tensor], images: int,
     device: torch.device,
 ) -> Rows:
-    """`features` [B, D] of all `images`, of which `batches` are this rank's share: from the folder for `facts`, or made now.
+    """Returns `features` ([B, D] of a batch) of all `images`: from the folder for `facts` if it exists, else computed now.
 
-    `facts` are all that they depend on. Every rank must call. Raises UserError when rank 0's folder is not to be seen here.
+    `facts` are all values that the features depend on; `batches` are this rank's share of the images. Every rank must call.
+    Raises UserError if this rank cannot see rank 0's folder.
     """
     name = digest(facts)[:24]
     folder = cache_folder() / "features" / name
-    # The main rank's answer holds for all: a folder may appear at any time.
+    # The main rank decides for all: another run may create the folder at any time.
     if not int(all_reduce_sum(torch.tensor(int(is_main() and folder.is_dir()), device=device))):
         number = int(all_reduce_sum(torch.tensor(os.getpid() if is_main() else 0, device=device)))
         temporary = folder.with_name(f"{name}.{number}.tmp")
@@ -80,7 +82,7 @@ def cached_features(
             _rename(temporary, folder)
         barrier()
     _seen_by_all(folder)
-    # "c": pages are read when they are wanted, and a change (there is none) would not reach the file.
+    # "c" (copy on write): pages are read on access, and changes do not reach the file.
     rows = Rows(*(torch.from_numpy(np.load(folder / f"{kind}.npy", mmap_mode="c")) for kind in Rows._fields))
     count, width = rows.features.shape
     say(f"  features: {count} images x {width}, {count * width * 4 / 1e9:.3g} GB in {folder}")
@@ -96,7 +98,7 @@ def _seen_by_all(folder: Path) -> None:
 def _write_part(
     folder: Path, batches: Iterable[LabelledBatch], features: Callable[[Tensor], Tensor], images: int, device: torch.device
 ) -> None:
-    """This rank's share, in the order in which it comes."""
+    """Writes this rank's share of the features, in the order of the batches."""
     index, labels, width, progress = list[Tensor](), list[Tensor](), 0, Progress("features, images", images)
     with _part(folder, rank()).open("wb") as file:
         for batch in batches:
@@ -110,7 +112,7 @@ def _write_part(
 
 
 def _join(folder: Path) -> None:
-    """One file in the source's order out of those of all ranks, which are removed."""
+    """Joins the files of all ranks into one in the source's order, then removes them."""
     parts = [_part(folder, number) for number in range(world_size())]
     index, labels, widths = zip(*(torch.load(part.with_suffix(".pt"), weights_only=True) for part in parts), strict=True)
     order = torch.cat(index).argsort()
@@ -151,7 +153,8 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 class RowLoader:
-    """Training batches of features; see `contracts.TrainData`. `chosen`: the rows that are used, by position in `order`."""
+    """Training batches of features; see `contracts.TrainData`. `chosen`: numbers of the rows that are used; an index of `order`
+    is a position in `chosen`."""
 
     def __init__(self, rows: Rows, chosen: Positions, order: GlobalOrder, key: Callable[[int], str]):
         assert order.samples == len(chosen)
@@ -159,7 +162,7 @@ class RowLoader:
         self.steps_per_epoch = order.steps_per_epoch
 
     def steps(self, first: int, last: int) -> Iterator[list[FeatureBatch]]:
-        """Micro-batches of each step first .. last - 1."""
+        """Yields the micro-batches of each step from `first` to `last` - 1."""
         step: list[FeatureBatch] = []
         for places in self._order.micro_steps(first, last):
             step.append(self._rows.batch(self._chosen[[place.index for place in places]]))
@@ -168,7 +171,7 @@ class RowLoader:
                 step = []
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """Epoch, index and key of each sample of a step, over all ranks."""
+        """Returns epoch, index and key of each sample of a step, over all ranks."""
         found = []
         for place in self._order.global_step(step):
             index = int(self._rows.places[self._chosen[place.index]])
@@ -177,7 +180,7 @@ class RowLoader:
 
 
 class EvalRows:
-    """Every chosen row once over all ranks, in order."""
+    """Evaluation batches of features: each chosen row once over all ranks, in order."""
 
     def __init__(self, rows: Rows, chosen: Positions):
         self._rows, self._own = rows, chosen[rank() :: world_size()]

@@ -1,4 +1,4 @@
-"""From a source to batches of a preparation. Broken records are replaced and reported."""
+"""Loaders of training and evaluation batches. Broken records are reported; in training they are replaced."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from eva_mim.data.quarantine import Quarantined
 from eva_mim.data.sampler import GlobalOrder, Place
 
 REPLACEMENTS = 20
-"""Other samples tried in place of a broken one before the run stops."""
+"""Number of broken records in a row at which the run stops; in training each is replaced by another sample."""
 
 MAX_NAMED = 100
-"""Broken held-out images that are named, each once."""
+"""Number of broken held-out images that are named in the log, each once."""
 
 
 class Failure(NamedTuple):
-    """A reason to stop, on its way to the main process."""
+    """Message of an error in a loader process, which the main process raises."""
 
     text: str
 
 
 class Reader(Dataset["Item | str | Failure"], Generic[B]):
-    """Place -> Item, with another record in place of a broken one in training. A broken held-out record -> its fault, "" where it
-    is in quarantine."""
+    """Dataset of items by place. In training a broken record is replaced by another one. In evaluation the item of a broken
+    record is its fault as text, which is empty for a record in quarantine."""
 
     def __init__(self, source: Source, preparation: Preparation[B]):
         self.source, self.preparation = source, preparation
@@ -47,11 +47,11 @@ class Reader(Dataset["Item | str | Failure"], Generic[B]):
     def __getitem__(self, place: Place) -> Item | str | Failure:
         try:
             return self._item(place)
-        except UserError as error:  # raised in the main process: an exception in a worker leaves the worker behind
+        except UserError as error:  # raised in the main process: after an exception in a worker, the worker would stay alive
             return Failure(str(error))
 
     def __getitems__(self, places: list[Place]) -> list[Item | str | Failure]:
-        """torch asks for a whole batch by this name."""
+        """Returns the items of a batch; torch's loader calls this method instead of `__getitem__`."""
         try:
             self.source.prefetch([place.index for place in places])
         except UserError as error:
@@ -59,7 +59,7 @@ class Reader(Dataset["Item | str | Failure"], Generic[B]):
         return [self[place] for place in places]
 
     def collate(self, read: list[Item | str | Failure]) -> B | Failure | list[str]:
-        """A batch of the readable records. The faults alone when nothing was readable."""
+        """Returns a batch of the readable records; the list of faults if no record is readable; the Failure if there is one."""
         if failures := [item for item in read if isinstance(item, Failure)]:
             return failures[0]
         items = [item for item in read if isinstance(item, Item)]
@@ -83,9 +83,9 @@ class Reader(Dataset["Item | str | Failure"], Generic[B]):
                 sample = self.source.read(index)
                 self.preparation.check(sample, self.source.classes)
                 return sample, index, tuple(broken)
-            except UserError:  # more than a record is lost
+            except UserError:  # the error concerns more than one record
                 raise
-            except Quarantined as reason:  # was counted when the list was made
+            except Quarantined as reason:  # counted when the list was made
                 last = f"{self.source.key(index)}: {reason}"
             except Exception as error:  # a record may be broken in any way; it is counted and named, never hidden
                 last = f"{self.source.key(index)}: {type(error).__name__}: {error}"
@@ -103,7 +103,7 @@ class Reader(Dataset["Item | str | Failure"], Generic[B]):
 
 
 def _gone(error: Exception) -> str:
-    """Hint that names the highest missing folder above a missing file; empty otherwise."""
+    """Returns a hint that names the highest missing folder above a missing file; empty otherwise."""
     parents = Path(error.filename).parents if isinstance(error, OSError) and error.filename else ()
     missing = [folder for folder in parents if not folder.exists()]
     return f"; {missing[-1]} does not exist: is its disk mounted?" if missing else ""
@@ -133,7 +133,7 @@ def _batches(
     _reap_at_exit()
     loader: DataLoader[Item | str | Failure] = DataLoader(
         reader,
-        batch_sampler=places,  # type: ignore[arg-type]  # torch's stub wants int indices; it passes on anything
+        batch_sampler=places,  # type: ignore[arg-type]  # torch's stub requires int indices; any object is accepted
         num_workers=workers,
         collate_fn=reader.collate,
         prefetch_factor=4 if workers else None,
@@ -154,7 +154,7 @@ class TrainLoader(Generic[B]):
         self.steps_per_epoch = order.steps_per_epoch
 
     def steps(self, first: int, last: int) -> Iterator[list[B]]:
-        """Micro-batches of each step first .. last - 1. Steps run on through epochs: loading never pauses."""
+        """Yields the micro-batches of each step from `first` to `last` - 1. Loading continues across epochs without a pause."""
         step: list[B] = []
         for batch in _batches(self._reader, self._order.micro_steps(first, last), self._workers):
             assert not isinstance(batch, list)  # a broken training image is replaced
@@ -164,16 +164,17 @@ class TrainLoader(Generic[B]):
                 step = []
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """Epoch, index and key of each sample of a step, over all ranks."""
+        """Returns epoch, index and key of each sample of a step, over all ranks."""
         return [place._asdict() | {"key": self.key(place.index)} for place in self._order.global_step(step)]
 
     def key(self, index: int) -> str:
-        """The source's name of a sample."""
+        """Returns the source's key of a sample."""
         return self._reader.source.key(index)
 
 
 class EvalLoader(Generic[B]):
-    """Every sample once over all ranks, in order, with fixed views and masks. Broken records are left out."""
+    """Evaluation batches of this rank: each sample once over all ranks, in order, with fixed views and masks. Broken records are
+    left out."""
 
     def __init__(self, source: Source, preparation: Preparation[B], batch: int, workers: int, limit: int | None = None):
         assert not preparation.training
@@ -182,7 +183,7 @@ class EvalLoader(Generic[B]):
         if count < world_size():
             raise UserError(f"{count} held-out images are too few for {world_size()} processes")
         self._named: dict[str, None] = {}
-        chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # spread: a folder is sorted by class
+        chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # evenly spread, since a folder is sorted by class
         self._indices = [int(index) for index in chosen[rank() :: world_size()]]
 
     def __iter__(self) -> Iterator[B]:

@@ -1,4 +1,4 @@
-"""Masks: blocks by BEiT's law, which may stop below the ceiling, and single random patches."""
+"""Masks of patches: rectangular blocks by BeiT's law, and single random patches."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 
 ATTEMPTS = 10
-"""Tries to place one block before the mask is taken as it is (BEiT, masking_generator.py)."""
+"""Attempts to place a block before the mask is finished without it (BeiT, masking_generator.py)."""
 
 Mask = Callable[[random.Random], npt.NDArray[np.bool_]]
-"""Draws [N] bool, True = masked, from the generator's next numbers."""
+"""Function that draws a [N] bool mask, True = masked, from a random generator."""
 
 
 def make_mask(grid: Grid, settings: MaskSettings) -> Mask | None:
-    """The mask of a grid; None where nothing is masked. Raises UserError."""
+    """Returns the mask of a grid; None if no patch is masked. Raises UserError if `mask.min_block` exceeds the number of masked
+    patches."""
     if settings.ratio == 0:
         return None
     return BlockMask(grid, settings) if settings.kind == "block" else RandomMask(grid, settings)
 
 
 class BlockMask:
-    """Rectangles until a ceiling of masked patches is reached or placing fails.
+    """Block mask: rectangles are placed until the maximum number of masked patches is reached or placing fails.
 
-    A block has area ~ U(min_block, budget) and log aspect ~ U(ln a, -ln a), its sides are shorter than the grid's, and it
-    is accepted when it newly masks between 1 and `budget` patches, budget = ceiling - masked so far. So a mask never
-    exceeds the ceiling, and may stay below it unless `exact`: then it grows at its edges, one random patch at a time.
-    The grid is one Python integer, a bit a patch: counting is one operation.
+    A block has area ~ U(min_block, budget) and log aspect ~ U(ln a, -ln a), where budget = maximum - patches masked so far.
+    Its sides are shorter than the grid's, and it is accepted if it newly masks between 1 and `budget` patches. A mask
+    therefore never exceeds the maximum, and may stay below it; with `exact` it is then extended at its border, one random
+    patch at a time. The mask is one Python integer with one bit a patch, so that counting is one operation.
     """
 
     def __init__(self, grid: Grid, settings: MaskSettings):
@@ -49,7 +50,7 @@ class BlockMask:
         self.first_column = self.everything // ((1 << columns) - 1)  # a bit at the start of each row
 
     def __call__(self, rng: random.Random) -> npt.NDArray[np.bool_]:
-        """[N] bool from the generator's next numbers."""
+        """Returns a [N] bool mask, drawn from `rng`."""
         mask = 0
         while (budget := self.ceiling - mask.bit_count()) > 0:
             block = self._block(rng, mask, budget)
@@ -79,25 +80,25 @@ class BlockMask:
         return None
 
     def _bordering(self, rng: random.Random, mask: int) -> int:
-        """One of the visible patches beside, above or below a masked one, all equally likely."""
+        """Returns the bit of a random visible patch beside, above or below a masked one, all equally likely."""
         columns = self.grid[1]
         right = (mask << 1) & ~self.first_column
         left = (mask & ~self.first_column) >> 1
         border = (right | left | mask << columns | mask >> columns) & self.everything & ~mask
         for _ in range(rng.randrange(border.bit_count())):
-            border &= border - 1  # drops the lowest bit
+            border &= border - 1  # clears the lowest bit
         return border & -border
 
 
 class RandomMask:
-    """Every image has the same number of masked patches, all choices equally likely (MAE, section 3)."""
+    """Random mask: every image has the same number of masked patches, and all choices are equally likely (MAE, section 3)."""
 
     def __init__(self, grid: Grid, settings: MaskSettings):
         self.cells = grid[0] * grid[1]
         self.visible = self.cells - settings.masked_patches(self.cells)
 
     def __call__(self, rng: random.Random) -> npt.NDArray[np.bool_]:
-        """[N] bool from the generator's next numbers."""
+        """Returns a [N] bool mask, drawn from `rng`."""
         mask = np.ones(self.cells, dtype=bool)
         mask[rng.sample(range(self.cells), self.visible)] = False
         return mask

@@ -1,4 +1,4 @@
-"""From a sample to an item to a batch: views, mask and caption, each from a random stream of its own."""
+"""Preparation of samples: view, mask and caption, each drawn from a random stream of its own, and batches of them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 View = Callable[["Image | Bands", random.Random], dict[int, Tensor]]
-"""Side in pixels -> [channels, side, side], drawn from the generator's next numbers."""
+"""Function of an image and a random generator that returns {side in pixels: [channels, side, side]}."""
 Tokenize = Callable[[list[str]], Tensor]
-"""T texts -> [T, L] int64 token ids."""
+"""Function of T texts that returns [T, L] int64 token ids."""
 Classes = Sequence[str] | None
-"""Class names by label; None where the images carry no labels."""
+"""Class names by label; None if the images have no labels."""
 
 
 class Item(NamedTuple):
@@ -35,67 +35,69 @@ class Item(NamedTuple):
 
     index: int  # type: ignore[assignment]  # shadows tuple.index
     content: Any
-    """What `Preparation.content` made."""
+    """Return value of `Preparation.content`."""
     broken: tuple[str, ...]
-    """Faults of the records that it replaces."""
+    """Faults of the broken records that this sample replaces."""
 
 
 @dataclass(frozen=True)
 class Preparation(ABC, Generic[B]):
-    """Turns samples into items and items into batches; a subclass for each kind of training.
+    """Converts samples to items and items to batches; there is a subclass for each kind of training.
 
-    View, mask and caption of a sample are functions of (seed, purpose, number, index): none depends on what another one drew.
+    View, mask and caption of a sample are functions of (seed, purpose, number, index), so none depends on the draws of
+    another.
     """
 
     view: View
     seed: int
     training: bool = field(default=True, kw_only=True)
-    """False: held-out data, with other streams than any training run's."""
+    """False for held-out data, whose random streams differ from those of every training run."""
     views: int | None = field(default=None, kw_only=True)
-    """Views of a sample before the first one comes again, with another mask and caption; None: a new view in each epoch."""
+    """Number of different views of a sample before the first is used again, with another mask and caption; None: a new view in
+    each epoch."""
 
     def check(self, sample: Sample, classes: Classes) -> None:
-        """Raises ValueError for a record that cannot be used, though its image can be read."""
+        """Raises ValueError for a record that cannot be used although its image is readable."""
 
     @abstractmethod
     def content(self, sample: Sample, place: Place, classes: Classes) -> Any:
-        """The parts of one row of a batch."""
+        """Returns the content of one row of a batch."""
 
     @abstractmethod
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> B:
-        """Stack B contents. `index`: [B] int64, positions in the source."""
+        """Returns the batch of B contents. `index`: [B] int64, positions in the source; `broken`: faults of broken records."""
 
     def draws(self, purpose: str, number: int, index: int) -> random.Random:
-        """The random stream of a purpose ("view", "mask", "caption") for one sample."""
+        """Returns the random generator of a purpose ("view", "mask", "caption") for one sample."""
         return random.Random(derive(self.seed, purpose if self.training else f"held-out {purpose}", number, index))
 
     def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
-        """Side in pixels -> [channels, side, side] of a sample."""
+        """Returns the views of a sample, {side in pixels: [channels, side, side]}."""
         number = place.epoch if self.views is None else place.epoch % self.views
         return self.view(sample.image, self.draws("view", number, place.index))
 
     def image_of(self, sample: Sample, place: Place) -> Tensor:
-        """[channels, side, side] of a sample, where the view has one size."""
+        """Returns the only view of a sample, [channels, side, side]."""
         (image,) = self.views_of(sample, place).values()
         return image
 
 
 @dataclass(frozen=True)
 class MaskedPreparation(Preparation[MaskedBatch]):
-    """Views of every size with a mask of the student's patches."""
+    """Preparation of views of every size, with a mask of the student's patches."""
 
     mask: Mask | None = None
-    """None: the student sees every patch."""
+    """Mask of the patches; None: the student sees every patch."""
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[dict[int, Tensor], Tensor | None, int | None]:
-        """Views by side, [N] bool mask, label."""
+        """Returns views by side, [N] bool mask (None without masking) and label."""
         views = self.views_of(sample, place)
         with phase("mask"):
             masked = torch.from_numpy(self.mask(self.draws("mask", place.epoch, place.index))) if self.mask else None
         return views, masked, sample.label
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
-        """See `Preparation`."""
+        """Returns the batch; see `Preparation.batch`."""
         views, masks, labels = zip(*contents, strict=True)
         masked = torch.stack(masks) if self.mask else None
         return MaskedBatch(
@@ -110,21 +112,21 @@ class MaskedPreparation(Preparation[MaskedBatch]):
 
 @dataclass(frozen=True)
 class ImageTextPreparation(Preparation[ImageTextBatch]):
-    """Images with texts: in training one of a sample's captions is drawn, held out all are taken. Where it has none, the name of
-    its class is put into one of `templates`: a drawn one, held out the first."""
+    """Preparation of images with texts. Training draws one of a sample's captions, evaluation uses all of them. A sample without
+    captions gets a template with the name of its class: a drawn template in training, the first one in evaluation."""
 
     tokenize: Tokenize
     templates: Sequence[str] = ()
 
     def check(self, sample: Sample, classes: Classes) -> None:
-        """Raises ValueError for a sample without text."""
+        """Raises ValueError for a sample without text or with an empty caption."""
         if not sample.captions and (sample.label is None or classes is None):
             raise ValueError("no caption (KEY.txt, KEY.json, data.captions, data.columns.captions) and no class name")
         if "" in sample.captions:
             raise ValueError("an empty caption")
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Tensor, Tensor, int | None]:
-        """Image, [T, L] token ids of its texts, label."""
+        """Returns image, [T, L] token ids of the sample's texts, and label."""
         return self.image_of(sample, place), self.tokenize(self._texts(sample, place, classes)), sample.label
 
     def _texts(self, sample: Sample, place: Place, classes: Classes) -> list[str]:
@@ -137,7 +139,7 @@ class ImageTextPreparation(Preparation[ImageTextBatch]):
         return [self.draws("caption", place.epoch, place.index).choice(texts)] if self.training else texts
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> ImageTextBatch:
-        """See `Preparation`."""
+        """Returns the batch; see `Preparation.batch`."""
         images, texts, labels = zip(*contents, strict=True)
         owner = torch.tensor([row for row, rows in enumerate(texts) for _ in rows])
         return ImageTextBatch(index, torch.stack(images), torch.cat(texts), owner, labels=_labels(labels), broken=broken)
@@ -145,15 +147,15 @@ class ImageTextPreparation(Preparation[ImageTextBatch]):
 
 @dataclass(frozen=True)
 class LabelledPreparation(Preparation[LabelledBatch]):
-    """Images with the classes that they belong to."""
+    """Preparation of images with class labels."""
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Tensor, int]:
-        """Image, label."""
+        """Returns image and label."""
         assert sample.label is not None
         return self.image_of(sample, place), sample.label
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> LabelledBatch:
-        """See `Preparation`."""
+        """Returns the batch; see `Preparation.batch`."""
         images, labels = zip(*contents, strict=True)
         return LabelledBatch(index, torch.stack(images), torch.tensor(labels), broken=broken)
 

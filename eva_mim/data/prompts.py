@@ -1,6 +1,6 @@
-"""Names of classes and the templates that make captions of them: from files, or as open_clip has them.
+"""Class names, and templates that make captions of them: from files, or as open_clip has them.
 
-A class of ImageNet keeps its synset id beside its name, because some names stand for two classes ("crane").
+A class of ImageNet keeps its synset id beside its name, because two classes may have the same name ("crane").
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from eva_mim.data.class_lists import class_line, layout_classes, spoken
 
 
 def class_file(settings: SourceSettings) -> tuple[str, ...] | None:
-    """The names in the file `data.classes`, by label; None where it is not set. Raises UserError."""
+    """Returns the class names in the file `data.classes`, by label; None if it is not set. Raises UserError for an unreadable
+    file."""
     return None if settings.classes is None else _lines(settings, settings.classes, "data.classes")
 
 
 def class_words(settings: SourceSettings) -> tuple[str, ...] | None:
-    """Class names by label that `data.class_names` names; None where it is not set. Raises UserError."""
+    """Returns the class names of `data.class_names`, by label; None if it is not set. Raises UserError for an unreadable file."""
     if settings.class_names == "imagenet":
         return imagenet_names()
     return None if settings.class_names is None else _lines(settings, settings.class_names, "data.class_names")
@@ -30,14 +31,14 @@ def _lines(settings: SourceSettings, name: str, setting: str) -> tuple[str, ...]
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Synset ids of ImageNet-1k with open_clip's names."""
+    """Returns the synset ids of ImageNet-1k with open_clip's names, by label."""
     from open_clip import IMAGENET_CLASSNAMES
 
     return tuple(f"{synset} {name}" for synset, name in zip(layout_classes("imagenet-1k"), IMAGENET_CLASSNAMES, strict=True))
 
 
 def read_lines(path: Path, setting: str) -> list[str]:
-    """Lines of a text file that are not empty. Raises UserError."""
+    """Returns the non-empty lines of a text file. Raises UserError for a file that is missing or not UTF-8."""
     if not path.is_file():
         raise UserError(f"{setting}: {path} does not exist")
     try:
@@ -47,12 +48,12 @@ def read_lines(path: Path, setting: str) -> list[str]:
 
 
 def filled(template: str, name: str) -> str:
-    """A caption for an image of a class."""
+    """Returns the template with the class name filled in."""
     return template.replace("{}", spoken(name))
 
 
 def prompt_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """The templates that `data.templates` stands for, each with "{}" for the class name."""
+    """Returns the templates of the setting `data.templates`, each with "{}" for the class name."""
     if not isinstance(templates, str):
         return tuple(templates)
     from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES

@@ -1,6 +1,7 @@
-"""Records that are not read: `eva-mim data verify` lists them, training and evaluation honour the list (`data.quarantine`).
+"""Quarantine: records that training and evaluation do not read (`data.quarantine`), listed by `eva-mim data verify`.
 
-A listed record is replaced as a broken one would be, by the same sample; it is not counted, and its file is not opened.
+In training a listed record is replaced by the same sample as a broken one; in evaluation it is left out. It is not counted
+as broken, and its file is not opened.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from eva_mim.core.log import say
 
 FORMAT = "eva-mim quarantine 1"
 MAX_BYTES = 2**28
-"""About two million broken records: a larger file is no list of ours."""
+"""Maximum size of the file, which is enough for about two million broken records."""
 
 
 class Quarantined(Exception):
-    """A record that is not read, with the reason on the list."""
+    """Raised in place of reading a listed record; the message is the listed reason."""
 
 
 class Fault(NamedTuple):
-    """A record that cannot be read."""
+    """Key of a record that cannot be read, and the reason."""
 
     key: str
     reason: str
@@ -35,7 +36,7 @@ class Fault(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Result of checking one source: its first `checked` of `records` were decoded, and these are broken, by position."""
+    """Result of checking one source: the first `checked` of its `records` were decoded; `broken` holds the faults by position."""
 
     what: str
     records: int
@@ -44,14 +45,14 @@ class Checked(NamedTuple):
 
 
 class Quarantine:
-    """Checked sources by fingerprint: a source that has changed since is not on the list."""
+    """Checked sources by fingerprint; a source that has changed since its check has another fingerprint."""
 
     def __init__(self, path: Path, sources: dict[str, Checked]):
         self.path, self.sources = path, sources
 
     def reasons(self, source: Source, where: str) -> dict[int, str]:
-        """Position -> why it is not read. `where` the source lies is for messages. Raises UserError where the list is about other
-        records."""
+        """Returns {position: reason} of the records of a source that are not read. `where` is the source's location, for
+        messages. Raises UserError if the source was not checked, or has changed since."""
         known = self.sources.get(source.fingerprint)
         if known is None:
             raise UserError(f"data.quarantine: {self.path} is not about the {len(source)} records in {where} as they are now; "
@@ -61,7 +62,7 @@ class Quarantine:
         return {position: fault.reason for position, fault in known.broken.items()}
 
     def write(self) -> None:
-        """Atomically."""
+        """Writes the list to its file, atomically."""
         sources = {
             name: one._asdict() | {"broken": {str(position): fault._asdict() for position, fault in one.broken.items()}}
             for name, one in self.sources.items()
@@ -70,7 +71,7 @@ class Quarantine:
 
 
 def read_quarantine(path: Path) -> Quarantine:
-    """Raises UserError for a file that is none."""
+    """Reads a quarantine file. Raises UserError for a missing file, or one of another format."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes are too many")

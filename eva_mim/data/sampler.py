@@ -1,5 +1,5 @@
-"""The order of samples: one permutation an epoch, cut into global batches, then into ranks' micro-batches; and the order
-of a mixture of sources."""
+"""Order of samples: one permutation an epoch, cut into global batches and then into the ranks' micro-batches; and the order of a
+mixture of sources."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from eva_mim.core.rng import derive
 from eva_mim.data.sources.index import Column, narrow
 
 MAX_ROUND = 1_000_000
-"""Positions after which the turns of a mixture's parts repeat, at most: its table of turns is held in memory."""
+"""Maximum length of a round, after which the turns of a mixture's parts repeat; the turns of one round are held in memory."""
 
 
 class Place(NamedTuple):
-    """Index and epoch of a sample: together with the run seed it decides everything about the view."""
+    """Epoch and index of a sample, which together with the run's seed determine its view."""
 
     epoch: int
-    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody wants here
+    index: int  # type: ignore[assignment]  # shadows tuple.index
 
 
 def permuted(samples: int, generator: np.random.Generator, blocks: Blocks | None) -> Column:
-    """The numbers below `samples` in a drawn order: any, or pool after pool of blocks, of which each comes once."""
+    """Returns a permutation of 0 .. samples - 1: of all records, or with `blocks`, pool after pool of randomly chosen blocks,
+    with the records of a pool shuffled together."""
     if blocks is None:
         return narrow(generator.permutation(samples))
     starts = np.concatenate([[0], blocks.ends[:-1]])
     drawn = generator.permutation(len(blocks.ends))
-    pools = np.array_split(drawn, math.ceil(len(drawn) / blocks.pooled))  # about equal: a small last one would mix badly
+    pools = np.array_split(drawn, math.ceil(len(drawn) / blocks.pooled))  # about equal sizes: a small pool mixes badly
     order, done = np.empty(samples, narrow(blocks.ends).dtype), 0
     for pool in pools:
         records = np.concatenate([np.arange(starts[block], blocks.ends[block]) for block in pool])
@@ -44,10 +45,11 @@ def permuted(samples: int, generator: np.random.Generator, blocks: Blocks | None
 
 
 class GlobalOrder:
-    """Position in the data = steps done. The last, incomplete global batch of an epoch is left out.
+    """Order of the samples of all steps; a position in the data is a step. The last, incomplete global batch of an epoch is
+    left out.
 
-    Of each global batch, micro-batch j of rank r is rows [(j * world + r) * micro, ...): whatever the number of ranks,
-    a step sees the same samples.
+    Micro-batch j of rank r is rows [(j * world + r) * micro, ...) of the global batch, so the samples of a step do not
+    depend on the number of ranks.
     """
 
     def __init__(
@@ -68,13 +70,13 @@ class GlobalOrder:
         self._epoch, self._order = -1, np.empty(0, dtype=np.uint32)
 
     def global_step(self, step: int) -> list[Place]:
-        """All samples of a step, over all ranks."""
+        """Returns all samples of a step, over all ranks."""
         epoch, within = divmod(step, self.steps_per_epoch)
         rows = self._permutation(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
         return [Place(epoch, int(index)) for index in rows]
 
     def micro_steps(self, first: int, last: int) -> Iterator[list[Place]]:
-        """This rank's micro-batches of steps first .. last - 1, in order."""
+        """Yields this rank's micro-batches of the steps from `first` to `last` - 1, in order."""
         for step in range(first, last):
             places = self.global_step(step)
             for micro in range(self.micro_batches):
@@ -89,7 +91,7 @@ class GlobalOrder:
 
 
 class MixedPart(NamedTuple):
-    """One source of a mixture, as its order needs it."""
+    """Number of images, weight and blocks of one source of a mixture."""
 
     images: int
     weight: float
@@ -97,12 +99,13 @@ class MixedPart(NamedTuple):
 
 
 class MixedOrder(GlobalOrder):
-    """The order of a mixture: parts take turns by their weights, and each runs through its own images pass after pass.
+    """Order of a mixture: the parts take turns by their weights, and each part is permuted anew for every pass over its
+    images.
 
-    The indices of the parts come one after another. Which part stands at a position repeats after as many
-    positions as the whole-numbered weights sum to; so how far a part has come, and its pass, follow from the position alone.
-    `Place.epoch` is the pass. An epoch of the whole is as many images as the parts have; no part starts anew with it, and nothing
-    is left out at its end.
+    Indices count the images of all parts, one part after another. The turns repeat after a round of as many positions as the
+    sum of the integer weights, so the position alone determines the part, its pass, and the place within the pass.
+    `Place.epoch` is the pass. An epoch of the mixture has as many images as all parts together; passes do not restart with
+    it, and no image is left out at its end.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class MixedOrder(GlobalOrder):
         self._orders: dict[int, tuple[int, Column]] = {}
 
     def global_step(self, step: int) -> list[Place]:
-        """All samples of a step, over all ranks."""
+        """Returns all samples of a step, over all ranks."""
         rounds, turn = np.divmod(np.arange(step * self.global_batch, (step + 1) * self.global_batch), len(self._turns))
         part = self._turns[turn]
         passes, place = np.divmod(rounds * self._weights[part] + self._turns_before[turn], self._sizes[part])
@@ -135,7 +138,8 @@ class MixedOrder(GlobalOrder):
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in exactly these proportions, each weight taken as it is written. Raises UserError."""
+    """Returns the smallest integers in exactly the proportions of the weights, each weight taken by its decimal digits. Raises
+    UserError if their sum exceeds MAX_ROUND."""
     exact = [Fraction(str(weight)) for weight in weights]
     scaled = [int(weight * math.lcm(*(other.denominator for other in exact))) for weight in exact]
     whole = [weight // math.gcd(*scaled) for weight in scaled]
@@ -146,7 +150,7 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 def take_turns(weights: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Part of the mixture at each position of a round: part p as often as its weight says, as evenly as it goes."""
+    """Returns the part at each position of a round, [sum of weights] int64: each part as often as its weight, spread evenly."""
     count = np.asarray(weights)
     part = np.repeat(np.arange(len(count)), count)
     number = np.arange(len(part)) - np.repeat(np.cumsum(count) - count, count)

@@ -1,4 +1,4 @@
-"""Which records a run uses: the training and held-out sources, limits, held-out shares, grouped classes, mixtures."""
+"""Records that a run uses: training and held-out sources, limits, held-out shares, grouped classes, mixtures."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart
 Positions = npt.NDArray[np.int64]
 NONE: Positions = np.empty(0, np.int64)
 CHUNK = 2**16
-"""Positions that are hashed at once."""
+"""Positions hashed at once."""
 HOLD_OUT_SEED = 0
-"""The held-out share is the same for every run seed, so that runs can be compared."""
+"""Seed of the held-out share, the same for every run, so that runs can be compared."""
 
 
 class Complement:
-    """The whole numbers from 0 without a few that are listed: `count` of them, held in the memory of those few."""
+    """The first `count` integers from 0 that are not excluded; only the excluded integers are stored."""
 
     def __init__(self, count: int, few: Positions = NONE):
-        """`few` rise."""
+        """`few`: the excluded integers, in rising order."""
         self._count, self._before = count, few - np.arange(len(few))
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, number: Any) -> Any:
-        """The number at a place, or those at several."""
+        """Returns the integer at a position, or those at an array of positions."""
         return number + np.searchsorted(self._before, number, side="right")
 
     def below(self, bounds: Positions) -> Positions:
-        """Number of excluded positions below each bound."""
+        """Returns the number of integers in this set that are below each bound."""
         few = self._before + np.arange(len(self._before))
         kept: Positions = np.minimum(bounds - np.searchsorted(few, bounds), self._count)
         return kept
 
 
 class Subset:
-    """Some records of a source, with labels regrouped when a map is given, and classes renamed when words are."""
+    """Some records of a source, with classes grouped by `label_map` and renamed to `words`, if these are given."""
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class Subset:
         *,
         labels: Sequence[int] | None = None,
     ):
-        """`quarantined`: position in `source` -> why it is not read. `labels`: one for each record, in place of the source's."""
+        """`indices`: positions in `source`. `quarantined`: position in `source` -> reason why it is not read. `labels`: one for
+        each record of the subset, in place of the source's. Raises UserError if `label_map` or `words` do not fit the classes."""
         self._source, self._indices, self._quarantined = source, indices, dict(quarantined)
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
@@ -79,7 +80,7 @@ class Subset:
 
     @property
     def blocks(self) -> Blocks | None:
-        """Blocks of the source, without the records and blocks that are left out."""
+        """Blocks of the source, without records and blocks that are left out; None if the source has no blocks."""
         if self._source.blocks is None:
             return None
         ends, pooled = self._source.blocks
@@ -88,7 +89,8 @@ class Subset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the source's fingerprint and the chosen records; a second for 14 million."""
+        """Hash of the source's fingerprint, the chosen records and their new labels; computed in a second for 14 million
+        records."""
         labels = self._label_map if self._own_labels is None else self._own_labels
         return _fingerprint(self._source.fingerprint, self._indices, labels)
 
@@ -103,7 +105,7 @@ class Subset:
         self._source.prefetch([position for position in positions if position not in self._quarantined])
 
     def read(self, index: int) -> Sample:
-        """Raises Quarantined, and what the source raises."""
+        """Reads one record. Raises Quarantined for a record in quarantine, and the errors of the source."""
         position = int(self._indices[index])
         if position in self._quarantined:
             raise Quarantined(self._quarantined[position])
@@ -116,7 +118,8 @@ class Subset:
 
 
 def _fingerprint(source: str, indices: Complement | Positions, labels: Any) -> str:
-    """`digest([source, all indices as bytes in hex, labels])`, which for 14 million would be a text of 224 MB."""
+    """Returns `digest([source, all indices as bytes in hex, labels])`, hashed in chunks: for 14 million indices the text has 224
+    MB."""
     total = hashlib.sha256(f'["{source}", "'.encode())
     for start in range(0, len(indices), CHUNK):
         places = np.arange(start, min(start + CHUNK, len(indices)))
@@ -126,10 +129,11 @@ def _fingerprint(source: str, indices: Complement | Positions, labels: Any) -> s
 
 
 class Mixture:
-    """Sources one after another, under one range of indices. `parts`: of each what the order of training needs.
+    """Concatenation of sources under one range of indices. `parts`: size, weight and blocks of each source, for the training
+    order.
 
-    Labels stay where all parts have the same classes. Where they differ, an image without captions gets one by each template,
-    with its own class's name, since its label says nothing here.
+    Labels are kept if all parts have the same classes. Otherwise they are dropped, and an image without captions gets one
+    from each template, with the name of its class.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], templates: Sequence[str]):
@@ -140,7 +144,7 @@ class Mixture:
 
     @property
     def blocks(self) -> None:
-        """None: `parts` has the blocks of each part."""
+        """None; `parts` has the blocks of each source."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,7 +155,7 @@ class Mixture:
         return int(self._ends[-1])
 
     def key(self, index: int) -> str:
-        """PART:KEY, parts counted from 0."""
+        """Returns PART:KEY, with parts counted from 0."""
         part, inner = self._place(index)
         return f"{part}:{self._sources[part].key(inner)}"
 
@@ -174,7 +178,7 @@ class Mixture:
 
 
 def order_of(source: Source, **cut: int) -> GlobalOrder:
-    """The order in which a source's records are trained on; `cut` are arguments of `GlobalOrder`."""
+    """Returns the order in which a source's records are trained on; `cut` are arguments of `GlobalOrder`."""
     if isinstance(source, Mixture):
         return MixedOrder(source.parts, **cut)
     return GlobalOrder(len(source), **cut, blocks=source.blocks)
@@ -185,12 +189,12 @@ class Splits(NamedTuple):
     val: Source
 
     def facts(self) -> dict[str, Any]:
-        """Facts that decide which records a run sees and in which order."""
+        """Returns sizes and hash of the splits: the facts that decide which records a run uses and in which order."""
         return {"train": len(self.train), "val": len(self.val), "sha256": digest([self.train.fingerprint, self.val.fingerprint])}
 
 
 class Opened(NamedTuple):
-    """One source: `images` is its number of training images before a limit."""
+    """Splits of one source; `images` is the number of its training images before the limit."""
 
     train: Source
     val: Source | None
@@ -198,7 +202,8 @@ class Opened(NamedTuple):
 
 
 def open_splits(settings: DataSettings) -> Splits:
-    """Both sources. Raises UserError for a missing folder, an empty one, class lists that differ, or an unexpected number."""
+    """Returns the training and the held-out source. Raises UserError for a missing or empty folder, class lists that differ, no
+    held-out images, or an unexpected number of training images."""
     share = settings.held_out is None
     listed = None if settings.quarantine is None else read_quarantine(settings.quarantine)
     sources: Sequence[SourceSettings] = settings.mixture or [settings]
@@ -237,7 +242,7 @@ def _quarantined(source: Source, listed: Quarantine | None, settings: SourceSett
 
 
 def _open_source(settings: SourceSettings, listed: Quarantine | None, *, share: bool) -> Opened:
-    """`share`: its `val_share` is held out where it has no `val`."""
+    """Opens the splits of one source. `share`: whether `val_share` of the training images is held out if there is no `val`."""
     opener = lookup(SOURCES, settings.source, "data.source")
     train: Source = opener(settings, "train")
     val: Source | None = opener(settings, "val")
@@ -263,7 +268,7 @@ def _at_most(limit: int | None, count: int) -> int:
 
 
 def _say_counts(settings: Sequence[PartSettings], parts: Sequence[Opened]) -> None:
-    """Images and passes of each part, before the first is read."""
+    """Logs the images and passes of each part, before the first image is read."""
     images, weights = sum(len(part.train) for part in parts), sum(part.weight for part in settings)
     say(f"data.mixture: an epoch is {images} images")
     for number, (one, part) in enumerate(zip(settings, parts, strict=True)):
@@ -273,7 +278,7 @@ def _say_counts(settings: Sequence[PartSettings], parts: Sequence[Opened]) -> No
 
 
 def regroup(classes: tuple[str, ...] | None, label_map: dict[str, list[str]]) -> list[int]:
-    """New label of each old one. Raises UserError unless every old class stands in exactly one group."""
+    """Returns the new label of each old label. Raises UserError unless every old class is in exactly one group."""
     if classes is None:
         raise UserError("data.label_map needs images with class names (data.classes, or class folders)")
     label = known_as(classes)

@@ -1,4 +1,4 @@
-"""From a picture to pixels: one crop box an image, resized once for each size in pixels that is asked for."""
+"""Views of an image: one crop box an image, resized once for each requested size in pixels."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from eva_mim.core.timing import phase
 from eva_mim.data import ViewSettings
 
 CROP_TRIES = 10
-"""Random boxes tried before the centre is taken (torchvision's RandomResizedCrop)."""
+"""Random boxes tried before a central box is used (torchvision's RandomResizedCrop)."""
 
 Box = tuple[int, int, int, int]
 Augment = Callable[[Image.Image], Image.Image]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and std by channel, of pixels between 0 and 1."""
+"""Mean and std by channel, of pixel values between 0 and 1."""
 
 
 class TrainView:
-    """Random resized crop, mirror, and the augmentations that are asked for: the same at every size.
+    """View for training: random resized crop, flip and the augmentations of the settings, the same at every size.
 
-    `pixels` are the student's mean and std: erased pixels are noise as the student sees it. Augmentations are for RGB alone.
+    `pixels` are the student's mean and std, by which erased pixels become noise as the student receives it. Augmentations
+    are for RGB alone.
     """
 
     def __init__(self, settings: ViewSettings, sizes: Sequence[int], pixels: Statistics | None = None):
@@ -44,14 +45,14 @@ class TrainView:
         self._erase = _erasing(pixels) if settings.erase and pixels else None
 
     def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
-        """Side in pixels -> [channels, side, side], as `to_tensor` says."""
+        """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`."""
         box = crop_box(image.size, self.settings.crop_scale, self.settings.crop_ratio, rng)
         mirror = rng.random() < self.settings.flip
         seed = rng.getrandbits(62)
         views = {}
         for size in self.sizes:
             with phase("crop and resize"):
-                # Cropped first: with resize(box=...) the filter would reach over the edge of the crop.
+                # Cropped first: with resize(box=...) the filter would use pixels beyond the edge of the crop.
                 view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
                 if mirror:
                     view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -69,13 +70,13 @@ class TrainView:
 
 
 class EvalView:
-    """Short side resized to size / crop_pct, centre crop."""
+    """View for evaluation: short side resized to size / crop_pct, then centre crop."""
 
     def __init__(self, sizes: Sequence[int], crop_pct: float = 1.0):
         self.sizes, self.crop_pct = list(dict.fromkeys(sizes)), crop_pct
 
     def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
-        """Side in pixels -> [channels, side, side], as `to_tensor` says; draws nothing."""
+        """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`; draws no random numbers."""
         width, height = image.size
         side = min(width, height) * self.crop_pct
         left, top = (width - side) / 2, (height - side) / 2
@@ -91,7 +92,7 @@ class EvalView:
 def crop_box(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> Box:
-    """(left, top, right, bottom) of a random crop by torchvision's law (area uniform, aspect log-uniform)."""
+    """Returns (left, top, right, bottom) in pixels of a random crop by torchvision's law (area uniform, aspect log-uniform)."""
     width, height = size
     for _ in range(CROP_TRIES):
         area = width * height * rng.uniform(*scale)
@@ -107,9 +108,9 @@ def crop_box(
 
 
 def to_tensor(image: Image.Image | Bands) -> Tensor:
-    """[channels, H, W] uint8, or float32 from 0 to 255 of bands that are."""
+    """Returns [channels, H, W] uint8, or float32 from 0 to 255 for bands of that type."""
     with phase("to tensor"):
-        if isinstance(image, Bands):  # a bicubic filter leaves the range, and Pillow cuts off whole numbers alone
+        if isinstance(image, Bands):  # a bicubic filter leaves the range, and Pillow clips only integers
             return torch.from_numpy(np.stack([np.asarray(band) for band in image.each]).clip(0, 255))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -124,8 +125,8 @@ def _augmentations(settings: ViewSettings) -> list[Augment]:
 
 
 def _erasing(pixels: Statistics) -> Callable[[Tensor], Tensor]:
-    """[channels, H, W] as `to_tensor` gives them -> the same with a rectangle of normal noise, as it is after normalising (cut at
-    0 and 255)."""
+    """Returns a function that fills a rectangle of [channels, H, W] (as returned by `to_tensor`) with noise: standard normal
+    after normalising, clipped to 0 .. 255."""
     erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
     mean, std = (255 * torch.tensor(values)[:, None, None] for values in pixels)
 

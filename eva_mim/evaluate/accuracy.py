@@ -1,4 +1,4 @@
-"""A finished classifier on test sets of `variants.py`: exact counts over all ranks, by class as well."""
+"""Accuracy of a finished classifier on the test sets of `imagenet.py`: exact counts over all ranks, in total and by class."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, p
 
 
 class FolderClassifier(nn.Module):
-    """A classifier as timm opens it from a folder: a stage's result, its `ema`, or what `eva-mim convert --to hf` writes."""
+    """Classifier that timm opens from a folder: a stage's result, its `ema`, or the output of `eva-mim convert --to hf`. Raises
+    UserError for a folder that is no such classifier, or one with other than RGB input and bicubic resizing."""
 
     def __init__(self, folder: Path, classes: str | None = None):
         super().__init__()
@@ -54,7 +55,7 @@ class FolderClassifier(nn.Module):
         self.precision, self.batch = precision_of(found), batch_of(found)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, K] logits of uint8 images."""
+        """Returns [B, K] logits of [B, 3, H, W] uint8 images."""
         logits: Tensor = self.trunk(normalise(images, self.mean, self.std))
         return logits
 
@@ -81,17 +82,18 @@ class Accuracy:
     right: int
     right5: int
     by_class: list[list[int]]
-    """For each class: images for which it is an answer, and how many of these were right, and right among five."""
+    """For each class: number of images for which it is a correct answer, and how many of them are correct at top-1 and at
+    top-5."""
     left_out: int
 
     @property
     def top1(self) -> float:
-        """Percent."""
+        """Top-1 accuracy in percent."""
         return 100 * self.right / self.images
 
     @property
     def top5(self) -> float:
-        """Percent."""
+        """Top-5 accuracy in percent."""
         return 100 * self.right5 / self.images
 
 
@@ -100,9 +102,10 @@ def count(
     variant: Variant, model: Callable[[Tensor], Tensor], own: tuple[str, ...], batches: Iterable[LabelledBatch],
     device: torch.device, context: Callable[[], Any],
 ) -> Accuracy:
-    """Top-1 and top-5 accuracy over the competing classes. Every rank must call.
+    """Returns the top-1 and top-5 accuracy over the competing classes. Every rank must call. Raises UserError if no image
+    can be read.
 
-    `own` are the classes of `model`'s outputs; `context` gives its precision.
+    `own`: classes of the model's outputs; `context`: returns the context of a forward pass, which sets its precision.
     """
     chosen = torch.tensor(columns(variant, own), device=device)
     most = max(len(right) for right in variant.answers)
@@ -127,7 +130,7 @@ def count(
 
 
 class Classifies(Protocol):
-    """A network with classes that knows its own images: `FolderClassifier`, `zeroshot.ZeroShot`."""
+    """Classifier with class names and its own image size and crop: `FolderClassifier`, `zeroshot.ZeroShot`."""
 
     classes: tuple[str, ...]
     image_size: int
@@ -137,7 +140,8 @@ class Classifies(Protocol):
 
 
 def measure(model: Classifies, variant: Variant, device: torch.device, *, precision: str, batch: int, workers: int) -> Accuracy:
-    """The model's figures at its own image size. Every rank must call."""
+    """Returns the model's accuracy on a test set, at its own image size. Every rank must call. Raises UserError if no image can
+    be read."""
     tune(model, device)  # type: ignore[arg-type]
     view = partial(without_border, variant.border, EvalView([model.image_size], model.crop_pct))
     loader = EvalLoader(variant.source, LabelledPreparation(view, 0, training=False), batch, workers)
@@ -145,7 +149,8 @@ def measure(model: Classifies, variant: Variant, device: torch.device, *, precis
 
 
 def as_table(found: Sequence[Accuracy]) -> str:
-    """A line a test set; the mean of their top-1 figures, and how far that is below `val`'s (EVA's measure of robustness)."""
+    """Returns a table with a line for each test set; for several also the mean of their top-1 accuracies, and how far it is below
+    the top-1 accuracy of `val` (EVA's measure of robustness)."""
     lines = [f"{'set':<16} {'images':>8} {'top-1':>8} {'top-5':>8} {'classes':>8}"]
     for one in found:
         left = f"  {one.left_out} images without an answer left out" if one.left_out else ""
@@ -158,7 +163,8 @@ def as_table(found: Sequence[Accuracy]) -> str:
 
 
 def as_csv(found: Sequence[Accuracy]) -> str:
-    """A line for each class of each test set: images for which it is an answer, top-1 and top-5 over these in percent."""
+    """Returns CSV with a line for each class of each test set: number of images for which it is a correct answer, and their top-1
+    and top-5 accuracy in percent."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["set", "class", "images", "top1", "top5"])

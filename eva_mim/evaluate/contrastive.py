@@ -1,4 +1,4 @@
-"""Zero-shot accuracy and retrieval of a CLIP student on held-out pairs. Ranks share the images and the texts."""
+"""Zero-shot accuracy and retrieval of a CLIP student on held-out pairs. Images and texts are divided among the ranks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from eva_mim.evaluate.retrieval import retrieval
 
 Autocast = Callable[[], Any]
 PROMPTS = 256
-"""Texts encoded at once: their activations are bounded, and a thousand captions still divide among a few ranks."""
+"""Texts encoded at once. The number bounds the memory of activations, and still divides a thousand captions among a few ranks."""
 
 
 class ClipEvaluator:
-    """Zero-shot accuracy where labels exist, and retrieval both ways."""
+    """Evaluator of a CLIP student: zero-shot accuracy if there are classes, and retrieval in both directions."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class ClipEvaluator:
         self.headline = "zeroshot_top1" if classes else "image_to_text_r1"
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
-        """Percentages: `zeroshot_top1`, `zeroshot_top5`, and those of `retrieval`. Captions that are equal as tokens count as one
-        text, which is right for each of its images; images are never merged."""
+        """Returns percentages: `zeroshot_top1`, `zeroshot_top5`, and those of `retrieval`. Captions with equal tokens count as
+        one text, which is correct for each of its images; images are never merged."""
         images, labels, places, texts, owners = [], list[Tensor](), [], list[Tensor](), []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
@@ -70,8 +70,8 @@ def class_features(
     encode_text: Callable[[Tensor], Tensor], tokenize: Callable[[list[str]], Tensor], classes: Sequence[str],
     templates: Sequence[str], autocast: Autocast, device: torch.device,
 ) -> Tensor:
-    """[K, C] mean of each class's prompts, renormalised (CLIP, section 3.1.4). `encode_text` gives unit rows. Every rank must
-    call: they share the prompts."""
+    """Returns [K, C], the mean of each class's prompt features, renormalised (CLIP, section 3.1.4). `encode_text` returns unit
+    rows. Every rank must call, since the prompts are divided among the ranks."""
 
     def encode(names: Sequence[str]) -> Tensor:
         prompts = tokenize([filled(template, name) for name in names for template in templates])
@@ -87,10 +87,10 @@ G = TypeVar("G", bound=Sized)
 
 
 def by_rank(groups: Sequence[G], rows_of: Callable[[G], Tensor]) -> Tensor:
-    """The rows that `rows_of` makes of every group, one for each of its members, in the groups' order. Ranks take turns, and a
-    group is always worked on whole, so that the rows do not depend on the number of ranks. Every rank must call."""
+    """Returns the rows that `rows_of` computes for every group, one row for each member, in the groups' order. The groups are
+    divided among the ranks, and no group is split, so the rows do not depend on the number of ranks. Every rank must call."""
     own = groups[rank() :: world_size()]
-    made = torch.cat([rows_of(group) for group in own or groups[:1]])  # a rank without a group shows the shape of no rows
+    made = torch.cat([rows_of(group) for group in own or groups[:1]])  # a rank without groups contributes 0 rows of this width
     gathered = all_gather_rows(made[: sum(map(len, own))])
     places = torch.split(torch.arange(len(gathered), device=gathered.device), [len(group) for group in groups])
     turns = [place for first in range(world_size()) for place in places[first :: world_size()]]
@@ -98,7 +98,8 @@ def by_rank(groups: Sequence[G], rows_of: Callable[[G], Tensor]) -> Tensor:
 
 
 def zero_shot(image: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
-    """Percent of this rank's images [I, C] and all others' whose class [K, C] is the nearest, or among the five nearest."""
+    """Returns `zeroshot_top1` and `zeroshot_top5`: percentage of all ranks' images whose class is the nearest, or among the five
+    nearest. `image`: [I, C] of this rank; `labels`: [I]; `weights`: [K, C]. Every rank must call."""
     counts = TopCounts(image.device)
     for rows, truth in zip(torch.split(image, CHUNK), torch.split(labels, CHUNK), strict=True):
         counts.add(rows @ weights.T, truth)

@@ -1,4 +1,4 @@
-"""Figures of frozen features: how far they spread, and what can be read off them without training."""
+"""Figures of frozen features: their spread, and the accuracy of k-NN and ridge classifiers on them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KNN_TEMPERATURE = 0.07
-"""Weight of a neighbour is exp(cosine / 0.07) (Wu et al. 2018, section 3.4; used by DINO and RADIO alike)."""
+"""Temperature of the votes: a neighbour's weight is exp(cosine / 0.07) (Wu et al. 2018, section 3.4; used by DINO and RADIO
+alike)."""
 CHUNK = 1024
 """Rows of a similarity matrix held at once."""
 RIDGES = tuple(10.0**power for power in range(-5, 3))
-"""Penalties that are tried, as multiples of the mean eigenvalue of the features' covariance."""
+"""Ridge penalties to choose from, as multiples of the mean eigenvalue of the features' covariance."""
 LEAST_SPREAD, LEAST_RANK = 0.02, 2.0
-"""Below one of these, features count as collapsed: one direction, or next to none, is left."""
+"""Minimum `spread` and `effective_rank`; below one of them, features count as collapsed to (nearly) one direction."""
 
 
 def spread(rows: Tensor) -> float:
-    """Standard deviation of unit features [R, D] over rows, times sqrt(D): 1 when they fill the sphere evenly, 0 when
+    """Returns the standard deviation of unit features [R, D] over rows, times sqrt(D): 1 if they fill the sphere evenly, 0 if
     they have collapsed to a point."""
     return float(rows.std(0).mean() * rows.shape[1] ** 0.5)
 
 
 def effective_rank(rows: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values of centred features [R, D] (RankMe, Garrido et al. 2023,
-    section 3.1): 1 to min(R, D)."""
+    """Returns the exponential of the entropy of the normalised singular values of centred features [R, D] (RankMe, Garrido et al.
+    2023, section 3.1): 1 to min(R, D)."""
     values = torch.linalg.svdvals((rows - rows.mean(0)).double())
     share = values / values.sum().clamp(min=1e-300)
     return float(torch.exp(-(share * share.clamp(min=1e-300).log()).sum()))
 
 
 def collapsed(spread: float, rank: float) -> bool:
-    """The features have lost (nearly) all directions."""
+    """Returns True if the features have lost (nearly) all directions, by their `spread` and `effective_rank`."""
     return spread < LEAST_SPREAD or rank < LEAST_RANK
 
 
 def knn_accuracy(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 20) -> float:
-    """Percent of unit queries [Q, D] whose k nearest of the unit bank [R, D] vote for their label."""
+    """Returns the percentage of unit queries [Q, D] whose label wins the vote of their k nearest rows in the unit bank [R, D]."""
     classes = int(torch.cat([labels, bank_labels]).max()) + 1
     right = 0
     for rows, truth in zip(torch.split(queries, CHUNK), torch.split(labels, CHUNK), strict=True):
@@ -51,18 +52,18 @@ def knn_accuracy(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Ten
 
 
 Total = Callable[[Tensor], Tensor]
-"""Sum over ranks that have rows of their own."""
+"""Function that sums a tensor over ranks with different rows."""
 
 
 class LinearMap(NamedTuple):
-    """(x - centre) @ weights + offset, in float64."""
+    """Affine map (x - centre) @ weights + offset, in float64."""
 
     centre: Tensor
-    """[D]"""
+    """[D] mean of the training rows."""
     weights: Tensor
-    """[D, K]"""
+    """[D, K] weights of the classes."""
     offset: Tensor
-    """[K]"""
+    """[K] share of each class among the training rows."""
 
 
 def ridge_accuracy(
@@ -75,8 +76,8 @@ def ridge_accuracy(
     device: torch.device | None = None,
     total: Total = lambda part: part,
 ) -> float:
-    """Percent of queries [Q, D] that `fit_ridge` to the bank [R, D] classifies rightly. `classes`: default what the labels show;
-    `device`: where to compute, default the bank's."""
+    """Returns the percentage of queries [Q, D] that `fit_ridge` on the bank [R, D] classifies correctly. `classes`: number of
+    classes, default the largest label + 1; `device`: where to compute, default the bank's."""
     classes = int(torch.cat([labels, bank_labels]).max()) + 1 if classes is None else classes
     device = bank.device if device is None else device
     centre, weights, offset = fit_ridge(bank, bank_labels, classes, device=device, total=total)
@@ -88,11 +89,11 @@ def ridge_accuracy(
 
 
 def fit_ridge(bank: Tensor, labels: Tensor, classes: int, *, device: torch.device, total: Total) -> LinearMap:
-    """Ridge regression on one-hot labels, in closed form.
+    """Returns the ridge regression on one-hot labels, solved in closed form.
 
     The penalty is the one of `RIDGES` with the best leave-one-out accuracy on the bank (residuals divided by one minus the
-    leverage), so no query has a say in it. Rows are read in chunks, three times: the bank may be a file larger than memory, and
-    what is held is D x D and `len(RIDGES)` times D x K numbers.
+    leverage), so it does not depend on queries. Rows are read in chunks, three times, since the bank may be a file larger
+    than memory; D x D and `len(RIDGES)` times D x K numbers are held in memory.
     """
     centre, counts = torch.zeros(bank.shape[1], device=device).double(), torch.zeros(classes, device=device).double()
     for rows, truth in _chunks(bank, labels, device):

@@ -1,4 +1,4 @@
-"""Test sets of ImageNet classifiers in their usual folders: which images, which classes compete, and which of them are right."""
+"""Test sets of ImageNet classifiers in their usual folders: their images, the competing classes, and the correct ones."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ REAL_FILE = "real.json"
 REAL_TABLE = "imagenet_real_labels.json"
 """timm's copy of the ReaL labels (Beyer et al. 2020): a list of class numbers for each validation image, some of them empty."""
 OBJECTNET_BORDER = 1
-"""Pixels of red frame around every image of ObjectNet, which its authors ask to cut off."""
+"""Width in pixels of the red frame around every image of ObjectNet, which its authors ask users to cut off."""
 
 
 class Variant(NamedTuple):
-    """A test set for a classifier."""
+    """Test set for a classifier."""
 
     name: str
     source: Source
-    """Its labels are rows of `answers`."""
+    """Images of the test set; their labels are positions in `answers`."""
     answers: tuple[tuple[int, ...], ...]
-    """Classes that count as right, by label, as positions in `classes`."""
+    """Correct classes by label, as positions in `classes`."""
     classes: tuple[str, ...]
-    """Classes that compete: other outputs of a head are not looked at."""
+    """Classes that compete; other outputs of a head are ignored."""
     left_out: int = 0
-    """Images of the folder without an answer."""
+    """Number of images in the folder that have no answer."""
     border: int = 0
-    """Pixels to cut off around every image."""
+    """Pixels to cut off at each edge of an image."""
 
 
 def _labelled(files: FolderSource, labels: Sequence[int | None]) -> Subset:
-    """Images of a folder under labels of a variant; those without one are left out."""
+    """Returns the images of a folder with the labels of a test set; images with label None are left out."""
     chosen = [index for index, label in enumerate(labels) if label is not None]
     return Subset(files, np.array(chosen, np.int64), labels=[label for label in labels if label is not None])
 
 
 def without_border(border: int, view: View, image: Image | Bands, rng: random.Random) -> dict[int, Tensor]:
-    """Side in pixels -> view of an image without `border` pixels at each of its edges."""
+    """Returns the view of an image without `border` pixels at each of its edges, {side in pixels: [channels, side, side]}."""
     width, height = image.size
     return view(image.crop((border, border, width - border, height - border)), rng)
 
 
 def open_variant(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
-    """The test set `name` of VARIANTS in `folder`, for a head with the classes `own`. Raises UserError for an unknown name,
-    another layout, class folders that are missing or too many, and tables that do not fit."""
+    """Returns the test set `name` of VARIANTS in `folder`, for a head with the classes `own`. Raises UserError for an unknown
+    name, missing or unknown class folders, and tables that do not fit."""
     if name not in VARIANTS:
         raise UserError(f"--on {name}={folder}: no such test set; known: {', '.join(VARIANTS)}")
     if not folder.is_dir():
@@ -71,7 +71,8 @@ def open_variant(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
 
 
 def _val(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
-    """A folder a class: all classes of the head, or all of a layout (1k folders for a 21k head)."""
+    """Opens a test set of class folders. The classes of the head compete, or those of the folders' layout if it is another one
+    (1k folders for a 21k head)."""
     files = FolderSource(folder, None)
     found = sorted({_class_folder(files, index) for index in range(len(files))})
     other = layout_of(found)
@@ -80,13 +81,13 @@ def _val(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
 
 
 def _v2(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
-    """ImageNet-V2: a folder is the number of a class (and "10" stands before "2" among sorted names)."""
+    """Opens ImageNet-V2, whose folders have the numbers of the classes as names (sorted as text, "10" comes before "2")."""
     classes = layout_classes(TARGET)
     return _by_folder(name, FolderSource(folder, None), {str(label): label for label in range(len(classes))}, classes)
 
 
 def _synsets(layout: str) -> Callable[[str, Path, tuple[str, ...]], Variant]:
-    """A folder a synset, and only the classes of `layout` compete."""
+    """Returns a function that opens a test set of one folder a synset; only the classes of `layout` compete."""
 
     def opened(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
         classes = layout_classes(layout)
@@ -111,8 +112,8 @@ def _class_folder(files: FolderSource, index: int) -> str:
 
 
 def _real(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
-    """The validation images with all labels that people agreed on (`real.json` in the folder, else timm's copy), in the order of
-    the images' file names."""
+    """Opens the validation images with the ReaL labels, all classes that annotators agreed on (`real.json` in the folder, else
+    timm's copy), in the order of the images' file names."""
     table_file = folder / REAL_FILE if (folder / REAL_FILE).is_file() else table(REAL_TABLE)
     files, real, classes = FolderSource(folder, None), _json(table_file), layout_classes(TARGET)
     if not isinstance(real, list) or not all(
@@ -132,8 +133,9 @@ def _real(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
 
 
 def _objectnet(first_only: bool) -> Callable[[str, Path, tuple[str, ...]], Variant]:
-    """ObjectNet: a folder an object. An object is one or more classes of 1k, or none, by the tables in `mappings`; all 1,000
-    compete. The original EVA (objectnet_dataset.py) counts only the first class of an object."""
+    """Returns a function that opens ObjectNet, with one folder an object. The tables in `mappings` assign one or more classes of
+    1k to an object, or none; all 1,000 classes compete. With `first_only`, as in the original EVA (objectnet_dataset.py), only
+    the first class of an object is correct."""
 
     def opened(name: str, folder: Path, own: tuple[str, ...]) -> Variant:
         home = folder if (folder / "mappings").is_dir() else folder.parent
@@ -151,7 +153,8 @@ def _objectnet(first_only: bool) -> Callable[[str, Path, tuple[str, ...]], Varia
 
 
 def object_classes(mappings: Path) -> dict[str, tuple[int, ...]]:
-    """Folder of ObjectNet -> numbers of its classes in 1k, for the objects that have any. Raises UserError."""
+    """Returns {folder of ObjectNet: numbers of its classes in 1k} of the objects that have any. Raises UserError for missing or
+    inconsistent tables."""
     name_of, classes_of, line_of = (
         _json(mappings / f"{file}.json")
         for file in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k", "pytorch_to_imagenet_2012_id")
@@ -182,7 +185,8 @@ def _text(path: Path) -> str:
 
 
 def columns(variant: Variant, own: tuple[str, ...]) -> list[int]:
-    """Outputs of a head with the classes `own` that compete. Raises UserError when it lacks one."""
+    """Returns the outputs of a head with the classes `own` that compete, as numbers in the order of `variant.classes`. Raises
+    UserError if the head lacks one."""
     places = positions(variant.classes, own)
     missing = [name for name, place in zip(variant.classes, places, strict=True) if place is None]
     if missing:
@@ -200,4 +204,4 @@ VARIANTS: dict[str, Callable[[str, Path, tuple[str, ...]], Variant]] = {
     "objectnet": _objectnet(first_only=False),
     "objectnet-first": _objectnet(first_only=True),
 }
-"""Name on the command line -> how its folder is read."""
+"""Name of a test set on the command line -> function that opens its folder."""

@@ -1,4 +1,5 @@
-"""Held-out accuracy of a classifier. Every rank measures its own samples; counts are summed, so nothing is counted twice."""
+"""Held-out accuracy of a classifier. Every rank measures its own samples, and the counts are summed over all ranks, so no sample
+counts twice."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ Autocast = Callable[[], Any]
 
 
 class ClassifierEvaluator:
-    """Accuracy over exactly the held-out samples."""
+    """Evaluator of a classifier: accuracy over exactly the held-out samples."""
 
     headline = "top1"
 
@@ -24,7 +25,7 @@ class ClassifierEvaluator:
         self.val, self.device = val, device
 
     def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]:
-        """`top1` and `top5` in percent, `loss` without smoothing."""
+        """Returns `top1` and `top5` in percent, and `loss` without label smoothing."""
         counts = TopCounts(self.device)
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():

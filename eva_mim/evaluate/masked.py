@@ -1,4 +1,4 @@
-"""Held-out figures of masked pretraining. Every rank measures its own samples; sums are taken over all."""
+"""Held-out figures of masked pretraining. Every rank measures its own samples; sums are taken over all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Autocast = Callable[[], Any]
 
 
 class MaskedFeatureEvaluator:
-    """Whether masked pretraining works: held-out cosine, and what can be read off the features of whole images."""
+    """Evaluator of masked pretraining: held-out cosine of prediction and target, and figures of the features of unmasked
+    images."""
 
     headline = "cosine"
 
@@ -31,10 +32,11 @@ class MaskedFeatureEvaluator:
         self._mean_target: dict[str, float] | None = None
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
-        """`cosine`: with the held-out masks, which are of the training's kind; `cosine_stripes`: with every other patch hidden,
-        as the original validates (EVA-01/eva/engine_for_pretraining.py), for students that take any mask; `cosine_of_mean`:
-        that of always predicting the best constant; `feature_std`, `effective_rank`: see `features.py`; `knn_top1`,
-        `knn_class_top1`, `ridge_top1`: percent, by the mean of the patches and by the class token, where labels exist."""
+        """Returns figures by name. `cosine`: mean cosine of prediction and target with the held-out masks, which are drawn by the
+        law of training. `cosine_stripes`: the same with every other patch masked, as the original validates
+        (EVA-01/eva/engine_for_pretraining.py), for students that accept any mask. `cosine_of_mean`: cosine of the best constant
+        prediction. `feature_std`, `effective_rank`: see `features.py`. `knn_top1`, `ridge_top1` (on the mean of the patches) and
+        `knn_class_top1` (on the class token): percent, if labels exist."""
         found = _Sums(self.device)
         rows, labels = [], []
         for batch in (batch.to(self.device) for batch in self.val):
@@ -86,7 +88,7 @@ class MaskedFeatureEvaluator:
 
 
 class _Sums:
-    """Cosines over patches and ranks, by figure and teacher."""
+    """Sums of cosines over patches, by figure and teacher; reduced over ranks when they are returned as means."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -94,20 +96,21 @@ class _Sums:
         self._directions: dict[str, Tensor] = {}
 
     def cosines(self, figure: str, predictions: dict[str, Tensor], targets: dict[str, Tensor], index: Tensor) -> None:
-        """Add to each teacher's mean the cosines of its [M, C] predictions and the rows `index` of its [B * N, C] targets."""
+        """Adds the cosines of each teacher's [M, C] predictions and the rows `index` of its [B * N, C] targets to the sums of a
+        figure."""
         for name, prediction in predictions.items():
             cosine = F.cosine_similarity(prediction.float(), targets[name][index].float(), dim=-1).double()
             part = torch.stack([cosine.sum(), cosine.new_tensor(len(cosine))])
             self.sums[figure, name] = self.sums.get((figure, name), 0) + part
 
     def directions(self, targets: dict[str, Tensor], index: Tensor) -> None:
-        """Add the rows `index` of each teacher's [B * N, C] targets to its mean unit target."""
+        """Adds the unit vectors of the rows `index` of each teacher's [B * N, C] targets to their sum."""
         for name, target in targets.items():
             part = F.normalize(target[index].float(), dim=-1).double().sum(0)
             self._directions[name] = self._directions[name] + part if name in self._directions else part
 
     def means(self) -> dict[str, float]:
-        """Mean cosines by figure."""
+        """Returns the mean cosines by figure, over all ranks."""
         keys = sorted(self.sums)
         total = all_reduce_sum(torch.stack([self.sums[key] for key in keys]))
         found = {key: float(row[0] / row[1]) for key, row in zip(keys, total, strict=True)}
@@ -116,20 +119,21 @@ class _Sums:
         return {name: value for figure, each in figures.items() for name, value in _by_teacher(figure, each).items()}
 
     def lengths_of_means(self) -> dict[str, float]:
-        """The constant with the best mean cosine is the mean unit target; its mean cosine is that vector's length."""
+        """Returns `cosine_of_mean`, over all ranks: the best constant prediction is the mean unit target, and its mean cosine is
+        the length of that vector."""
         lengths = {name: float(all_reduce_sum(one).norm() / self._count) for name, one in sorted(self._directions.items())}
         return _by_teacher("cosine_of_mean", lengths)
 
 
 def _by_teacher(figure: str, values: dict[str, float]) -> dict[str, float]:
-    """The mean over teachers, and of several each teacher's own as FIGURE_NAME."""
+    """Returns the mean over teachers as FIGURE; of several teachers also each one's own value as FIGURE_NAME."""
     if len(values) == 1:
         return {figure: next(iter(values.values()))}
     return {figure: sum(values.values()) / len(values)} | {f"{figure}_{name}": value for name, value in values.items()}
 
 
 def _stripes(batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-    """[B, N] masks that hide every patch of even number, and their positions in [B * N]."""
+    """Returns [B, N] masks of all patches with even numbers, and the positions of these patches in [B * N]."""
     assert batch.masked is not None
     hidden = torch.zeros_like(batch.masked)
     hidden[:, ::2] = True
@@ -137,7 +141,7 @@ def _stripes(batch: MaskedBatch) -> tuple[Tensor, Tensor]:
 
 
 def _both(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Unit rows in fp32."""
+    """Returns the features of patch mean and class token as unit rows in fp32; None without a class token."""
     mean, token = pair
     return F.normalize(mean.float(), dim=-1), None if token is None else F.normalize(token.float(), dim=-1)
 

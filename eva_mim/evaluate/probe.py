@@ -16,7 +16,8 @@ Autocast = Callable[[], Any]
 
 
 class ProbeEvaluator:
-    """Accuracy of a probe's layers over exactly the held-out samples. Which of several is the result, `select` decides."""
+    """Evaluator of a probe's layers: accuracy over exactly the held-out samples. Of several layers, the one with the best
+    accuracy on `select` is the result."""
 
     headline = "top1"
 
@@ -32,9 +33,9 @@ class ProbeEvaluator:
         self.val, self.select, self.names, self.fixed, self.device = val, select, names, fixed, device
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
-        """`top1` and `top5` in percent and `loss` of the chosen layer; of several also `chosen` (its place from 0), and
-        `top1_NAME` and `select_top1_NAME` of each: on the held-out images, and on those that the choice is made on. `fixed` is
-        added."""
+        """Returns `top1` and `top5` in percent and `loss` of the chosen layer, and the figures `fixed`. With several layers also
+        `chosen` (the layer's position from 0), and of each layer `top1_NAME` on the held-out images and `select_top1_NAME` on the
+        images for the choice."""
         found = {}
         if len(self.names) > 1:
             measured = self._measure(student, autocast, self.select)
@@ -52,7 +53,7 @@ class ProbeEvaluator:
     def _measure(
         self, student: Any, autocast: Autocast, batches: Iterable[LabelledBatch | FeatureBatch]
     ) -> dict[str, list[float]]:
-        """Figures of each layer, over all ranks."""
+        """Returns the figures of each layer, over all ranks."""
         counts = TopCounts(self.device, len(self.names))
         for batch in (batch.to(self.device) for batch in batches):
             with autocast():

@@ -1,4 +1,4 @@
-"""Retrieval among unit features, both ways: only small parts of the matrix of all similarities ever exist."""
+"""Retrieval among unit features, in both directions, without holding the matrix of all similarities in memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from eva_mim.core.distributed import all_reduce_sum, rank, world_size
 from eva_mim.evaluate.features import CHUNK
 
 BANK = 8192
-"""Candidates that a chunk of queries is compared with at once: 32 MiB of similarities."""
+"""Candidates that are compared with a chunk of queries at once: 32 MiB of similarities."""
 
 
 def retrieval(image: Tensor, text: Tensor, owner: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at k in percent, both ways, of images [I, C] and texts [T, C]: text `right[p]` belongs to image `owner[p]`, [P] rows
-    in any order, with each image and each text in at least one. An image has found its text when any of its texts is among the
-    k nearest, a text when any of its images is. Ranks share the queries; every rank must call, with the same features."""
+    """Returns recall at k in percent, in both directions, of images [I, C] and texts [T, C]. `owner` and `right` are pairs [P] in
+    any order: text `right[p]` belongs to image `owner[p]`, and each image and each text is in at least one pair. An image is a
+    hit if any of its texts is among the k nearest, a text if any of its images is. The queries are divided among the ranks; every
+    rank must call, with the same features."""
     found = {f"image_to_text_r{k}": recall for k, recall in zip(ks, recalls(image, text, owner, right, ks), strict=True)}
     return found | {f"text_to_image_r{k}": recall for k, recall in zip(ks, recalls(text, image, right, owner, ks), strict=True)}
 
 
 def recalls(queries: Tensor, bank: Tensor, query: Tensor, answer: Tensor, ks: Sequence[int]) -> list[float]:
-    """Percent of queries [Q, C] with an answer among the k nearest of the bank [R, C], for each k; pairs as in `retrieval`."""
+    """Returns, for each k, the percentage of queries [Q, C] with an answer among the k nearest rows of the bank [R, C]; `query`
+    and `answer` are pairs as in `retrieval`."""
     pairs = torch.unique(query * len(bank) + answer)
     hits = torch.zeros(len(ks), dtype=torch.float64, device=queries.device)
     for start in range(rank() * CHUNK, len(queries), world_size() * CHUNK):
@@ -35,7 +37,7 @@ def recalls(queries: Tensor, bank: Tensor, query: Tensor, answer: Tensor, ks: Se
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> Tensor:
-    """[Q, min(k, R)] rows of the bank [R, C] in falling order of their product with each query [Q, C]."""
+    """Returns [Q, min(k, R)] row numbers of the bank [R, C], in falling order of the rows' product with each query [Q, C]."""
     best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), BANK):
         scores = queries @ bank[start : start + BANK].T

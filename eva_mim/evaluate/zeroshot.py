@@ -1,4 +1,4 @@
-"""A finished CLIP model as a classifier: each class is the mean of its prompts' features."""
+"""Zero-shot classifier of a finished CLIP model: the weight of each class is the mean of its prompts' features."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from eva_mim.weights.files.sidecar import batch_of, describe, precision_of
 
 
 class ZeroShot(nn.Module):
-    """A CLIP model as open_clip opens it from a folder: a clip stage's result, its `ema`, or what `eva-mim convert --to hf`
-    writes."""
+    """Zero-shot classifier of a CLIP model that open_clip opens from a folder: a clip stage's result, its `ema`, or the output of
+    `eva-mim convert --to hf`."""
 
     crop_pct = 1.0
 
     def __init__(self, folder: Path, *, classes: str | None, templates: str, precision: str | None, device: torch.device):
-        """`classes`: a file or folder with class names (`labels.read_classes`), default ImageNet's 1,000; `templates`: "openai",
-        "simple" or a file. Every rank must call: they share the prompts. Raises UserError."""
+        """`classes`: a file or folder with class names (`class_lists.read_classes`), default ImageNet's 1,000; `templates`:
+        "openai", "simple" or a file. Every rank must call, since the prompts are divided among the ranks. Raises UserError for a
+        folder that open_clip cannot open, other than bicubic resizing of the shortest side, and unusable class names or
+        templates."""
         super().__init__()
         import open_clip
 
@@ -62,7 +64,7 @@ class ZeroShot(nn.Module):
         return features
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, K] cosines of uint8 images with the classes."""
+        """Returns [B, K] cosines of uint8 images with the classes."""
         features = self.model.encode_image(normalise(images, self.mean, self.std), normalize=True).float()
         with torch.autocast(features.device.type, enabled=False):
             cosines: Tensor = features @ self.weights.T  # type: ignore[operator]
@@ -70,7 +72,7 @@ class ZeroShot(nn.Module):
 
 
 def named_classes(what: str | None) -> tuple[str, ...]:
-    """Class names with words for prompts, by label. Raises UserError for synset ids alone."""
+    """Returns class names with words for prompts, by label. Raises UserError for classes with a synset id and no name."""
     classes: Sequence[str] = imagenet_names() if what is None else read_classes(what)
     silent = [name for name in classes if SYNSET.fullmatch(spoken(name))]
     if silent:

@@ -1,1 +1,2 @@
-"""Stages in a row: `plan.py` checks all their settings, `run.py` runs what is not done, `summary.py` tells what they reached."""
+"""Pipelines of stages: `plan.py` checks all their settings, `run.py` runs the unfinished ones, `summary.py` writes their
+figures."""

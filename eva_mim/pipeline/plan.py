@@ -1,4 +1,4 @@
-"""Stages in a row: what is done is skipped, what changed is run again, what was killed goes on. Light to import.
+"""Plan of a pipeline: its stages with their final settings, checked before anything runs. Light to import.
 
 A pipeline file lists stages; each has its recipe and the names of the earlier stages that it builds on:
 
@@ -31,8 +31,9 @@ from eva_mim.run.recipe import Recipe
 
 @cache
 def sections() -> frozenset[str]:
-    """Sections of all stages' recipes: a stage of such a name could not be told from a setting in an override. One is also a
-    program's name, "probe", and stages may have it: `probe.a.b=c` is then for the stage, `probe.probe.b=c` for its section."""
+    """Returns the names of all sections of the stages' recipes. A stage may not have such a name, since an override for the stage
+    would look like a setting. The exception is "probe", which is a program's name as well: `probe.a.b=c` is then for the stage,
+    `probe.probe.b=c` for its section."""
     return frozenset(name for program in PROGRAMS for name in lookup(PROGRAMS, program, "program").recipe.model_fields)
 
 
@@ -41,22 +42,22 @@ class StageEntry(Settings):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     program: str
-    """A name in `registry.PROGRAMS`."""
+    """Name of the stage's program in `registry.PROGRAMS`."""
     recipe: str
     settings: dict[str, Any] = {}
-    """Dotted setting -> value, over the recipe's own."""
+    """Dotted setting -> value, which overrides the recipe's own."""
     init_from: str | None = None
     """Earlier stage whose trunk this one starts from."""
     teacher: str | None = None
     """Earlier clip stage that is the teacher."""
     teachers: dict[str, str] = {}
-    """Earlier clip stages that are among the teachers, by the teacher's name."""
+    """Earlier clip stages that are teachers, by the name of the teacher."""
     text_from: str | None = None
-    """Earlier clip stage that gives the text tower."""
+    """Earlier clip stage whose text tower this one starts from."""
 
     @property
     def parents(self) -> dict[str, str]:
-        """Setting of this stage -> earlier stage that it builds on."""
+        """Earlier stages that this one builds on, by the setting that names them."""
         named = {"init_from": self.init_from, "teacher": self.teacher, "text_from": self.text_from}
         return {setting: stage for setting, stage in named.items() if stage is not None} | {
             f"teachers.{name}": stage for name, stage in self.teachers.items()
@@ -64,13 +65,13 @@ class StageEntry(Settings):
 
 
 class PipelineFile(Settings):
-    """A pipeline YAML."""
+    """Content of a pipeline's YAML file."""
 
     settings: dict[str, Any] = {}
     """Dotted setting -> value, for every stage whose recipe has that section."""
     stages: list[StageEntry] = Field(min_length=1)
     compare: list[list[str]] = []
-    """Groups of stages whose headline figures the summary sets side by side, the first against each other one."""
+    """Groups of stages whose headline figures the summary compares, the first stage of a group with each other one."""
 
     @field_validator("stages")
     @classmethod
@@ -103,16 +104,17 @@ class PlannedStage:
     entry: StageEntry
     recipe: Recipe
     assignments: list[str]
-    """What distinguishes it from the recipe file, as overrides."""
+    """Overrides that distinguish its settings from the recipe file."""
     out: Path
 
     def shell(self) -> str:
-        """The plain command that runs this stage alone."""
+        """Returns the plain command that runs this stage alone."""
         return shlex.join(["eva-mim", self.entry.program, self.entry.recipe, *self.assignments, "--out", str(self.out)])
 
 
 def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list[PlannedStage]]:
-    """Every stage's settings, checked before anything runs. Raises one UserError with the mistakes of all stages."""
+    """Returns the pipeline file and its stages with their final settings, checked before anything runs. Raises one UserError with
+    the mistakes of all stages."""
     file = parse(PipelineFile, read_yaml(path), path)
     names = {stage.name for stage in file.stages}
     planned, mistakes = [], []
@@ -131,8 +133,8 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
 
 
 def _planned(stage: StageEntry, layers: list[list[str]], out: Path) -> PlannedStage:
-    """A stage with its final settings. Each layer of overrides goes over those before it, and over the recipe: what these have
-    for a kind that it changes is left out. Raises UserError."""
+    """Returns a stage with its final settings. Each layer of overrides takes precedence over the earlier layers and the recipe;
+    if it changes a kind, their settings for the old kind are dropped. Raises UserError."""
     model = lookup(PROGRAMS, stage.program, "program").recipe
     tree, source = read_yaml(stage.recipe), f"stage {stage.name} ({stage.recipe})"
     kept: list[str] = []
@@ -152,7 +154,8 @@ def _assigned(values: dict[str, Any]) -> list[str]:
 
 
 def _applies(model: type[Recipe], assignment: str) -> bool:
-    """A setting for all stages is left out where the recipe has no such section (a teacher in a classifier)."""
+    """Returns whether the recipe has the section of an override. A setting for all stages is left out of recipes without its
+    section (a teacher in a classifier). Raises UserError for a section that no recipe has."""
     section = assignment.partition("=")[0].partition(".")[0]
     if section in model.model_fields:
         return True
@@ -174,7 +177,7 @@ def _parents(stage: StageEntry, out: Path) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    """Text that YAML reads back as `value`; quoted only where it must be."""
+    """Returns text that YAML reads as `value`, quoted only if necessary."""
     return value if isinstance(value, str) and _reads_back(value) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""Runs a pipeline: what is done is skipped, what changed is run again, what was killed goes on."""
+"""Running of a pipeline: finished stages are skipped, changed ones are run again, interrupted ones are resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eva_mim.run.state import StageState, state_of
 
 
 def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
-    """Run what is not done, in order, and write `summary.md`. Raises UserError, Interrupted."""
+    """Runs the unfinished stages in order and writes `summary.md`. Raises UserError, Interrupted."""
     file, planned = plan(path, overrides, out)
     from eva_mim.core.distributed import is_main, pick_device, run_on_main, setup
     from eva_mim.core.log import say
@@ -19,7 +19,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     from eva_mim.run.stage import run_stage
 
     first = planned[0].recipe.run
-    setup(pick_device(first.device), first.timeout_minutes)  # ranks look at folders together, so they need their barrier now
+    setup(pick_device(first.device), first.timeout_minutes)  # the ranks inspect the stages' folders together
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
         state = run_on_main(partial(state_of, stage.entry.program, stage.recipe, stage.out))
@@ -33,7 +33,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
 
 
 def put_aside(folder: Path) -> None:
-    """Rename a run that is to be replaced: hours of work are never deleted because a setting changed."""
+    """Renames a run that is to be replaced to NAME.old-N, so that a changed setting never deletes hours of work."""
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -41,7 +41,7 @@ def put_aside(folder: Path) -> None:
 
 
 def describe(path: str, overrides: list[str], out: Path) -> str:
-    """The plan in words, for --dry-run."""
+    """Returns the plan as text, for --dry-run."""
     _, planned = plan(path, overrides, out)
     lines, stale = [], set()
     for stage in planned:
@@ -58,6 +58,6 @@ def describe(path: str, overrides: list[str], out: Path) -> str:
 
 
 def as_shell(path: str, overrides: list[str], out: Path) -> str:
-    """The stages as plain commands, for a cluster script."""
+    """Returns the stages as a shell script of plain commands, for a cluster."""
     _, planned = plan(path, overrides, out)
     return "\n".join(["#!/bin/sh", "set -e", *(stage.shell() for stage in planned)])

@@ -1,4 +1,4 @@
-"""What a pipeline reached: `summary.md`, and the same on the terminal."""
+"""Summary of a pipeline's results: `summary.md`, and the same on the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str]]) -> None:
-    """Write OUT/summary.md and show its figures, files and the lines of Python that open each result."""
+    """Writes OUT/summary.md and prints the same: figures and folder of each stage, and the lines of Python that open each
+    result."""
     records = {stage.entry.name: RunFolder(stage.out).record() for stage in planned}
     rows = [_row(stage, records[stage.entry.name]) for stage in planned]
     header = ("stage", "program", "starts from", "samples seen", "time", "reached", "folder")
@@ -56,7 +57,7 @@ def _row(stage: PlannedStage, record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _chosen(record: dict[str, Any]) -> dict[str, float]:
-    """The headline figure first, then at most two others."""
+    """Returns the headline figure first, then the other figures for the table, if they exist."""
     metrics: dict[str, float] = record["metrics"]
     wanted = [record["headline"], "cosine_of_mean", "knn_top1", "image_to_text_r1", f"ema_{record['headline']}"]
     return {name: metrics[name] for name in dict.fromkeys(wanted) if name in metrics}

@@ -1,4 +1,4 @@
-"""`eva-mim data COMMAND`: looks at a data set and prepares it, before anything is trained. Light to import."""
+"""`eva-mim data COMMAND`: commands that inspect a data set and prepare it for training. Light to import."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ COMMANDS = {
                       "decode every image and list the broken ones for data.quarantine; an interrupted check goes on"),
     "pack": Command("eva_mim.commands.data.pack", "write tar shards; an interrupted command goes on"),
 }
-"""Each place has `add_options(parser)`, and `run(options)` with `what` and `overrides` besides its own."""
+"""Commands by name. Each module has `add_options(parser)` and `run(options)`; the options have `what` and `overrides` besides the
+command's own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the commands; returns its exit code."""
+    """Runs one of the commands; returns the exit code."""
     parser = argparse.ArgumentParser(prog="eva-mim data", description="Look at a data set and prepare it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help, add_help=False)
     chosen = parser.parse_known_args(argv)[0].command
     home, summary = lookup(COMMANDS, chosen, "command"), COMMANDS[chosen].help
-    # A parser of its own: those of sub-commands cannot have settings before and after options.
+    # A separate parser: those of sub-commands do not accept settings both before and after options.
     parser = argparse.ArgumentParser(prog=f"eva-mim data {chosen}", description=f"{summary[0].upper()}{summary[1:]}.")
     parser.add_argument("what", metavar="RECIPE|FOLDER", help="a recipe, or a folder of images, class folders or tar shards")
     parser.add_argument("overrides", nargs="*", metavar="data.a=b", help="settings to change, by dotted name")
@@ -40,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def positive(text: str) -> int:
-    """An option's whole number, 1 or more."""
+    """Returns an option's integer. Raises ArgumentTypeError for less than 1."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """The option `--processes`."""
+    """Adds the option `--processes`."""
     parser.add_argument("--processes", type=positive, metavar="N", help="default one a core")

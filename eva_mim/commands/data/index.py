@@ -1,4 +1,5 @@
-"""`eva-mim data index`: the indexes of all splits of a data set, made beforehand; counts of images and classes."""
+"""`eva-mim data index`: makes the indexes of all splits of a data set beforehand, and prints the numbers of images and
+classes."""
 
 from __future__ import annotations
 
@@ -17,35 +18,36 @@ from eva_mim.data import DataSettings, SourceSettings
 
 
 class DataOnly(Settings):
-    """The section of a recipe that is about data."""
+    """The `data` section of a recipe."""
 
     data: DataSettings
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
+    """Adds no options: the command has none of its own."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command. Raises UserError."""
+    """Runs the command. Raises UserError."""
     describe(options.what, options.overrides)
 
 
 def describe(what: str, overrides: Sequence[str] = ()) -> None:
-    """Open every split, which makes its index, and print a line for each. Raises UserError."""
+    """Opens every split, which makes its index, and prints a line for each. Raises UserError for data that cannot be used."""
     for name, source in every_split(read_data(what, overrides)):
         classes = "no labels" if source.classes is None else f"{len(source.classes)} classes: {few(source.classes, 3)}"
         sys.stdout.write(f"{name:<20} {len(source):>10} images, {classes}\n")
 
 
 def read_data(what: str, overrides: Sequence[str]) -> DataSettings:
-    """The settings of a recipe's data, or those that fit a folder: shards where tars lie in it, else images. Raises UserError."""
+    """Returns the data settings of a recipe, or settings for a folder: shards if it contains tars, else images. Raises
+    UserError."""
     tree = {name: section for name, section in read_tree(what).items() if name == "data"}
     return resolve(DataOnly, tree, overrides, what).data
 
 
 def read_tree(what: str) -> dict[str, Any]:
-    """A recipe, or the one that fits a folder. Raises UserError."""
+    """Returns the settings tree of a recipe, or one for a folder. Raises UserError if `what` is neither."""
     folder = Path(what)
     if not folder.is_dir():
         if not folder.is_file() and folder.suffix != ".yaml":
@@ -58,7 +60,8 @@ def read_tree(what: str) -> dict[str, Any]:
 
 
 def every_split(settings: DataSettings) -> Iterator[tuple[str, Source]]:
-    """Name and source of each split of each data set, whole: before limits and held-out shares. Raises UserError."""
+    """Yields name and source of each split of each data set, with all records: before limits and held-out shares. Raises
+    UserError for data that cannot be used."""
     sources: list[tuple[str, SourceSettings]] = [("", settings)]
     if settings.mixture is not None:
         sources = [(f"mixture.{number}.", part) for number, part in enumerate(settings.mixture)]

@@ -1,4 +1,4 @@
-"""`eva-mim data inspect`: how many images of which sizes, classes and captions, and what they look like."""
+"""`eva-mim data inspect`: prints number, sizes, classes and captions of the images, and writes contact sheets."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from eva_mim.data.sources.decode import FileSource, header
 
 CHUNK = 64
 BARS, BAR = 24, 40
-"""Classes that are listed, and the length of the longest bar in characters."""
+"""Number of classes that are listed, and the length of the longest bar in characters."""
 COLUMNS, ROWS, TILE, LINE = 8, 6, 144, 26
-"""Of a contact sheet: tiles across and down, their side and the height of the text below each, in pixels."""
+"""Layout of a contact sheet: tiles across and down, their side and the height of the text below each, in pixels."""
 
 
 class Look(NamedTuple):
-    """Label, size and captions of a record, read without decoding the image."""
+    """Width and height in pixels, file size in bytes, format, mode, and numbers of captions and words of a record; the image is
+    not decoded for them."""
 
     width: int
     height: int
@@ -45,22 +46,22 @@ class Look(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
+    """Adds the command's own options."""
     add_processes(parser)
     parser.add_argument("--images", type=positive, default=2000, help="looked at, spread over each split (default 2000)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a contact sheet of each split there")
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command. Raises UserError."""
+    """Runs the command. Raises UserError."""
     inspect(options.what, options.overrides, images=options.images, out=options.out, processes=options.processes)
 
 
 def inspect(
     what: str, overrides: Sequence[str], *, images: int, out: Path | None, processes: int | None = None
 ) -> None:
-    """Print a report on every split; with `out`, write a contact sheet of each there. `images` are looked at, spread evenly;
-    classes are counted over all. Raises UserError."""
+    """Prints a report on every split; with `out`, writes a contact sheet of each there. At most `images` images of a split are
+    examined, evenly spread; classes are counted over all images. Raises UserError if no image can be read."""
     for name, source in every_split(read_data(what, overrides)):
         sys.stdout.write(f"{name}: {len(source)} images\n")
         if isinstance(source, FileSource):
@@ -76,7 +77,7 @@ def inspect(
 
 
 def look(source: FileSource, record: int) -> Look:
-    """Raises what reading its header raises."""
+    """Returns the facts of a record. Raises the errors of reading its header."""
     raw = source.raw(record)
     image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
     size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
@@ -84,12 +85,13 @@ def look(source: FileSource, record: int) -> Look:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Evenly spread positions, since a folder is sorted by class."""
+    """Returns `count` evenly spread positions below `total`; a folder is sorted by class, so its first images would be of one
+    class."""
     return [int(one) for one in np.linspace(0, total - 1, count).round()]
 
 
 def _look_around(name: str, source: Source, count: int, processes: int | None) -> list[Look | Fault]:
-    every = list(chunks(0, len(source), CHUNK))  # neighbours together: reading stays sequential in shards
+    every = list(chunks(0, len(source), CHUNK))  # ranges of neighbours, so that shards are read sequentially
     ranges = [every[number] for number in spread(len(every), min(len(every), -(-count // CHUNK)))]
     found = list[Look | Fault]()
     progress = Progress(f"looking at {name}", sum(map(len, ranges)))
@@ -137,7 +139,8 @@ def _report_classes(classes: Sequence[str], counts: Any) -> None:
 
 
 def _write_sheet(source: Source, path: Path) -> Path:
-    """Tiles with the class or the caption below; a broken record leaves its reason."""
+    """Writes a contact sheet of tiles with the class or the caption below, or the error of a broken record; returns its path.
+    Raises UserError."""
     places = spread(len(source), min(COLUMNS * ROWS, len(source)))
     rows = -(-len(places) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + LINE + 4) + 4), "white")
@@ -149,11 +152,11 @@ def _write_sheet(source: Source, path: Path) -> Path:
             tile = ImageOps.contain(_as_colours(sample.image), (TILE, TILE))
             sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
             text = _words(sample, source.classes)
-        except UserError:  # more than a record is lost
+        except UserError:  # the error concerns more than one record
             raise
         except Exception as error:  # a record may be broken in any way
             text = f"{source.key(place)}: {type(error).__name__}"
-        label = Image.new("RGB", (TILE, LINE), "white")  # what is too long ends at its edge
+        label = Image.new("RGB", (TILE, LINE), "white")  # longer text is cut off at its edge
         ImageDraw.Draw(label).text((0, 1), "\n".join(textwrap.wrap(text, 23)[:2]), "black", font, spacing=1)
         sheet.paste(label, (left, top + TILE))
     try:
@@ -166,7 +169,7 @@ def _write_sheet(source: Source, path: Path) -> Path:
 
 
 def _as_colours(image: Image.Image | Bands) -> Image.Image:
-    """An RGB picture of the first three channels, or a grey one of the first."""
+    """Returns an RGB picture of the first three channels, or a grey one of the first channel if there are fewer."""
     if not isinstance(image, Bands):
         return image
     bands = [band.convert("L") for band in image.each]

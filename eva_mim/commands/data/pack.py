@@ -1,4 +1,5 @@
-"""`eva-mim data pack`: write a data set as tar shards. An interrupted command goes on; a shard is there whole, or not at all."""
+"""`eva-mim data pack`: writes a data set as tar shards. The command can be interrupted and repeated; a shard is complete or
+absent."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from eva_mim.data.sources.index import Column
 FORMAT = "eva-mim pack 1"
 PLAN, CLASSES = "pack.json", "classes.txt"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "NPY": "npy"}
-"""Formats -> members of a shard."""
+"""Image formats -> extensions of the members of a shard."""
 
 
 class Job(NamedTuple):
@@ -53,7 +54,7 @@ class Written(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
+    """Adds the command's own options."""
     add_processes(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the shards: empty, or begun before")
     parser.add_argument("--per-shard", type=positive, default=10_000, metavar="N", help="records in a shard (default 10000)")
@@ -62,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command. Raises UserError."""
+    """Runs the command. Raises UserError."""
     seed = None if options.keep_order else options.seed
     pack(options.what, options.overrides, options.out, per_shard=options.per_shard, seed=seed, processes=options.processes)
 
@@ -70,8 +71,8 @@ def run(options: argparse.Namespace) -> None:
 def pack(
     what: str, overrides: Sequence[str], out: Path, *, per_shard: int, seed: int | None, processes: int | None = None
 ) -> None:
-    """Write `OUT/SPLIT-000000.tar`, ... of `per_shard` records each, in an order drawn by `seed` (None: as they are), and the
-    class names. Image files are copied as they are. Raises UserError."""
+    """Writes `OUT/SPLIT-000000.tar`, ... of `per_shard` records each, in an order drawn by `seed` (None: in their own order), and
+    the class names. Image files are copied unchanged. Raises UserError for data that cannot be packed."""
     settings = read_data(what, overrides)
     if settings.mixture is not None:
         raise UserError("data.mixture: pack its parts one by one")
@@ -97,7 +98,7 @@ def pack(
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
-    """The folder for this plan. Raises UserError where it holds something else."""
+    """Makes the output folder for this plan. Raises UserError if it holds anything else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / PLAN).exists():
@@ -138,12 +139,13 @@ def _pack_split(source: Any, job: Job, per_shard: int, processes: int | None) ->
 
 
 def shard_name(split: str, number: int) -> str:
-    """Sorted names are in the order of the numbers."""
+    """Returns the file name of a shard; the order of sorted names is the order of the numbers."""
     return f"{split}-{number:06d}.tar"
 
 
 def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written:
-    """One shard, under a temporary name until it is on the disk. Raises UserError for a full disk or many unreadable files."""
+    """Writes one shard, under a temporary name until it is on the disk; returns its numbers of records and bytes, and its faults.
+    Raises UserError for a full disk or too many unreadable records."""
     target = job.out / shard_name(job.split, places.start // per_shard)
     faults, count = list[str](), 0
     try:
@@ -154,7 +156,7 @@ def write_shard(job: Job, per_shard: int, source: Any, places: range) -> Written
                     continue
                 try:
                     members = list(_members(source.raw(record)))
-                except UserError:  # more than a record is lost
+                except UserError:  # the error concerns more than one record
                     raise
                 except Exception as error:  # a record may be broken in any way
                     faults.append(f"{source.key(record)}: {type(error).__name__}: {error}")
@@ -177,7 +179,7 @@ def _not_too_many(faults: list[str], records: int, share: float) -> None:
 
 
 def _members(raw: Raw) -> Iterator[tuple[str, bytes]]:
-    """Extension and content of each member of a record. Raises what `decode.header` raises for something that is no image."""
+    """Yields extension and content of each member of a record. Raises the errors of `decode.header` if the file is no image."""
     yield EXTENSIONS[header(raw.content).format], raw.content
     if raw.label is not None:
         yield "cls", str(raw.label).encode()
@@ -187,12 +189,12 @@ def _members(raw: Raw) -> Iterator[tuple[str, bytes]]:
 
 @cache
 def _order(seed: int | None, split: str, records: int) -> Column:
-    """Place in the shards -> record."""
+    """Returns [records], the record at each place in the shards."""
     return np.arange(records) if seed is None else np.random.default_rng(derive(seed, f"pack-{split}")).permutation(records)
 
 
 def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, pixels: Pixels) -> None:
-    """Open the result as training would, and say how. Raises UserError where many records are missing."""
+    """Opens the shards as training would, and prints the settings for it. Raises UserError if too many records are missing."""
     out = next(iter(jobs.values())).out
     settings = ["data.source=shards", *(f"data.{name}={name}-*.tar" for name in jobs)]
     settings += [] if classes is None else [f"data.classes={CLASSES}"]

@@ -1,4 +1,4 @@
-"""Work on the records of a source in several processes; a record that takes its process down is named."""
+"""Work on the records of a source in several processes; a record that crashes its process is named."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from eva_mim.data.quarantine import Fault
 
 R = TypeVar("R")
 Work = Callable[[Any, range], R]
-"""(source, positions) -> result; a function at the top of a module, since processes get its name."""
+"""Function of a source and a range of positions; it must be at the top of a module, since processes receive its name."""
 AHEAD = 4
-"""Ranges on their way for each process."""
+"""Ranges that are submitted in advance for each process."""
 
 _source: Any = None
 
 
 class RecordPool:
-    """Processes that have a source open."""
+    """Pool of processes that each have a source open."""
 
     def __init__(self, source: Source, processes: int | None = None):
-        """`processes`: default one a core."""
+        """`processes`: number of processes, default one a core."""
         self._source, self._processes = source, processes or cores()
         self._pool = self._fresh()
 
@@ -37,8 +37,9 @@ class RecordPool:
     def each(
         self, work: Work[R], ranges: Iterable[range], crashed: Callable[[int], R] | None = None
     ) -> Iterator[tuple[range, R]]:
-        """The result of each range, in order. Where a process dies (in a decoder, for lack of memory), the records in question
-        are taken one by one, and `crashed` gives the result of each that ends its process again; without it, UserError."""
+        """Yields each range with its result, in order. If a process dies (in a decoder, or for lack of memory), the records of
+        the range are processed one by one, and `crashed` returns the result of each record that ends its process again; without
+        `crashed`, raises UserError."""
         left, waiting = iter(ranges), deque[tuple[range, Future[R]]]()
         while True:
             while len(waiting) < AHEAD * self._processes and (more := next(left, None)) is not None:
@@ -56,8 +57,8 @@ class RecordPool:
                 waiting = deque((other, self._submit(work, other)) for other, _ in waiting)
 
     def records(self, work: Callable[[Any, int], R], ranges: Iterable[range]) -> Iterator[tuple[int, R | Fault]]:
-        """Each record, in order, with what `work(source, record)` makes of it, or why it could not. Raises UserError, when more
-        than a record is lost."""
+        """Yields each record with the result of `work(source, record)` or its Fault, in order. Raises UserError if the error
+        concerns more than one record."""
 
         def crashed(record: int) -> list[R | Fault]:
             return [Fault(self._source.key(record), "its decoder crashed")]
@@ -87,7 +88,7 @@ class RecordPool:
 
 
 def _hold(source: Source) -> None:
-    global _source  # one a process
+    global _source  # one source a process
     _source = source
 
 
@@ -108,5 +109,5 @@ def _each_record(work: Callable[[Any, int], R], source: Source, records: range) 
 
 
 def chunks(first: int, last: int, size: int) -> Iterator[range]:
-    """first .. last - 1 in ranges of at most `size`."""
+    """Returns the integers first .. last - 1 in ranges of at most `size`."""
     return (range(start, min(start + size, last)) for start in range(first, last, size))

@@ -1,4 +1,4 @@
-"""`eva-mim bench data`: what the training loader costs by phase, and what its workers bring."""
+"""`eva-mim bench data`: measures the time of the training loader by phase, and its speed by number of workers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from eva_mim.data.views import TrainView
 
 BATCH = 64
 WARM_UP = 2.0
-"""Seconds before a measurement: workers start and fill their queues, files come into the page cache."""
+"""Seconds before a measurement, in which workers start and fill their queues, and files enter the page cache."""
 
 
 class BenchSettings(DataOnly):
-    """The sections of a recipe that say what a loader does."""
+    """The sections of a recipe that determine the work of a loader."""
 
     view: ViewSettings = ViewSettings()
     mask: MaskSettings = MaskSettings()
@@ -34,7 +34,7 @@ class BenchSettings(DataOnly):
 def measure(
     what: str, overrides: Sequence[str], sizes: Sequence[int], patch: int, workers: Sequence[int], seconds: float
 ) -> None:
-    """Print the table. Raises UserError."""
+    """Measures the loader and prints the tables. Raises UserError for settings that cannot be used."""
     settings = read_settings(what, overrides)
     if wrong := [size for size in sizes[:1] if size % patch]:
         raise UserError(f"--size {wrong[0]} is not a multiple of --patch {patch}")
@@ -56,7 +56,7 @@ def measure(
 
 
 def read_settings(what: str, overrides: Sequence[str]) -> BenchSettings:
-    """Data and view settings of a recipe, whose other sections are ignored, or of a folder. Raises UserError."""
+    """Returns data, view and mask settings of a recipe, whose other sections are ignored, or of a folder. Raises UserError."""
     tree = {name: section for name, section in read_tree(what).items() if name in BenchSettings.model_fields}
     return resolve(BenchSettings, tree, overrides, what)
 
@@ -67,7 +67,7 @@ def _order(source: Source) -> GlobalOrder:
 
 
 def _by_phase(source: Source, made: MaskedPreparation, seconds: float) -> None:
-    """One process, no workers: CPU milliseconds an image by phase."""
+    """Prints CPU milliseconds an image by phase, of one process without workers."""
     reader, order = Reader(source, made), _order(source)
     stopwatch = Stopwatch(clock=time.thread_time)
 
@@ -97,7 +97,7 @@ def _rate(images: Iterator[int], seconds: float) -> float:
 
 
 def _timed(images: Iterator[int], seconds: float, begin: Callable[[], object]) -> tuple[int, float]:
-    """(images, seconds) after a warm-up, at the end of which `begin` is called."""
+    """Returns (images, seconds), measured after a warm-up, at whose end `begin` is called."""
     started = time.perf_counter()
     for _ in images:
         if time.perf_counter() - started > min(WARM_UP, seconds):

@@ -1,4 +1,5 @@
-"""`eva-mim data stats`: mean and standard deviation of each channel, as lines for a recipe; a window for more than 8 bits."""
+"""`eva-mim data stats`: prints mean and standard deviation of each channel as lines for a recipe, and a window for images of more
+than 8 bits."""
 
 from __future__ import annotations
 
@@ -27,34 +28,34 @@ from eva_mim.data.subset import Mixture, Subset, open_splits
 
 CHUNK = 16
 VALUES, MOST_VALUES = 2**24, 2**12
-"""Values kept for the percentiles: in all, and of one image."""
+"""Maximum number of values kept for the percentiles: in all, and of one image."""
 PERCENTILES = (0.1, 99.9)
 MAX = 255
-"""Of a value."""
+"""Largest value of a pixel."""
 Window = tuple[float, float]
 
 
 class Seen(NamedTuple):
-    """One image."""
+    """Statistics of one image."""
 
     mean: npt.NDArray[np.float64]
-    """[channels] of its values."""
+    """[channels] mean of the values."""
     square: npt.NDArray[np.float64]
-    """[channels] mean of their squares."""
+    """[channels] mean of the squared values."""
     values: npt.NDArray[np.float32]
-    """Some of them, from all channels."""
+    """Random values of the image, from all channels."""
     whole: bool
-    """They are numbers of 8 bits."""
+    """True if the values are 8-bit integers."""
 
 
 class Moments(NamedTuple):
-    """Sums for mean and std over images; each image counts the same, however large."""
+    """Mean and std over images, in which each image has the same weight, whatever its size."""
 
     mean: npt.NDArray[np.float64]
-    """[channels]"""
+    """[channels] mean over the images."""
     std: npt.NDArray[np.float64]
     error: npt.NDArray[np.float64]
-    """[channels] standard error of the mean, from how much the images differ."""
+    """[channels] standard error of the mean, from the differences between images."""
     values: npt.NDArray[np.float32]
     whole: bool
     images: int
@@ -62,18 +63,19 @@ class Moments(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
+    """Adds the command's own options."""
     add_processes(parser)
     parser.add_argument("--images", type=positive, default=5000, help="drawn as training draws them (default 5000)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command. Raises UserError."""
+    """Runs the command. Raises UserError."""
     stats(options.what, options.overrides, images=options.images, processes=options.processes)
 
 
 def stats(what: str, overrides: Sequence[str], *, images: int, processes: int | None = None) -> None:
-    """Measure so many training images, drawn as training draws them, and print the settings. Raises UserError."""
+    """Measures `images` training images, drawn as in training, and prints the settings. Raises UserError for data that cannot be
+    used, or a constant channel."""
     settings = read_data(what, overrides)
     if first_of(settings).window is None:
         found = measure(with_window(settings, OPEN), images, processes)
@@ -89,19 +91,19 @@ def stats(what: str, overrides: Sequence[str], *, images: int, processes: int | 
 
 
 def first_of(settings: DataSettings) -> SourceSettings:
-    """Of the sources that training images come from; all have a window or none."""
+    """Returns the settings of the first source of training images; either all these sources have a window or none."""
     return next(iter(settings.sources.values()))
 
 
 def with_window(settings: DataSettings, window: Window) -> DataSettings:
-    """The settings, with this window for every source of training images."""
+    """Returns the settings with this window for every source of training images."""
     if settings.mixture is None:
         return settings.model_copy(update={"window": window})
     return settings.model_copy(update={"mixture": [part.model_copy(update={"window": window}) for part in settings.mixture]})
 
 
 def proposed(values: npt.NDArray[np.float32]) -> Window:
-    """The window between two percentiles, which are values themselves. Raises UserError where they are the same."""
+    """Returns the window between two percentiles, each of which is one of the values. Raises UserError if both are equal."""
     low, high = (float(value) for value in np.percentile(values, PERCENTILES, method="nearest"))
     if low == high:
         raise UserError(f"nearly all values are {low:g}: there is no window to propose; set data.window")
@@ -109,7 +111,8 @@ def proposed(values: npt.NDArray[np.float32]) -> Window:
 
 
 def measure(settings: DataSettings, images: int, processes: int | None = None) -> Moments:
-    """Values are those that `decode.decoded` gives. Raises UserError where no image can be read."""
+    """Returns mean and std of the training images, from the values that `decode.decoded` returns. Raises UserError if no image
+    can be read."""
     source, seen, faults = sample_of(open_splits(settings).train, images), list[Seen](), list[Fault]()
     work = partial(look, most=min(MOST_VALUES, max(1, VALUES // len(source))))
 
@@ -132,7 +135,8 @@ def measure(settings: DataSettings, images: int, processes: int | None = None) -
 
 
 def sample_of(source: Source, count: int) -> Source:
-    """The first images of the first epoch: of a mixture, in proportion to the weights. They stand in the order of the disk."""
+    """Returns the first `count` images of the first epoch (for a mixture, in proportion to the weights), sorted by position in
+    the source."""
     count = min(count, len(source))
     parts = source.parts if isinstance(source, Mixture) else [MixedPart(len(source), 1.0)]
     places = MixedOrder(parts, seed=0, global_batch=count, micro_batch=count).global_step(0)
@@ -140,7 +144,7 @@ def sample_of(source: Source, count: int) -> Source:
 
 
 def look(source: Source, record: int, most: int) -> Seen:
-    """At most so many of its values. Raises what reading it raises."""
+    """Returns the statistics of one image, with at most `most` of its values. Raises the errors of reading it."""
     image = source.read(record).image
     planes = [np.asarray(band) for band in (image.each if isinstance(image, Bands) else image.split())]
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
@@ -165,7 +169,7 @@ def _report(found: Moments) -> str:
 
 
 def _lines(settings: DataSettings, found: Moments) -> str:
-    """YAML lines to paste into a recipe."""
+    """Returns YAML lines to paste into a recipe."""
     first, lines = first_of(settings), []
     if first.pixels != RGB:
         lines.append("data:" if settings.mixture is None else "data: # in each part of the mixture")

@@ -1,4 +1,4 @@
-"""`eva-mim data verify`: decode every image of a data set and list those that are broken."""
+"""`eva-mim data verify`: decodes every image of a data set and lists the broken ones."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from eva_mim.core.log import Progress, duration, say
 from eva_mim.data.quarantine import Checked, Quarantine, read_quarantine
 
 CHUNK = 64
-"""Records that a process takes at once."""
+"""Records that a process receives at once."""
 KEEP_EVERY = 30.0
-"""Seconds between writings of the list, from which an interrupted run goes on."""
+"""Seconds between writings of the list, from which an interrupted command continues."""
 SHOWN = 3
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's own options."""
+    """Adds the command's own options."""
     add_processes(parser)
     parser.add_argument("--out", type=Path, default=Path("quarantine.json"), help="the list (default quarantine.json)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command. Raises UserError."""
+    """Runs the command. Raises UserError."""
     verify(options.what, options.overrides, options.out, options.processes)
 
 
 def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None = None) -> None:
-    """Decode all records of every split and write the list. Sources that are on it already, with the same records, are not
-    decoded again. Raises UserError."""
+    """Decodes all records of every split and writes the list. Sources that are in the list already, with the same records, are
+    not decoded again. Raises UserError for data or a list that cannot be used."""
     settings = read_data(what, overrides)
     listed = read_quarantine(out) if out.exists() else Quarantine(out, {})
-    _write(listed)  # a place that cannot be written is found before the work
+    _write(listed)  # a path that cannot be written is noticed before the work
     for name, source in every_split(settings):
         _check(name, source, listed, processes)
         _report(name, listed.sources[source.fingerprint])
@@ -78,7 +78,7 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
 
 
 def decode(source: Source, record: int) -> None:
-    """Raises what reading it raises."""
+    """Decodes one record. Raises the errors of reading it."""
     source.read(record)
 
 

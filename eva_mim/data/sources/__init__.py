@@ -1,1 +1,1 @@
-"""Data sets: folders, shards, lists and drawn scenes, and the indices that list them."""
+"""Sources of images: folders, shards, lists and drawn scenes; the indexes of their records, decoding, and files by URL."""

@@ -25,7 +25,8 @@ Keys = Callable[[], Iterable[str]]
 
 
 def record_captions(text: bytes | None, described: bytes | None, lines: bool) -> tuple[str, ...]:
-    """Captions in KEY.json (`described`), else in KEY.txt: all of it, or one a line. Raises ValueError for broken files."""
+    """Returns the captions in KEY.json (`described`), else in KEY.txt (`text`): the whole text, or with `lines` one a line.
+    Raises ValueError for malformed files."""
     found = _described(json.loads(described)) if described is not None else ()
     if found or text is None:
         return found
@@ -34,14 +35,15 @@ def record_captions(text: bytes | None, described: bytes | None, lines: bool) ->
 
 
 def _described(value: Any) -> tuple[str, ...]:
-    """The texts under "captions" or "caption"; none where neither says anything. Raises ValueError for other things there."""
+    """Returns the texts under "captions", else under "caption"; none if both are missing or null. Raises ValueError for values of
+    other types."""
     if not isinstance(value, dict):
         raise ValueError('expected {"captions": [...]} or {"caption": ...}')
     return as_captions(value["captions"] if value.get("captions") is not None else value.get("caption"))
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """One text or a list of texts, stripped; nothing for None. Raises ValueError for anything else."""
+    """Returns one text or a list of texts, stripped, as a tuple; an empty tuple for None. Raises ValueError for other types."""
     texts = [] if value is None else [value] if isinstance(value, str) else list(value) if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a caption must be a text, found {type(next(t for t in texts if not isinstance(t, str))).__name__}")
@@ -49,12 +51,12 @@ def as_captions(value: Any) -> tuple[str, ...]:
 
 
 class CaptionFile:
-    """Captions by record number, read from their lines when they are asked for. Where the lines are is kept in an index."""
+    """Captions by record number, read from the lines of a file on demand. An index holds the byte offset of each line."""
 
     def __init__(self, path: Path, setting: str, keys: Keys, of: str, records: str):
-        """`keys` gives the keys of all records in their order, `of` changes with them, and `records` says whose they are. Every
-        rank must call. Raises UserError for broken lines, and unless every record has a line of its own. Lines that belong to no
-        record are counted and named."""
+        """`keys` returns the keys of all records in order, `of` is a value that changes with them, and `records` names the
+        records in messages. Every rank must call. Raises UserError for malformed lines, and unless every record has a line of its
+        own. Lines without a record are counted, and named in the log."""
         self.path = path
         stat = path.stat()
         self._stamp = f"{stat.st_size} {stat.st_mtime_ns}"
@@ -79,8 +81,8 @@ class CaptionFile:
 
 
 def _places(path: Path, setting: str, keys: Keys, records: str) -> Column:
-    """Byte offset of each record's line. Every mistake of the file is found here, with numbers for keys: 14 million
-    would be gigabytes of text."""
+    """Returns the byte offset of each record's line. Raises UserError for every mistake of the file. Keys are compared by 64-bit
+    hashes, since the keys of 14 million records are gigabytes of text."""
     lines, starts = _read_lines(path)
     wanted = np.fromiter((_number(key) for key in keys()), np.uint64)
     if len(repeated := _again(wanted)):
@@ -103,7 +105,8 @@ def _places(path: Path, setting: str, keys: Keys, records: str) -> Column:
 
 
 def _read_lines(path: Path) -> tuple[Column, Column]:
-    """The number of each line's key, and where the line starts. Raises UserError for broken lines and keys that stand twice."""
+    """Returns the hash of each line's key and the byte offset of each line. Raises UserError for malformed lines and repeated
+    keys."""
     numbers, starts, start, progress = array("Q"), array("Q"), 0, Progress(f"reading {path}, captions")
     with path.open("rb") as lines:
         for row, line in enumerate(lines, start=1):
@@ -122,12 +125,12 @@ def _read_lines(path: Path) -> tuple[Column, Column]:
 
 
 def _again(numbers: Column) -> Column:
-    """Places of the numbers that stand at an earlier place as well."""
+    """Returns the positions of the numbers that occur at an earlier position as well."""
     return np.setdiff1d(np.arange(len(numbers)), np.unique(numbers, return_index=True)[1])
 
 
 def _number(key: str) -> int:
-    """Stands for a key: among 14 million, two share one with a chance of 5 in a million (64 bits)."""
+    """Returns a 64-bit hash of a key; the chance that any two of 14 million keys have the same one is 5 in a million."""
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
@@ -154,8 +157,8 @@ def _key(line: bytes, where: str) -> str:
 
 
 def open_captions(settings: SourceSettings, split: str, keys: Keys, of: str, records: str) -> CaptionFile | None:
-    """The caption file of a split; None where the settings name none, and then nobody asks for the `keys`, with which
-    `of` changes. Every rank must call. Raises UserError."""
+    """Returns the caption file of a split; None if the settings name none, in which case `keys` is not called. `of` is a value
+    that changes with the keys. Every rank must call. Raises UserError for a file that is missing or does not fit the records."""
     setting = "data.val_captions" if split == "val" and settings.val_captions else "data.captions"
     name = settings.val_captions if setting == "data.val_captions" else settings.captions
     if name is None:

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to its pixels: the one place where images are decoded."""
+"""Decoding of image files, from bytes to pixels; no other module decodes images."""
 
 from __future__ import annotations
 
@@ -20,79 +20,80 @@ from eva_mim.core.timing import phase
 from eva_mim.data import MAX_CHANNELS, RGB, Pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""Files that are images, in folders and in shards."""
+"""Suffixes of image files, in folders and in shards."""
 ARRAYS = (".npy",)
-"""Files that are images where `data.channels` or `data.window` says that they are no photographs: beside those, an array may be
-anything."""
+"""Suffixes of arrays, which count as images of a folder only with `data.channels` or `data.window`: beside photographs, an array
+may hold anything."""
 MAX_FILE_BYTES = 2**30
-"""A larger file is no picture; reading it would take the memory of every worker."""
+"""Maximum size of an image file, since every loader worker reads whole files into memory."""
 MAX_VALUES = 2**28
-"""In all channels of an image; 1 GB as float32."""
+"""Maximum number of values in all channels of an image; 1 GB as float32."""
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""How files begin; the last two are BigTIFF."""
+"""First bytes of TIFF files; the last two are BigTIFF."""
 OPEN = (-math.inf, math.inf)
-"""The window through which values of more than 8 bits are seen as they are: for statistics."""
+"""Window that leaves values of more than 8 bits unchanged, for statistics."""
 Plane = npt.NDArray[Any]
-"""[H, W]"""
+"""[H, W] values of one channel."""
 
 
 class Raw(NamedTuple):
-    """One record as it lies on the disk."""
+    """One record before its image is decoded."""
 
     key: str
     content: bytes
-    """Of the image file."""
+    """Bytes of the image file."""
     label: int | None = None
     captions: tuple[str, ...] = ()
 
     def sample(self, pixels: Pixels = RGB) -> Sample:
-        """The record with its image decoded. Raises what `decoded` raises."""
+        """Returns the record with its image decoded. Raises the errors of `decoded`."""
         return Sample(self.key, decoded(self.content, pixels), self.label, self.captions)
 
 
 class FileSource(ABC):
-    """A `contracts.Source` whose records lie in image files: they can be counted and copied without being decoded."""
+    """A `contracts.Source` of image files, whose records can be counted and copied without being decoded."""
 
     classes: tuple[str, ...] | None
     _pixels: Pixels
 
     @property
     def unnamed(self) -> bool:
-        """There are labels, but no class list says what they stand for; then none is read."""
+        """True if the records have labels but no class list names them; the labels are then not read."""
         return False
 
     @abstractmethod
     def raw(self, index: int) -> Raw:
-        """Read one record. Raises OSError, and ValueError for what is broken beside its image."""
+        """Reads one record without decoding its image. Raises OSError, and ValueError for a missing or too large image file, an
+        invalid label or malformed captions."""
 
     @abstractmethod
     def class_counts(self) -> npt.NDArray[np.int64] | None:
-        """Records of each class; None without classes."""
+        """Returns [K] int64, the number of records of each class; None without classes."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """Name of a record."""
+        """Returns the key of a record."""
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Files at hand need no asking."""
+        """Does nothing: local files need no prefetching."""
         return
 
     def read(self, index: int) -> Sample:
-        """Decode one record. Raises what `raw` and `decoded` raise."""
+        """Reads and decodes one record. Raises the errors of `raw` and `decoded`."""
         return self.raw(index).sample(self._pixels)
 
 
 def suffixes(pixels: Pixels) -> tuple[str, ...]:
-    """Files of a folder that are images."""
+    """Returns the suffixes of the image files in a folder."""
     return SUFFIXES if pixels in (RGB, RGB._replace(window=OPEN)) else SUFFIXES + ARRAYS
 
 
 def read_file(path: Path) -> bytes:
-    """All of an image file. Raises ValueError for a huge one, OSError."""
+    """Reads an image file. Raises OSError, and ValueError for a file of more than `MAX_FILE_BYTES`."""
     with phase("read"):
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise ValueError(f"{size} bytes are too many for an image")
@@ -100,8 +101,9 @@ def read_file(path: Path) -> bytes:
 
 
 def decoded(content: bytes, pixels: Pixels = RGB) -> Image.Image | Bands:
-    """The picture: 8-bit RGB as an `Image`, everything else as `Bands`. Raises ValueError for another number of channels and for
-    more than 8 bits without a window, and what Pillow raises, also for decompression bombs (more than 179 million pixels)."""
+    """Returns the image: 8-bit RGB as an `Image`, every other format as `Bands`. Raises ValueError for another number of channels
+    and for more than 8 bits without a window, and Pillow's errors, among them the one for decompression bombs (more than 179
+    million pixels)."""
     with phase("decode"):
         if pixels == RGB and not content.startswith(NPY):
             with Image.open(io.BytesIO(content)) as image:
@@ -119,13 +121,14 @@ class Header(NamedTuple):
     width: int
     height: int
     format: str
-    """Pillow's name, or NPY."""
+    """Pillow's name of the format, or NPY."""
     mode: str
-    """Pillow's, or such as "13 x uint16"."""
+    """Pillow's mode, or number and type of the channels, such as "13 x uint16"."""
 
 
 def header(content: bytes) -> Header:
-    """Nothing is decoded that Pillow can read. Raises as `decoded` does."""
+    """Returns the header of an image file. Only a file that Pillow cannot open is decoded for it. Raises the errors of
+    `decoded`."""
     array = content.startswith(NPY)
     try:
         if not array:
@@ -140,7 +143,7 @@ def header(content: bytes) -> Header:
 
 
 def planes(content: bytes, channels: int) -> list[Plane]:
-    """The channels of an image file with the numbers that it holds. Raises as `decoded` does."""
+    """Returns the channels of an image file, each [H, W], with the values in the file. Raises the errors of `decoded`."""
     if content.startswith(NPY):
         return _of_array(_npy(content), channels)
     try:
@@ -160,17 +163,17 @@ def planes(content: bytes, channels: int) -> list[Plane]:
 
 
 def _deep(image: Image.Image) -> bool:
-    """One channel of 16 bits or more, as Pillow reads it."""
+    """Returns True for an image with one channel of 16 bits or more, by Pillow's mode."""
     return image.mode.startswith(("I", "F"))
 
 
 def _would_be_cut(image: Image.Image) -> bool:
-    """Several channels of 16 bits, of which Pillow would keep the upper 8: told by what its decoder is asked for."""
+    """Returns True if Pillow would truncate several 16-bit channels to 8 bits (seen in the tile's raw mode)."""
     return not _deep(image) and ";16" in str(getattr(image, "tile", ""))
 
 
 def _by_pillow(image: Image.Image, channels: int) -> list[Plane] | None:
-    """None where Pillow does not see so many channels."""
+    """Returns the channels of an image, each [H, W]; None if Pillow does not read that number of channels."""
     if _would_be_cut(image):
         return None
     if image.format == "TIFF" and len(pages := list(_pages(image, channels + 1))) > 1:
@@ -186,7 +189,8 @@ def _by_pillow(image: Image.Image, channels: int) -> list[Plane] | None:
 
 
 def _pages(image: Image.Image, most: int) -> Iterator[Plane]:
-    """The pages of a TIFF that hold a channel each: of one channel, and as large as the first (smaller ones are overviews)."""
+    """Yields the pages of a TIFF that hold one channel each, at most `most`: those of one channel and of the first page's size
+    (smaller pages are overviews)."""
     size, found = image.size, 0
     for page in ImageSequence.Iterator(image):
         if page.size == size and len(page.getbands()) == 1:
@@ -198,26 +202,27 @@ def _pages(image: Image.Image, most: int) -> Iterator[Plane]:
 
 
 def _npy(content: bytes) -> Plane:
-    """The array of a .npy file, without a copy. Raises ValueError."""
+    """Returns the array of a .npy file, without a copy. Raises ValueError for an invalid file."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"an array of format {version}; save it with numpy.save")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    # Objects would be unpickled, and a size that the file does not have would be allocated.
+    # Arrays of objects would be unpickled, and a declared size beyond the file's own would be allocated.
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
         raise ValueError(f"{len(content) - file.tell()} bytes are no array {list(shape)} of {dtype}")
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
 def _tiff(content: bytes, fault: str) -> Plane:
-    """[H, W, channels] or [H, W] of a TIFF that Pillow does not read. Raises ValueError, and what tifffile raises."""
+    """Returns [H, W, channels] or [H, W] of a TIFF that Pillow cannot read; `fault` is Pillow's reason, for the message. Raises
+    ValueError without tifffile or for no image, and tifffile's errors."""
     try:
         import tifffile
     except ImportError:
         raise ValueError(f"{fault}; tifffile may: pip install 'eva-mim[tiff]'") from None
-    # By pages: what tifffile calls series may take in other files, which the metadata of this one names.
+    # Pages are read, not tifffile's series, which may include other files that the metadata names.
     with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
         first = file.pages.first
         pages = [page for page in islice(file.pages, MAX_CHANNELS + 1) if page.shape == first.shape]
@@ -244,7 +249,8 @@ def _of_array(array: Plane, channels: int) -> list[Plane]:
 
 
 def _band(plane: Plane, window: tuple[float, float] | None) -> Image.Image:
-    """"L" of 8 bits, "F" of everything that is seen through a window."""
+    """Returns one channel as an image: mode "L" for 8 bits, mode "F" for values mapped through a window. Raises ValueError for
+    more than 8 bits without a window, and for values that are not finite."""
     if plane.dtype == np.uint8 and window in (None, OPEN):
         return Image.fromarray(np.ascontiguousarray(plane))
     if window is None:

@@ -23,10 +23,10 @@ from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suff
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
 
 CAPTIONS = (".txt", ".json")
-"""Beside an image, in place of its own suffix."""
+"""Suffixes of caption files, which otherwise have the name of their image."""
 SETTLED_NS = 2 * 10**9
-"""An index made within this time of a change of a folder is made again: a later change may have left the same time (file systems
-keep times by steps of up to 2 seconds)."""
+"""Minimum age of a folder's last change, in nanoseconds, when its index is made. An index made earlier is made again, since a
+later change may have the same time stamp (file systems keep times in steps of up to 2 seconds)."""
 
 
 class FolderSource(FileSource):
@@ -35,7 +35,8 @@ class FolderSource(FileSource):
     blocks = None
 
     def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB):
-        """Every rank must call."""
+        """Every rank must call. Raises UserError for an unreadable folder, no images, or images that belong to none of
+        `classes`."""
         self.folder = folder
         self.classes = classes
         self.captions: CaptionFile | None = None
@@ -61,36 +62,37 @@ class FolderSource(FileSource):
         return len(self.index["folder"])
 
     def key(self, index: int) -> str:
-        """The file's path below the folder."""
+        """Returns the file's path below the folder."""
         return os.path.join(self._folders[self.index["folder"][index]], self.index.text("name", index))
 
     def raw(self, index: int) -> Raw:
-        """Read one file, and its captions. Raises OSError, and ValueError for broken captions."""
+        """Reads one file and its captions. Raises OSError, and ValueError for a too large file or malformed captions."""
         key = self.key(index)
         path = self.folder / key
         label = self._labels[self.index["folder"][index]] if self.classes else None
         return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(index, path))
 
     def class_counts(self) -> Column | None:
-        """Images of each class."""
+        """Returns [K] int64, the number of images of each class; None without classes."""
         if self.classes is None:
             return None
         label = np.array([-1 if one is None else one for one in self._labels])
         return np.bincount(label[self.index["folder"]], minlength=len(self.classes))
 
     def stems(self) -> Iterator[str]:
-        """The files' paths below the folder without their last suffix: what a caption file calls them."""
+        """Yields the files' paths below the folder without their last suffix, which are the keys in a caption file."""
         return (os.path.splitext(self.key(index))[0] for index in range(len(self)))
 
     def _beside(self, index: int, path: Path) -> tuple[str, ...]:
-        if not self.index["captioned"][self.index["folder"][index]]:  # on network disks a look for each image would be slow
+        if not self.index["captioned"][self.index["folder"][index]]:  # on network disks a check for each image would be slow
             return ()
         text, described = (file.read_bytes() if file.is_file() else None for file in map(path.with_suffix, CAPTIONS))
         return record_captions(text, described, self._caption_lines)
 
 
 def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
-    """The source of a split ("train" or "val"); None when the split has no folder of its own. Raises UserError."""
+    """Returns the source of a split ("train" or "val"); None if the split has no folder of its own. Raises UserError for a
+    missing or unusable folder."""
     root, chosen = settings.own_root, settings.train if split == "train" else settings.val
     if split == "val" and chosen is None:
         return None
@@ -106,16 +108,16 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
 
 
 def class_folders(folder: Path) -> tuple[str, ...] | None:
-    """Names of the sub-folders in sorted order (the labels), or None for a flat folder."""
+    """Returns the names of the sub-folders in sorted order (the labels); None for a flat folder."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     return tuple(names) or None
 
 
 def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
-    """Index of the files that end in one of `images`. Columns: `name` of each and number of its `folder`; path and change time of
-    all `folders`, and whether captions lie there (`captioned`), in the order of sorted paths.
-    Raises UserError."""
+    """Returns the index of the files with one of the suffixes `images`, sorted by path. Columns: `name` of each file and number
+    of its `folder`; for each folder, in the order of sorted paths, its path (`folders`), its change time (`changed`) and whether
+    captions are in it (`captioned`). Raises UserError for an unreadable folder or no images."""
 
     def fresh(index: Index) -> bool:
         if int(index.facts["made"]) - int(index["changed"].max()) < SETTLED_NS:
@@ -127,7 +129,7 @@ def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index
 
 
 class _Images(NamedTuple):
-    """Neighbours among the sorted names of one folder."""
+    """Consecutive images among the sorted names of one folder."""
 
     folder: int
     path: str
@@ -135,7 +137,8 @@ class _Images(NamedTuple):
 
 
 def _scan(root: Path, images: tuple[str, ...]) -> Content:
-    """Walk the tree once, without following links to folders. Raises UserError for an empty or unreadable one."""
+    """Walks the tree once, without following links to folders, and returns its index. Raises UserError for an unreadable folder
+    or no images."""
     began, made = time.monotonic(), time.time_ns()
     names, folders, numbers, changed, captioned = Texts(), Texts(), array("I"), array("q"), array("B")
     fingerprint, todo, progress = hashlib.sha256(), list[str | _Images]([""]), Progress(f"walking {root}, images")
@@ -143,7 +146,7 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
         item = todo.pop()
         if isinstance(item, str):
             folders.add(item)
-            changed.append(_changed(root / item))  # before the names are read: a later change is seen
+            changed.append(_changed(root / item))  # before the names are read, so that a later change is noticed
             contents, texts = _contents(root, item, len(changed) - 1, images)
             captioned.append(texts)
             todo += reversed(contents)
@@ -166,7 +169,8 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
 
 
 def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> tuple[list[str | _Images], bool]:
-    """Sub-folders and images of a folder in the order of their names, and whether captions may lie there. Raises UserError."""
+    """Returns the sub-folders and images of a folder in the order of their names, and whether captions may be in it. Raises
+    UserError for an unreadable folder."""
     try:
         with os.scandir(root / path) as entries:
             found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
@@ -183,7 +187,8 @@ def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> tu
 
 
 def _changed(folder: Path) -> int:
-    """When a name in the folder came, went or changed, in nanoseconds; -1 for no folder."""
+    """Returns the time at which a name in the folder was last added, removed or changed, in nanoseconds; -1 if there is no
+    folder."""
     try:
         return folder.stat().st_mtime_ns
     except OSError:

@@ -1,7 +1,8 @@
-"""What a dataset holds, in one file of columns: made once, memory-mapped by every rank and loader worker, checked for staleness.
+"""Index of a dataset's records: one file of columns, made once, memory-mapped by every rank and loader worker, and checked
+for staleness.
 
-The file is a safetensors file in the cache folder (`$EVA_MIM_CACHE`, else `~/.cache/eva-mim`). Its pages lie in the page cache
-once a machine, whoever reads them; a pickle of an `Index` holds its path alone.
+It is a safetensors file in the cache folder (`$EVA_MIM_CACHE`, else `~/.cache/eva-mim`). All processes of a machine share
+its pages in the page cache; a pickled `Index` holds only its path and facts.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from eva_mim.core.log import duration, say
 from eva_mim.core.settings import digest
 
 VERSION = 5
-"""Part of every name: another layout of columns is another file."""
+"""Version of the columns' layout, which is part of every file's name."""
 DTYPES = {"U8": np.uint8, "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64}
-"""safetensors' names of the types that columns have."""
+"""safetensors' names of the columns' types."""
 Column = npt.NDArray[Any]
 
 
 class Content(NamedTuple):
-    """An index before it is written. `facts` must have a "fingerprint" of the records and their order."""
+    """Columns and facts of an index before it is written. `facts` must have a "fingerprint" of the records and their order."""
 
     columns: dict[str, Column]
     facts: dict[str, str]
 
 
 class Texts:
-    """Strings on their way into a column: their bytes in a row, and where each ends."""
+    """Strings for a column: their concatenated bytes, and the end of each string."""
 
     def __init__(self) -> None:
         self._bytes, self._ends = bytearray(), array("Q")
 
     def add(self, text: str) -> None:
-        """Append one."""
+        """Appends a string."""
         self._bytes += text.encode("utf-8", "surrogatepass")  # file names need not be UTF-8
         self._ends.append(len(self._bytes))
 
@@ -55,7 +56,7 @@ class Texts:
         return len(self._ends)
 
     def columns(self, name: str) -> dict[str, Column]:
-        """The columns that `Index.text` reads."""
+        """Returns the columns that `Index.text` reads."""
         return {name: np.frombuffer(self._bytes, np.uint8), f"{name}.ends": narrow(np.frombuffer(self._ends, np.uint64))}
 
 
@@ -63,9 +64,9 @@ class Index:
     """Columns by name, read-only and shared with every process that has the file open."""
 
     def __init__(self, path: Path):
-        """Raises OSError or SafetensorError for a file that is none."""
+        """Opens the file. Raises OSError or SafetensorError for a file that is no index."""
         self.path = path
-        with safe_open(path, framework="numpy") as checked:  # the header fits the file
+        with safe_open(path, framework="numpy") as checked:  # checks that the header fits the file
             self.facts: dict[str, str] = checked.metadata() or {}
         with path.open("rb") as file:
             start = int.from_bytes(file.read(8), "little")
@@ -83,12 +84,12 @@ class Index:
         return name in self._columns
 
     def text(self, name: str, row: int) -> str:
-        """One string of a column of `Texts`."""
+        """Returns one string of a column of `Texts`."""
         ends = self._columns[f"{name}.ends"]
         return self._columns[name][ends[row - 1] if row else 0 : ends[row]].tobytes().decode("utf-8", "surrogatepass")
 
     def texts(self, name: str) -> list[str]:
-        """All strings of a column of `Texts`: for the short ones."""
+        """Returns all strings of a column of `Texts`; meant for short columns."""
         return [self.text(name, row) for row in range(len(self._columns[f"{name}.ends"]))]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -96,7 +97,7 @@ class Index:
 
 
 def reopen(path: Path, facts: dict[str, str]) -> Index:
-    """The same index in another process. Raises UserError when the file has become another one."""
+    """Opens the same index in another process. Raises UserError if the file's fingerprint is not that of `facts`."""
     index = Index(path)
     if index.facts["fingerprint"] != facts["fingerprint"]:
         raise UserError(f"{path}: the data set changed and was indexed anew while this run read it; start the run again")
@@ -104,10 +105,11 @@ def reopen(path: Path, facts: dict[str, str]) -> Index:
 
 
 def open_index(name: Any, fresh: Callable[[Index], bool], make: Callable[[], Content], what: str) -> Index:
-    """The index that `name` (JSON-able) stands for; where there is none or a stale one, rank 0 makes it while the others wait.
+    """Returns the index of the name `name` (JSON-able). If it is missing or not `fresh`, rank 0 makes it while the others
+    wait.
 
     Every rank must call. On hosts that do not see rank 0's file, their first process makes another. `what` names the data in
-    messages. Raises UserError (on every rank) that `make` raises, and when hosts see different data.
+    messages. Raises UserError on every rank if `make` raises it, and if hosts see different data.
     """
     path = cache_folder() / f"{digest([VERSION, name])[:24]}.index"
 
@@ -124,7 +126,7 @@ def open_index(name: Any, fresh: Callable[[Index], bool], make: Callable[[], Con
 
 
 def read_index(path: Path) -> Index | None:
-    """The index in a file; None where there is none, or a damaged one."""
+    """Reads the index in a file; returns None if the file is missing or damaged."""
     try:
         return Index(path)
     except (OSError, SafetensorError, ValueError, KeyError):
@@ -132,7 +134,8 @@ def read_index(path: Path) -> Index | None:
 
 
 def write_index(path: Path, content: Content) -> Index:
-    """Write under a name of this process, flush to disk, rename. Raises UserError when the cache folder cannot take it."""
+    """Writes an index under a name of this process, flushes it to disk, renames it, and returns it opened. Raises UserError if
+    the cache folder cannot be written."""
     try:
         with replacing(path, writer=f".{socket.gethostname()}.{os.getpid()}") as temporary:
             save_file({name: np.ascontiguousarray(column) for name, column in content.columns.items()}, temporary, content.facts)
@@ -142,12 +145,12 @@ def write_index(path: Path, content: Content) -> Index:
 
 
 def narrow(numbers: Column) -> Column:
-    """Numbers from 0, with 32 bits where they fit: half the memory."""
+    """Returns non-negative integers as uint32 where all fit, else as uint64."""
     return numbers.astype(np.uint32 if not len(numbers) or int(numbers.max()) < 2**32 else np.uint64)
 
 
 def cache_folder() -> Path:
-    """Folder of indexes, unpacked shards and features. Raises UserError."""
+    """Returns the folder of indexes, unpacked shards and features, made if missing. Raises UserError if it cannot be made."""
     folder = Path(os.environ.get("EVA_MIM_CACHE", Path.home() / ".cache" / "eva-mim"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,5 +160,5 @@ def cache_folder() -> Path:
 
 
 def say_indexed(what: str, records: int, seconds: float) -> None:
-    """One line for what took time, so that it is known where it went."""
+    """Logs the number of indexed records and the time that it took."""
     say(f"  indexed {what}: {records} records in {duration(seconds)}")

@@ -25,21 +25,21 @@ from eva_mim.data.sources.decode import FileSource, Raw, read_file
 from eva_mim.data.sources.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
-"""(line or row number, value by column)."""
+"""Pairs of a line or row number and its {column: value}."""
 PROBED = 100
-"""Images whose existence is checked at the start; each one would be slow on network disks."""
+"""Number of images of which at least one must exist at the start; checking every image would be slow on network disks."""
 
 
 class ListSource(FileSource):
-    """The images of one list, in its order. Keys are their paths as the list has them."""
+    """Images of one list, in its order. Keys are the paths as written in the list."""
 
     blocks = None
 
     def __init__(
         self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None, pixels: Pixels = RGB
     ):
-        """`classes`: names by label; the label column holds names, or numbers where no value is a name. Every rank must call.
-        Raises UserError."""
+        """`classes`: class names by label; the label column holds names, or numbers if no value is a name. Every rank must call.
+        Raises UserError for mistakes of the list, and if none of its first images exists."""
         self.classes, self._pixels = classes if columns.label is not None else None, pixels
         self.index = list_index(path, root, columns)
         self.fingerprint = self.index.facts["fingerprint"]
@@ -53,17 +53,17 @@ class ListSource(FileSource):
         return len(self.index["image.ends"])
 
     def key(self, index: int) -> str:
-        """The image's path, relative to the list's folder."""
+        """Returns the image's path, relative to the list's folder."""
         return self.index.text("image", index)
 
     def raw(self, index: int) -> Raw:
-        """Read one file. Raises OSError."""
+        """Reads one image file, and its captions from the index. Raises OSError, and ValueError for a too large file."""
         label = self._labels[self.index["label"][index]] if self._labels else None
         captions = self._captions(index) if self._captioned else ()
         return Raw(self.key(index), read_file(self._folder / self.key(index)), label, captions)
 
     def class_counts(self) -> Column | None:
-        """Images of each class."""
+        """Returns [K] int64, the number of images of each class; None without classes."""
         if self._labels is None:
             return None
         found = np.bincount(self.index["label"], minlength=len(self._labels))
@@ -75,7 +75,8 @@ class ListSource(FileSource):
 
 
 def open_list(settings: SourceSettings, split: str) -> ListSource | None:
-    """The source of a split ("train" or "val"); None when it has no list of its own. Raises UserError."""
+    """Returns the source of a split ("train" or "val"); None if the split has no list of its own. Raises UserError for an
+    unusable list."""
     if settings.train is None:
         raise UserError("data.train must name the list's file when data.source is 'list'")
     name = settings.train if split == "train" else settings.val
@@ -88,8 +89,9 @@ def open_list(settings: SourceSettings, split: str) -> ListSource | None:
 
 
 def list_index(path: Path, root: Path, columns: ColumnSettings) -> Index:
-    """Columns: path of each `image`; its texts among all of `caption`, by where they end (`captions`); its `label` among the
-    distinct values (`labels`, first seen in row `labels.row`). Raises UserError for every mistake of the list."""
+    """Returns the index of a list. Columns: path of each `image`; all texts (`caption`) and where those of each image end
+    (`captions`); number of each image's `label` among the distinct values (`labels`), whose first rows are `labels.row`. Raises
+    UserError for every mistake of the list."""
     if not path.is_file():
         raise UserError(f"data: the list {path} does not exist")
 
@@ -130,7 +132,8 @@ def _read(path: Path, root: Path, columns: ColumnSettings) -> Content:
 
 
 def read_list(path: Path, columns: ColumnSettings) -> Rows:
-    """Each row, of a file that exists. Raises UserError for a broken file and a missing column."""
+    """Returns the rows of a file that exists. Raises UserError for a malformed file or a missing column, some while rows are
+    read."""
     reader = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a list must be .csv, .tsv, .jsonl or .parquet")
@@ -145,7 +148,7 @@ def read_list(path: Path, columns: ColumnSettings) -> Rows:
 
 
 def caption_columns(columns: ColumnSettings) -> list[str]:
-    """Names of the columns with captions."""
+    """Returns the names of the columns with captions."""
     return [columns.captions] if isinstance(columns.captions, str) else list(columns.captions or ())
 
 
@@ -214,7 +217,7 @@ def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
 
 
 def _inside(value: Any, root: Path, folder: Path, where: str) -> str:
-    """The path as written. Raises UserError unless it is one, below `root`."""
+    """Returns the path as written. Raises UserError if it is no path or not below `root`."""
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: no image path ({value!r})")
     if not Path(os.path.normpath(folder / value)).is_relative_to(os.path.normpath(root)):
@@ -234,7 +237,8 @@ def _captions(row: dict[str, Any], columns: ColumnSettings, where: str) -> tuple
 
 
 def sorted_names(path: Path, index: Index, columns: ColumnSettings) -> tuple[str, ...]:
-    """The distinct labels of a list in sorted order: by number where all are whole numbers. Raises UserError."""
+    """Returns the distinct labels of a list in sorted order, by number if all are integers. Raises UserError for an empty
+    label."""
     names = index.texts("labels")
     if "" in names:
         raise UserError(f"{path}:{index['labels.row'][names.index('')]}: no label ({columns.label})")
@@ -242,11 +246,11 @@ def sorted_names(path: Path, index: Index, columns: ColumnSettings) -> tuple[str
 
 
 def _labels(path: Path, index: Index, classes: tuple[str, ...]) -> list[int]:
-    """Class of each distinct value of the label column. Raises UserError for the first that has none."""
+    """Returns the class of each distinct value of the label column. Raises UserError for the first value without a class."""
     values, number = index.texts("labels"), known_as(classes)
     if not any(value in number for value in values) and all(map(str.isdecimal, values)):
         number = {str(label): label for label in range(len(classes))}
-    for row, value in zip(index["labels.row"].tolist(), values, strict=True):  # in the order in which they are met
+    for row, value in zip(index["labels.row"].tolist(), values, strict=True):  # in the order of the rows
         if value not in number:
             raise UserError(f"{path}:{row}: label {value!r} is none of the {len(classes)} classes{nearest(value, number)}")
     return [number[value] for value in values]

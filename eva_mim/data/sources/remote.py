@@ -1,7 +1,7 @@
 """Files by URL (`s3://`, `gs://`, `https://`, ...), through fsspec and the driver that the user has installed for it.
 
-A read is a range of bytes with a time-out, tried again a few times. File systems are asked for anew at each call: fsspec keeps
-one a process, and none goes through a fork.
+A read is a range of bytes with a time-out and a few retries. The file system is looked up at each call, since fsspec keeps
+one for each process, which must not be used after a fork.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from eva_mim.core.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = 60.0
-"""Seconds for one answer."""
+"""Seconds to wait for one response."""
 WAITS = (1.0, 4.0, 16.0)
-"""Seconds before each further attempt."""
+"""Seconds to wait before each retry."""
 CHANGED = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
-"""What file systems call the mark that changes with a file; the first that one has is taken."""
+"""Names that file systems use for the value that changes with a file; the first one present is taken."""
 
 
 class RemoteFile(NamedTuple):
-    """Remote file as listed."""
+    """URL of a remote file, its size in bytes, and a value that changes with its content."""
 
     url: str
     size: int
@@ -36,7 +36,8 @@ class RemoteFile(NamedTuple):
 
 
 def as_url(root: PurePath) -> str | None:
-    """The URL that a path was written as ("s3://bucket/x", of which a path makes "s3:/bucket/x"); None for a path."""
+    """Returns the URL that a path was written as ("s3://bucket/x", which `Path` turns into "s3:/bucket/x"); None for a local
+    path."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", root.as_posix())
     if found is None:
         return None
@@ -45,7 +46,7 @@ def as_url(root: PurePath) -> str | None:
 
 
 def listed(root: str, pattern: str) -> list[RemoteFile]:
-    """The files below a URL that a pattern matches, sorted by URL. Raises UserError."""
+    """Returns the files below a URL that match a pattern, sorted by URL. Raises UserError if they cannot be listed."""
     system, below = _system(root)
 
     def find() -> list[RemoteFile]:
@@ -69,8 +70,8 @@ def _file(system: Any, name: str, about: dict[str, Any]) -> RemoteFile:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes start .. end - 1 of a file, fewer where it ends. Raises OSError where it is not there or not to be read, UserError
-    when its place does not answer, or not with a range."""
+    """Returns bytes start .. end - 1 of a file, fewer at its end. Raises OSError for a missing or forbidden file, UserError if
+    the server does not respond or does not support ranges."""
     if end <= start:
         return b""
     system, path = _system(url)
@@ -82,25 +83,26 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
-    """(URL, start, end) -> bytes start .. end - 1, of files of one place and together where its driver can do that. None for what
-    did not come, or not as asked for: `read_range` tries again, and says why. Raises UserError without a driver."""
+    """Returns bytes start .. end - 1 of each (URL, start, end), requested together if the driver supports it. All files must be
+    on one file system. A range that failed or is incomplete is None; `read_range` then retries and reports the error. Raises
+    UserError without a driver."""
     if not ranges:
         return []
     system = _system(ranges[0][0])[0]
     urls, starts, ends = (list(column) for column in zip(*ranges, strict=True))
     try:
         found = _timed(lambda: system.cat_ranges([system._strip_protocol(url) for url in urls], starts, ends, on_error="return"))
-    except Exception:  # drivers have errors of their own kinds
+    except Exception:  # drivers raise exceptions of their own types
         return [None] * len(ranges)
     return [content if isinstance(content, bytes) and len(content) == end - start else None
             for content, (_, start, end) in zip(found, ranges, strict=True)]
 
 
 class Reading(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """A file for readers that seek: fsspec's, whose every request has the time-out and the attempts of `read_range`."""
+    """A seekable remote file: fsspec's buffered file, with the time-out and retries of `read_range` for every request."""
 
     def __init__(self, url: str, size: int, ahead: int):
-        """`size` and `ahead`, what is read beyond what is asked for, in bytes."""
+        """`size`: bytes of the file; `ahead`: bytes that are read beyond a request."""
         super().__init__(None, url, block_size=ahead, cache_type="readahead", size=size)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
@@ -108,7 +110,8 @@ class Reading(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no type
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of this process, and the path in it. Raises UserError without a driver."""
+    """Returns fsspec's file system of this process and the path in it. Raises UserError without a driver or for an invalid
+    URL."""
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
@@ -119,13 +122,14 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 def _persistent(call: Callable[[], T], url: str) -> T:
-    """Result of `call`, after a few attempts."""
+    """Returns the result of `call`, with retries. Raises the errors of `call` that no retry changes (file not found, no
+    permission, a folder, UserError), and UserError after the last attempt."""
     for wait in (*WAITS, None):
         try:
             return _timed(call)
         except (FileNotFoundError, PermissionError, IsADirectoryError, UserError):
             raise
-        except Exception as error:  # drivers have errors of their own kinds
+        except Exception as error:  # drivers raise exceptions of their own types
             if wait is None:
                 tried = f"{len(WAITS) + 1} attempts of up to {TIMEOUT:g} s"
                 raise UserError(f"{url}: no answer in {tried}; the last: {type(error).__name__}: {error}") from None
@@ -134,7 +138,8 @@ def _persistent(call: Callable[[], T], url: str) -> T:
 
 
 def _timed(call: Callable[[], T]) -> T:
-    """In a thread that is left behind when it hangs: not every driver has a time-out. Raises what `call` raises, TimeoutError."""
+    """Returns the result of `call`, run in a thread that is abandoned after `TIMEOUT`, since not every driver has a time-out.
+    Raises the errors of `call`, TimeoutError."""
     answers: list[T] = []
     errors: list[BaseException] = []
 

@@ -1,7 +1,7 @@
 """The built-in dataset: textured, coloured shapes in relation, drawn with Pillow from (seed, split, index).
 
-Nothing is downloaded and nothing is stored. Drawing uses whole numbers and no antialiasing but a box reduction, so
-the pixels are the same on every machine.
+Nothing is downloaded and nothing is stored. Drawing uses integers and no antialiasing except a box reduction, so the pixels
+are the same on every machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLOURS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 OVERSAMPLE = 2
-"""Pictures are drawn larger by this factor and reduced by averaging."""
+"""Factor by which pictures are drawn larger, before they are reduced by averaging."""
 
 
 class Thing(NamedTuple):
@@ -41,7 +41,7 @@ class Thing(NamedTuple):
 
 
 class SceneSource:
-    """`size` pictures of two things each; the first one gives the label."""
+    """Pictures of two things each; the first thing determines the label."""
 
     blocks = None
 
@@ -56,14 +56,14 @@ class SceneSource:
         return self._size
 
     def key(self, index: int) -> str:
-        """SPLIT/INDEX."""
+        """Returns SPLIT/INDEX."""
         return f"{self.split}/{index}"
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Nothing takes long to arrive."""
+        """Does nothing: pictures are drawn on demand."""
 
     def read(self, index: int) -> Sample:
-        """Draw picture `index` with its caption and label."""
+        """Draws picture `index`; returns it with its caption and label."""
         rng = random.Random(derive(self.settings.seed, f"scenes-{self.split}", index))
         ground, first_colour, second_colour = rng.sample(list(COLOURS), 3)
         first = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), first_colour)
@@ -72,26 +72,26 @@ class SceneSource:
         image = draw(first, second, relation, ground, self.settings.size, rng)
         name = f"{first.texture} {first.shape}" if self.settings.labels == "fine" else first.shape
         assert self.classes is not None
-        # With both colours always named, two words would tell most pairs of a batch apart, and nobody would learn shapes.
+        # If captions always named both colours, two words would distinguish most pairs, and shapes would not be learned.
         colour = f"{first.colour} " if rng.random() < 0.5 else ""
         caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
         return Sample(self.key(index), image, self.classes.index(name), (caption,))
 
 
 def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
-    """The source of a split ("train" or "val")."""
+    """Returns the source of a split ("train" or "val")."""
     return SceneSource(settings.scenes, split)
 
 
 def draw(
     first: Thing, second: Thing, relation: str, ground: str, size: int, rng: random.Random
 ) -> Image.Image:
-    """A `size` x `size` RGB picture; the first thing is the larger one."""
+    """Returns a `size` x `size` RGB picture; the first thing is the larger one."""
     side = size * OVERSAMPLE
     shade = tuple(channel // 2 + rng.randint(24, 72) for channel in COLOURS[ground])
     image = Image.new("RGB", (side, side), shade)
     pen = ImageDraw.Draw(image)
-    for _ in range(12):  # a quiet, irregular ground, so that empty patches differ
+    for _ in range(12):  # an irregular background of low contrast, so that empty patches differ
         x, y, length = rng.randrange(side), rng.randrange(side), rng.randrange(side // 8, side // 2)
         tint = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in shade)
         pen.rectangle((x, y, x + length, y + length // 3), fill=tint)
@@ -105,7 +105,7 @@ def draw(
 def _places(
     relation: str, side: int, big: int, small: int, rng: random.Random
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Corners of the first (big) and the second (small) thing."""
+    """Returns the (left, top) corners of the first (big) and the second (small) thing, in pixels."""
     start, end = rng.randint(0, side // 16), side - small - rng.randint(0, side // 16)
     across_big, across_small = rng.randint(0, side - big), rng.randint(0, side - small)
     if relation in ("right of", "below"):

@@ -1,4 +1,4 @@
-"""The index of a split of shards: of each shard its own (`tars.py`), made in several processes, and all of them joined."""
+"""Index of a split of shards: the indexes of its shards (`tar_index.py`), made in several processes and concatenated."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from eva_mim.data.sources.tar_index import BadShard, Shard, tar_index
 from eva_mim.data.sources.unpack import check_room, ready, unpack
 
 SHARDS_A_PROCESS = 4
-"""Fewer shards to index are not worth another process."""
+"""Shards for each process; fewer do not justify another process."""
 MAX_PROCESSES = 16
 
 
 def shards_index(shards: Sequence[Shard], skip_bad: bool) -> Index:
-    """The indexes of shards joined: their columns one after another, and where each shard ends (`shards`). Numbers of bad ones
-    are the fact "left_out". Raises UserError."""
+    """Returns the concatenated indexes of the shards, with the end of each shard's records (column `shards`). The numbers of
+    damaged shards are the fact "left_out". Raises UserError for damaged shards unless `skip_bad`, and if no image is left."""
     folder = shards[0].folder
     stamp = digest([(shard.size, shard.changed) for shard in shards])
 
@@ -71,8 +71,8 @@ def _joined(parts: Sequence[Index]) -> dict[str, Column]:
 
 
 def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
-    """Unpack and index every shard for which that has not been done, in several processes. By number, what is wrong with the bad
-    ones. Raises UserError."""
+    """Unpacks and indexes the shards for which that has not been done, in several processes. Returns {number: fault} of the
+    damaged shards. Raises UserError for shards that cannot be read or unpacked."""
     check_room(shards)
     progress, bad = Progress(f"indexing shards in {shards[0].folder}", len(shards)), dict[int, str]()
     for number, fault in enumerate(_each(shards)):
@@ -83,7 +83,7 @@ def _index_each(shards: Sequence[Shard]) -> dict[int, str]:
 
 
 def _each(shards: Sequence[Shard]) -> Iterator[str | None]:
-    most = MAX_PROCESSES if shards[0].remote else cores()  # by URL they mostly wait
+    most = MAX_PROCESSES if shards[0].remote else cores()  # remote shards mostly wait for the network
     processes = min(MAX_PROCESSES, most, len(shards) // SHARDS_A_PROCESS)
     if processes < 2:
         yield from map(_fault, shards)

@@ -1,7 +1,7 @@
 """Tar shards in WebDataset layout (`KEY.jpg KEY.cls KEY.txt KEY.json`), read by offset in any order.
 
-Each shard is indexed once (`tars.py`), and the shards of a split are joined in one index (`joined.py`). Compressed ones are
-unpacked before (`unpack.py`). Nothing is ever written under a name that an archive chose.
+Each shard is indexed once (`tar_index.py`), and the indexes of a split's shards are concatenated (`shard_index.py`).
+Compressed shards are unpacked before (`unpack.py`). No file is written under a name that an archive chose.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from eva_mim.data.sources.tar_index import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, S
 from eva_mim.data.sources.unpack import unpack
 
 MAX_OPEN = 512
-"""Shards that a process holds open; systems allow about a thousand files. Two pools fit: a loader process may be at the end of
-one and at the start of the next."""
+"""Maximum number of shards that a process holds open; systems allow about a thousand files. Two pools fit into it: a loader
+process may be at the end of one pool and at the start of the next."""
 BLOCKS = 64
-"""In a pool, of large shards: each is read in sequence, and a batch is from about so many places."""
+"""Blocks in a pool of large shards: each block is read in sequence, and a batch comes from about this many places."""
 MAX_TOGETHER = 2**22
-"""Bytes of a record that are asked for at once by URL, though others may lie between its fields."""
+"""Maximum number of bytes around a remote record that are read by one request, including other members between its fields."""
 
 
 def cut_shards(sizes: Sequence[int], ends: Sequence[int], pool: float) -> Blocks | None:
-    """Blocks for a shuffle in pools of so many bytes, from the shards' bytes and the ends of their records; None where it is all
-    one pool. A block lies in one shard and has at most a `BLOCKS`th of a pool; small shards make more blocks of less."""
+    """Returns the blocks for a shuffle in pools of `pool` bytes; None if all records fit into one pool. `sizes`: bytes of each
+    shard; `ends`: end of each shard's records. A block lies in one shard and has at most 1 / `BLOCKS` of a pool; small shards
+    give more and smaller blocks."""
     total = sum(sizes)
     if total <= pool:
         return None
@@ -56,13 +57,14 @@ def cut_shards(sizes: Sequence[int], ends: Sequence[int], pool: float) -> Blocks
 
 
 class ShardSource(FileSource):
-    """Records of several shards, in the order of the sorted file names."""
+    """Records of several shards, in the order of `paths`."""
 
     def __init__(
         self, paths: Sequence[Path | Shard], classes: tuple[str, ...] | None, caption_lines: bool = False,
         pixels: Pixels = RGB, *, skip_bad: bool = False,
     ):
-        """`skip_bad`: damaged shards are left out and named, not refused. Every rank must call. Raises UserError."""
+        """`skip_bad`: damaged shards are left out and named in the log, not refused. Every rank must call. Raises UserError for
+        shards that cannot be used."""
         self.classes = classes
         self.captions: CaptionFile | None = None
         self.blocks: Blocks | None = None
@@ -85,11 +87,11 @@ class ShardSource(FileSource):
         return len(self.index["image"])
 
     def key(self, index: int) -> str:
-        """SHARD/KEY."""
+        """Returns SHARD/KEY."""
         return f"{self._names[self._shard(index)]}/{self.index.text('key', index)}"
 
     def raw(self, index: int) -> Raw:
-        """Read one record. Raises ValueError for one without image or with a label that does not fit."""
+        """Reads one record. Raises ValueError for a record without image or with an invalid label, and OSError."""
         self._read_ahead(index)
         with phase("read"):
             content = self._bytes(index, "image")
@@ -102,21 +104,22 @@ class ShardSource(FileSource):
         return Raw(self.key(index), content, label if label != NO_LABEL else None, captions)
 
     def class_counts(self) -> Column | None:
-        """Images of each class."""
+        """Returns [K] int64, the number of images of each class; None without classes."""
         labels = self.index["label"]
         return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
 
     @property
     def unnamed(self) -> bool:
-        """There are labels, but no class list says what they stand for; then none is read."""
+        """True if the records have labels but no class list names them; the labels are then not read."""
         return self.classes is None and bool((self.index["label"] >= 0).any())
 
     def keys(self) -> Iterator[str]:
-        """The records' keys as a caption file has them: without their shard."""
+        """Yields the records' keys without their shard, which are the keys in a caption file."""
         return (self.index.text("key", index) for index in range(len(self)))
 
     def check_labels(self, setting: str) -> None:
-        """A class list that does not fit is found now and not in the third epoch. Raises UserError."""
+        """Raises UserError if a label does not fit the class list, so that the mistake is found before training. `setting` names
+        the list in the message."""
         labels = self.index["label"]
         wrong = ((labels == NO_NUMBER) | (labels >= len(self.classes or ()))).nonzero()[0]
         if self.classes is not None and len(wrong):
@@ -125,7 +128,7 @@ class ShardSource(FileSource):
                             f"{'a label that is no number' if label == NO_NUMBER else f'label {label}'}")
 
     def cut(self, pool: float) -> Blocks | None:
-        """`cut_shards` of its own."""
+        """Returns the blocks of this source; see `cut_shards`."""
         return cut_shards([tar.size for tar in self._tars], self._ends, pool)
 
     def _own_captions(self, index: int) -> tuple[str, ...]:
@@ -148,14 +151,14 @@ class ShardSource(FileSource):
         return content
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Fetch records by URL all at once, where the driver can do that."""
+        """Reads remote records together, if the driver supports it."""
         asked = {index: span for index in indices if self._tars[self._shard(index)].remote and (span := self._span(index))}
         with phase("read"):
             found = zip(asked.items(), read_ranges(list(asked.values())), strict=True)
         self._arrived = {index: (span[1], content) for (index, span), content in found if content is not None}
 
     def _span(self, index: int) -> tuple[str, int, int] | None:
-        """(URL, start, end) around a record; None where its fields are too far apart for one request, or it has none."""
+        """Returns (URL, start, end) around a record; None if it has no fields, or if they are too far apart for one request."""
         fields = [field for field in FIELDS if field in self.index and self.index[field][index]]
         starts = [int(self.index[field][index]) * BLOCK for field in fields]
         ends = [first + int(self.index[f"{field}.size"][index]) for field, first in zip(fields, starts, strict=True)]
@@ -164,7 +167,7 @@ class ShardSource(FileSource):
         return str(self._tars[self._shard(index)].place), min(starts), max(ends)
 
     def _fetched(self, index: int, number: int, start: int, size: int) -> bytes:
-        """Fields of a record by URL; neighbours in the file come with one request."""
+        """Returns the bytes of one field of a remote record; fields that are close together in the file come with one request."""
         if self._last is None or self._last[0] != index:
             arrived, span = self._arrived.pop(index, None), self._span(index)
             if span is None:
@@ -174,7 +177,8 @@ class ShardSource(FileSource):
         return content[start - first : start - first + size]
 
     def _read_ahead(self, index: int) -> None:
-        """Ask the system, once a block and process, to read a block in sequence into its page cache, which processes share."""
+        """Requests, once a block and process, that the system reads a block in sequence into its page cache, which all processes
+        share."""
         if self.blocks is None or self._tars[self._shard(index)].remote or sys.platform != "linux":
             return
         block = int(np.searchsorted(self.blocks.ends, index, side="right"))
@@ -206,7 +210,8 @@ class ShardSource(FileSource):
 
 
 def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
-    """The source of a split ("train" or "val"); None when it has no pattern. Raises UserError."""
+    """Returns the source of a split ("train" or "val"); None if the split has no pattern. Raises UserError for shards that are
+    missing or cannot be used."""
     root, pattern = settings.own_root, settings.train if split == "train" else settings.val
     if pattern is None and split == "val":
         return None

@@ -1,6 +1,6 @@
-"""What lies where in one tar of records (`KEY.jpg KEY.cls KEY.txt KEY.json`): its index, from the headers alone.
+"""Index of one tar of records (`KEY.jpg KEY.cls KEY.txt KEY.json`), made from its headers and labels alone.
 
-A tar is a foreign file: no name in it is ever a path here, links and sparse members are not followed, and what its headers say is
+A tar is an untrusted file: its names are never used as paths, links and sparse members are ignored, and its headers are
 checked against the file.
 """
 
@@ -21,37 +21,38 @@ from eva_mim.data.sources.index import VERSION, Column, Content, Index, Texts, c
 from eva_mim.data.sources.remote import Reading
 
 FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",)}
-"""Columns of the index -> extensions, of which the first that a record has is taken."""
+"""Columns of the index -> extensions; the first extension that a record has is taken."""
 BLOCK = 512
-"""Everything in a tar begins at a multiple of this many bytes; its first block is a header, so that 0 stands for "not there"."""
+"""Bytes of a tar block. Every member begins at a multiple of it; the first block is a header, so 0 stands for a missing field."""
 MAX_MEMBER_BYTES = 2**30
-"""A member that is larger is no picture, label or caption, and counts as not there."""
+"""Maximum size of a picture, label or caption; a larger member counts as missing."""
 MAX_HEADER_BYTES = 2**16
-"""Of a name or of notes before a header (GNU's long names, pax); the format sets no limit, and tarfile takes them into memory."""
+"""Maximum size of a name or of metadata before a header (GNU's long names, pax); the format sets no limit, and tarfile reads them
+into memory."""
 HEADERS_AHEAD = 2**16
-"""Bytes read at once by URL: a few small members, or a header of which the image behind it is not read."""
+"""Bytes read at once from a URL: a few small members, or a header whose image is not read."""
 MAX_TAR_BYTES = 2**41
-"""The index counts blocks in 32 bits."""
+"""Maximum size of a tar, since the index counts blocks in 32 bits."""
 NO_NUMBER, NO_LABEL = -2, -1
-"""Labels in the index: a KEY.cls that is no number, and no KEY.cls."""
+"""Labels in the index for a KEY.cls that is no number, and for a missing KEY.cls."""
 
 
 class BadShard(UserError):
-    """A shard that is damaged or absurd, whoever reads it."""
+    """Raised for a shard that is damaged or has impossible sizes, whichever process reads it."""
 
 
 class Shard(NamedTuple):
-    """A shard as it was found."""
+    """Place and version of a shard."""
 
     place: str
     """Absolute path, or URL."""
     size: int
     changed: str
-    """Another one when the file has changed: its time in nanoseconds, or what its server says."""
+    """Value that changes with the file: its modification time in nanoseconds, or the server's own value."""
 
     @property
     def name(self) -> str:
-        """Without its folder: the first part of its records' keys."""
+        """File name without its folder, the first part of its records' keys."""
         return self.place.rpartition("/")[2]
 
     @property
@@ -70,16 +71,16 @@ class Shard(NamedTuple):
         return self.name.endswith((".gz", ".tgz"))
 
     def cached(self, suffix: str) -> Path:
-        """A file of the cache that is about this shard as it was found."""
+        """Returns the path of a file in the cache folder for this version of the shard."""
         return cache_folder() / f"{digest([VERSION, self.identity, self.size, self.changed])[:24]}{suffix}"
 
     @property
     def identity(self) -> str:
-        """The same, by whichever link it was found."""
+        """URL, or path with all links resolved."""
         return self.place if self.remote else os.path.realpath(self.place)
 
     def open(self, ahead: int = HEADERS_AHEAD) -> BinaryIO:
-        """For readers that seek; `ahead` more bytes at once by URL. Raises OSError, UserError."""
+        """Opens the shard for readers that seek; by URL, `ahead` bytes are read beyond a request. Raises OSError, UserError."""
         return cast(BinaryIO, Reading(self.place, self.size, ahead)) if self.remote else open(self.place, "rb")
 
 
@@ -94,7 +95,7 @@ NOWHERE = Member(0, 0)
 
 
 def found(path: Path) -> Shard:
-    """A shard that lies there now. Raises UserError."""
+    """Returns the shard at a path. Raises UserError if there is none."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -103,8 +104,8 @@ def found(path: Path) -> Shard:
 
 
 def tar_index(shard: Shard, tar: Shard) -> Index:
-    """The index of a shard whose content lies plain in `tar`: `key` of each record, block and size of its fields, `label`.
-    Raises BadShard for a damaged tar, UserError for one that cannot be read."""
+    """Returns the index of a shard whose uncompressed content is in `tar`. Columns: `key` of each record, block and size of each
+    of its fields, and its `label`. Raises BadShard for a damaged tar, UserError for one that cannot be read."""
     target = shard.cached(".index")
     if (stored := read_index(target)) is not None:
         return stored
@@ -141,7 +142,8 @@ def _read(shard: Shard, tar: Shard) -> Content:
 
 
 def _members(shard: Shard, tar: Shard) -> Iterator[tuple[str, Member, BinaryIO]]:
-    """Name and place of each file in a tar, and the open tar."""
+    """Yields name and byte range of each file in a tar, and the opened tar. Raises BadShard for a damaged tar, UserError for one
+    that cannot be read."""
     try:
         with tar.open() as raw, tarfile.open(fileobj=raw, mode="r:", tarinfo=_Header) as archive:
             before = -1
@@ -149,22 +151,22 @@ def _members(shard: Shard, tar: Shard) -> Iterator[tuple[str, Member, BinaryIO]]
                 if member.size < 0 or not before < archive.offset <= MAX_TAR_BYTES:
                     raise tarfile.ReadError(f"a member of {member.size} bytes before byte {archive.offset}")
                 before = archive.offset
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                archive.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
                 if member.isfile() and not member.issparse():
                     yield member.name, Member(member.offset_data, member.size), raw
             raw.seek(archive.offset)
-            if raw.read(BLOCK).strip(b"\0"):  # tarfile takes this for the end
+            if raw.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end of the tar
                 raise tarfile.ReadError("damaged or cut header")
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{shard.place}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # tarfile meets hostile headers with errors of many kinds
+    except Exception as error:  # tarfile raises exceptions of many types for malformed headers
         raise BadShard(f"{shard.place}: not a readable tar: {error}") from None
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is not followed into memory or backwards."""
+    """Header that refuses negative sizes and large metadata."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0 or (not self.isreg() and self.size > MAX_HEADER_BYTES):
@@ -174,5 +176,5 @@ class _Header(tarfile.TarInfo):
 
 
 def _number(text: bytes) -> int:
-    """A class number as it is written, up to 2^31."""
+    """Returns the class number in a text; `NO_NUMBER` unless it is an integer of at most 9 digits."""
     return int(text) if text.strip().isdigit() and len(text.strip()) < 10 else NO_NUMBER

@@ -1,6 +1,6 @@
-"""Compressed shards, unpacked once into the cache folder, since gzip cannot be read from the middle.
+"""Unpacking of compressed shards, once, into the cache folder, since gzip cannot be read from the middle.
 
-The copies stay there until the user removes them. What would take more than the limit, or than the disk has free, is refused.
+The copies stay until the user removes them. Copies that exceed the size limit or the free disk space are refused.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from eva_mim.data.sources.index import cache_folder
 from eva_mim.data.sources.tar_index import BadShard, Shard, found
 
 MAX_RATIO = 100
-"""A tar of small images packs about 8 : 1, most of it padding; gzip itself stops at 1032 : 1, and a bomb is near that."""
+"""Maximum ratio of unpacked to packed size. A tar of small images packs about 8 : 1, most of it padding; gzip's own limit is
+1032 : 1, which decompression bombs approach."""
 DOWNLOAD_AHEAD = 2**23
-"""Bytes read at once by URL."""
+"""Bytes read at once from a URL."""
 DEFAULT_GB = 200
-"""Of all copies together, in 10^9 bytes; the environment variable EVA_MIM_UNPACKED_GB sets another limit."""
+"""Maximum size of all copies together, in 10^9 bytes; the environment variable EVA_MIM_UNPACKED_GB sets another limit."""
 
 
 def copy_of(shard: Shard) -> Path:
-    """Path of the unpacked copy of a compressed shard, present or not."""
+    """Returns the path of the unpacked copy of a compressed shard, which may not exist yet."""
     return shard.cached(".tar")
 
 
 def ready(shard: Shard) -> bool:
-    """True where the shard can be read by offset: not compressed, or unpacked."""
+    """Returns True if the shard can be read by offset: it is not compressed, or its copy exists."""
     return not shard.packed or copy_of(shard).exists()
 
 
 def unpack(shard: Shard) -> Shard:
-    """The shard itself, or its copy, where it now lies. Raises BadShard for a broken or absurd archive, UserError when the disk
-    fails. Of several processes one makes the copy, and the others wait for it."""
+    """Returns the shard itself if it is not compressed, else its copy, made if missing. If several processes call, one makes the
+    copy while the others wait. Raises BadShard for a damaged archive or an impossible size, UserError if the disk fails."""
     if not shard.packed:
         return shard
     target, temporary = copy_of(shard), shard.cached(".unpacking")
@@ -56,7 +57,8 @@ def unpack(shard: Shard) -> Shard:
 
 
 def _write(shard: Shard, temporary: Path) -> None:
-    """Write the unpacked content and flush it to the disk; overwrites what a killed process left in the file."""
+    """Writes the unpacked content and flushes it to the disk; overwrites the incomplete file of a killed process. Raises BadShard
+    for a damaged archive or an impossible size, OSError."""
     left = min(limit(), most_bytes(shard))
     try:
         with temporary.open("wb") as copy, shard.open(DOWNLOAD_AHEAD) as file, gzip.GzipFile(fileobj=file) as packed:
@@ -80,7 +82,7 @@ def _next(packed: gzip.GzipFile, shard: Shard) -> bytes:
 
 
 def limit() -> int:
-    """Bytes that all unpacked copies together may take. Raises UserError."""
+    """Returns the maximum size of all unpacked copies together, in bytes. Raises UserError for an invalid EVA_MIM_UNPACKED_GB."""
     text = os.environ.get("EVA_MIM_UNPACKED_GB", str(DEFAULT_GB))
     try:
         value = float(text)
@@ -92,7 +94,7 @@ def limit() -> int:
 
 
 def check_room(shards: Sequence[Shard]) -> None:
-    """Raises UserError, with the sizes, when the copies of these shards that are still to be made will not fit."""
+    """Raises UserError, with the sizes, if the missing copies of these shards exceed the size limit or the free disk space."""
     missing = [shard for shard in shards if not ready(shard)]
     if not missing:
         return
@@ -108,8 +110,9 @@ def check_room(shards: Sequence[Shard]) -> None:
 
 
 def unpacked_size(shard: Shard) -> int:
-    """Bytes of its copy, as gzip's last four bytes tell them (RFC 1952, 2.3.1): modulo 2^32, and of the last member alone: it
-    may be more. Images hardly pack: a size far below the packed one has lost multiples of 2^32."""
+    """Returns an estimate of the copy's size in bytes. gzip's last four bytes hold the size of the last member modulo 2^32 (RFC
+    1952, 2.3.1), so the true size may be larger. Since images hardly pack, multiples of 2^32 are added to a size far below the
+    packed one."""
     with shard.open(4) as file:
         file.seek(max(0, shard.size - 4))
         told = int.from_bytes(file.read(4), "little")
@@ -119,7 +122,7 @@ def unpacked_size(shard: Shard) -> int:
 
 
 def most_bytes(shard: Shard) -> int:
-    """More than a shard of images can have when it is unpacked."""
+    """Returns an upper bound of the unpacked size of a shard of images, in bytes."""
     return shard.size * MAX_RATIO + 2**20
 
 
