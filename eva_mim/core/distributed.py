@@ -52,8 +52,8 @@ def is_main() -> bool:
 
 
 def setup(device: torch.device, minutes: float = 30.0) -> None:
-    """Joins the process group if a launcher started more than one process, and sets its timeout: a process that hears nothing of
-    the others for `minutes` gives up, in a collective (`barrier`, ...) and while it waits for their work (`run_on`)."""
+    """Joins the process group if a launcher started more than one process, and sets its timeout in minutes: for collectives, and
+    for heartbeats of other ranks in `run_on`."""
     global _patience  # one value, since there is one process group
     import torch.distributed as dist
 

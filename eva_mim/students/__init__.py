@@ -63,10 +63,10 @@ class ClassifierSettings(TrunkSettings):
     """Factor on a new head's weights, so that training starts at nearly uniform probabilities (init_scale in
     EVA-01/eva/modeling_finetune.py)."""
     head_rows: Literal["new", "all", "shared"] = "new"
-    """Initialisation of a head whose classes differ from those of `init_from`. "new": all rows are new. "all": every row is a copy
-    of the row of the same class, which must exist. "shared": rows of classes that both have are copied, the others are new."""
+    """Initialisation of a head whose classes differ from those of `init_from`. "new": all rows are new. "all": every row is a
+    copy of the row of the same class, which must exist. "shared": rows of common classes are copied, the others are new."""
     head_classes: str | None = None
-    """Class list of the head of `init_from`, if the checkpoint has none: a layout, or anything else that `eva-mim labels` reads."""
+    """Class list of the head of `init_from`, if the checkpoint has none: a layout, or another input of `eva-mim labels`."""
 
     @model_validator(mode="after")
     def _classes_are_for_rows(self) -> ClassifierSettings:

@@ -22,8 +22,8 @@ class ContrastiveSettings(Settings):
     kind: Literal["clip", "siglip"] = "clip"
     """"clip": cross entropy over the batch, in both directions; "siglip": one sigmoid for each pair, with a learned bias."""
     chunk: Annotated[int | None, RUNTIME] = Field(None, ge=1)
-    """Rows of logits computed at once, and recomputed in the backward pass: chunk x global_batch logits are in memory at a time, in
-    place of micro_batch x global_batch (with accumulation: all rows of the process). Results are the same. Default all rows."""
+    """Rows of logits computed at once, and recomputed in the backward pass: chunk x global_batch logits are in memory at a time,
+    not micro_batch x global_batch (with accumulation: all rows of the process). Results are the same. Default all rows."""
 
 
 class MixSettings(Settings):

@@ -114,8 +114,8 @@ class ImageText(Task):
         return said
 
     def loss(self, student: Callable[..., Any], batch: ImageTextBatch) -> StepOutput:
-        """Returns the contrastive loss of this pass. With a `grad_cache` its value is the loss of the whole step, and its gradient
-        is this micro-batch's part."""
+        """Returns the contrastive loss of this pass. With a `grad_cache` its value is the loss of the step, and its gradient is
+        this micro-batch's part."""
         with phase("student"):
             said = student(batch.images, batch.texts)
             if batch.grad_cache is None:
