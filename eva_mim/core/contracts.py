@@ -118,7 +118,7 @@ class MaskedBatch(Batch):
     """[M] int64, positions of the predicted patches (the masked ones) in the flattened [B * N]; an index needs no host sync,
     unlike a boolean mask. None if `masked` is None: every patch is predicted."""
     labels: Tensor | None = field(default=None, kw_only=True)
-    """[B] int64, where the images have labels: held-out figures read them, the loss does not."""
+    """[B] int64, None if the images have no labels; held-out figures read them, the loss does not."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ImageTextBatch(Batch):
     text_owner: Tensor
     """[T] int64, row of the image that each text belongs to."""
     labels: Tensor | None = field(default=None, kw_only=True)
-    """[B] int64, where the images have labels: zero-shot figures read them, the loss does not."""
+    """[B] int64, None if the images have no labels; zero-shot figures read them, the loss does not."""
     grad_cache: GradCacheStep | None = field(default=None, kw_only=True)
     """Loss of all micro-batches together and this one's gradients, from `Task.prepare`; None if each has its own loss."""
 

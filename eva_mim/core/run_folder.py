@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder by its path; nothing in it needs to exist."""
+    """The folder of a run, given by its path; the folder and its files need not exist."""
 
     path: Path
 

@@ -27,7 +27,7 @@ class SkippableOptimizer(torch.optim.Optimizer):
     """For each tensor [2]: squared norms of its update, and of the tensor before the update."""
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Optimizer state of a parameter, initialised if missing."""
+        """Returns the optimizer state of a parameter, initialised if missing."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update({moment: torch.zeros_like(parameter) for moment in self.moments})
@@ -54,7 +54,7 @@ class SkippableOptimizer(torch.optim.Optimizer):
 
 
 class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
-    """torch's fused AdamW."""
+    """torch's fused AdamW, which can skip a step."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
         super().__init__(groups, fused=True, **options)
@@ -82,7 +82,7 @@ class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
 
 
 class TensorByTensor(SkippableOptimizer):
-    """An optimizer whose step is a rule for each whole tensor."""
+    """Base of optimizers that update one unsharded tensor at a time."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

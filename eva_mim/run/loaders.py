@@ -32,7 +32,8 @@ def train_loader(
     pixels: Statistics | None = None,
 ) -> TrainLoader[B]:
     """Returns the loader of this rank's training batches, which the preparation `kind` makes from views of these sizes in pixels;
-    `pixels` are mean and std. Raises UserError if global_batch is not divisible, or larger than the data."""
+    `pixels` are mean and std by channel, for `view.erase`. Raises UserError if global_batch is no multiple of micro_batch x
+    processes, or is larger than the data."""
     order = order_of(source, **batch_cut(recipe.run))
     return TrainLoader(source, kind(TrainView(view, sizes, pixels), recipe.run.seed), order, recipe.data.workers)
 

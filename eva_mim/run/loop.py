@@ -158,7 +158,7 @@ class Loop:
         self.step += 1
         before = [buffer.clone() for buffer in self.norm_statistics]
         output = self.engine.step(self.parts.task, batches, self.rates, measure_update=self._is_due(self.run.log_every))
-        for buffer, old in zip(self.norm_statistics, before, strict=True):  # the forward pass has updated them, also in a skipped step
+        for buffer, old in zip(self.norm_statistics, before, strict=True):  # updated in skipped steps, too
             buffer.copy_(torch.where(output.metrics["skipped"] > 0, old, buffer))
         self.meter.outputs.append(output)
         self.meter.images += sum(len(batch.index) for batch in batches) * world_size()
@@ -255,8 +255,8 @@ class Loop:
             buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
 
     def _save(self, streak: SkipCounter) -> None:
-        # A run may rewind to a checkpoint, so none is written while steps are skipped (the weights do not change), except at the
-        # last step.
+        # A run may rewind to a checkpoint, so none is written while steps are skipped (the weights do not change), except at
+        # the last step.
         self.checkpoint_due = self.step < self.total and not streak.clean()
         if self.checkpoint_due:
             return

@@ -123,7 +123,7 @@ class ClipStudent(nn.Module):
         if there is one."""
         image, text, *_ = self.model(normalise(images, self.mean, self.std), texts)
         raw = self.model.logit_scale.reshape(())
-        # The gradient ignores the clamp, which stands here because with ZeRO the stored value cannot be clamped between steps.
+        # The gradient ignores the clamp, which is applied here because with ZeRO the stored value cannot be clamped.
         scale = (raw + (raw.clamp(0, MAX_LOGIT_SCALE) - raw).detach()).exp()
         bias = self.model.logit_bias
         return (image, text, scale) if bias is None else (image, text, scale, bias.reshape(()))

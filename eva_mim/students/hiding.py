@@ -93,7 +93,7 @@ class MaskTokens(Hiding):
         student.trunk.patch_embed.register_forward_hook(partial(_put_mask_tokens, student))
 
     def draw(self, student: Any) -> None:
-        """Cut normal, std 0.02."""
+        """Initialises the mask token truncated normal, std 0.02."""
         nn.init.trunc_normal_(student.mask_token, std=0.02)
 
 
@@ -134,7 +134,7 @@ class DroppedPatches(Hiding):
         student.register_buffer("decoder_positions", sincos_table(student.grid, width, student.prefix), persistent=False)
 
     def draw(self, student: Any) -> None:
-        """Cut normal, std 0.02."""
+        """Initialises mask token and linear weights of the decoder truncated normal, std 0.02; biases are 0."""
         nn.init.trunc_normal_(student.mask_token, std=0.02)
         draw_linear(student.decoder_embed, student.decoder_blocks)
 

@@ -86,7 +86,7 @@ def _cut_normal(std: float) -> Draw:
 
 
 def _draw_flat_kernel(student: nn.Module) -> None:
-    """Draws the patch convolution's kernel as that of a linear layer; its bias keeps torch's initialisation, as in EVA-02 and MAE."""
+    """Draws the patch kernel as the weight of a linear layer; its bias keeps the default of torch, as in EVA-02 and MAE."""
     for module in student.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))

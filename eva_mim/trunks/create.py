@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm, for all of eva_mim)
+import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
 from eva_mim.trunks import TrunkSettings, facts
