@@ -1,6 +1,6 @@
 """Fine-tuning a classifier: the broad stage (ImageNet-21k in EVA's pipeline) and the target stage (ImageNet-1k).
 
-Expect a seeded trunk to be far ahead of scratch after the first epoch; when it is not, look at the key report.
+Expect a seeded trunk to be far ahead of one from scratch after the first epoch; if it is not, look at the key report.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StageRecipe(Recipe):
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
-    """The classifier of as many classes; 1,000 where that is not known."""
+    """Returns the classifier with `classes` outputs; 1,000 if the number of classes is not known."""
     from eva_mim.run.stage import Networks
     from eva_mim.students.classifier import Classifier
 
@@ -61,12 +61,12 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
 
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Classifier, data and evaluator of a recipe."""
+    """Returns classifier, data and evaluator of a recipe."""
     return build_classifier(recipe, device, networks, image_parts)
 
 
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
-    """Task, data and evaluator of a classifier that learns from images."""
+    """Returns task, data and evaluator of a classifier that is trained on images."""
     from eva_mim.data.preparation import LabelledPreparation
     from eva_mim.evaluate.labels import ClassifierEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader
@@ -83,7 +83,8 @@ def build_classifier(
     recipe: R, device: torch.device, networks_of: Callable[[R, int], Networks],
     parts_of: Callable[[R, C, Splits, torch.device], Parts],
 ) -> Built:
-    """The same around another kind of classifier and other parts of a run (a linear probe)."""
+    """Returns classifier, data and evaluator of a recipe, with the networks of `networks_of` and the parts of `parts_of` (those
+    of a classifier or of a linear probe). Raises UserError if the data has no labels, or held-out data has other classes."""
     from eva_mim.core.errors import UserError
     from eva_mim.data.class_lists import describe
     from eva_mim.data.subset import open_splits

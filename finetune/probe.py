@@ -1,4 +1,4 @@
-"""Linear probe: how much of the labels can be read off the frozen features of a stage."""
+"""Linear probe: accuracy of a linear classifier on the frozen features of a stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StageRecipe(ClassifyRecipe):
-    """Settings of a probe: a classification stage in which only the last layer learns."""
+    """Settings of a probe: a classification stage in which only the last layer is trained."""
 
     mix: MixSettings = MixSettings(smoothing=0.0)
     view: ViewSettings = ViewSettings(crop_scale=(0.35, 1.0))
@@ -66,7 +66,7 @@ class StageRecipe(ClassifyRecipe):
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
-    """Frozen trunk and linear layers for as many classes; 1,000 where that is not known."""
+    """Returns a frozen trunk with linear layers of `classes` outputs; 1,000 if the number of classes is not known."""
     from eva_mim.run.stage import Networks
     from eva_mim.students.classifier import LinearProbe
 
@@ -74,7 +74,7 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
 
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Networks, data and evaluator of a recipe."""
+    """Returns networks, data and evaluator of a recipe."""
     from finetune.probe_data import probe_parts
 
     return build_classifier(recipe, device, networks, probe_parts)

@@ -1,4 +1,4 @@
-"""Data of a linear probe: images, or their features in place of them, and some of them set aside to choose a layer on."""
+"""Data of a linear probe: images or their features, some of which are set aside for the choice of a layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device) -> Parts:
-    """Task, data and evaluator of a probe. Raises UserError."""
+    """Returns task, data and evaluator of a probe. Raises UserError."""
     names = [f"lr{lr:g}" for lr in recipe.lrs]
     fixed: dict[str, float] = {}
     train: TrainData
@@ -56,7 +56,8 @@ def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, devic
 
 
 def set_aside(images: int, share: float) -> tuple[Positions, Positions]:
-    """Positions that are learned from, and those that the best layer is chosen on: the same for every run seed."""
+    """Returns the positions of images for training, and of those for the choice of the best layer: sorted, the same for every run
+    seed. Raises UserError if no image is left for training."""
     shuffled = np.random.default_rng(derive(HOLD_OUT_SEED, "select")).permutation(images)
     count = max(world_size(), round(share * images))
     if count >= images:
@@ -67,7 +68,8 @@ def set_aside(images: int, share: float) -> tuple[Positions, Positions]:
 def _from_features(
     recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device
 ) -> tuple[RowLoader, EvalRows, EvalRows, dict[str, float]]:
-    """Training rows, held-out rows, rows to choose on, and what the ridge probe says."""
+    """Returns training rows, held-out rows, rows for the choice of a layer, and the figure of the ridge probe by its name. Raises
+    UserError if too many images are broken."""
     train, val = (_features(recipe, student, source, device) for source in splits)
     missing = len(splits.train) - len(train.places)
     if too_many(missing, len(splits.train), recipe.data.max_broken):
@@ -83,7 +85,7 @@ def _from_features(
 
 
 def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device: torch.device) -> Rows:
-    """Features of all images of a source, with the held-out view."""
+    """Returns the features of all images of a source, with the held-out view."""
     student.to(device).eval()
     tune(student, device)
     roots = [part.root for part in (recipe.data, recipe.data.held_out) if part is not None and part.root is not None]
@@ -91,7 +93,7 @@ def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device:
         "weights": student.fingerprint(),
         "images": source.fingerprint,
         "quarantine": None if recipe.data.quarantine is None else sha256(recipe.data.quarantine),
-        # Files of the same names may lie in two folders.
+        # Two folders may have files of the same names.
         "roots": [str(Path(root).resolve()) for root in roots],
         "pixels": [part.pixels for part in recipe.data.sources.values()],
         "student": recipe.student.model_dump(
@@ -111,7 +113,7 @@ def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device:
 
 
 def _ridge(train: Rows, val: Rows, classes: int, device: torch.device) -> float:
-    """Each rank has its share of the rows."""
+    """Returns the held-out accuracy of a ridge probe; each rank computes with its share of the rows."""
     train, val = (Rows(*(part[rank() :: world_size()] for part in rows)) for rows in (train, val))
     return ridge_accuracy(
         val.features, val.labels, train.features, train.labels, classes=classes, device=device, total=all_reduce_sum

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StageRecipe(Recipe):
-    """Settings of the CLIP stage."""
+    """Settings of a CLIP stage."""
 
     student: ClipSettings
     contrastive: ContrastiveSettings = ContrastiveSettings()
@@ -65,7 +65,7 @@ class StageRecipe(Recipe):
         return self
 
     def parents(self) -> dict[str, Path]:
-        """Also the stage that gives the text tower."""
+        """Returns the parents of every recipe, and the stage from which the text tower is taken."""
         found = super().parents()
         if self.student.init == "clip" and self.init_from is not None:
             found["init_from"] = clip_file(self.init_from)
@@ -75,7 +75,8 @@ class StageRecipe(Recipe):
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
-    """The towers. Without weights a text tower has no lock: there would be nothing worth keeping."""
+    """Returns the CLIP student. Without `weights` nothing is read and the text tower is not locked, since only trained weights
+    can be."""
     from eva_mim.run.stage import Networks
     from eva_mim.students.clip import ClipStudent
     from eva_mim.weights.clip import with_text_of
@@ -90,7 +91,7 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
 
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Towers, data and evaluator of a recipe."""
+    """Returns student, data and evaluator of a recipe."""
     from functools import partial
 
     from eva_mim.core.files import write_json, write_weights

@@ -1,7 +1,7 @@
-"""Masked feature pretraining: a student learns a frozen teacher's features of the patches it does not see.
+"""Masked feature pretraining: a student learns to predict a frozen teacher's features of masked patches.
 
-Expect the held-out cosine to rise above `cosine_of_mean` within the first epoch; where it does not, the teacher's map is
-(nearly) constant or the student sees nothing.
+Expect the held-out cosine to rise above `cosine_of_mean` within the first epoch; if it does not, the teacher's features are
+(nearly) constant over patches, or the student gets no information about the images.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class EvaluateSettings(Settings):
     """Limits on the images of an evaluation."""
 
     images: int = Field(5000, ge=1)
-    """Held-out images, spread evenly over the set."""
+    """Number of held-out images, spread evenly over the set."""
     bank: int = Field(5000, ge=1)
-    """Training images that k-NN and the ridge probe read labels from."""
+    """Number of training images whose labels k-NN and the ridge probe read."""
 
 
 class StageRecipe(Recipe):
-    """Settings of the masked-feature stage."""
+    """Settings of a masked-feature stage."""
 
     teacher: TeacherSettings | None = None
-    """The only teacher: the same as `teachers` with one of the name "teacher"."""
+    """The only teacher: the same as `teachers` with one teacher of the name "teacher"."""
     teachers: dict[TeacherName, TeacherSettings] = {}
     """Several teachers by name; the student gets a head for each."""
     student: MaskedSettings
@@ -77,7 +77,7 @@ class StageRecipe(Recipe):
         return self
 
     def parents(self) -> dict[str, Path]:
-        """Also each teacher that is a stage or a file of ours."""
+        """Returns the parents of every recipe, and each teacher that is a stage's folder or a local file."""
         found = super().parents()
         for teacher in self.all_teachers.values():
             if teacher.kind == "stage":
@@ -88,7 +88,7 @@ class StageRecipe(Recipe):
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
-    """Student, with a head for each teacher, and teachers. Raises UserError where they do not fit each other."""
+    """Returns the student, with a head for each teacher, and the teachers. Raises UserError if their patch grids differ."""
     from eva_mim.run.stage import Networks
     from eva_mim.students.initialise import initialise
     from eva_mim.students.masked import MaskedStudent
@@ -107,7 +107,7 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
 
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:
-    """Networks, data and evaluator of a recipe."""
+    """Returns networks, data and evaluator of a recipe."""
     from functools import partial
 
     from eva_mim.core.files import write_weights

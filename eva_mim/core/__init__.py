@@ -1,1 +1,1 @@
-"""The lowest room: what every other one may use. It imports nothing of ours, and no torch."""
+"""The lowest package: every other one may import it. It imports no other package of ours, and no torch."""

@@ -1,4 +1,4 @@
-"""Pictures of other pixels than 8-bit RGB."""
+"""Images with pixels other than 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bands:
-    """A picture of other pixels than 8-bit RGB: a Pillow image for each channel, of one size and of mode "L", or "F" with values
-    from 0 to 255. What is done to it, Pillow does to each."""
+    """An image with pixels other than 8-bit RGB: one Pillow image per channel, all of one size, of mode "L" or of mode "F" with
+    values from 0 to 255. Each method applies Pillow's method of that name to every channel."""
 
     each: tuple[Image, ...]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height)."""
+        """(width, height) in pixels."""
         return self.each[0].size
 
     def crop(self, box: tuple[int, int, int, int]) -> Bands:
-        """Crop of every band; this method and the next two are Pillow's."""
+        """Returns the image with every channel cropped to `box` (left, top, right, bottom)."""
         return Bands(tuple(band.crop(box) for band in self.each))
 
     def resize(

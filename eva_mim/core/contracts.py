@@ -1,4 +1,4 @@
-"""The words of the project: what crosses a function boundary. The file to read first.
+"""Data types and protocols that cross function boundaries. Read this file first.
 
 Shape legend, used in every docstring: B images, H x W pixels, N patches (N = grid rows x grid columns), M predicted
 patches of the whole batch, D student width, C target width, K classes, L text tokens; `channels` is 3 for RGB.
@@ -27,43 +27,45 @@ Grid = tuple[int, int]
 
 
 class Sample(NamedTuple):
-    """One record of a source, before any view is taken."""
+    """One record of a source, before a view is made of it."""
 
     key: str
     image: Image | Bands
     """An `Image` is 8-bit RGB."""
     label: int | None = None
     captions: tuple[str, ...] = ()
-    """All of them; "" where a caption has no text."""
+    """All captions of the image; "" for a caption without text."""
 
 
 class Blocks(NamedTuple):
     """Shuffle plan for sequential storage: blocks are permuted globally, records only within a pool of blocks."""
 
     ends: npt.NDArray[np.int64]
-    """Rising, each after the last record of a block: neighbours on the disk."""
+    """[blocks] rising: for each block the position after its last record. Records of a block are adjacent on the disk."""
     pooled: int
-    """Blocks whose records are mixed."""
+    """Number of blocks whose records are shuffled together."""
 
 
 class Source(Protocol):
-    """Images by position. `read` may raise anything for a broken record; the loader counts and replaces it."""
+    """A data set whose images are read by position. `read` may raise any exception for a broken record, which the loader counts
+    and replaces."""
 
     classes: tuple[str, ...] | None
     """Class names by label, or None when the images carry no labels."""
 
     @property
     def blocks(self) -> Blocks | None:
-        """None: any order is as good, and all records are shuffled together."""
+        """Shuffle plan; None if records are read equally fast in any order, so that all are shuffled together."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the records or their order change."""
+        """Digest that changes when the records or their order change."""
 
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
     def prefetch(self, indices: Sequence[int]) -> None:
-        """These are read next, in this process: what is slow to arrive may be fetched together. Loses nothing if it fails."""
+        """Announces that the records at `indices` are read next in this process, so that the source may fetch them together. Best
+        effort."""
 
     def read(self, index: int) -> Sample: ...
 
@@ -86,11 +88,11 @@ class Batch:
         return len(self.index)
 
     def to(self: B, device: Any) -> B:
-        """The same batch with every tensor on `device` (asynchronously where the memory is pinned)."""
+        """Returns the batch with every tensor on `device`; pinned memory is copied asynchronously."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
-        """The same batch in pinned memory. torch's loader calls it; the name is its protocol."""
+        """Returns the batch in pinned memory. torch's DataLoader calls the method by this name."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self: B, change: Callable[[Tensor], Tensor]) -> B:
@@ -105,18 +107,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class MaskedBatch(Batch):
-    """Images of which the student does not see some patches."""
+    """Images with some patches masked."""
 
     views: dict[int, Tensor]
     """Side in pixels -> [B, channels, side, side] uint8, or float32 from 0 to 255: one crop of each image at every size that a
     network asks for."""
     masked: Tensor | None = None
-    """[B, N] bool, True where the student does not see the patch; None: it sees all."""
+    """[B, N] bool, True where the patch is hidden from the student; None if it sees all patches."""
     target_index: Tensor | None = None
-    """[M] int64, positions in the flattened [B * N] of the patches that are predicted: the masked ones. An index needs no
-    host sync, unlike a boolean. None with `masked`: every patch is predicted."""
+    """[M] int64, positions of the predicted patches (the masked ones) in the flattened [B * N]; an index needs no host sync,
+    unlike a boolean mask. None if `masked` is None: every patch is predicted."""
     labels: Tensor | None = field(default=None, kw_only=True)
-    """[B] int64, where the images have labels: held-out figures read them, the loss does not."""
+    """[B] int64, None if the images have no labels; held-out figures read them, the loss does not."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,14 @@ class ImageTextBatch(Batch):
     text_owner: Tensor
     """[T] int64, row of the image that each text belongs to."""
     labels: Tensor | None = field(default=None, kw_only=True)
-    """[B] int64, where the images have labels: zero-shot figures read them, the loss does not."""
+    """[B] int64, None if the images have no labels; zero-shot figures read them, the loss does not."""
     grad_cache: GradCacheStep | None = field(default=None, kw_only=True)
-    """Where the loss is of all micro-batches together: what `Task.prepare` found out."""
+    """Loss of all micro-batches together and this one's gradients, from `Task.prepare`; None if each has its own loss."""
 
 
 @dataclass(frozen=True)
 class LabelledBatch(Batch):
-    """Images with the classes that they belong to."""
+    """Images with their class labels."""
 
     images: Tensor
     """[B, channels, H, W] uint8, or float32 from 0 to 255."""
@@ -166,14 +168,14 @@ class Features(NamedTuple):
 
 
 class Targets(Protocol):
-    """What a student learns to predict: live teachers, or what teachers once said."""
+    """Function that returns the features which a student learns to predict, for example those of live teachers."""
 
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Features of the batch by the teacher's name."""
+        """Returns the features of the batch by the teacher's name."""
 
 
 class Teacher(Protocol):
-    """A frozen network that knows its own input. Never a submodule of what an engine wraps."""
+    """A frozen network with the size, mean and std of its input images. It is never a submodule of a module in an engine."""
 
     image_size: int
     grid: Grid
@@ -185,7 +187,7 @@ class Teacher(Protocol):
     def to(self, device: Any) -> Teacher: ...
     def fingerprint(self) -> str: ...
     def facts(self) -> dict[str, Any]:
-        """Name, sizes, layer, norm and projection, for the lineage record."""
+        """Returns name, sizes, layer, norm and projection, for the lineage record."""
 
 
 class Student(Protocol):
@@ -199,24 +201,23 @@ class Student(Protocol):
 
 
 class Task(Protocol):
-    """One kind of training step: targets + student + objective. The loop and the engines know nothing else."""
+    """One kind of training step: targets, student and objective. The loop and the engines use no other interface."""
 
     student: nn.Module
 
     # `Any` stands for the batch class of the task.
     def prepare(self, student: Callable[..., Any], batches: list[Any]) -> list[Any]:
-        """Once a step, before the first `loss`: the same micro-batches, with what the loss of each needs of
-        all (`ImageTextBatch.grad_cache`).
-        Every rank must call."""
+        """Returns the same micro-batches, with the values that the loss of each needs from all of them
+        (`ImageTextBatch.grad_cache`). The engine calls it once a step, before the first `loss`, on every rank."""
         return batches
 
     def loss(self, student: Callable[..., Any], batch: Any) -> StepOutput:
-        """The loss of one forward pass, term by term. `student` is the engine's callable around `self.student`."""
+        """Returns the loss of one forward pass by term. `student` is the engine's callable around `self.student`."""
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
-        """How many patches, images or pairs of this batch each loss term is a mean over, a scalar by the term's name; known
-        before the forward pass, since the engine weighs each micro-batch by its share of the whole step's. The same names on
-        every rank, 0 where a rank has none. A term that is left out has the same count in every batch."""
+        """Returns the number of patches, images or pairs of this batch that each loss term is a mean over: a scalar by the term's
+        name. It is known before the forward pass, since the engine weighs each micro-batch by its share of the whole step's
+        count. Every rank has the same names, with 0 where it has none. A term that is left out has one count in all batches."""
         return {}
 
 
@@ -233,60 +234,61 @@ class Rates(NamedTuple):
     """Rates that an engine sets in its parameter groups before a step."""
 
     lr: float
-    """For groups with `lr_scale` 1."""
+    """Learning rate of groups with `lr_scale` 1."""
     weight_decay: float
-    """For groups with `decays` 1."""
+    """Weight decay of groups with `decays` 1."""
 
 
 class StateGroup(NamedTuple):
-    """Tensors that make one file of a checkpoint, whole and in fp32 however they are kept in memory. Every rank calls `read` and
-    `put`, for the same names in the same order."""
+    """Tensors of one checkpoint file, unsharded and in fp32 whatever their form in memory. Every rank calls `read` and `put`, for
+    the same names in the same order."""
 
     kinds: dict[str, tuple[str, tuple[int, ...]]]
     """Name -> torch's dtype, shape; the same on every rank."""
     read: Callable[[str], Tensor]
-    """A whole tensor."""
+    """Returns the unsharded tensor of a name."""
     put: Callable[[str, Tensor], None]
-    """Takes this rank's share of a whole tensor, which is on the CPU."""
+    """Stores this rank's share of an unsharded tensor, which is on the CPU."""
 
 
 class Engine(Protocol):
-    """Makes a task run: forward, backward, optimizer, on one process or many."""
+    """Runs forward pass, backward pass and optimizer of a task, on one process or many."""
 
     module: nn.Module
     forward: Callable[..., Any]
     """The student's forward pass as a task calls it: the module or a wrapper of it. The one callable that may be compiled."""
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
-        """One optimizer update from this process's micro-batches.
+        """Makes one optimizer update from this process's micro-batches; returns its loss and metrics.
 
-        A loss or gradient that is not finite on any rank leaves the weights alone on all. Metrics: `grad_norm`, `skipped`
-        (1 for such a step), `loss_scale` (fp16), and with `watch` `update_ratio`, the norm of the update over the weights'.
+        If the loss or gradient of any rank is not finite, the weights stay unchanged on all ranks. Metrics: `grad_norm`,
+        `skipped` (1 for such a step), `loss_scale` (fp16), and with `measure_update` `update_ratio`, the norm of the update
+        divided by the norm of the weights.
         """
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Whole fp32 weights on the CPU (empty on ranks other than 0). Every rank must call."""
+        """Returns the unsharded fp32 weights on the CPU (empty on ranks other than 0). Every rank must call."""
 
     def full_module(self) -> AbstractContextManager[nn.Module]:
-        """Context that gives a module with the whole weights on every rank, for evaluation. Every rank must enter."""
+        """Returns a context that gives the module with unsharded weights on every rank, for evaluation. Every rank must enter."""
 
     def autocast(self) -> Any:
-        """Context with the precision of the forward pass."""
+        """Returns a context with the precision of the forward pass."""
 
     def loss_scale(self) -> float:
-        """Factor on the loss before the backward pass (1 except in fp16)."""
+        """Returns the factor on the loss before the backward pass (1 except in fp16)."""
 
     def state(self) -> dict[str, StateGroup]:
-        """State groups of a checkpoint: `module` (all of the state dict), each moment of the optimizer under the parameters'
-        names, and `counts`. Every rank must call."""
+        """Returns the state groups of a checkpoint: `module` (the full state dict), each moment of the optimizer under the
+        parameters' names, and `counts`. Every rank must call."""
 
 
 class TrainData(Protocol):
-    """An endless order of samples cut into global batches of the task's batch class; position = steps done."""
+    """An endless order of samples, cut into global batches of the task's batch class; position = number of steps done."""
 
     steps_per_epoch: int
 
     def steps(self, first: int, last: int) -> Iterator[list[Any]]: ...
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """Epoch, index and key of each sample of a step, over all ranks."""
+        """Returns epoch, index and key of each sample of a step, over all ranks."""
     def key(self, index: int) -> str: ...

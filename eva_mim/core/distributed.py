@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BEAT = timedelta(seconds=10)
-"""Longest time between signs of life of a rank that works while others wait."""
+"""Longest interval between heartbeats of a rank that works while others wait."""
 START = timedelta(minutes=1)
-"""Shortest patience while the processes start: one host may take longer for it than another."""
+"""Shortest timeout while the processes start: one host may take longer for it than another."""
 _turns = itertools.count()
 _patience = timedelta(minutes=30)
 
 
 def rank() -> int:
-    """This process's number, 0 without a launcher (torchrun and deepspeed set RANK, srun SLURM_PROCID)."""
+    """Returns this process's rank, 0 without a launcher (torchrun and deepspeed set RANK, srun sets SLURM_PROCID)."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if _srun() else 0))
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a launcher."""
+    """Returns the number of processes, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if _srun() else 1))
 
 
 def local_rank() -> int:
-    """This process's number on its host."""
+    """Returns this process's rank on its host, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0) if _srun() else 0))
 
 
@@ -47,14 +47,14 @@ def _srun() -> bool:
 
 
 def is_main() -> bool:
-    """True on the one process that writes files and logs."""
+    """Returns True on rank 0, which writes files and logs."""
     return rank() == 0
 
 
 def setup(device: torch.device, minutes: float = 30.0) -> None:
-    """Join the process group when a launcher started more than one process, or give it another patience: after so many minutes
-    without a sign of the others a process gives up, in a collective and where it waits for their work."""
-    global _patience  # there is one group as well
+    """Joins the process group if a launcher started more than one process, and sets its timeout in minutes: for collectives, and
+    for heartbeats of other ranks in `run_on`."""
+    global _patience  # one value, since there is one process group
     import torch.distributed as dist
 
     _patience = timedelta(minutes=minutes)
@@ -66,7 +66,7 @@ def setup(device: torch.device, minutes: float = 30.0) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda" (this rank's own GPU)."""
+    """Returns the device for "auto", "cpu" or "cuda" (this rank's own GPU)."""
     import torch
 
     if name == "auto":
@@ -75,7 +75,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def grouped() -> bool:
-    """A process group exists."""
+    """Returns whether a process group exists."""
     import torch.distributed as dist
 
     return dist.is_initialized()
@@ -83,8 +83,8 @@ def grouped() -> bool:
 
 @contextmanager
 def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
-    """Raises LostProcess where a collective breaks inside; its text has `place()`, where the run was. With nccl torch's watchdog
-    may end the process first."""
+    """Turns a failed collective inside the block into LostProcess; `place()`, the position of the run, is in its message. With
+    nccl, torch's watchdog may end the process first."""
     try:
         yield
     except RuntimeError as error:
@@ -99,7 +99,7 @@ def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Waits for every rank."""
     import torch.distributed as dist
 
     if grouped():
@@ -107,7 +107,7 @@ def barrier() -> None:
 
 
 def leave_group() -> None:
-    """Wait for every rank and end the process group. Without it gloo's threads may still run when Python ends, which aborts."""
+    """Waits for every rank and ends the process group. Without it gloo's threads may outlive Python, which aborts the process."""
     if "torch" in sys.modules and grouped():
         import torch.distributed as dist
 
@@ -116,7 +116,7 @@ def leave_group() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the tensor itself without a group."""
+    """Sums the tensor over ranks in place and returns it; unchanged without a group."""
     import torch.distributed as dist
 
     if grouped():
@@ -125,7 +125,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of every rank, rank by rank; ranks may hold different numbers of rows."""
+    """Returns the rows [rows of all ranks, ...] in the order of ranks; ranks may have different numbers of rows [rows, ...]."""
     import torch
     import torch.distributed as dist
 
@@ -142,9 +142,9 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_on(work: Callable[[], T], mine: bool) -> dict[int, T]:
-    """By rank, what `work` says on the ranks where it is `mine` to do, while the others wait. Every rank must call; without a
-    group it is this process's alone. The work may take longer than a collective may: its process shows that it lives. A failure
-    is raised on every rank, elsewhere as UserError; LostProcess, when a rank is gone."""
+    """Runs `work` on the ranks with `mine=True` while the others wait; returns {rank: result} on all ranks. Every rank must call;
+    without a group the result is that of this process. `work` may take longer than the timeout of a collective, since its process
+    sends heartbeats. A failure is raised on every rank, on the others as UserError. Raises LostProcess if a rank is gone."""
     if world_size() == 1 or not grouped():
         return {rank(): work()} if mine else {}
     import torch
@@ -179,7 +179,7 @@ def _store() -> Any:
 
 @contextmanager
 def _alive(turn: int) -> Iterator[None]:
-    """Counts up in the group's store while the block runs."""
+    """Sends heartbeats while the block runs: increments a counter in the group's store."""
     store, done = _store(), threading.Event()
 
     def beat() -> None:
@@ -196,7 +196,7 @@ def _alive(turn: int) -> Iterator[None]:
 
 
 def _meet(turn: int) -> None:
-    """Wait until every rank is here, as long as somebody works. Raises LostProcess where nobody shows life for too long."""
+    """Waits until every rank has called, while heartbeats arrive. Raises LostProcess if none arrives within the timeout."""
     import torch.distributed as dist
 
     try:
@@ -209,7 +209,7 @@ def _meet(turn: int) -> None:
 def _wait(store: Any, turn: str, before: str) -> None:
     if store.add(f"{turn}/here", 1) == world_size():
         store.set(f"{turn}/all", "")
-        for name in ("here", "all", "beats"):  # every rank has left that turn
+        for name in ("here", "all", "beats"):  # keys of the previous call, which every rank has left
             store.delete_key(f"{before}/{name}")
     began = moved = time.monotonic()
     beats = 0
@@ -223,7 +223,7 @@ def _wait(store: Any, turn: str, before: str) -> None:
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """Let the main rank work; every rank gets what it returns, or its UserError. An OSError becomes one."""
+    """Runs `work` on the main rank; returns its result, or raises its UserError, on every rank. OSError becomes UserError."""
 
     def told() -> T:
         try:

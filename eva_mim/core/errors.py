@@ -1,4 +1,4 @@
-"""Errors that end a program: each is shown as one text without a traceback, and has the exit code of the command."""
+"""Errors that end a program. Each has an exit code, and is printed as a message without a traceback."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ class ProgramError(Exception):
     exit_code = 1
 
     def message(self) -> str:
-        """The text for the terminal."""
+        """Returns the text for the terminal."""
         return f"error: {self}"
 
 
 class UserError(ProgramError, ValueError):
-    """A mistake of the user's in settings, files or arguments. A ValueError, so that pydantic collects it from a validator."""
+    """A mistake in the user's settings, files or arguments. It is a ValueError, so that pydantic collects it from a validator."""
 
     exit_code = 2
 
 
 class Diverged(ProgramError):
-    """The gradient stays non-finite after every rewind that the settings allow. The text names the dump."""
+    """The gradient stays non-finite after every rewind that the settings allow. The message has the dump's path."""
 
     exit_code = 3
 
     def message(self) -> str:
-        """The text for the terminal."""
+        """Returns the text for the terminal."""
         return f"diverged: {self}"
 
 
 class LostProcess(ProgramError):
-    """Another process of the run has gone, or does not answer in time; its own log says whether a restart helps."""
+    """Another process of the run has ended or does not answer in time. See its own log to decide whether to restart."""
 
     exit_code = 69
     """EX_UNAVAILABLE."""
 
     def message(self) -> str:
-        """The text for the terminal."""
+        """Returns the text for the terminal."""
         return f"error: {self}; if it was a fault of its host, the same command goes on from the last checkpoint"
 
 
 class Interrupted(ProgramError):
-    """A signal ended the run after a checkpoint. `number` is the signal's."""
+    """A signal ended the run after a checkpoint. `number` is the number of the signal."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -51,7 +51,7 @@ class Interrupted(ProgramError):
         self.exit_code = INTERRUPTED if number == signal.SIGINT else REQUEUE
 
     def message(self) -> str:
-        """The text for the terminal."""
+        """Returns the text for the terminal."""
         return "stopped; the same command goes on from the last checkpoint"
 
 

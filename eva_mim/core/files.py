@@ -1,4 +1,4 @@
-"""Files that are never seen half written, and their hashes."""
+"""Atomic writing of files, and their hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @contextmanager
 def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     """Yields a temporary path in the same folder. The file written there is flushed to disk and renamed to `path` when the block
-    ends; after an error it is removed, and `path` is as before. `writer` tells processes apart that may write `path` at once."""
+    ends; after an error it is removed, and `path` is unchanged. `writer` is a suffix that differs between processes which may
+    write `path` at the same time."""
     temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         yield temporary
@@ -28,18 +29,18 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, atomically."""
+    """Writes UTF-8 text atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, atomically."""
+    """Writes indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_weights(path: Path, weights: dict[str, Any]) -> None:
-    """A safetensors file, atomically."""
+    """Writes a safetensors file atomically; `weights` are tensors by name."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -47,13 +48,13 @@ def write_weights(path: Path, weights: dict[str, Any]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file to disk."""
+    """Flushes a file to disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a rename is safe from a power cut only after this."""
+    """Flushes the names in a folder to disk: only then does a rename survive a power cut."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -62,7 +63,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content; hexadecimal."""
+    """Returns the SHA-256 of a file's content, hexadecimal."""
     total = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -71,7 +72,7 @@ def sha256(path: Path) -> str:
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names and values of tensors, in the order of their names; hexadecimal."""
+    """Returns the SHA-256 of the names and values of tensors in the order of their names, hexadecimal."""
     import torch
 
     total = hashlib.sha256()

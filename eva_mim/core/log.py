@@ -1,4 +1,4 @@
-"""Where a run speaks: text to the terminal, `metrics.jsonl` (the truth) and TensorBoard scalars."""
+"""Logs of a run: lines on the terminal, `metrics.jsonl` (the authoritative record) and TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from eva_mim.core.files import write_text
 from eva_mim.core.run_folder import RunFolder
 
 SAY_EVERY = 10.0
-"""Seconds between lines of progress."""
+"""Seconds between progress lines."""
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:
-    """One line to the terminal, from the main rank only."""
+    """Writes one line to the terminal, on the main rank only."""
     if is_main():
         (file or sys.stderr).write(text + "\n")
         (file or sys.stderr).flush()
 
 
 def duration(seconds: float) -> str:
-    """`42s`, `3m05s` or `2h07m`."""
+    """Returns a duration as text: `42s`, `3m05s` or `2h07m`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -36,14 +36,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says now and then how far a long work has come. `done` of it was done before."""
+    """Prints progress lines of a long task. `total` is its number of items, None if unknown; `done` of them were done before."""
 
     def __init__(self, what: str, total: int | None = None, done: int = 0):
         self._what, self._total, self._done, self._first = what, total, done, done
         self._began = self._told = time.monotonic()
 
     def advance(self, more: int = 1) -> None:
-        """Add to the number of finished items."""
+        """Adds to the number of finished items."""
         self._done += more
         if (now := time.monotonic()) - self._told < SAY_EVERY:
             return
@@ -56,7 +56,7 @@ class Progress:
 
 
 class RunLog:
-    """Metrics of one run. On resume the records after `step` are cut off, in TensorBoard too, so that curves never overlap."""
+    """Metrics of one run. On resume, records after `step` are removed, in TensorBoard too, so that curves never overlap."""
 
     def __init__(self, folder: Path, step: int):
         run = RunFolder(folder)
@@ -73,7 +73,7 @@ class RunLog:
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
-        """Append one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
+        """Appends one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
 
         NaN and infinity are written as null.
         """
@@ -87,13 +87,13 @@ class RunLog:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """To the disk: a checkpoint shall not be ahead of the curves."""
+        """Flushes both logs to disk, so that no checkpoint is newer than they are."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._board.flush()
 
     def close(self) -> None:
-        """Flush both files."""
+        """Closes both logs."""
         if self._file is not None:
             self._file.close()
             self._board.close()

@@ -1,4 +1,4 @@
-"""What a task hands to an engine: the loss of a forward pass or of a step, term by term."""
+"""Loss of a forward pass or of a step by term: a task returns it to an engine."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ if TYPE_CHECKING:
 
 
 class LossTerm(NamedTuple):
-    """One summand of a loss: a mean over some number of patches, images or pairs, which `Task.counts` says."""
+    """One summand of a loss: a mean over patches, images or pairs, whose number `Task.counts` returns."""
 
     mean: Tensor
-    """Differentiable scalar. Where the count is 0 it is a finite number that all of the student's outputs enter."""
+    """Differentiable scalar. If the count is 0 it is a finite number that still depends on all outputs of the student."""
     weight: float = 1.0
     """Factor of the term in the loss."""
     metrics: Mapping[str, Tensor] = {}
-    """Detached scalars to log that are means over the same number."""
+    """Detached scalars to log: means over the same patches, images or pairs."""
 
 
 class StepOutput(NamedTuple):
-    """The loss of a forward pass or of a step, term by term, and detached scalars to log."""
+    """Loss of a forward pass or of a step by term, and detached scalars to log."""
 
     terms: dict[str, LossTerm]
-    """By name; the same names on every rank and in every micro-batch."""
+    """Loss terms by name; the same names on every rank and in every micro-batch."""
     metrics: dict[str, Tensor]
-    """Means over passes, however many patches or images each has."""
+    """Metrics by name, averaged over forward passes with equal weights, whatever number of patches or images each has."""
 
     @property
     def loss(self) -> Tensor:
-        """Sum of the terms' means, each times its weight."""
+        """Scalar: sum of the terms' means, each times its weight."""
         first, *others = (term.mean * term.weight for term in self.terms.values())
         return sum(others, first)
 
     def with_metrics(self, **more: Tensor | None) -> StepOutput:
-        """The same loss with more metrics; None is left out."""
+        """Returns the same loss with more metrics; those that are None are left out."""
         return StepOutput(self.terms, self.metrics | {name: value for name, value in more.items() if value is not None})
 
 
 class GradCacheStep(NamedTuple):
-    """The loss of a whole step, and what one of its micro-batches passes back."""
+    """Loss of a whole step, and its gradients by the features of one micro-batch."""
 
     output: StepOutput
-    """Without a gradient; the same for every micro-batch of a process."""
+    """Loss and metrics without a gradient; the same for every micro-batch of a process."""
     gradients: tuple[Tensor, ...]
-    """Of the loss by each tensor that the student says of this micro-batch, such that the mean over micro-batches is right."""
+    """Gradient of the loss by each tensor that the student returns for this micro-batch, scaled so that the mean over
+    micro-batches is the gradient of the step."""

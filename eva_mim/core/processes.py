@@ -1,4 +1,4 @@
-"""Pools of processes that end with the one that made them, however it ends."""
+"""Pools of processes that end when their parent process ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 class _Spawned(SpawnProcess):
     def start(self) -> None:
-        self.daemon = True  # ended with this process, even if a Ctrl-C comes before the pool knows of it
-        # A Ctrl-C in a terminal goes to every process of the group; here the main one decides. The mask is inherited, so it holds
-        # from the first instruction, which a handler set by the process itself would not. (Python's resource tracker, whose start
-        # ends such a mask, runs already: the pool's locks have started it.)
+        self.daemon = True  # ended with this process, even if a Ctrl-C comes before the pool has registered it
+        # A Ctrl-C in a terminal goes to every process of the group, but only the main process shall handle it. A signal mask is
+        # inherited and so holds from the first instruction; a handler that the process installs itself would come too late.
+        # (The start of Python's resource tracker would lift the mask, but the pool's locks have started it already.)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             super().start()
@@ -30,8 +30,9 @@ class _Context(SpawnContext):
 
 
 def pool_of(processes: int, begin: Callable[..., Any] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """`begin(*arguments)` is called in each process first. A script that uses one needs Python's `if __name__ == "__main__"`."""
-    # Spawned: a fork of a process with threads may hang.
+    """Returns a pool of processes, each of which calls `begin(*arguments)` first. A script that uses one needs Python's
+    `if __name__ == "__main__"`."""
+    # Processes are spawned, since a fork of a process with threads may hang.
     return ProcessPoolExecutor(processes, _Context(), _begin, (begin, arguments))
 
 
@@ -49,5 +50,5 @@ def _end_with_parent() -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

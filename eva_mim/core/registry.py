@@ -1,4 +1,4 @@
-"""Names -> "module:attribute", in one place. A part is imported only when it is used."""
+"""Tables from names in settings to "module:attribute". A module is imported only when its name is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eva_mim.core.errors import UserError
 
 
 class Command(NamedTuple):
-    """A command of `eva-mim`, or of one of its commands: where it is, and its line in the help."""
+    """A command or subcommand of `eva-mim`: its module, and its line in the help."""
 
     place: str
     """"module", or "module:attribute"."""
@@ -49,18 +49,18 @@ PROGRAMS = {
     "classify": Command("finetune.classify:STAGE", "fine-tuning of a classifier (the broad and the target stage)"),
     "probe": Command("finetune.probe:STAGE", "linear probe on frozen features"),
 }
-"""Stages: each place is a `run.program.Stage`, and its module is also `python -m MODULE`."""
+"""Stages: each place is a `run.program.Stage`, whose module also runs as `python -m MODULE`."""
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> str:
-    """End of a message: "; did you mean A, B or C?", the up to `count` of `names` that are most like `name`, with a similarity of
-    at least `cutoff` (0 to 1); empty where there is none."""
+    """Returns the end of a message, "; did you mean A, B or C?", with up to `count` of `names` that are most similar to `name`
+    (similarity at least `cutoff`, 0 to 1); "" if there is none."""
     *others, last = difflib.get_close_matches(name, list(names), n=count, cutoff=cutoff) or [""]
     return f"; did you mean {', '.join(others) + ' or ' if others else ''}{last}?" if last else ""
 
 
 def lookup(table: Mapping[str, str | Command], name: str, setting: str) -> Any:
-    """The object that `name` stands for in `table`. Raises UserError that lists the known names."""
+    """Returns the object that `table` has under `name`. Raises UserError, which names `setting` and the known names."""
     if name not in table:
         raise UserError(f"{setting}: {name!r} is not known{nearest(name, table) or ';'} known: {', '.join(table)}")
     entry = table[name]
@@ -68,6 +68,6 @@ def lookup(table: Mapping[str, str | Command], name: str, setting: str) -> Any:
 
 
 def load(place: str) -> Any:
-    """The object at "module:attribute", or the module itself."""
+    """Imports and returns the object at "module:attribute", or the module at "module"."""
     module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute) if attribute else import_module(module)

@@ -1,4 +1,4 @@
-"""What became of every tensor of a hand-over or a conversion."""
+"""Report of the tensors of a hand-over or a conversion: loaded, resized, new or ignored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class KeyReport:
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
-    """Key -> why it is resized, new or ignored, where a conversion says so."""
+    """Reason by key why it is resized, new or ignored; for conversions."""
 
     def __str__(self) -> str:
         return (
@@ -24,23 +24,23 @@ class KeyReport:
         )
 
     def note(self, into: list[str], name: str, reason: str) -> None:
-        """Put a name on one of the lists, with its reason."""
+        """Appends a name to one of the lists, and records its reason."""
         into.append(name)
         self.reasons[name] = reason
 
     def plus(self, later: KeyReport) -> KeyReport:
-        """This and what a later step did; `loaded` is the later step's to say."""
+        """Returns the report of this step followed by a later one: `loaded` of the later step, all other lists joined."""
         return KeyReport(
             later.loaded, self.resized + later.resized, self.new + later.new, self.ignored + later.ignored,
             self.reasons | later.reasons,
         )
 
     def beside(self, other: KeyReport) -> KeyReport:
-        """This and another part of the same model."""
+        """Returns the report of this part of a model together with another part: all lists are joined."""
         return replace(self.plus(other), loaded=self.loaded + other.loaded)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the lineage record; reasons only where there are any."""
+        """Returns the lists by name, for the lineage record; `reasons` only if there are any."""
         return {name: value for name, value in asdict(self).items() if name != "reasons" or value}
 
 

@@ -1,4 +1,4 @@
-"""A recipe under overrides: settings of a kind that an override changes do not outlive the change."""
+"""Overrides of a recipe. If an override changes a kind, the recipe's settings for the former kind are removed."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from eva_mim.core.settings import Dependent, S, Settings, dependents, override, 
 
 
 class Change(NamedTuple):
-    """A setting that an override of a kind removed."""
+    """A setting that was removed because an override changed the kind that it belongs to."""
 
     setting: Dependent
     before: str
-    """The kind that it was written for."""
+    """The kind in the recipe, for which the setting was written."""
 
 
 def resolve(model: type[S], tree: dict[str, Any], overrides: Iterable[str], source: str) -> S:
-    """The settings of a recipe under overrides. What the recipe has for a kind that they change is left out, in one printed line.
-    Raises UserError with all mistakes."""
+    """Returns the settings of a recipe with overrides applied. Settings for a kind that an override changes are removed, and
+    listed in one printed line. Raises UserError with all mistakes."""
     tree, changes = apply(model, tree, list(overrides))
     say_changes(source, changes)
     return parse(model, tree, source)
 
 
 def apply(model: type[Settings], tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[Change]]:
-    """A copy of `tree` with the overrides, and what was removed from it: settings that `tree` has for a kind (`For`) that an
-    override changes. What an override writes itself stays, and `parse` judges it. Raises UserError."""
+    """Returns a copy of `tree` with the overrides applied, and the settings removed from it: those that `tree` has for a kind
+    (`For`) that an override changes. A setting that an override writes itself stays, and `parse` checks it. Raises UserError."""
     before = {setting.path: setting for setting in dependents(model, tree)}
     tree = override(tree, overrides)
     changes = []
@@ -42,13 +42,13 @@ def apply(model: type[Settings], tree: dict[str, Any], overrides: Sequence[str])
 
 
 def touched(path: str, overrides: Iterable[str]) -> bool:
-    """An override writes this setting, or something in it, or a section around it."""
+    """Returns whether an override writes this setting, a setting inside it, or a section around it."""
     names = [text.partition("=")[0] for text in overrides]
     return any(f"{name}.".startswith(f"{path}.") or f"{path}.".startswith(f"{name}.") for name in names)
 
 
 def say_changes(source: str, changes: Sequence[Change]) -> None:
-    """One line that names all settings that were left out; none where there are none."""
+    """Prints one line with the names of all settings that were removed; nothing if there are none."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for setting, before in changes:
         groups.setdefault((setting.kind, setting.chosen, before), []).append(setting.path)

@@ -1,7 +1,8 @@
-"""Every random choice is a function of (run seed, purpose, numbers): epoch and sample, or step and rank.
+"""Random seeds: every random choice is a function of (run seed, purpose, numbers); the numbers are epoch and sample, or step and
+rank.
 
-So results do not depend on workers, and a resumed run draws what the undisturbed one would have drawn. Deriving needs no torch:
-processes of `data` commands, which open a source and no more, start without it.
+So results do not depend on workers, and a resumed run draws the same numbers as an uninterrupted one. Deriving seeds needs no
+torch, so that processes of `data` commands, which only open a source, start without it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
-    """A 63-bit seed; different arguments give unrelated seeds."""
+    """Returns a 63-bit seed; different arguments give unrelated seeds."""
     text = "/".join((str(seed), purpose, *map(str, numbers)))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch (libraries like timm's augmentations draw from all three)."""
+    """Seeds Python, NumPy and torch (libraries such as timm's augmentations draw from all three)."""
     import torch
 
     random.seed(seed)
@@ -31,7 +32,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Run a block with its own global random state and restore the outer one."""
+    """Runs a block with its own global random state and restores the outer one."""
     import torch
 
     outer = random.getstate(), np.random.get_state(), torch.get_rng_state()

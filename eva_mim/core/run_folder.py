@@ -11,17 +11,17 @@ from typing import Any
 from eva_mim.core.errors import UserError
 
 WEIGHTS, HEAD = "model.safetensors", "head.safetensors"
-"""Files of a finished stage: the trunk under timm's names; what of a masked student lies outside it."""
+"""Files of a finished stage: the trunk under timm's names; the tensors of a masked student outside its trunk."""
 TIMM_CONFIG = "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 LINEAGE = "lineage.json"
 MANIFEST = "manifest.json"
-"""Written last; a folder without it, or with a file of another size, is not a checkpoint."""
+"""Manifest of a checkpoint, written last: a folder without it, or with a file of another size, is not a checkpoint."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder by its path; nothing in it needs to exist."""
+    """The folder of a run, given by its path; the folder and its files need not exist."""
 
     path: Path
 
@@ -32,7 +32,7 @@ class RunFolder:
 
     @property
     def lineage(self) -> Path:
-        """The record: identity, parents, versions, figures."""
+        """The lineage record: identity, parents, versions, figures."""
         return self.path / LINEAGE
 
     @property
@@ -61,15 +61,15 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
-        """`checkpoints/step-00001234`: names sort as numbers."""
+        """Returns the folder of a checkpoint, such as `checkpoints/step-00001234`: names sort as numbers."""
         return self.checkpoints / f"step-{step:08d}"
 
     def dump(self, step: int) -> Path:
-        """The folder of what a run that diverged in `step` leaves."""
+        """Returns the folder of the dump of a run that diverged in `step`."""
         return self.path / "dumps" / f"step-{step:08d}"
 
     def record(self) -> dict[str, Any]:
-        """The lineage record; empty where there is none. Raises UserError."""
+        """Reads the lineage record; empty if there is none. Raises UserError if it is damaged."""
         try:
             record: dict[str, Any] = json.loads(self.lineage.read_text()) if self.lineage.is_file() else {}
         except ValueError as error:
@@ -77,37 +77,37 @@ class RunFolder:
         return record
 
     def complete(self) -> list[tuple[int, Path]]:
-        """(step, folder) of each complete checkpoint, the newest first."""
+        """Returns (step, folder) of each complete checkpoint, the newest first."""
         folders = sorted(self.checkpoints.glob("step-*"), reverse=True)
         return [(step_of(folder), folder) for folder in folders if is_complete(folder)]
 
     def latest(self) -> tuple[int, Path] | None:
-        """(step, folder) of the newest complete checkpoint, or None."""
+        """Returns (step, folder) of the newest complete checkpoint, or None."""
         return next(iter(self.complete()), None)
 
     def log_lines(self) -> list[str]:
-        """The lines of `metrics`; a line cut short by a kill is left out."""
+        """Reads the lines of `metrics`; a line cut short by a kill is left out."""
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         return [line for line in lines if _is_json(line)]
 
     def seconds_at_work(self) -> float:
-        """Seconds between the log lines; what passed before a "start" (the run was stopped) is left out."""
+        """Returns the training time in seconds: the sum between log lines, without the time before a "start" (stopped run)."""
         rows = [json.loads(line) for line in self.log_lines()]
         return float(sum(after["time"] - before["time"] for before, after in pairwise(rows) if after["kind"] != "start"))
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder."""
+    """Returns the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def file_of(part: str) -> str:
-    """Name of the file that holds a state group."""
+    """Returns the name of the file of a state group."""
     return f"{part}.safetensors"
 
 
 def is_complete(folder: Path) -> bool:
-    """Every file of the manifest is there with its size."""
+    """Returns whether every file in the manifest exists and has its size."""
     try:
         files = read_manifest(folder)["files"]
         return all((folder / name).stat().st_size == said["size"] for name, said in files.items())
@@ -116,7 +116,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises OSError or ValueError where there is none."""
+    """Reads a checkpoint's manifest. Raises OSError if there is none, ValueError if it is not JSON."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
 

@@ -1,6 +1,6 @@
 """Strict settings: YAML + dotted overrides -> frozen pydantic models, all mistakes reported at once.
 
-Only light imports here: a mistyped setting is answered before torch is loaded.
+This file imports only light modules, so that a mistyped setting is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from eva_mim.core.registry import nearest
 MAX_RECIPE_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake (or an attack on the YAML reader)."""
 MAX_RECIPE_VALUES = 10_000
-"""After aliases are followed; the largest recipe here has about 100."""
+"""Most values of a recipe, after aliases are expanded; the largest recipe here has about 100."""
 
 
 def few(names: Iterable[Any], count: int = 5) -> str:
-    """The first names and the number of the others, for a message."""
+    """Returns the first `count` names and the number of the others, as text for a message."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
 
 
 class For:
-    """Marks a setting, in its annotation, that has an effect only where another setting of its section has certain values:
-    `min_block: Annotated[int, For("kind", "block")]`. Written elsewhere it is a mistake (`parse`)."""
+    """Annotation of a setting that has an effect only if another setting of its section has certain values:
+    `min_block: Annotated[int, For("kind", "block")]`. With another value of that setting it is a mistake (`parse`)."""
 
     def __init__(self, setting: str, *values: str, reread: bool = False):
-        """`reread`: the same value means something else under each of `values`, so that it does not outlive a change."""
+        """`reread`: the setting has another meaning under each of `values`, so that it is removed when these change."""
         self.setting, self.values, self.reread = setting, values, reread
 
 
 class Runtime:
-    """Marks a setting, in its annotation, that decides no result, or only where it is computed: a run may be resumed with another
-    value. Rounding may differ, and what draws by rank or micro-batch (drop path, mixup)."""
+    """Annotation of a setting that does not affect results, or only the place where they are computed: a run may be resumed with
+    another value. Rounding may differ, and random numbers that are drawn by rank or micro-batch (drop path, mixup)."""
 
 
 RUNTIME = Runtime()
@@ -53,12 +53,12 @@ class Settings(BaseModel):
 
     @classmethod
     def chosen_in(cls, tree: Mapping[str, Any], setting: str) -> Any:
-        """The value that the section `tree` has for a setting that others depend on (`For`): written, or by default. None where
-        nothing depends on it."""
+        """Returns the value, written or default, of a setting in the section `tree` on which others depend (`For`); None if none
+        depends on it."""
         return tree.get(setting, cls.model_fields[setting].default)
 
     def results(self) -> dict[str, Any]:
-        """The settings that a result depends on, in JSON's types: all but those marked `RUNTIME`, here and in sections."""
+        """Returns the settings that a result depends on, in JSON's types: all except those marked `RUNTIME`, with sections."""
         return self.model_dump(mode="json", exclude=self._runtime())
 
     def _runtime(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Dependent(NamedTuple):
     kind: str
     """Dotted name of the setting that it depends on."""
     chosen: str
-    """The value of that."""
+    """The value of that setting."""
     mark: For
 
     @property
@@ -93,8 +93,8 @@ class Dependent(NamedTuple):
 
 
 def dependents(model: type[Settings], tree: Mapping[str, Any], prefix: str = "") -> Iterator[Dependent]:
-    """Every setting written in `tree` that is marked with `For`, at any depth, but for those that are null (which takes a setting
-    back) or stand beside an unknown kind (a mistake that is told elsewhere)."""
+    """Yields every setting in `tree`, at any depth, that is marked with `For`; except those that are null (the setting is taken
+    back) or whose kind is unknown (a mistake that is reported elsewhere)."""
     for name, value in tree.items():
         field = model.model_fields.get(name)
         if field is None or value is None:
@@ -110,7 +110,7 @@ def dependents(model: type[Settings], tree: Mapping[str, Any], prefix: str = "")
 
 
 def _known(model: type[Settings], setting: str) -> list[Any]:
-    """Values of a setting that others depend on: those of its type, or those that the others name."""
+    """Returns the known values of a setting that others depend on: those of its Literal type, or those in the others' marks."""
     annotation = model.model_fields[setting].annotation
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
@@ -119,7 +119,7 @@ def _known(model: type[Settings], setting: str) -> list[Any]:
 
 
 def _sections(annotation: Any, value: Any, path: str) -> Iterator[tuple[type[Settings], Mapping[str, Any], str]]:
-    """The sections that lie in a value: itself, or those in a list or mapping, each with its model and dotted name."""
+    """Yields the sections in a value (itself, or those in a list or mapping), as (model, section, dotted name)."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is None:
         if isinstance(annotation, type) and issubclass(annotation, Settings) and isinstance(value, Mapping):
@@ -136,7 +136,7 @@ def _sections(annotation: Any, value: Any, path: str) -> Iterator[tuple[type[Set
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A recipe by path, or by its place under `configs/` in the installed package. Raises UserError."""
+    """Returns the path of a recipe, given by path or by its place under `configs/` in the installed package. Raises UserError."""
     path = Path(name)
     if path.is_file():
         return path
@@ -154,7 +154,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError for a missing, huge, broken or non-mapping file."""
+    """Reads the mapping in a YAML file. Raises UserError for a missing, huge, broken or non-mapping file."""
     path = find_recipe(path)
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: {path.stat().st_size} bytes is too large for a recipe")
@@ -169,7 +169,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_bombs(tree: Any, path: Path) -> None:
-    """YAML aliases can make a few lines stand for billions of values, or for a loop."""
+    """Raises UserError for too many values: with YAML aliases a few lines can expand to billions of values, or to a loop."""
     count, waiting = 0, [tree]
     while waiting:
         value, count = waiting.pop(), count + 1
@@ -179,7 +179,7 @@ def _refuse_bombs(tree: Any, path: Path) -> None:
 
 
 def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of `tree` with each "a.b=value" applied; the value is read as YAML. Raises UserError."""
+    """Returns a copy of `tree` with each "a.b=value" applied; the value is read as YAML. Raises UserError."""
     tree = json.loads(json.dumps(tree, default=str))
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -194,8 +194,8 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
 
 
 def put(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted `name` in `tree`, making sections on the way; entries of a list go by number. Raises UserError through a
-    plain value, and for an entry that is not there."""
+    """Sets the dotted `name` in `tree` and creates missing sections; entries of a list are addressed by number. Raises UserError
+    if the path leads through a plain value, and for a list entry that does not exist."""
     parts, place = name.split("."), tree
     for number, part in enumerate(parts):
         key: Any = part
@@ -221,8 +221,8 @@ def _entry(entries: list[Any], part: str, name: str, path: str) -> int:
 
 
 def parse(model: type[S], tree: Mapping[str, Any], source: str) -> S:
-    """Settings from a mapping. Raises one UserError that lists every mistake with its path; a setting that could have no effect
-    beside the others (`For`) is one."""
+    """Returns the settings in a mapping. Raises one UserError that lists every mistake with its path; a setting without effect
+    under the others (`For`) is a mistake."""
     lines = [str(setting) for setting in dependents(model, tree) if setting.foreign]
     try:
         settings = model.model_validate(tree)
@@ -251,7 +251,7 @@ def _explain(model: type[Settings], item: Any) -> str:
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted setting name of a model, sections included; "*" stands for the names in a mapping of sections."""
+    """Returns every dotted setting name of a model, sections included; "*" stands for the names in a mapping of sections."""
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
@@ -263,7 +263,7 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def as_tree(settings: Settings) -> dict[str, Any]:
-    """Plain values (JSON types) of all settings that have an effect, defaults too: what `parse` reads back."""
+    """Returns all settings that have an effect, with defaults, as plain values (JSON types) that `parse` reads back."""
     tree = settings.model_dump(mode="json")
     for setting in list(dependents(type(settings), tree)):
         if setting.foreign:
@@ -272,7 +272,7 @@ def as_tree(settings: Settings) -> dict[str, Any]:
 
 
 def take(tree: dict[str, Any], name: str) -> None:
-    """Remove the dotted `name`, which is there, from `tree`."""
+    """Removes the dotted `name`, which must exist, from `tree`."""
     *parents, leaf = name.split(".")
     place: Any = tree
     for part in parents:
@@ -281,12 +281,12 @@ def take(tree: dict[str, Any], name: str) -> None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of JSON-able values, independent of the order of keys."""
+    """Returns the SHA-256 of JSON-able values, hexadecimal, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines "path: old -> new" for each setting that differs."""
+    """Returns a line "path: old -> new" for each setting that differs."""
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)

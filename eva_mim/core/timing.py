@@ -1,4 +1,4 @@
-"""Where the time of a step goes: data, teacher, student, backward, optimizer. Nothing waits for a device to measure it."""
+"""Time of a step by phase: data, teacher, student, backward, optimizer. Measuring does not synchronise the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Stopwatch:
-    """Sums seconds by phase. On CUDA a pair of events marks a phase; they are read when the sums are asked for."""
+    """Sums seconds by phase. On CUDA a pair of events marks a phase; `take` reads them."""
 
     def __init__(self, cuda: bool = False, clock: Callable[[], float] = time.perf_counter):
         self.cuda, self._clock = cuda, clock
@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a block."""
+        """Times a block as phase `name`."""
         if not self.cuda:
             started = self._clock()
             try:
@@ -37,7 +37,7 @@ class Stopwatch:
             self._events.append((name, first, last))
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call (on CUDA this waits for the device)."""
+        """Returns seconds by phase since the last call (on CUDA it synchronises the device)."""
         for name, first, last in self._events:
             last.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + first.elapsed_time(last) / 1000
@@ -50,7 +50,7 @@ _running: list[Stopwatch] = []
 
 @contextmanager
 def measuring(stopwatch: Stopwatch) -> Iterator[None]:
-    """Blocks marked with `phase` below this one are timed by `stopwatch`."""
+    """Times the blocks marked with `phase` inside this one, with `stopwatch`."""
     _running.append(stopwatch)
     try:
         yield
@@ -60,7 +60,7 @@ def measuring(stopwatch: Stopwatch) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Mark a block; costs nothing where nobody measures."""
+    """Marks a block as a phase; without a stopwatch it costs nothing."""
     if not _running:
         yield
         return

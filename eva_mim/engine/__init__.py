@@ -1,4 +1,4 @@
-"""Two ways to run a task behind one interface (`contracts.Engine`): `local` and `deepspeed`. Settings only here."""
+"""Two engines with one interface (`contracts.Engine`): `local` and `deepspeed`. This file has the settings of a run."""
 
 from __future__ import annotations
 
@@ -16,47 +16,48 @@ class RunSettings(Settings):
 
     epochs: int | None = Field(None, ge=1)
     samples: int | None = Field(None, ge=1)
-    """Training images seen in all, in place of `epochs`; rounded to whole steps."""
+    """Number of training images over the run, in place of `epochs`; rounded to whole steps."""
     global_batch: int = Field(ge=1)
     """Images in one optimizer step, over all processes."""
     micro_batch: Annotated[int | None, RUNTIME] = Field(None, ge=1)
-    """Images in one forward pass of one process; default global_batch / processes. Less of it accumulates gradients."""
+    """Images in one forward pass of one process; default global_batch / processes. A smaller value accumulates gradients."""
     seed: int = 0
     engine: Annotated[str, RUNTIME] = "local"
     """"local" (one process) or "deepspeed" (any number)."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], RUNTIME] = 0
-    """DeepSpeed's sharding: 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """ZeRO stage of DeepSpeed: 1 shards optimizer state, 2 also gradients, 3 also parameters; 0 shards nothing."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the forward pass (autocast); fp16 with a dynamic loss scale. Weights, optimizer and losses are fp32."""
+    """Precision of the forward pass (autocast); fp16 has a dynamic loss scale. Weights, optimizer and losses are fp32."""
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Keep an exponential moving average of the weights and evaluate it as well."""
+    """Decay of an exponential moving average of the weights, which is also evaluated; null for no average."""
     ema_warmup: bool = True
-    """The average's decay rises with the step t, to 1 - (1 + t)^(-2/3) at most (timm), so that short runs have one too. False: it
-    is `ema_decay` all the time, as in EVA."""
+    """True: the average's decay is at most 1 - (1 + t)^(-2/3) in step t (timm), so that it is of use in short runs. False: the
+    decay is always `ema_decay`, as in EVA."""
     evaluate_every: int = Field(1, ge=1)
-    """Epochs between evaluations; the end is always evaluated."""
+    """Epochs between evaluations; the last step is always evaluated."""
     evaluate_steps: int | None = Field(None, ge=1)
     """Steps between evaluations, in place of `evaluate_every`."""
     log_every: Annotated[int, RUNTIME] = Field(20, ge=1)
-    """Steps between log lines. There the host waits for the device; DeepSpeed's ZeRO 1 to 3 also waits in each step, for the
-    norm of the gradient."""
+    """Steps between log lines. At a log line the host waits for the device; with ZeRO 1 to 3 DeepSpeed also waits in each step,
+    for the norm of the gradient."""
     max_skips: int = Field(20, ge=1)
-    """Steps in a row without a finite gradient before the run rewinds to its last checkpoint and leaves their samples out.
-    fp16 needs up to 17 to bring its loss scale from 2^16 down to 1."""
+    """Number of consecutive steps without a finite gradient after which the run rewinds to its last checkpoint and leaves their
+    samples out. fp16 needs up to 17 such steps until its loss scale has fallen from 2^16 to 1."""
     max_rewinds: Annotated[int, RUNTIME] = Field(3, ge=0)
-    """Rewinds before the run stops with a dump for `eva-mim replay`."""
+    """Number of rewinds before the run stops with a dump for `eva-mim replay`."""
     timeout_minutes: Annotated[float, RUNTIME] = Field(30.0, gt=0.0)
-    """How long processes wait for a sign of each other before the run stops. One that works while others wait gives signs."""
+    """Minutes that processes wait for each other before the run stops. A process that works while others wait sends
+    heartbeats."""
     checkpoint_every: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Steps between checkpoints; default one epoch."""
     keep_last: Annotated[int, RUNTIME] = Field(2, ge=1)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: Annotated[int | None, RUNTIME] = Field(None, ge=1)
-    """Besides these, checkpoints whose step is a multiple of this are kept for good; null keeps none."""
+    """Besides these, checkpoints whose step is a multiple of this number are never removed; null for none."""
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Number of steps of the run."""
+        """Returns the number of steps of the run."""
         return max(1, round((self.samples or 0) / self.global_batch)) if self.epochs is None else self.epochs * steps_per_epoch
 
     @property
@@ -81,5 +82,5 @@ class RunSettings(Settings):
 
 
 def build_engine(student: Any, run: RunSettings, optim: OptimSettings, device: Any) -> Any:
-    """The engine around a student. Raises UserError for an unknown name."""
+    """Returns the engine of the settings, with the student in it. Raises UserError for an unknown name."""
     return lookup(ENGINES, run.engine, "run.engine")(student, run, optim, device)

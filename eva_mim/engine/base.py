@@ -18,18 +18,18 @@ from eva_mim.optim.optimizers import SkippableOptimizer
 
 
 class BaseEngine:
-    """An engine except for the backward pass and the update of the weights. A subclass sets the attributes below."""
+    """An engine without backward pass and weight update, which a subclass adds. The subclass sets the attributes below."""
 
     module: nn.Module
     forward: Callable[..., Any]
-    """What a task calls for the student's forward pass: the module, or a wrapper of it. The one callable that may be compiled."""
+    """The student's forward pass as a task calls it: the module, or a wrapper of it. Only this callable may be compiled."""
     _watched: SkippableOptimizer
     _state: EngineState
     _scale: LossScale
     _precision: str
     _device: torch.device
     _sharded: bool
-    """Each rank holds a share of the optimizer's state."""
+    """True if each rank has a shard of the optimizer's state."""
 
     def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
@@ -52,17 +52,17 @@ class BaseEngine:
         return reduce_outputs(outputs, shares, norm, self._scale, ratio)
 
     def _backward(self, output: StepOutput, shares: Shares, count: int) -> None:
-        """Add the gradient of one of `count` micro-batches: that of the loss, each term times its share, times
+        """Accumulates the gradient of one of `count` micro-batches: that of the loss with each term times its share, times
         loss scale / count."""
         raise NotImplementedError
 
     def _update(self, last: bool) -> Tensor | None:
-        """Called after each micro-batch. After the last it updates the weights and returns the gradient's norm, neither scaled
-        nor clipped; else None."""
+        """Updates the weights after the last micro-batch; returns the norm of the gradient, unscaled and before clipping (a
+        scalar). `step` calls it after each micro-batch; it returns None before the last."""
         raise NotImplementedError
 
     def autocast(self) -> Any:
-        """bf16 or fp16 autocast, or nothing for fp32."""
+        """Returns a context with bf16 or fp16 autocast; for fp32 it does nothing."""
         return autocast(self._device, self._precision)
 
     def loss_scale(self) -> float:

@@ -1,4 +1,4 @@
-"""One process, plain torch: the reference, and the default on a laptop or a single GPU."""
+"""Local engine: one process with plain torch; the reference, and the default on a laptop or a single GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eva_mim.optim.optimizers import build_optimizer
 
 
 class LocalEngine(BaseEngine):
-    """fp32 weights; forward passes under autocast."""
+    """One process with fp32 weights and forward passes under autocast. Raises UserError for several processes."""
 
     def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
         if world_size() > 1:
@@ -50,5 +50,5 @@ class LocalEngine(BaseEngine):
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
 
     def full_module(self) -> AbstractContextManager[nn.Module]:
-        """Nothing is sharded."""
+        """Returns a context with the module itself, since nothing is sharded."""
         return nullcontext(self.module)

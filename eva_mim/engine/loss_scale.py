@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 SCALE_START, SCALE_LEAST, SCALE_WINDOW, SCALE_HYSTERESIS = 2.0**16, 1.0, 500, 2
-"""fp16 loss scale of EVA's DeepSpeed configuration (facts of EVA-01/eva/utils.py create_ds_config)."""
+"""Constants of the fp16 loss scale in EVA's DeepSpeed configuration (facts of EVA-01/eva/utils.py create_ds_config)."""
 
 
 class LossScale:
-    """The dynamic loss scale of fp16, on the device: nothing waits for it.
+    """The dynamic loss scale of fp16, kept on the device so that no step waits for it.
 
-    DeepSpeed's rule: the first overflow is forgiven, each further one halves the scale, and a window of steps without one
-    doubles it and forgives again. Other precisions have a scale of 1 that never moves.
+    DeepSpeed's rule: the first overflow does not change the scale, each further one halves it, and a window of steps without an
+    overflow doubles it and allows one overflow again. Other precisions have a constant scale of 1.
     """
 
     def __init__(self, precision: str, device: torch.device):
@@ -23,7 +23,7 @@ class LossScale:
         self._left = torch.tensor(SCALE_HYSTERESIS, device=device)
 
     def update(self, bad: Tensor) -> None:
-        """After a step; `bad` is a scalar bool."""
+        """Updates the scale after a step; `bad` is a scalar bool, True after an overflow."""
         if not self.dynamic:
             return
         halve = bad & (self._left <= 1)
@@ -34,11 +34,11 @@ class LossScale:
         self.value = torch.where(halve, lower, torch.where(double, self.value * 2, self.value))
 
     def state(self) -> list[float]:
-        """For a checkpoint."""
+        """Returns the state for a checkpoint: scale, steps since the last overflow, overflows until the scale is halved."""
         return [float(self.value), float(self._good), float(self._left)]
 
     def restore(self, state: list[float]) -> None:
-        """Put back a state that `state` returned."""
+        """Restores a state that `state` returned."""
         value, good, left = state
         self.value, self._good, self._left = (
             torch.full_like(own, number)

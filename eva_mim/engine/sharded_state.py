@@ -1,4 +1,4 @@
-"""`holdings.py` for ZeRO 1 to 3, whose weights and moments lie in pieces on all ranks. Imported when DeepSpeed is set up."""
+"""Engine state for ZeRO 1 to 3, where weights and moments are sharded over ranks. It is imported after DeepSpeed is set up."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from eva_mim.optim.optimizers import SkippableOptimizer
 
 
 class ShardedState(EngineState):
-    """`zero` is DeepSpeed's optimizer around ours.
+    """Checkpoint state of an engine with ZeRO 1 to 3; `zero` is DeepSpeed's optimizer around ours.
 
-    With ZeRO 1 and 2 the weights are whole on each rank, and the optimizer works on copies of pieces of the vector that a
-    parameter group makes; with ZeRO 3 each rank has an equal share of every parameter.
+    With ZeRO 1 and 2 each rank has all weights, and the optimizer updates a copy of the rank's shard of each parameter group's
+    flat vector; with ZeRO 3 each rank has an equal shard of every parameter.
     """
 
     def __init__(self, module: nn.Module, optimizer: SkippableOptimizer, scale: LossScale, zero: Any, stage: int):
@@ -32,7 +32,7 @@ class ShardedState(EngineState):
 
     def _begin(self) -> None:
         self._states()
-        if not self._shared_out:  # DeepSpeed itself does this after the first group's first step, when others have no moments
+        if not self._shared_out:  # DeepSpeed does this after the first group's first step, when other groups lack moments
             for group, vector in zip(self._zero.bit16_groups, self._vectors, strict=True):
                 deepspeed.utils.lazy_init_hp_params_optimizer_state(group, vector, self._optimizer.state)
 
@@ -65,6 +65,7 @@ class ShardedState(EngineState):
             deepspeed.utils.safe_set_full_optimizer_state(value, new, moment)
 
     def _share(self, value: Any, new: Tensor) -> Tensor:
-        """This rank's part. DeepSpeed's own way for whole tensors does not know those that do not divide by the ranks."""
+        """Returns this rank's shard of an unsharded tensor, padded with zeros. DeepSpeed's own function fails for tensors whose
+        size is not divisible by the number of ranks."""
         size = value.ds_tensor.numel()
         return F.pad(new.flatten(), (0, size * world_size() - new.numel()))[rank() * size : (rank() + 1) * size]

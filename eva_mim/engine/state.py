@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an engine: weights, moments, counts; whole tensor by whole tensor."""
+"""Engine state for checkpoints: weights, optimizer moments and counters, as unsharded tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UPDATES, LOSS_SCALE = "updates", "loss_scale"
 
 
 class EngineState:
-    """Checkpoint state of an engine whose tensors are full on every rank."""
+    """Checkpoint state of an engine without sharding: every rank has all tensors in full."""
 
     def __init__(self, module: nn.Module, optimizer: SkippableOptimizer, scale: LossScale):
         self._module, self._optimizer, self._scale = module, optimizer, scale
         self._trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
 
     def state(self) -> dict[str, StateGroup]:
-        """See `contracts.Engine`. Moments that do not exist yet are zeros, as the optimizer would make them."""
+        """See `contracts.Engine`. Moments that do not exist yet are zeros, as the optimizer initialises them."""
         self._begin()
         tensors = self._module.state_dict(keep_vars=True)
         kinds = {name: (str(value.dtype).removeprefix("torch."), self._shape(value)) for name, value in tensors.items()}
@@ -38,11 +38,11 @@ class EngineState:
         return parts | {"counts": StateGroup(counts, self._count, self._put_count)}
 
     def _states(self) -> Iterable[dict[str, Tensor]]:
-        """The optimizer's records, one for each tensor that it updates."""
+        """Returns the optimizer state of each tensor that it updates."""
         return [self._optimizer.state_of(value) for value in self._trained.values()]
 
     def _begin(self) -> None:
-        """Make the optimizer's records."""
+        """Initialises missing optimizer state."""
         self._states()
 
     def _shape(self, value: Tensor) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class EngineState:
     def _count(self, name: str) -> Tensor:
         if name == LOSS_SCALE:
             return torch.tensor(self._scale.state(), dtype=torch.float64)
-        # Updates that were taken: the same for all tensors but for one that never had a gradient.
+        # The number of updates is the same for all tensors, except for one that never had a gradient.
         return torch.tensor(max(float(state["step"]) for state in self._states()), dtype=torch.float64)
 
     def _put_count(self, name: str, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What both engines do alike in a step: weigh micro-batches, scale the loss, and leave out a step that is not finite."""
+"""Functions of a step for both engines: weights of micro-batches, loss scaling, and skipping a step that is not finite."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Shares = dict[str, Tensor]
 
 
 def loss_shares(task: Task, batches: list[Batch]) -> list[Shares]:
-    """For each micro-batch the factor of each loss term's mean: its count over the mean count of all micro-batches and ranks. So
-    the plain mean over micro-batches and ranks is the mean over the global batch. Masks hide different numbers of patches;
-    without this the loss would depend on how the batch is cut. A term that counts 0 everywhere has factors 0."""
+    """Returns for each micro-batch the factor on each loss term's mean: its count / mean count of all micro-batches and ranks.
+    With these factors the mean over micro-batches and ranks is the mean over the global batch; without them the loss would
+    depend on how the batch is cut, since masks hide different numbers of patches. A term of count 0 everywhere has factors 0."""
     counts = [task.counts(batch) for batch in batches]
     names = list(counts[0])
     if not names:
@@ -34,7 +34,8 @@ def loss_shares(task: Task, batches: list[Batch]) -> list[Shares]:
 
 
 def scaled_loss(output: StepOutput, shares: Shares, scale: Tensor | float, divisor: int) -> Tensor:
-    """What a micro-batch passes back: the sum of its terms' means, each times weight * share * scale / divisor."""
+    """Returns the scalar that is backpropagated for a micro-batch: the sum of its terms' means, each times
+    weight * share * scale / divisor. Its gradient is NaN if a mean is not finite."""
     first, *others = (
         nan_gradient_if_not_finite(term.mean) * (term.weight * shares.get(name, 1.0) * scale / divisor)
         for name, term in output.terms.items()
@@ -43,18 +44,18 @@ def scaled_loss(output: StepOutput, shares: Shares, scale: Tensor | float, divis
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Context with the precision of a forward pass; nothing for fp32."""
+    """Returns a context with the precision of a forward pass; for fp32 it does nothing."""
     dtype = low_precision(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def low_precision(precision: str) -> torch.dtype | None:
-    """Data type of autocast; None for fp32."""
+    """Returns the data type of autocast; None for fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def slowdown(precision: str, device: torch.device) -> float:
-    """Returns the time of a matrix product in `precision` over its time in fp32, measured here (about 10 ms); 1 off the CPU.
+    """Returns the time of a matrix product in `precision` / its time in fp32, measured in about 10 ms; 1 if not on a CPU.
 
     A processor without bf16 or fp16 units computes them in software, 50 times as slowly as fp32 on AVX2.
     """
@@ -74,12 +75,12 @@ def slowdown(precision: str, device: torch.device) -> float:
 
 
 def nan_gradient_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, with a gradient that is NaN where it is not finite itself: so the reduced gradient tells every rank."""
+    """Returns the loss; if it is not finite its gradient is NaN, so that the reduced gradient is NaN on every rank."""
     return loss * torch.where(loss.isfinite(), 1.0, float("nan"))
 
 
 def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
-    """Learning rate and weight decay of the next step."""
+    """Sets learning rate and weight decay of each parameter group for the next step."""
     for group in groups:
         group["lr"] = rates.lr * group["lr_scale"]
         group["weight_decay"] = rates.weight_decay * group["decays"]
@@ -88,8 +89,8 @@ def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
 def reduce_outputs(
     outputs: list[StepOutput], shares: list[Shares], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
 ) -> StepOutput:
-    """This rank's share of the step's loss and metrics (detached); moves the loss scale. See `contracts.Engine.step`. Of several
-    terms each is among the metrics, as `loss_NAME`."""
+    """Returns this rank's loss and metrics of the step (detached), averaged over micro-batches, and updates the loss scale; see
+    `contracts.Engine.step`. With several loss terms the metrics have the mean of each as `loss_NAME`."""
     used, bad = scale.value, ~norm.isfinite()
     scale.update(bad)
     terms = {name: _reduced(name, outputs, shares) for name in outputs[0].terms}
@@ -104,7 +105,7 @@ def reduce_outputs(
 
 
 def _reduced(name: str, outputs: list[StepOutput], shares: list[Shares]) -> LossTerm:
-    """One term over micro-batches, and its metrics, each micro-batch with its share."""
+    """Returns a loss term and its metrics, averaged over micro-batches, each times its share."""
     terms, factors = [output.terms[name] for output in outputs], [share.get(name, 1.0) for share in shares]
 
     def mean(values: list[Tensor]) -> Tensor:
@@ -121,9 +122,9 @@ def _mean(values: list[Tensor]) -> Tensor:
 def clip_and_step(
     optimizer: SkippableOptimizer, parameters: Iterable[nn.Parameter], clip: float | None, scale: LossScale
 ) -> Tensor:
-    """Clip to the global norm `clip` and step, or leave the weights alone where the gradient is not finite.
+    """Clips the gradient to the global norm `clip` and updates the weights; skips the update if the gradient is not finite.
 
-    Returns the norm before clipping, of the unscaled gradient; nothing waits for the device.
+    Returns the norm of the unscaled gradient before clipping (a scalar), without a host sync.
     """
     limit: Any = float("inf") if clip is None else clip * scale.value
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit) / scale.value

@@ -1,4 +1,4 @@
-"""Optimizers: settings. `groups.py` makes parameter groups, `schedule.py` the rates of a step, `optimizers.py` the optimizers."""
+"""Settings of optimizers. `groups.py` makes parameter groups, `schedule.py` the rates of a step, `optimizers.py` optimizers."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TowerSettings(Settings):
-    """Rates of one tower of a CLIP student; null: the general value."""
+    """Rates of one tower of a CLIP student; null stands for the general value."""
 
     lr: Annotated[float, Field(gt=0.0)] | None = None
-    """Peak; the schedule has the same form for all, and ends at the same share of the peak."""
+    """Peak learning rate; the schedule has the same form for all towers, and ends at the same share of the peak."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     weight_decay: Annotated[float, Field(ge=0.0)] | None = None
 
 
 class LambSettings(Settings):
-    """LAMB (You et al. 2020): a step of Adam, made as long as the tensor's norm (times the learning rate).
+    """LAMB (You et al. 2020): each tensor's Adam update is rescaled to the norm of the tensor (times the learning rate).
 
-    Defaults are those of DeepSpeed's LAMB, which EVA-CLIP uses. It differs in one place: DeepSpeed corrects the bias of the
-    moments on the whole step, so that its first steps are shorter; here it is corrected on the moments, as in the paper and in
-    timm. timm's limits nothing and leaves tensors alone that do not decay (`trust: null`, `adapt: decayed`).
+    Defaults are those of DeepSpeed's LAMB, which EVA-CLIP uses. One thing differs: DeepSpeed applies the bias correction to the
+    whole step, so that its first steps are shorter; here it applies to the moments, as in the paper and in timm. timm's LAMB has
+    no limits and does not rescale tensors without weight decay (`trust: null`, `adapt: decayed`).
     """
 
     trust: tuple[Annotated[float, Field(ge=0.0)], Annotated[float, Field(gt=0.0)]] | None = (0.01, 10.0)
-    """Limits of norm of the tensor / norm of its update; null for none."""
+    """Lower and upper limit of the trust ratio, norm of the tensor / norm of its update; null for none."""
     adapt: Literal["all", "decayed"] = "all"
-    """Tensors whose step gets this length; the others take Adam's."""
+    """Tensors whose update is rescaled by the trust ratio: all, or those with weight decay; the others take Adam's update."""
 
 
 class LarsSettings(Settings):
-    """LARS (You et al. 2017) in the form of MoCo v3 and MAE, as in EVA's linear probe: momentum over a gradient that is made as
-    long as the tensor's norm, times `trust`. Vectors and biases take the gradient as it is. Batch sizes scale nothing."""
+    """LARS (You et al. 2017) in the form of MoCo v3 and MAE, as in EVA's linear probe: momentum over gradients that are rescaled
+    to the tensor's norm times `trust`. Gradients of vectors and biases are not rescaled. The batch size does not scale rates."""
 
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     trust: Annotated[float, Field(gt=0.0)] = 0.001
-    """Length of a matrix's gradient over the length of the matrix."""
+    """Norm of a matrix's rescaled gradient / norm of the matrix."""
 
 
 class OptimSettings(Settings):
     """Optimizer, with warm-up and decay."""
 
     optimizer: Literal["adamw", "lamb", "lars"] = "adamw"
-    """LAMB and LARS compare whole tensors, so they need run.zero_stage=0: higher stages cut them up. (EVA-CLIP's released runs
-    used LAMB with stage 1, so that one ratio held for whatever of a parameter group lay on a rank.) LARS is for linear
-    probes."""
+    """LAMB and LARS need the norms of unsharded tensors, and so run.zero_stage=0. (EVA-CLIP's released runs used LAMB with stage
+    1, where one trust ratio applied to a rank's shard of a parameter group.) LARS is for linear probes."""
     lamb: Annotated[LambSettings, For("optimizer", "lamb")] = LambSettings()
     lars: Annotated[LarsSettings, For("optimizer", "lars")] = LarsSettings()
     lr: Annotated[float, Field(gt=0.0)]
@@ -58,27 +57,27 @@ class OptimSettings(Settings):
     image: TowerSettings = TowerSettings()
     """The image tower of a CLIP student, with its projection into the shared space."""
     text: TowerSettings = TowerSettings()
-    """The text tower, with its projection. The logit scale and bias are in neither and have the general values."""
+    """The text tower, with its projection. The logit scale and bias are in neither tower and have the general values."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    """Learning rate that the schedule ends at."""
+    """Learning rate at the end of the schedule."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
-    """Linear rise from 0 to `lr`."""
+    """Epochs of the linear rise from 0 to `lr`."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps of the rise, in place of `warmup_epochs`."""
     warmup: Literal["linear", "inclusive"] = "linear"
-    """Update `step` of W warm-up steps has "linear": (step + 1) / W of the peak (EVA-CLIP); "inclusive": step / (W - 1), so
-    that the first changes nothing and both step W - 1 and step W have the peak (EVA-01 and EVA-02, utils.py)."""
+    """Share of the peak at update `step` of W warm-up steps. "linear": (step + 1) / W (EVA-CLIP); "inclusive": step / (W - 1), so
+    that the first update changes nothing and both step W - 1 and step W have the peak (EVA-01 and EVA-02, utils.py)."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """From `lr` to `min_lr` after warm-up. A cosine reaches `min_lr` one step after the last, a line at the last."""
+    """Decay from `lr` to `min_lr` after warm-up. A cosine reaches `min_lr` one step after the last, a line at the last step."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     weight_decay_end: Annotated[float, Field(ge=0.0)] | None = None
-    """Weight decay that a cosine over all steps ends at; default constant."""
+    """Weight decay at the end of a cosine over all steps; by default the weight decay is constant."""
     betas: Annotated[tuple[Beta, Beta], For("optimizer", "adamw", "lamb")] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0.0), For("optimizer", "adamw", "lamb")] = 1e-6
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor on the learning rate per layer below the head: layer id of D + 1 gets layer_decay^(D + 1 - id)."""
+    """Factor on the learning rate per layer below the head: layer `id` of D + 1 layers has layer_decay^(D + 1 - id)."""
     clip_grad: Annotated[float, Field(gt=0.0)] | None = 3.0
-    """Largest global gradient norm; null for none."""
+    """Largest global gradient norm; null for no clipping."""
 
     @model_validator(mode="after")
     def _ends_below(self) -> OptimSettings:
@@ -94,7 +93,7 @@ class OptimSettings(Settings):
 
 
 def check_sharding(settings: OptimSettings, zero_stage: int) -> None:
-    """Raises UserError where the optimizer would see pieces of tensors."""
+    """Raises UserError if the optimizer needs unsharded tensors and the ZeRO stage shards them."""
     if settings.optimizer != "adamw" and zero_stage:
         raise UserError(
             f"optim.optimizer={settings.optimizer} compares the norms of whole tensors, which run.zero_stage={zero_stage} "

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TOP = ("norm.", "rel_pos_bias.")
-"""Trunk parameters at the top layer for EVA (EVA-01/eva/optim_factory.py); timm counts them to the last block and the stem."""
+"""Prefixes of trunk parameters in EVA's top layer (EVA-01/eva/optim_factory.py); in timm they are in the last block and stem."""
 
 
 class _Rule(NamedTuple):
@@ -22,14 +22,14 @@ class _Rule(NamedTuple):
 
 
 def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Optimizer groups with `params`, `weight_decay`, `decays` and `lr_scale`: of what trains, by BEiT's rule as in
-    EVA-01/eva/optim_factory.py and EVA-CLIP/rei/training/optim.py.
+    """Returns optimizer groups of the trained parameters, with `params`, `weight_decay`, `decays` and `lr_scale`, by BEiT's rule
+    as in EVA-01/eva/optim_factory.py and EVA-CLIP/rei/training/optim.py.
 
-    `lr_scale` and `decays` are factors on the rates of a step. Vectors, biases and the towers' own lists (positions, class
-    token) do not decay; relative position tables do, though timm lists them, and so does a mask token. A student without
-    `towers()` has one, its trunk. Outside the towers, `student.stem_parameters` are at layer 0 and all else is at the top, where
-    `student.lr_scales` may give a parameter a factor by its name (the layers of a probe).
-    Raises UserError when layers shall differ and the architecture does not say its layers.
+    `lr_scale` and `decays` are factors on the rates of a step. Weight decay is off for vectors, biases and the parameters that
+    timm lists in `no_weight_decay` (positions, class token); it is on for relative position tables, although timm lists them,
+    and for a mask token. A student without `towers()` has one tower, its trunk. Outside the towers, `student.stem_parameters` are
+    in layer 0 and all other parameters in the top layer, where `student.lr_scales` may give a factor to a parameter by its name
+    (the layers of a probe). Raises UserError if rates shall differ by layer and the layers of the architecture are not known.
     """
     rules: dict[int, _Rule] = {}
     towers = _towers(student)
@@ -63,7 +63,7 @@ def _towers(student: Any) -> dict[str, Tower]:
 
 
 def _rules(name: str, tower: Tower, settings: OptimSettings) -> dict[int, _Rule]:
-    """The rule of each of a tower's parameters, by its id."""
+    """Returns the rule of each parameter of a tower, by the parameter's `id()`."""
     own: TowerSettings = getattr(settings, name, TowerSettings())
     peak = 1.0 if own.lr is None else own.lr / settings.lr
     decays = 1.0 if own.weight_decay is None or not settings.weight_decay else own.weight_decay / settings.weight_decay
@@ -77,21 +77,21 @@ def _rules(name: str, tower: Tower, settings: OptimSettings) -> dict[int, _Rule]
     exempt = [pattern for pattern in listed if not pattern.endswith("relative_position_bias_table")]
     rules = {}
     for outer, parameter in tower.module.named_parameters():
-        inner = inside.get(id(parameter), "")  # "" outside its layers
+        inner = inside.get(id(parameter), "")  # "" for a parameter outside the layers
         spared = any(fnmatch(inner, pattern) for pattern in exempt) or not _is_matrix(outer, parameter)
         rules[id(parameter)] = _Rule(peak * scales.get(inner, 1.0), 0.0 if spared else decays)
     return rules
 
 
 def _lr_scales(tower: Tower, layer_decay: float, setting: str) -> dict[str, float]:
-    """Scale of each of the layered part's parameters that lies below the top."""
+    """Returns the learning rate scale of each parameter of `tower.layered` below the top layer, by name."""
     from timm.models._manipulate import group_with_matcher
 
     if layer_decay == 1:
         return {}
     if tower.layers is None:
         raise UserError(f"{setting}={layer_decay}: {type(tower.layered).__name__} does not say its layers; set it to 1")
-    # No matcher knows the name "top", so it shows which layer id timm gives to what stands above all layers.
+    # No matcher matches the name "top", so timm gives it the layer id above all layers.
     names = [name for name, _ in tower.layered.named_parameters() if not name.startswith(TOP)] + ["top"]
     layers = group_with_matcher(((name, None) for name in names), tower.layers, reverse=True)
     return {name: layer_decay ** (layers["top"] - layer) for name, layer in layers.items() if name != "top"}

@@ -12,22 +12,22 @@ from eva_mim.optim import LambSettings, LarsSettings, OptimSettings
 
 
 class SkippableOptimizer(torch.optim.Optimizer):
-    """An optimizer that can leave a step out, and tell how far it moved the weights, without asking the host."""
+    """An optimizer that can skip a step, and measure the size of its update, without a host sync."""
 
     measure_update = False
     found_inf: Tensor | None = None
-    """1 where the step is left out."""
+    """Scalar: 1 if the step is skipped, else 0; None if no step is skipped."""
     grad_scale: Tensor | None = None
-    """Gradients are divided by it."""
+    """Scalar by which gradients are divided; None for 1."""
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    """What it remembers of each tensor."""
+    """Names of the moments kept for each tensor."""
     counts = True
-    """It also remembers the number of updates that were taken, as "step"."""
+    """True if the state also has the number of updates made, as "step"."""
     _squares: list[Tensor]
-    """[2] squared norms of each tensor's update and of the tensor before it."""
+    """For each tensor [2]: squared norms of its update, and of the tensor before the update."""
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Optimizer state of a parameter, initialised if missing."""
+        """Returns the optimizer state of a parameter, initialised if missing."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state.update({moment: torch.zeros_like(parameter) for moment in self.moments})
@@ -36,31 +36,32 @@ class SkippableOptimizer(torch.optim.Optimizer):
         return state
 
     def update_ratio(self, device: torch.device, sharded: bool) -> Tensor | None:
-        """Norm of the last watched update over that of the weights, over all ranks; None when nothing was watched."""
+        """Returns the norm of the last update divided by that of the weights, over all ranks (a scalar); None if `measure_update`
+        is off. `sharded`: each rank has measured its own shard."""
         if not self.measure_update:
             return None
-        # Where DeepSpeed left the step out, nothing was measured.
+        # After a step that DeepSpeed skipped, there are no measurements.
         squares = torch.stack(self._squares).sum(0) if self._squares else torch.zeros(2, device=device)
         self._squares = []
         norms = (all_reduce_sum(squares) if sharded else squares).sqrt()
         return norms[0] / norms[1].clamp(min=1e-30)
 
     def _given(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """1, or 0 where the step is left out; the unscaled gradient, or zeros."""
+        """Returns 1 and the unscaled gradient; for a skipped step 0 and zeros."""
         assert p.grad is not None
         done = p.new_ones(()) if self.found_inf is None else 1 - self.found_inf
         return done, torch.where(done > 0, p.grad if self.grad_scale is None else p.grad / self.grad_scale, 0.0)
 
 
 class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
-    """torch's fused AdamW."""
+    """torch's fused AdamW, which can skip a step."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
         super().__init__(groups, fused=True, **options)
         self._squares = []
 
     def step(self, closure: Any = None) -> Any:
-        """One update; DeepSpeed calls it once for each group of its own."""
+        """Makes one update; DeepSpeed calls it once for each of its own groups."""
         result = super().step(closure)
         if self.measure_update:
             self._squares += [self._squared(group, p) for group in self.param_groups for p in group["params"]
@@ -69,7 +70,7 @@ class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
 
     @torch.no_grad()
     def _squared(self, group: dict[str, Any], p: Tensor) -> Tensor:
-        """[2] squared norms of this tensor's update and of the tensor before it, from AdamW's own formula."""
+        """Returns [2]: squared norms of the tensor's update, recomputed by AdamW's formula, and of the tensor before it."""
         state, (first, second) = self.state[p], group["betas"]
         # A skipped first step leaves the count at 0.
         count = state["step"].clamp(min=1).to(p.device)
@@ -81,11 +82,11 @@ class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
 
 
 class TensorByTensor(SkippableOptimizer):
-    """An optimizer whose step is a rule for each whole tensor."""
+    """Base of optimizers that update one unsharded tensor at a time."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update."""
+        """Makes one update."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -98,11 +99,11 @@ class TensorByTensor(SkippableOptimizer):
 class SkippableLamb(TensorByTensor):
     """LAMB, step by step as timm's `Lamb` with limits on the trust ratio (see `LambSettings`).
 
-    Not timm's own class: that counts its steps on the host, and cannot leave one out without waiting for the device.
+    It is not timm's class, since that counts its steps on the host and cannot skip one without waiting for the device.
     """
 
     def __init__(self, groups: list[dict[str, Any]], settings: LambSettings, **options: Any):
-        # "capturable" makes torch restore the count of steps to the weights' device.
+        # With "capturable" torch restores the count of steps to the weights' device.
         super().__init__(groups, {**options, "capturable": True})
         self._trust, self._adapt_all = settings.trust, settings.adapt == "all"
         self._squares = []
@@ -131,7 +132,7 @@ class SkippableLamb(TensorByTensor):
 class SkippableLars(TensorByTensor):
     """LARS, step by step as in MoCo v3 and MAE (see `LarsSettings`).
 
-    Not timm's own class: that cannot leave a step out, and adds 1e-8 to norms that are divided by.
+    It is not timm's class, since that cannot skip a step, and adds 1e-8 to norms in denominators.
     """
 
     moments, counts = ("momentum_buffer",), False
@@ -148,7 +149,7 @@ class SkippableLars(TensorByTensor):
         if p.ndim > 1:
             length = update.norm()
             update *= torch.where((before > 0) & (length > 0), self._trust * before / length, 1.0)
-        # Exactly what it was where the step is left out.
+        # After a skipped step the buffer is exactly as before.
         buffer = state["momentum_buffer"]
         buffer.copy_(torch.where(done > 0, buffer * self._momentum + update, buffer))
         rate = group["lr"] * done
@@ -158,7 +159,7 @@ class SkippableLars(TensorByTensor):
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimSettings) -> SkippableOptimizer:
-    """The optimizer that the settings name, for `parameter_groups`."""
+    """Returns the optimizer of the settings; `groups` come from `parameter_groups`."""
     if settings.optimizer == "lars":
         return SkippableLars(groups, settings.lars, settings.lr)
     options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}

@@ -9,7 +9,7 @@ from eva_mim.optim import OptimSettings
 
 
 def rates_at(step: int, settings: OptimSettings, *, steps_per_epoch: int, epochs: float) -> Rates:
-    """Learning rate and weight decay of update `step` (from 0)."""
+    """Returns learning rate and weight decay of update `step` (from 0)."""
     lr = lr_at(step, settings, steps_per_epoch=steps_per_epoch, epochs=epochs)
     if settings.weight_decay_end is None:
         return Rates(lr, settings.weight_decay)
@@ -17,7 +17,7 @@ def rates_at(step: int, settings: OptimSettings, *, steps_per_epoch: int, epochs
 
 
 def lr_at(step: int, settings: OptimSettings, *, steps_per_epoch: int, epochs: float) -> float:
-    """Learning rate of update `step` (from 0): warm-up, then the schedule over the steps that are left."""
+    """Returns the learning rate of update `step` (from 0): warm-up, then the schedule over the remaining steps."""
     given = settings.warmup_steps
     warmup = round(settings.warmup_epochs * steps_per_epoch) if given is None else given
     if step < warmup:

@@ -1,5 +1,5 @@
 """Checkpoints of a run: full tensors under their names, the same for every engine, ZeRO stage and number of processes.
-Written beside their final name while training goes on, renamed when they are on the disk, then pruned; checked when read."""
+A checkpoint is written under a temporary name while training goes on, renamed when it is on the disk, and checked when read."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from eva_mim.weights.files.read import Checkpoint, open_checkpoint
 from eva_mim.weights.files.write import Kinds, bytes_of, in_file_order, stream_safetensors
 
 ROUNDING = 1e-9
-"""Relative difference of a norm in fp64 by the order of its sum."""
+"""Relative tolerance of a norm in fp64, which depends on the order of summation."""
 ROOM = 0.5
-"""Share of the free memory that the copy of a checkpoint may take; training needs some as well."""
+"""Share of the free memory that the copy of a checkpoint may take; the rest is left to training."""
 Values = Mapping[str, Iterable[Tensor]]
-"""Part -> its tensors `in_file_order`."""
+"""Tensors `in_file_order` by the name of their state group."""
 
 
 def kept_here(tensors: Mapping[str, Tensor]) -> StateGroup:
-    """A state group whose tensors are full on every rank."""
+    """Returns a state group of tensors that every rank has in full."""
     kinds = {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors.items()}
 
     def put(name: str, value: Tensor) -> None:
@@ -49,19 +49,20 @@ def kept_here(tensors: Mapping[str, Tensor]) -> StateGroup:
 
 class Writer:
     """Saves a run's checkpoints, one at a time: each is copied to the main rank's memory, and a thread writes it from there.
-    Where the copy does not fit, training is held until the checkpoint is written. Every rank has one and calls alike."""
+    If the memory does not suffice for the copy, training waits until the checkpoint is written. Every rank has a writer and makes
+    the same calls."""
 
     def __init__(self, out: Path, *, keep_last: int, keep_every: int | None = None):
         self._write = partial(_write, out, keep_last=keep_last, keep_every=keep_every)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._end: Future[None] | None = None
         self._step: int | None = None
-        """Of the checkpoint that is being written; `_end` tells the main rank what became of it."""
+        """Step of the checkpoint that is being written; `_end` is its future on the main rank."""
         self._told = False
 
     def save(self, step: int, parts: Mapping[str, StateGroup], facts: Mapping[str, Any]) -> None:
-        """Begin a checkpoint, after the one before has been written. When this returns the tensors may change. `facts` are plain
-        values for `load` to give back. Raises what `finish` raises."""
+        """Starts to write a checkpoint, after the previous one has been written. After the call the tensors may change. `facts`
+        are plain values that `load` returns. Raises the errors of `finish`."""
         self.finish(held=True)
         kinds = {name: part.kinds for name, part in parts.items()}
         manifest = {"step": step, "processes": world_size(), "facts": dict(facts)}
@@ -72,25 +73,25 @@ class Writer:
             if copied:
                 values = {name: [value.to("cpu", copy=True) for value in tensors] for name, tensors in values.items()}
             self._end = self._thread.submit(work, values) if copied else _at_once(work, values)
-        for tensors in values.values():  # reading takes every rank, also where the main rank has stopped writing
+        for tensors in values.values():  # every rank must read, even if the main rank has stopped writing
             deque(tensors, maxlen=0)
         self._step = step
         if not copied:
             self.finish()
 
     def failed(self) -> bool:
-        """The checkpoint came to a bad end, which `finish` would tell. Never waits; only the main rank knows."""
+        """Returns whether writing has failed, so that `finish` would raise. It does not wait; True on the main rank only."""
         return self._end is not None and self._end.done() and self._end.exception() is not None
 
     def finish(self, *, held: bool = False) -> None:
-        """Wait for the checkpoint that is being written. Raises UserError on every rank where it could not be, for a full disk
-        for example; then the checkpoints from before are as they were, and nothing is left of it. `held`: training waits."""
+        """Waits for the checkpoint that is being written. Raises UserError on every rank if writing failed, for example on a full
+        disk; earlier checkpoints are then unchanged, and its files are removed. `held`: training waits, which is printed."""
         step, self._step = self._step, None
         if step is not None:
             run_on_main(partial(self._wait, step, held))
 
     def close(self) -> None:
-        """Wait, on this rank alone and whatever becomes of it."""
+        """Waits on this rank for the thread, and ignores a failure."""
         self._thread.shutdown()
 
     def _wait(self, step: int, held: bool) -> None:
@@ -111,8 +112,8 @@ class Writer:
 
 
 def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take, of the machine and of its control groups (Linux, v2), where cached files count as
-    free."""
+    """Returns the bytes of memory available to this process, limited by the machine and by its control groups (Linux, v2); cached
+    files count as free."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, IndexError):
         group = groups / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
@@ -125,8 +126,8 @@ def available_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def newest(out: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest checkpoint whose files have their hashes, or None where a run has none; on all ranks alike.
-    Raises UserError where every one is damaged."""
+    """Returns (step, folder) of the newest checkpoint whose files match their hashes, on all ranks; None if the run has no
+    checkpoint. Raises UserError if all checkpoints are damaged."""
 
     def search() -> tuple[int, Path] | None:
         folders = RunFolder(out).complete()
@@ -142,9 +143,9 @@ def newest(out: Path) -> tuple[int, Path] | None:
 
 
 def load(folder: Path, parts: Mapping[str, StateGroup], *, alone: bool = False) -> dict[str, Any]:
-    """Put a checkpoint back on all ranks; returns its facts. `alone`: these parts and no others, for a module that does not go on
-    training. Raises UserError where names, shapes or, after all is done, the norm of a part is not what it should be: never a
-    part of a load."""
+    """Loads a checkpoint on all ranks; returns its facts. `alone`: only these state groups are loaded, for a module that is not
+    trained further. Raises UserError if names, types or shapes differ, or if the norm of a loaded group differs from the saved
+    one, so that no run continues from an incomplete load."""
     manifest = read_manifest(folder)
     if not (set(manifest["norms"]) >= set(parts) if alone else set(manifest["norms"]) == set(parts)):
         raise UserError(f"{folder} holds {', '.join(sorted(manifest['norms']))}, but this run keeps {', '.join(sorted(parts))}")
@@ -154,7 +155,7 @@ def load(folder: Path, parts: Mapping[str, StateGroup], *, alone: bool = False) 
     for name, part in parts.items():
         for tensor in in_file_order(part.kinds):
             part.put(tensor, opened[name][tensor])
-    for name, part in parts.items():  # of what arrived, wherever it lies now
+    for name, part in parts.items():  # norms of the loaded tensors, read from where the engine keeps them
         norm, squares = manifest["norms"][name], list(map(_square, _whole(part)))
         run_on_main(partial(_equal, f"{folder / file_of(name)}", norm, math.sqrt(sum(squares))))
     facts: dict[str, Any] = manifest["facts"]
@@ -164,7 +165,7 @@ def load(folder: Path, parts: Mapping[str, StateGroup], *, alone: bool = False) 
 def _write(
     out: Path, manifest: dict[str, Any], kinds: Mapping[str, Kinds], values: Values, *, keep_last: int, keep_every: int | None
 ) -> None:
-    """A checkpoint from its tensors to the pruning of old ones; the main rank's alone. Raises UserError."""
+    """Writes a checkpoint and removes old ones; only the main rank calls it. Raises UserError."""
     step = manifest["step"]
     target = RunFolder(out).checkpoint(step)
     temporary = target.with_name(f"tmp-{target.name}")
@@ -192,7 +193,7 @@ def _at_once(work: Callable[[Values], None], values: Values) -> Future[None]:
 
 
 def _begin(temporary: Path, need: int) -> None:
-    """An empty folder on a disk with room for `need` bytes."""
+    """Creates an empty folder. Raises UserError if its disk has less than `need` bytes free."""
     for stale in temporary.parent.glob("tmp-*"):
         shutil.rmtree(stale)
     temporary.mkdir(parents=True)
@@ -207,7 +208,7 @@ def _whole(part: StateGroup) -> Iterator[Tensor]:
 
 
 def _write_part(path: Path, kinds: Kinds, values: Iterable[Tensor]) -> float:
-    """The part's file; returns the norm of all its elements."""
+    """Writes the file of a state group; returns the norm of all its elements."""
     squares = [0.0]
 
     def noting() -> Iterator[Tensor]:
@@ -228,14 +229,14 @@ def _finish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())}
     write_json(temporary / MANIFEST, manifest | {"files": files})
     flush_folder(temporary)
-    if target.exists():  # damaged, or its step was done again
+    if target.exists():  # a damaged checkpoint, or the step was run again
         shutil.rmtree(target)
     os.rename(temporary, target)
     flush_folder(target.parent)
 
 
 def _prune(target: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove old checkpoints, and any that is ahead: it was damaged, or the run has gone back."""
+    """Removes old checkpoints, and any of a later step: it is damaged, or from before a rewind."""
     folders = sorted(target.parent.glob("step-*"))
     ahead = [folder for folder in folders if folder > target]
     old = folders[: len(folders) - len(ahead)][:-keep_last]
@@ -244,7 +245,7 @@ def _prune(target: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def _damaged(folder: Path) -> str | None:
-    """The first file that is not as its hash says."""
+    """Returns the first file whose hash differs from the manifest; None if all match."""
     for name, said in read_manifest(folder)["files"].items():
         if sha256(folder / name) != said["sha256"]:
             return str(name)
@@ -252,7 +253,7 @@ def _damaged(folder: Path) -> str | None:
 
 
 def _same(opened: Checkpoint, part: StateGroup) -> None:
-    """Raise UserError unless the file has exactly the names, types and shapes that are wanted."""
+    """Raises UserError unless the file has exactly the names, types and shapes of the state group."""
     dtypes, shapes = opened.dtypes(), opened.shapes()
     found = {name: (dtypes[name], shapes[name]) for name in opened}
     wrong = [f"{name}: missing" for name in part.kinds if name not in found]

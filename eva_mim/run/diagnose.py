@@ -1,4 +1,4 @@
-"""Largest values layer by layer, for a step that is not finite: what a dump records, and what a replay prints."""
+"""Largest values of each layer in a step that is not finite: a dump records them, and a replay prints them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Batch, Task
 
 Layers = dict[str, dict[str, float]]
-"""Layer -> {"weight", "output", "gradient"} -> largest absolute value (NaN where there is one), in order of computation."""
+"""Layer -> {"weight", "output", "gradient"} -> largest absolute value (NaN if any is NaN), in order of computation."""
 
 
 @dataclass
 class Finding:
-    """Findings of a forward (and backward) pass."""
+    """Loss and largest values of a forward (and backward) pass."""
 
     loss: float
     layers: Layers
 
 
 def most(values: Iterable[float]) -> float:
-    """The largest of the values; NaN when one of them is."""
+    """Returns the largest of the values, at least 0; NaN if one of them is NaN."""
     return float(torch.tensor([0.0, *values], dtype=torch.float64).max())
 
 
@@ -36,7 +36,7 @@ def _largest(tensors: Iterable[Tensor]) -> float:
 
 
 def largest_of(findings: Iterable[Layers]) -> Layers:
-    """Layer by layer over several passes."""
+    """Returns the largest values of each layer over several passes."""
     merged: Layers = {}
     for layers in findings:
         for name, row in layers.items():
@@ -46,7 +46,7 @@ def largest_of(findings: Iterable[Layers]) -> Layers:
 
 
 def first_bad(layers: Layers, what: str = "output") -> str | None:
-    """The first layer, in order of computation, where `what` is not finite."""
+    """Returns the first layer, in order of computation, whose `what` is not finite; None if all are."""
     return next((name for name, row in layers.items() if not math.isfinite(row.get(what, 0.0))), None)
 
 
@@ -68,7 +68,8 @@ def _watched(module: nn.Module, layers: Layers) -> Iterator[None]:
 def diagnose(
     task: Task, module: nn.Module, batch: Batch, autocast: Callable[[], Any], loss_scale: float | None = None
 ) -> Finding:
-    """Run one micro-batch forward; with `loss_scale` also backward (gradients add up on the module)."""
+    """Runs one micro-batch forward, and with `loss_scale` also backward (gradients accumulate in the module); returns its loss
+    and largest values."""
     layers: Layers = {}
     with _watched(module, layers), autocast(), torch.set_grad_enabled(loss_scale is not None):
         loss = task.loss(module, batch).loss

@@ -1,4 +1,4 @@
-"""The dump of a run that diverged: everything that running its last step again takes, in one folder."""
+"""The dump of a run that diverged: a folder with everything needed to run its last step again."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RECORD, DUMPED = "dump.json", "weights.safetensors"
 def write_dump(
     out: Path, engine: Engine, parts: Any, run: RunSettings, bad: list[tuple[int, int]], batches: list[Batch]
 ) -> Path:
-    """Write `OUT/dumps/step-.../` and return it. `bad`: step and data step of each step of the streak.
+    """Writes `OUT/dumps/step-.../` and returns its path. `bad`: (step, data step) of each of the consecutive skipped steps.
 
-    Every rank must call, with its own micro-batches of the last one.
+    Every rank must call, with its own micro-batches of the last step.
     """
     step, data_step = bad[-1]
     folder = RunFolder(out).dump(step)
@@ -52,7 +52,7 @@ def write_dump(
 
 
 def _over_ranks(found: list[Layers]) -> Layers:
-    """The largest values over micro-batches and ranks."""
+    """Returns the largest values over micro-batches and ranks."""
     if grouped():
         everywhere: list[Any] = [None] * world_size()
         torch.distributed.all_gather_object(everywhere, found)

@@ -1,4 +1,4 @@
-"""Joins that several programs make: loaders from a recipe, and the seeding of a trunk."""
+"""Functions of a recipe that several programs use: loaders, and the seeding of a trunk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eva_mim.weights.handover import read_parent, seed_trunk
 
 
 def batch_cut(run: RunSettings) -> dict[str, int]:
-    """Arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches."""
+    """Returns the arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches."""
     micro = run.micro_batch or max(1, run.global_batch // world_size())
     return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
 
@@ -31,8 +31,9 @@ def train_loader(
     recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
     pixels: Statistics | None = None,
 ) -> TrainLoader[B]:
-    """Training batches of this rank, of what `kind` makes of views of these sizes (pixels) and a seed. Raises UserError when the
-    batch does not divide or does not fit."""
+    """Returns the loader of this rank's training batches, which the preparation `kind` makes from views of these sizes in pixels;
+    `pixels` are mean and std by channel, for `view.erase`. Raises UserError if global_batch is no multiple of micro_batch x
+    processes, or is larger than the data."""
     order = order_of(source, **batch_cut(recipe.run))
     return TrainLoader(source, kind(TrainView(view, sizes, pixels), recipe.run.seed), order, recipe.data.workers)
 
@@ -41,16 +42,17 @@ def eval_loader(
     recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
     limit: int | None = None,
 ) -> EvalLoader[B]:
-    """Held-out batches of this rank, with fixed views and masks (the same for every run seed)."""
+    """Returns the loader of this rank's held-out batches, with fixed views and masks (the same for every run seed). `limit`:
+    largest number of images, spread evenly over the source; None for all."""
     made = kind(EvalView(sizes, view.crop_pct), 0, training=False)
     batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
     return EvalLoader(source, made, batch, recipe.data.workers, limit)
 
 
 def seed_from(recipe: Recipe, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:
-    """Seed a trunk in place and tell what went where; None without `init_from`. Raises UserError.
+    """Seeds a trunk in place from `init_from`; returns a report of its tensors, None without `init_from`. Raises UserError.
 
-    Warns of a parent that saw images normalised otherwise: nothing else would show it, and the weights fit all the same.
+    Prints a warning if the parent was trained with another mean or std, since the weights fit regardless.
     """
     if recipe.init_from is None:
         return None

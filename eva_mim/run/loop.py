@@ -1,4 +1,4 @@
-"""The one training loop: steps, log lines, evaluations, checkpoints, rewinds, and a clean stop on a signal."""
+"""The training loop of all stages: steps, log lines, evaluations, checkpoints, rewinds, and a clean stop on a signal."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Parts:
 
 
 class RunState(NamedTuple):
-    """What a run goes on with beside its tensors, in JSON's types."""
+    """State of a run in a checkpoint besides its tensors, in JSON's types."""
 
     window: list[Row]
-    """Figures since the last log line, a row for each rank."""
+    """Figures of each step since the last log line, means over ranks."""
     broken: int
-    """Records that could not be read so far, over all ranks."""
+    """Number of records that could not be read so far, over all ranks."""
     skipped: int
-    """Steps left out so far."""
+    """Number of steps skipped so far."""
     alarm: list[float]
     """`SpikeAlarm.state`."""
     evaluation_due: bool
-    """An evaluation belongs between this step and the next."""
+    """True if an evaluation is due between this step and the next."""
 
 
 @dataclass
@@ -87,7 +87,8 @@ class Loop:
         self.checkpoint_due = False
 
     def __call__(self) -> Trained:
-        """Train to the end. Raises Interrupted after a signal, UserError for too many broken images, Diverged, LostProcess."""
+        """Trains to the last step. Raises Interrupted after a signal, UserError for too many broken images, Diverged,
+        LostProcess."""
         self.started, self.first = time.perf_counter(), self.step
         say(f"  {self.total} steps of {self.run.global_batch} images, {self.steps_per_epoch} an epoch"
             + (f"; going on from step {self.first}" if self.first else ""))
@@ -101,20 +102,20 @@ class Loop:
             while self.step < self.total:
                 self._train(caught)
             self.writer.finish()
-            if not self.metrics:  # resumed after the last step: the figures were not kept in memory
+            if not self.metrics:  # resumed after the last step, when the figures are not in memory
                 self._evaluate()
         self.log.close()
         return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
 
     def _train(self, caught: list[int]) -> None:
-        """Steps until the end, or until the run has been put back to an earlier checkpoint."""
+        """Trains until the last step, or until a rewind to an earlier checkpoint."""
         streak, recent = SkipCounter(), deque[tuple[int, int]](maxlen=self.run.max_skips)
         self.meter = Meter(self.stopwatch, self.window)
         for data_step, batches in self._loaded():
             streak.note(self._one_step(batches))
             recent.append((self.step - 1, data_step))
             if streak.length or self.run.max_skips == 1:
-                streak.settle()  # within a streak each step is waited for: the last bad one shall be the newest
+                streak.settle()  # while steps are skipped, wait for each one, so that the counter is current
             if streak.length >= self.run.max_skips:
                 return self._rewind(list(recent), batches)
             due = self.step % self.run.log_every == 0 or self.step == self.total
@@ -150,14 +151,14 @@ class Loop:
             yield item[0], [batch.to(self.device) for batch in item[1]]
 
     def _one_step(self, batches: list[Batch]) -> torch.Tensor:
-        # Whatever a network or an augmentation draws in this step is a function of (seed, step, rank).
+        # The random numbers that networks and mixup draw in this step are a function of (seed, step, rank).
         seed_all(derive(self.run.seed, "step", self.step, rank()))
         self.rates = rates_at(self.step, self.optim, steps_per_epoch=self.steps_per_epoch,
                               epochs=self.total / self.steps_per_epoch)
         self.step += 1
         before = [buffer.clone() for buffer in self.norm_statistics]
         output = self.engine.step(self.parts.task, batches, self.rates, measure_update=self._is_due(self.run.log_every))
-        for buffer, old in zip(self.norm_statistics, before, strict=True):  # a forward pass has moved them already
+        for buffer, old in zip(self.norm_statistics, before, strict=True):  # updated in skipped steps, too
             buffer.copy_(torch.where(output.metrics["skipped"] > 0, old, buffer))
         self.meter.outputs.append(output)
         self.meter.images += sum(len(batch.index) for batch in batches) * world_size()
@@ -203,7 +204,7 @@ class Loop:
             f"({shares})  left {duration(left)}")
 
     def _agree(self, caught: list[int]) -> int:
-        """The signal that any rank has caught, or 0. Raises UserError where the main rank could not write its checkpoint."""
+        """Returns the signal that any rank has caught, or 0. Raises UserError if the main rank could not write its checkpoint."""
         flag = torch.tensor([caught[0] if caught else 0, self.writer.failed()])
         if world_size() > 1:
             flag = flag.to(self.device)
@@ -214,7 +215,8 @@ class Loop:
         return int(stop)
 
     def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
-        """Back to the last checkpoint, without the data of the `bad` (step, data step)s; or stop with a dump of the last one."""
+        """Rewinds to the last checkpoint and leaves out the data steps of the `bad` (step, data step)s. Raises Diverged, after a
+        dump of the last step, if no checkpoint or no rewind is left."""
         first, last = bad[0][1], bad[-1][1]
         self.writer.finish()
         found = snapshot.newest(self.out)
@@ -248,12 +250,13 @@ class Loop:
         self.evaluation_due = False
 
     def _average_norm_statistics(self) -> None:
-        # Each rank's batch norms have seen other images; evaluation and checkpoints need one answer.
+        # Batch norms of each rank have the statistics of its own images; evaluation and checkpoints need one value.
         for buffer in self.norm_statistics if world_size() > 1 else ():
             buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
 
     def _save(self, streak: SkipCounter) -> None:
-        # A checkpoint is a place to rewind to: none is written in a streak (its steps leave the weights alone), but at the end.
+        # A run may rewind to a checkpoint, so none is written while steps are skipped (the weights do not change), except at
+        # the last step.
         self.checkpoint_due = self.step < self.total and not streak.clean()
         if self.checkpoint_due:
             return

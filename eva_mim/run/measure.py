@@ -1,4 +1,4 @@
-"""Held-out figures of a student, and of its average where one is kept: in a training run, and of a checkpoint alone."""
+"""Held-out figures of a student, and of the average of its weights if there is one: in a training run or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from eva_mim.core.timing import Stopwatch, measuring
 from eva_mim.engine import RunSettings
 
 EMA = "ema"
-"""Part of a checkpoint, prefix of figures ("ema_top1") and folder of a run for the average of the weights."""
+"""Name of the average of the weights: of its state group in a checkpoint, folder in a run, and prefix of figures ("ema_top1")."""
 
 
 def average_of(module: nn.Module, run: RunSettings) -> Any:
-    """The exponential moving average that a run keeps of its student; None without `run.ema_decay`."""
+    """Returns the exponential moving average of a student's weights for a run; None without `run.ema_decay`."""
     return None if run.ema_decay is None else ModelEmaV3(module, decay=run.ema_decay, use_warmup=run.ema_warmup)
 
 
 @torch.no_grad()
 def measure(evaluator: Evaluator, student: nn.Module, average: Any, autocast: Callable[[], Any]) -> dict[str, float]:
-    """Figures of the student, and with the prefix "ema_" of its average. Every rank must call, with a full module."""
+    """Returns the figures of the student, and with the prefix "ema_" those of its average. Every rank must call, with unsharded
+    modules."""
     figures: dict[str, float] = {}
-    with measuring(Stopwatch()):  # its teacher and student passes are none of a step's
+    with measuring(Stopwatch()):  # teacher and student passes here do not count as phases of a step
         for prefix, module in (("", student), (f"{EMA}_", average and average.module)):
             if module is not None:
                 module.eval()

@@ -1,4 +1,4 @@
-"""Sums between two log lines. Tensors stay on the device until the line is due."""
+"""Figures between two log lines. Tensors stay on the device until the log line is due."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class Window:
     """Figures since the last log line, over all ranks."""
 
     figures: dict[str, float]
-    """Means over the steps that were taken; `skipped`, `broken`: sums; `loss_scale`: the last; `grad_norm_max`: the largest."""
+    """Means over the steps that were not skipped; `skipped` and `broken` are sums, `loss_scale` is the last value,
+    `grad_norm_max` the largest `grad_norm`."""
     losses: list[float]
-    """Loss of each step; NaN where it was not finite."""
+    """Loss of each step, which may be NaN or infinite in a skipped step."""
     shares: dict[str, float]
     """Share of the main rank's time by phase."""
     images_per_s: float
 
 
 class Meter:
-    """One window. `earlier` are rows of a window that a stopped run had begun."""
+    """Collects the figures of one window. `earlier` are the rows of a window that a stopped run had begun."""
 
     def __init__(self, stopwatch: Stopwatch, earlier: Sequence[Row] = ()) -> None:
         self._stopwatch, self._earlier = stopwatch, earlier
@@ -41,7 +42,7 @@ class Meter:
         self.broken: list[str] = []
 
     def rows(self, device: torch.device) -> list[Row]:
-        """Loss and metrics of each step, means over ranks. Waits for the device; every rank must call."""
+        """Returns loss and metrics of each step, means over ranks. It waits for the device; every rank must call."""
         steps = [{"loss": output.loss} | output.metrics for output in self.outputs]
         if not steps:
             return list(self._earlier)
@@ -50,13 +51,13 @@ class Meter:
         return [*self._earlier, *({name: next(values) for name in step} for step in steps)]
 
     def broken_everywhere(self, device: torch.device) -> int:
-        """Broken images on all ranks. Every rank must call."""
+        """Returns the number of broken images of the window over all ranks. Every rank must call."""
         return int(all_reduce_sum(torch.tensor(len(self.broken), device=device)))
 
     def read(self, device: torch.device) -> Window:
-        """Close the window: the one point where the host waits for the device."""
+        """Returns the figures of the window. Here the host waits for the device; every rank must call."""
         rows = self.rows(device)
-        # A skipped step has no finite values; they would hide those of the others.
+        # Skipped steps are left out, since their values are not finite.
         taken = [row for row in rows if not row["skipped"]]
         figures = {}
         for name in sorted({name for row in rows for name in row} - {"skipped"}):

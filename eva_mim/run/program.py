@@ -1,4 +1,4 @@
-"""The outside of every program: arguments, settings, errors and exit codes. Light to import."""
+"""The frame of every program: arguments, settings, errors and exit codes. It imports no torch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from eva_mim.run.stage import Built, Networks
 
 GRACE = 2.0
-"""Seconds in which the other ranks come to say the same, before a launcher that sees this one end ends them."""
+"""Seconds for the other ranks to print their own errors: the launcher ends them as soon as this one has ended."""
 
 
 def guard(work: Callable[[], Any]) -> int:
-    """Run `work` and turn its end into an exit code: 0, 2 (the user's mistake, text only), 3 (diverged), 69 (another process is
-    lost), 75 (requeue) or 130 (Ctrl-C)."""
+    """Runs `work`; returns the exit code: 0, 2 (mistake of the user, printed without traceback), 3 (diverged), 69 (another
+    process is lost), 75 (requeue) or 130 (Ctrl-C)."""
     try:
         with detect_lost_processes():
             work()
@@ -52,10 +52,10 @@ def guard(work: Callable[[], Any]) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process with `code`; after a failure without waiting for other ranks that may be stuck in a collective."""
+    """Ends the process with `code`; after a failure it does not wait for other ranks, which may be stuck in a collective."""
     if not code:
         leave_group()
-    gc.freeze()  # or the last collections look at a million objects of the libraries: seconds after the last line
+    gc.freeze()  # otherwise the last collections scan a million objects of the libraries, for seconds
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (UserError.exit_code, LostProcess.exit_code) and world_size() > 1:
@@ -64,7 +64,7 @@ def leave(code: int) -> None:
 
 
 def stage_parser(program: str, summary: str) -> argparse.ArgumentParser:
-    """Arguments of a stage program."""
+    """Returns the argument parser of a stage program."""
     parser = argparse.ArgumentParser(prog=f"eva-mim {program}", description=summary)
     parser.add_argument("recipe", help="YAML file, or the name of a recipe that ships with eva-mim (configs/...)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change, by dotted name")
@@ -75,29 +75,29 @@ def stage_parser(program: str, summary: str) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Stage:
-    """A kind of stage: what its command, a pipeline and the commands that look at its runs need of it."""
+    """A kind of stage, with what its command, pipelines and the commands on its runs need."""
 
     name: str
-    """Of its command, and in pipelines and records."""
+    """Name of its command, also in pipelines and records."""
     help: str
-    """A sentence."""
+    """A sentence for the help."""
     recipe: type[Recipe]
     networks: Callable[..., Networks]
-    """(recipe, classes of its data: int | None, weights: bool) -> its student and teachers. With `weights` false none is read
-    from a file, so that `on_meta` knows sizes of any recipe at no cost."""
+    """(recipe, number of classes of its data: int | None, weights: bool) -> student and teachers. With `weights` false no weights
+    are read from files, so that `on_meta` returns sizes of any recipe at no cost."""
     build: Callable[[Any, torch.device], Built]
-    """Makes networks, data and evaluator of a recipe."""
+    """(recipe, device) -> networks, data and evaluator."""
 
     def on_meta(self, recipe: Recipe, classes: int | None = None) -> Networks:
-        """The networks of a recipe without memory for weights: names, shapes, grids and widths. `classes` of a head: as many as
-        the data has."""
+        """Returns the networks of a recipe on the meta device (no memory for weights): names, shapes, grids and widths.
+        `classes`: number of classes of the data, for a head."""
         import torch
 
         with torch.device("meta"):
             return self.networks(recipe, classes, weights=False)
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Run the stage from its command line; returns the exit code."""
+        """Runs the stage from its command line; returns the exit code."""
         arguments = stage_parser(self.name, self.help).parse_intermixed_args(argv)
         if arguments.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
@@ -105,7 +105,7 @@ class Stage:
         def work() -> None:
             recipe: Recipe = resolve(self.recipe, read_yaml(arguments.recipe), arguments.overrides, arguments.recipe)
             state = None
-            if world_size() == 1:  # several ranks look together, once they are a group
+            if world_size() == 1:  # several ranks do this in `run_stage`, where they have a process group
                 from eva_mim.run.state import state_of
 
                 state = state_of(self.name, recipe, arguments.out)

@@ -1,4 +1,4 @@
-"""What every stage's recipe has. Light to import."""
+"""Settings that the recipes of all stages share. This file imports no torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from eva_mim.weights import HandOverSettings
 
 
 class Recipe(Settings):
-    """Settings of one stage. Order of starting: the run's own last checkpoint, else `init_from`, else scratch."""
+    """Settings of one stage. A run starts from its own last checkpoint, else from `init_from`, else from scratch."""
 
     init_from: str | None = None
-    """Folder of an earlier stage, or any checkpoint that `eva-mim inspect` knows: the trunk starts from its weights."""
+    """Source of the trunk's weights: folder of an earlier stage, or any checkpoint that `eva-mim inspect` recognises."""
     hand_over: HandOverSettings = HandOverSettings()
     data: DataSettings
     student: TrunkSettings
@@ -49,11 +49,11 @@ class Recipe(Settings):
         return self
 
     def parents(self) -> dict[str, Path]:
-        """Setting -> file or folder that this stage's result depends on."""
+        """Returns the files or folders that this stage's result depends on, by setting."""
         return {} if self.init_from is None else {"init_from": Path(self.init_from)}
 
     def identity_tree(self) -> dict[str, Any]:
-        """The settings that a result depends on; parents stand for their content elsewhere, so their paths are left out."""
+        """Returns the settings that a result depends on, without the paths of parents, whose content is hashed elsewhere."""
         tree = self.results()
         for setting in self.parents():
             *sections, leaf = setting.split(".")

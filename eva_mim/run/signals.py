@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: collected, and answered at the end of a step."""
+"""Signals that ask a run to end: they are collected, and handled at the end of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from eva_mim.core.log import say
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 instead of dying; a second Ctrl-C is Python's again."""
+    """Yields a list that collects SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 inside the block; a second Ctrl-C raises
+    KeyboardInterrupt. Outside the main thread it collects nothing."""
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:

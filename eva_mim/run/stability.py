@@ -1,4 +1,4 @@
-"""When masked pretraining spikes: count skipped steps, find the way around bad samples, and notice jumps of the loss."""
+"""Stability of a run: counting skipped steps, leaving out the data of failed steps, and detecting spikes of the loss."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from eva_mim.core.files import write_json
 from eva_mim.core.run_folder import RunFolder
 
 SPIKE_SIGMAS = 6.0
-"""A step whose loss lies so many standard deviations above its running mean is called a spike."""
+"""Number of standard deviations above the running mean from which a loss is a spike."""
 SPIKE_MEMORY = 0.98
 """Decay of the running mean and variance of the loss: about the last 50 steps."""
 SPIKE_PATIENCE = 50
-"""Steps before the alarm listens: the loss of a fresh student falls fast."""
+"""Number of first steps without spike detection, while the loss of a new student falls fast."""
 
 
 class SkipCounter:
-    """Skipped steps in a row. A flag is read when the next step has been queued: the device has it ready by then, so
-    nothing waits, and on every device the answer comes after the same step."""
+    """Counts consecutive skipped steps. The flag of a step is read after the next step has been queued: the device has computed
+    it by then, so the host does not wait, and on every device the count changes after the same step."""
 
     def __init__(self) -> None:
         self.length = 0
         self._waiting: deque[tuple[Tensor, Any]] = deque()
 
     def note(self, skipped: Tensor) -> None:
-        """The flag of the step just queued."""
+        """Adds the flag (scalar, 1 for skipped) of the step just queued, and reads all earlier flags."""
         if skipped.device.type != "cuda":
             self._waiting.append((skipped, None))
         else:
@@ -46,13 +46,13 @@ class SkipCounter:
             self._read()
 
     def settle(self) -> int:
-        """The streak with every flag read (waits for the device)."""
+        """Reads all flags and returns the number of consecutive skipped steps (waits for the device)."""
         while self._waiting:
             self._read()
         return self.length
 
     def clean(self) -> bool:
-        """The newest step was not skipped (waits for the device)."""
+        """Returns True if the newest step was not skipped (waits for the device)."""
         if not self._waiting:
             return self.length == 0
         flag, event = self._waiting[-1]
@@ -68,10 +68,10 @@ class SkipCounter:
 
 
 class SkippedData:
-    """Data steps that are left out after rewinds. Kept beside the checkpoints, so that a resumed run knows them.
+    """Data steps that are left out after rewinds. They are stored in the run's folder, from which a resumed run reads them.
 
-    A data step is a global batch by its position in the endless order of samples; the optimizer's step is the number of
-    updates. They are equal until the first detour.
+    A data step is the position of a global batch in the endless order of samples; the optimizer's step is the number of
+    updates. Both are equal until the first detour.
     """
 
     def __init__(self, out: Path, main: bool):
@@ -81,32 +81,32 @@ class SkippedData:
         """First and last data step of each detour, rising."""
 
     def load(self) -> None:
-        """Read the data steps that an earlier process of the run left out."""
+        """Reads the data steps that an earlier process of the run left out."""
         if self._file.is_file():
             record = json.loads(self._file.read_text())
             self.rewinds, self.left_out = record["rewinds"], [(first, last) for first, last in record["left_out"]]
 
     def forget(self) -> None:
-        """The run starts from the beginning."""
+        """Removes the file of an earlier run in this folder."""
         if self._main:
             self._file.unlink(missing_ok=True)
 
     def add(self, first: int, last: int) -> None:
-        """Leave data steps first .. last out from now on."""
+        """Adds a detour: data steps first .. last are left out from now on."""
         self.rewinds += 1
         self.left_out = sorted([*self.left_out, (first, last)])
         if self._main:
             write_json(self._file, {"rewinds": self.rewinds, "left_out": self.left_out})
 
     def position(self, step: int) -> int:
-        """The data step of an optimizer step."""
+        """Returns the data step of an optimizer step."""
         for first, last in self.left_out:
             if step >= first:
                 step += last - first + 1
         return step
 
     def stream(self, train: TrainData, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(data step, micro-batches) of optimizer steps first .. last - 1."""
+        """Yields (data step, micro-batches) of optimizer steps first .. last - 1."""
         step = first
         while step < last:
             start = self.position(step)
@@ -118,21 +118,22 @@ class SkippedData:
 
 
 class SpikeAlarm:
-    """Running mean and variance of the loss, step by step; fed when a log line is due."""
+    """Detects spikes of the loss by its running mean and variance, which are updated at each log line."""
 
     def __init__(self) -> None:
         self.mean, self.variance, self.seen, self.spikes = 0.0, 0.0, 0, 0
 
     def state(self) -> list[float]:
-        """For a checkpoint."""
+        """Returns the state for a checkpoint: mean, variance, number of steps, number of spikes."""
         return [self.mean, self.variance, self.seen, self.spikes]
 
     def restore(self, state: list[Any]) -> None:
-        """Put back a state that `state` returned."""
+        """Restores a state that `state` returned."""
         self.mean, self.variance, self.seen, self.spikes = state
 
     def feed(self, losses: list[float]) -> list[float]:
-        """The losses among these that are spikes; steps that were not finite count as none."""
+        """Updates mean and variance with the losses of the next steps; returns those that are spikes. Losses that are not finite
+        are ignored."""
         found = []
         for loss in losses:
             if not math.isfinite(loss):

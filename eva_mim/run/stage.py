@@ -1,4 +1,4 @@
-"""Running one stage from its recipe to its files. What the four programs have in common."""
+"""Training and evaluation of one stage from its recipe to its files, common to all programs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from eva_mim.trunks.kernels import tune
 
 Weights = dict[str, Tensor]
 LIBRARIES = ("torchvision", "timm", "open_clip_torch", "deepspeed", "numpy", "pillow")
-"""Whose versions results depend on."""
+"""Libraries whose versions results depend on."""
 
 
 @dataclass
 class Networks:
-    """What a recipe computes with, before any data is opened."""
+    """Networks of a recipe, which are made before any data is opened."""
 
     student: Any
     teachers: dict[str, Teacher] = field(default_factory=dict)
@@ -55,13 +55,13 @@ class Networks:
 
 @dataclass
 class Built:
-    """Parts that a program builds from its recipe."""
+    """Networks, data and evaluator that a program builds from its recipe."""
 
     parts: Parts
     export: Callable[[Path, Weights], None]
-    """Writes model.safetensors and whatever else the next stage or a user opens."""
+    """Writes model.safetensors and the other files that the next stage or a user opens."""
     data: dict[str, Any]
-    """`Splits.facts`: a run goes on with the records that it began with."""
+    """`Splits.facts` of the records: a resumed run must have those with which it began."""
     classes: tuple[str, ...] | None = None
     grid: list[int] | None = None
     seeded: KeyReport | None = None
@@ -70,8 +70,8 @@ class Built:
 
 
 def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None = None) -> dict[str, Any]:
-    """Train (or go on with, or just report) a stage; returns its lineage record. One rank looks at the folder and reads the
-    parents, unless `state` has what it found. Raises UserError, Interrupted."""
+    """Trains, resumes or, if finished, reports a stage; returns its lineage record. Unless `state` is given, one rank reads the
+    folder and the parents. Raises UserError, Interrupted, Diverged, LostProcess."""
     setup(pick_device(recipe.run.device), recipe.run.timeout_minutes)
     state = state or run_on_main(partial(state_of, stage.name, recipe, out))
     plan, record = state.identity, state.record
@@ -133,9 +133,10 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None 
 
 
 def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
-    """Load the weights of a run's newest checkpoint and measure them again: (figures now, figures on record).
+    """Loads the weights of a run's newest checkpoint and measures them; returns (figures now, figures in the lineage record).
 
-    `overrides` change settings of the run, such as data.root. Every rank must call, and has the full weights. Raises UserError.
+    `overrides` change settings of the run, such as data.root. Every rank must call, and has the unsharded weights. Raises
+    UserError.
     """
     record = RunFolder(out).record()
     if not record or RunFolder(out).latest() is None:
@@ -148,7 +149,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     found = newest(out)
     assert found is not None
     student = built.parts.task.student.to(device)
-    if recipe.run.engine == "local":  # its layout, or figures would differ by rounding
+    if recipe.run.engine == "local":  # its memory layout, without which figures would differ by rounding
         student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = average_of(student, recipe.run)
     parts = {"module": student} | ({} if average is None else {EMA: average.module})
@@ -158,7 +159,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
 
 
 def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
-    """Device, process group, seeds, parts."""
+    """Sets up device, process group and random seeds; returns the device, and networks, data and evaluator of the recipe."""
     device = pick_device(recipe.run.device)
     setup(device, recipe.run.timeout_minutes)
     if device.type == "cpu":
@@ -170,7 +171,7 @@ def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tupl
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory. On CPUs the page faults of fresh outputs cost 10 to 25 % of a training step."""
+    """Sets glibc to keep freed memory. On CPUs the page faults of newly allocated outputs cost 10 to 25 % of a training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -178,14 +179,14 @@ def _keep_freed_memory() -> None:
 
 
 def _same_classes(out: Path, record: dict[str, Any], built: Built) -> None:
-    """Raise UserError where the data has another class list than the run began with: a head must not meet it unseen."""
+    """Raises UserError if the class list of the data differs from that with which the run began, since the head depends on it."""
     begun = record.get("classes_sha256")
     if begun and built.classes and begun != class_hash(built.classes):
         raise UserError(f"{out} was begun with another list of classes; the data now has {describe(built.classes)}")
 
 
 def _same_data(out: Path, record: dict[str, Any], built: Built) -> None:
-    """Raise UserError where records came or went: the order of samples would be another one."""
+    """Raises UserError if records were added or removed since the run began, since the order of samples depends on them."""
     begun, now = record.get("data"), built.data
     if begun and begun["sha256"] != now["sha256"]:
         counts = [f"{facts['train']} training and {facts['val']} held-out images" for facts in (begun, now)]
@@ -210,7 +211,7 @@ def _record(plan: StageIdentity, built: Built, recipe: Recipe) -> dict[str, Any]
 
 
 def _teachers(built: Built) -> dict[str, dict[str, Any]]:
-    """Facts and SHA-256 of each teacher by name; the main rank alone reads all their weights, the others get an empty dict."""
+    """Returns facts and SHA-256 of each teacher by name; only the main rank reads all weights, on others the dict is empty."""
     return {name: one.facts() | {"sha256": one.fingerprint()} for name, one in built.teachers.items()} if is_main() else {}
 
 

@@ -1,4 +1,4 @@
-"""What a stage's folder holds of it: finished, to be gone on with, changed, or nothing. Needs no torch."""
+"""State of a stage in its folder: finished, resumable, changed or new. This file imports no torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class StageIdentity:
 
     @property
     def identity(self) -> str:
-        """Changes when a result would."""
+        """Digest that changes when settings or parents that the result depends on change."""
         return digest([self.program, self.settings, {name: parent["sha256"] for name, parent in self.parents.items()}])
 
     def changes(self, record: dict[str, Any]) -> list[str]:
-        """Why an earlier record is not of this stage; empty when it is."""
+        """Returns the differences of an earlier lineage record from this stage, as lines; empty if it is of this stage."""
         if record.get("identity") == self.identity:
             return []
         lines = differences(record.get("settings", {}), self.settings)
@@ -38,24 +38,24 @@ class StageIdentity:
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage's identity beside what its folder holds."""
+    """Identity of a stage and content of its folder."""
 
     identity: StageIdentity
     record: dict[str, Any]
-    """The lineage record; empty where there is none."""
+    """The lineage record; empty if there is none."""
     resumes: bool
-    """A complete checkpoint is there."""
+    """True if the folder has a complete checkpoint."""
     has_weights: bool
-    """The file of a finished stage's weights is there."""
+    """True if the folder has the weight file of a finished stage."""
 
     @property
     def changes(self) -> list[str]:
-        """Why the folder holds another stage; empty when it holds this one, or none."""
+        """Differences of the folder's stage from this one, as lines; empty if it is this stage, or there is none."""
         return self.identity.changes(self.record) if self.record else []
 
     @property
     def finished(self) -> bool:
-        """The folder holds this very stage, complete."""
+        """True if the folder has this stage with the same identity, finished."""
         return bool(self.record.get("finished")) and not self.changes and self.has_weights
 
     @property
@@ -64,7 +64,7 @@ class StageState:
         return figures(self.record)
 
     def plan(self) -> str:
-        """What running the stage would do, in words."""
+        """Returns in words whether the stage would be skipped, run again, resumed or run."""
         if self.finished:
             return "finished, is skipped"
         if self.changes:
@@ -73,12 +73,13 @@ class StageState:
 
 
 def figures(record: dict[str, Any]) -> str:
-    """The metrics of a lineage record as text."""
+    """Returns the metrics of a lineage record as text."""
     return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
 
 
 def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
-    """The state of a stage. Reads its parents whole, for their hashes. Raises UserError when a parent does not exist."""
+    """Returns the state of a stage. It reads all bytes of its parents, for their hashes. Raises UserError if a parent does not
+    exist."""
     parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
     folder = RunFolder(out)
     return StageState(StageIdentity(program, recipe.identity_tree(), parents), folder.record(), folder.latest() is not None,

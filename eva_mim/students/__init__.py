@@ -1,4 +1,4 @@
-"""Networks under training: settings. A student is imported when it is used."""
+"""Settings of networks under training. A student's module is imported when it is used."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from eva_mim.core.settings import For, Settings
 from eva_mim.trunks import Rate, TrunkSettings
 
 MAX_LOGIT_SCALE = math.log(100)
-"""CLIP (Radford et al. 2021, section 2.5) and EVA-CLIP clip the learned temperature here."""
+"""Largest logit scale, as a logarithm: CLIP (Radford et al. 2021, section 2.5) and EVA-CLIP clip the learned value here."""
 
 
 class InitSettings(Settings):
     """Initialisation of a student without `init_from`."""
 
     law: Literal["timm", "eva01", "eva02", "mae"] = "timm"
-    """"timm": the architecture's own. The others: `students/initialise.py` says what each does, with its source."""
+    """"timm": the architecture's own initialisation. The others are described, with sources, in `students/initialise.py`."""
     std: Annotated[float, Field(gt=0.0), For("law", "eva01", "eva02")] = 0.02
-    """Standard deviation before truncation at one of it (EVA-01 g: 0.015)."""
+    """Standard deviation of the normal distribution before its truncation at one standard deviation (EVA-01 g: 0.015)."""
 
 
 class DecoderSettings(Settings):
@@ -41,16 +41,16 @@ class DecoderSettings(Settings):
 
 
 class MaskedSettings(TrunkSettings):
-    """A trunk that predicts the features of patches that it does not see."""
+    """A trunk that predicts the features of masked patches."""
 
     form: Literal["mask_tokens", "visible"] = "mask_tokens"
-    """"mask_tokens": the trunk sees mask tokens in place of hidden patches (EVA). "visible": it sees the visible patches
-    alone and a small decoder predicts the rest (MAE, EVA-L)."""
+    """"mask_tokens": the trunk's input has mask tokens in place of masked patches (EVA). "visible": its input are the visible
+    patches alone, and a small decoder predicts the masked ones (MAE, EVA-L)."""
     positions: Literal["learned", "sincos"] = "learned"
-    """"sincos": fixed sine-cosine tables that are not trained (MAE, EVA-L)."""
+    """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L)."""
     init: InitSettings = InitSettings()
     head: str = "linear"
-    """What predicts a target from a patch: a kind of `HEADS` (`core/registry.py`)."""
+    """Kind of the head that predicts a target from a patch: a name in `HEADS` (`core/registry.py`)."""
     decoder: Annotated[DecoderSettings, For("form", "visible")] = DecoderSettings()
 
 
@@ -58,14 +58,15 @@ class ClassifierSettings(TrunkSettings):
     """A trunk with a classification head."""
 
     global_pool: Literal["avg", "token"] = "avg"
-    """How tokens become one vector: mean of the patches, or the class token."""
+    """Pooling of tokens to one vector: mean of the patches, or the class token."""
     head_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001
-    """Factor on a new head's weights (EVA-01/eva/modeling_finetune.py, init_scale): training starts at uniform odds."""
+    """Factor on a new head's weights, so that training starts at nearly uniform probabilities (init_scale in
+    EVA-01/eva/modeling_finetune.py)."""
     head_rows: Literal["new", "all", "shared"] = "new"
-    """What a head for other classes than those of `init_from` starts from. "new": nothing. "all": the rows of the same classes,
-    each of which must be there. "shared": these rows where there are any, the other ones are new."""
+    """Initialisation of a head whose classes differ from those of `init_from`. "new": all rows are new. "all": every row is a
+    copy of the row of the same class, which must exist. "shared": rows of common classes are copied, the others are new."""
     head_classes: str | None = None
-    """Classes of the head of `init_from`, where it does not say: a layout or whatever else `eva-mim labels` reads."""
+    """Class list of the head of `init_from`, if the checkpoint has none: a layout, or another input of `eva-mim labels`."""
 
     @model_validator(mode="after")
     def _classes_are_for_rows(self) -> ClassifierSettings:
@@ -78,13 +79,13 @@ class ProbeSettings(Settings):
     """Training of a linear probe."""
 
     cached: bool = False
-    """Features of all images are computed once, with the held-out view, and kept below $EVA_MIM_CACHE (~/.cache/eva-mim): seconds
-    an epoch, but no crop or mirror. Otherwise every step sends images through the trunk (EVA's own probe)."""
+    """True: features of all images are computed once, with the held-out view, and stored below $EVA_MIM_CACHE (~/.cache/eva-mim):
+    an epoch takes seconds, but without random crops and flips. False: every step runs the trunk on images (EVA's own probe)."""
     lrs: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
-    """Peak learning rates, in place of `optim.lr`: a layer for each learns from the same features, the best is the result. The
-    schedule has the same form for all, and ends at the same share of the peak."""
+    """Peak learning rates, in place of `optim.lr`: one layer for each is trained on the same features, and the best layer is the
+    result. The schedule has the same form for all, and ends at the same share of the peak."""
     select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training images that the best of several `lrs` is chosen on; none of the layers learns from them."""
+    """Share of the training images on which the best of several `lrs` is chosen; no layer is trained on them."""
 
     @model_validator(mode="after")
     def _rates_have_names(self) -> ProbeSettings:
@@ -98,20 +99,21 @@ class TextSettings(Settings):
     """The text tower of a CLIP student."""
 
     init_from: str | None = None
-    """Folder of an earlier clip stage, or an open_clip architecture name: size and weights come from there."""
+    """Source of the tower's size and weights: folder of an earlier clip stage, or an open_clip architecture name."""
     weights: str | None = None
-    """With an open_clip architecture name: pretrained tag or local file. Without, the architecture alone is taken."""
+    """For an open_clip architecture name: pretrained tag or local file. Null: only the architecture is taken."""
     width: int | None = Field(None, ge=1)
-    """Default 128; with `init_from` the source's, and it can be no other. `layers` (2) and `heads` (4) likewise."""
+    """Default 128; with `init_from` it must be the source's width. The same holds for `layers` (2) and `heads` (4)."""
     layers: int | None = Field(None, ge=1)
     heads: int | None = Field(None, ge=1)
     context_length: int | None = Field(None, ge=3)
-    """Longest caption in tokens, start and end included; longer ones are cut. Default 24, or the source's. Positions for fewer
-    tokens are the source's first ones, for more they are interpolated as open_clip does."""
+    """Longest caption in tokens, start and end included; longer captions are cut. Default 24, or the source's. For fewer tokens
+    than the source's, its first positions are taken; for more, positions are interpolated as in open_clip."""
     projection: Literal["new", "reused"] | None = None
-    """The source's projection into the shared space; default reused where the text tower is locked, else new (EVA-CLIP)."""
+    """Projection into the shared space: new, or reused from the source; default reused if the text tower is locked, else new
+    (EVA-CLIP)."""
     quick_gelu: bool | None = None
-    """OpenAI's approximation of GELU; default as the source. EVA-CLIP takes exact GELU with OpenAI's weights as well."""
+    """Use OpenAI's approximation of GELU; default as in the source. EVA-CLIP uses exact GELU with OpenAI's weights, too."""
 
     @model_validator(mode="after")
     def _weights_have_an_architecture(self) -> TextSettings:
@@ -121,34 +123,35 @@ class TextSettings(Settings):
 
 
 class ClipSettings(TrunkSettings):
-    """A timm image tower and a text tower that meet in one space."""
+    """A timm image tower and a text tower whose features are in one shared space."""
 
     embed_dim: int = Field(128, ge=1)
     """Width of the shared space."""
     pool: Literal["avg", "token", "map"] = "avg"
-    """How the trunk's output becomes one vector (timm's `global_pool`)."""
+    """Pooling of the trunk's output to one vector (timm's `global_pool`)."""
     proj_bias: bool = False
-    """The image tower's projection into the shared space has a bias (EVA-CLIP's has)."""
+    """Give the image tower's projection into the shared space a bias (as in EVA-CLIP)."""
     patch_dropout: Rate = 0.0
-    """Share of patch tokens that each image leaves out in training, drawn anew each time, after positions were added (EVA-CLIP
-    g+ and E: 0.5)."""
+    """Share of patch tokens that are dropped from each image in training, drawn anew each time, after positions are added
+    (EVA-CLIP g+ and E: 0.5)."""
     text: TextSettings = TextSettings()
     init_logit_scale: Annotated[float, Field(ge=0.0, le=MAX_LOGIT_SCALE)] = math.log(1 / 0.07)
-    """Logarithm of the first temperature (CLIP: ln(1 / 0.07); SigLIP: ln 10)."""
+    """Logarithm of the initial logit scale (CLIP: ln(1 / 0.07); SigLIP: ln 10)."""
     init_logit_bias: float | None = None
-    """A learned bias of the logits that starts here (SigLIP: -10); null for none."""
+    """Initial value of a learned bias of the logits (SigLIP: -10); null for no bias."""
     init: Literal["trunk", "clip"] = "trunk"
-    """What starts from `init_from`. "trunk": the image tower's trunk. "clip": all of a CLIP model (EVA-CLIP L/14 at 336 px starts
-    from the one at 224), so its text tower, both projections, logit scale and bias as well; where the model does not describe its
-    text tower, `text.init_from` names the architecture."""
+    """Part of the student that starts from `init_from`. "trunk": the image tower's trunk. "clip": the full CLIP model (EVA-CLIP
+    L/14 at 336 px starts from that at 224 px), with text tower, both projections, logit scale and bias; if the checkpoint has no
+    configuration of its text tower, `text.init_from` is the name of the architecture."""
     lock_image: bool = False
-    """The trunk does not train (LiT); its projection does. Its batch norms keep their statistics."""
+    """Freeze the trunk (LiT), with the statistics of its batch norms; its projection is trained."""
     image_unlocked_groups: int = Field(0, ge=0)
-    """Of a locked trunk, the last layer groups (blocks or stages, by timm's count) train."""
+    """Number of last layer groups (blocks or stages, by timm's count) of a locked trunk that are trained."""
     lock_text: bool = False
-    """The text tower does not train, its projection included (as ViTamin's LTT)."""
+    """Freeze the text tower with its projection (as in ViTamin's LTT)."""
     text_unlocked_groups: int = Field(0, ge=0)
-    """Of a locked text tower, the last groups train: projection; last block with final norm; further blocks; embeddings."""
+    """Number of last groups of a locked text tower that are trained. Groups from the last: projection; last block with final
+    norm; further blocks; embeddings."""
 
     @model_validator(mode="after")
     def _locks_lock_something(self) -> ClipSettings:
@@ -170,6 +173,6 @@ class ClipSettings(TrunkSettings):
 
 
 def clip_file(path: str) -> Path:
-    """The file of a CLIP model: in a clip stage's folder beside the trunk, else at `path` itself."""
+    """Returns the path of a CLIP model's file: in a clip stage's folder the file beside the trunk's, else `path` itself."""
     beside = Path(path) / CLIP_WEIGHTS
     return beside if beside.is_file() else Path(path)

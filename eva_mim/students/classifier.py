@@ -1,4 +1,4 @@
-"""Classifiers: a timm model as it is, and linear probes on a frozen one."""
+"""Classifiers: a timm model with its head, and linear probes on a frozen timm model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eva_mim.trunks.pixels import normalise
 
 
 class Classifier(nn.Module):
-    """A timm model with `classes` outputs; the head starts small."""
+    """A timm model with `classes` outputs; the head's initial weights are scaled by `head_scale`."""
 
     def __init__(self, settings: ClassifierSettings, classes: int):
         super().__init__()
@@ -31,26 +31,26 @@ class Classifier(nn.Module):
                 parameter.mul_(settings.head_scale)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, K] logits of uint8 (or mixed, float 0..255) images."""
+        """Returns [B, K] logits of uint8 images, or of float images (after mixup or cutmix) in 0..255."""
         logits: Tensor = self.trunk(normalise(images, self.mean, self.std))
         return logits
 
     def timm_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The trunk's part of `weights` under timm's names."""
+        """Returns the trunk's tensors among `weights`, under timm's names."""
         return {name.removeprefix("trunk."): value for name, value in weights.items() if name.startswith("trunk.")}
 
 
 class GlobalNorm(nn.BatchNorm1d):
-    """BatchNorm1d without learned scale, with the statistics of all ranks' rows: a step does not depend on their number.
+    """BatchNorm1d without learned scale, with the statistics of all ranks' rows: a step does not depend on the number of ranks.
 
-    Nothing is differentiated, because it stands on frozen features.
+    It passes no gradient back, because its input are frozen features.
     """
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-6, affine=False)  # EVA 4.4
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[B, D]; every rank must call in training."""
+        """Returns [B, D] standardised rows of [B, D] features; in training every rank must call."""
         if not self.training:
             return super().forward(rows)
         exact = rows.detach().double()
@@ -68,13 +68,13 @@ class GlobalNorm(nn.BatchNorm1d):
 
 
 class LinearProbe(Classifier):
-    """Only linear layers learn, each for itself, on pooled features that are standardised without learned scale (EVA 4.4).
+    """Linear layers on the pooled features of a frozen trunk, which are standardised without learned scale (EVA 4.4).
 
-    There is one for each of `scales`, factors on the learning rate. All start alike, so that nothing else differs.
+    There is one layer for each of `scales`, factors on the learning rate. Layers are trained independently, from equal weights.
     """
 
     chosen: Tensor
-    """Scalar int64: the layer that is the result."""
+    """Scalar int64: index of the layer that is the result."""
 
     def __init__(self, settings: ClassifierSettings, classes: int, scales: Sequence[float] = (1.0,)):
         super().__init__(settings, classes)
@@ -91,20 +91,20 @@ class LinearProbe(Classifier):
         self.register_buffer("chosen", torch.tensor(0))
 
     def train(self, mode: bool = True) -> LinearProbe:
-        """The trunk stays in eval mode."""
+        """Sets the mode of the layers; the trunk stays in eval mode."""
         super().train(mode)
         self.trunk.eval()
         return self
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """[B, D] pooled features of uint8 images, in fp32."""
+        """Returns [B, D] pooled features of uint8 images, in fp32."""
         tokens = self.trunk.forward_features(normalise(images, self.mean, self.std))  # type: ignore[operator]
         pooled: Tensor = self.trunk.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
         return pooled.float()
 
     def forward(self, images: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
-        """[B, K, heads] logits of uint8 images, or of their `features` [B, D]; in fp32 after the trunk."""
+        """Returns [B, K, layers] logits of uint8 images, or of their `features` [B, D]; computed in fp32 after the trunk."""
         assert (images is None) != (features is None)
         rows = self.features(images) if images is not None else features
         assert rows is not None
@@ -114,12 +114,13 @@ class LinearProbe(Classifier):
         return logits
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and values of the weights that the features depend on."""
+        """Returns the SHA-256 of names and values of the weights that the features depend on."""
         head = f"{self._timm_head()}."
         return weights_sha256({name: value for name, value in self.trunk.state_dict().items() if not name.startswith(head)})
 
     def timm_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The chosen layer folded into timm's own head: W (x - m) / s + b = (W / s) x + (b - W m / s)."""
+        """Returns the trunk's tensors under timm's names, with norm and chosen layer folded into timm's head:
+        W (x - m) / s + b = (W / s) x + (b - W m / s)."""
         state, head = super().timm_weights(weights), f"heads.{int(weights['chosen'])}"
         weight = weights[f"{head}.weight"] * (weights["norm.running_var"] + self.norm.eps).rsqrt()
         state[f"{self._timm_head()}.weight"] = weight

@@ -27,11 +27,11 @@ TEXT_LAYERS = {"stem": r"^(?:token|positional)_embedding", "blocks": r"^transfor
 """Layers of open_clip's text tower; final norm and projection are at the top (EVA-CLIP/rei/training/optim.py)."""
 PROJECTION = "text_projection"
 FOREIGN = ("hf_model_name", "hf_tokenizer_name", "embed_cls", "output_tokens")
-"""Parts of open_clip's text_cfg that need another tokenizer or another forward pass than this student's."""
+"""Keys of open_clip's text_cfg that need another tokenizer or another forward pass than this student has."""
 
 
 class ClipStudent(nn.Module):
-    """Two towers; `config` is what open_clip needs to build the same model again."""
+    """A CLIP model with an image tower and a text tower; `config` has the arguments with which open_clip builds the model."""
 
     def __init__(self, settings: ClipSettings):
         super().__init__()
@@ -64,17 +64,18 @@ class ClipStudent(nn.Module):
             "init_logit_scale": settings.init_logit_scale,
             "init_logit_bias": settings.init_logit_bias,
         }
-        # A vector of one: DeepSpeed cannot broadcast a scalar parameter.
+        # The logit scale is a vector of one element, because DeepSpeed cannot broadcast a scalar parameter.
         self.model = CustomTextCLIP(**self.config, nonscalar_logit_scale=True)
         self.text_report = seed_text(self.model.text, source, settings) if source.weights and settings.init != "clip" else None
-        """What became of the source's tensors. None when the text tower starts from scratch."""
+        """Report of the tensors taken from the text tower's source; None if the text tower has no weights of its own source."""
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
         scale_patch_gradient(self.trunk, settings)
         self._lock(settings)
 
     def _lock(self, settings: ClipSettings) -> None:
-        """Raises UserError where there is nothing to keep, or nothing would be locked."""
+        """Locks the towers as the settings ask. Raises UserError if a locked text tower has no trained weights, if the trunk's
+        layers are not known, or if every parameter of a locked tower would be trained."""
         if settings.lock_text and self.text_report is None and settings.init != "clip":
             raise UserError("student.lock_text=true needs a trained text tower; set student.text.init_from (and .weights)")
         for name, locked, unlocked, tower, lock in (
@@ -92,10 +93,10 @@ class ClipStudent(nn.Module):
                 raise UserError(f"student.{name}_unlocked_groups={unlocked} leaves nothing locked; lower it")
 
     def train(self, mode: bool = True) -> ClipStudent:
-        """Locked batch norms stay in evaluation mode, so that their statistics do not move."""
+        """Sets the mode of the model; locked batch norms stay in evaluation mode, so that their statistics do not change."""
         super().train(mode)
         for module in self.trunk.modules():
-            # open_clip would put other modules in their place, without the activation that timm's batch norms hold.
+            # open_clip would replace them by modules without the activation that timm's batch norms contain.
             own = list(module.parameters()) if isinstance(module, _BatchNorm) else []
             if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
@@ -108,31 +109,32 @@ class ClipStudent(nn.Module):
         return trunk
 
     def towers(self) -> dict[str, Tower]:
-        """Both, each with its projection; the logit scale is in neither."""
+        """Returns both towers by name, each with its projection; the logit scale is in neither."""
         text = self.model.text
         return {"image": Tower.of_timm(self.trunk, self.model.visual), "text": Tower(text, text, TEXT_LAYERS)}
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """Texts -> [B, L] int64, cut at the context length."""
+        """Returns the tokenizer: texts -> [B, L] int64, cut at the context length."""
         tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         return tokenizer
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        """Unit image features [B, C], unit text features [B, C], logit scale (not its logarithm), logit bias if there is one."""
+        """Returns unit image features [B, C], unit text features [B, C], the logit scale (not its logarithm), and the logit bias
+        if there is one."""
         image, text, *_ = self.model(normalise(images, self.mean, self.std), texts)
         raw = self.model.logit_scale.reshape(())
-        # The gradient passes the clamp: with ZeRO the stored value cannot be clamped between steps.
+        # The gradient ignores the clamp, which is applied here because with ZeRO the stored value cannot be clamped.
         scale = (raw + (raw.clamp(0, MAX_LOGIT_SCALE) - raw).detach()).exp()
         bias = self.model.logit_bias
         return (image, text, scale) if bias is None else (image, text, scale, bias.reshape(()))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """[B, C] unit features of uint8 images."""
+        """Returns [B, C] unit features of uint8 images."""
         features: Tensor = self.model.encode_image(normalise(images, self.mean, self.std), normalize=True)
         return features
 
     def encode_text(self, texts: Tensor) -> Tensor:
-        """[B, C] unit features of [B, L] token ids."""
+        """Returns [B, C] unit features of [B, L] token ids."""
         features: Tensor = self.model.encode_text(texts, normalize=True)
         return features
 
@@ -156,24 +158,25 @@ def open_clip_config(
 
 
 def as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's weights as open_clip's own models hold them: logit scale and bias are scalars, the scale within its bounds."""
+    """Returns the model's weights as in open_clip's own models: logit scale and bias are scalars, and the scale is clamped."""
     scalars = {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in state}
     return state | scalars | {"logit_scale": scalars["logit_scale"].clamp(0, MAX_LOGIT_SCALE)}
 
 
 class TextSource(NamedTuple):
-    """Architecture and weights that a text tower starts from."""
+    """Architecture and initial weights of a text tower."""
 
     name: str
     config: dict[str, Any]
-    """open_clip's text_cfg of the new tower."""
+    """open_clip's text_cfg of the tower."""
     quick_gelu: bool
     weights: dict[str, Tensor]
-    """Empty for a tower from scratch."""
+    """Initial weights by name; empty for a tower from scratch."""
 
 
 def text_source(settings: TextSettings) -> TextSource:
-    """Reads `init_from`. Raises UserError for what is no text tower of the kind and size that the settings describe."""
+    """Reads the text tower's `init_from`. Raises UserError if it is no text tower of a kind that this student supports, or not of
+    the size in the settings."""
     sizes = {"width": settings.width or 128, "layers": settings.layers or 2, "heads": settings.heads or 4}
     if settings.init_from is None:
         length, vocabulary = settings.context_length or 24, open_clip.SimpleTokenizer().vocab_size
@@ -206,7 +209,7 @@ def text_source(settings: TextSettings) -> TextSource:
 
 
 def _text_weights(name: str, weights: str | None) -> dict[str, Tensor]:
-    """The text tower's tensors of a model of open_clip's. Raises UserError."""
+    """Reads the text tower's tensors of an open_clip model, by name. Raises UserError."""
     try:
         model = open_clip.create_model(name, pretrained=weights, weights_only=True)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
@@ -216,9 +219,9 @@ def _text_weights(name: str, weights: str | None) -> dict[str, Tensor]:
 
 
 def seed_text(tower: nn.Module, source: TextSource, settings: ClipSettings) -> KeyReport:
-    """Copy a source's weights into a text tower, in place. Returns a report of every tensor, under its name in a CLIP model.
+    """Copies a source's weights into a text tower, in place. Returns a report of every tensor, under its name in a CLIP model.
 
-    Raises UserError where the projection shall be reused and leads into a space of another width.
+    Raises UserError if the projection shall be reused and its output has another width than the shared space.
     """
     wanted = settings.text.projection or ("reused" if settings.lock_text else "new")
     given = {name: value for name, value in source.weights.items() if wanted == "reused" or not name.startswith(PROJECTION)}

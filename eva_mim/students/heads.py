@@ -1,4 +1,4 @@
-"""Heads of a student: one for each target."""
+"""Heads of a masked student: one for each target."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.registry import HEADS, lookup
 
 TargetWidths = int | Mapping[str, int]
-"""C of the one target, or of several by the target's name."""
+"""Target width C: of the only target, or of several targets by name."""
 
 
 def build_head(kind: str, width: int, targets: TargetWidths) -> nn.Module:
-    """A head of a kind of `HEADS` from the student's width to the target's, or a ModuleDict with one for each of several targets.
-    Raises UserError for an unknown kind, and for the name of a target that torch does not allow."""
+    """Returns a head of a kind in `HEADS`, from the student's width to the target's; for several targets a ModuleDict with one
+    head each. Raises UserError for an unknown kind, and for a target's name that torch does not allow."""
     build: Callable[[int, int], nn.Module] = lookup(HEADS, kind, "student.head")
     if isinstance(targets, int):
         return build(width, targets)
@@ -26,7 +26,7 @@ def build_head(kind: str, width: int, targets: TargetWidths) -> nn.Module:
 
 
 def draw_linear(*modules: nn.Module) -> None:
-    """Weights of the linear layers in these modules cut normal (std 0.02), biases 0, in place."""
+    """Initialises the linear layers in these modules in place: weights truncated normal (std 0.02), biases 0."""
     for module in modules:
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
@@ -35,7 +35,7 @@ def draw_linear(*modules: nn.Module) -> None:
 
 
 def predict(head: nn.Module, patches: Tensor) -> Tensor | dict[str, Tensor]:
-    """[M, C] predictions from [M, D] patches; of several heads by the target's name."""
+    """Returns [M, C] predictions from [M, D] patches; for several heads by the target's name."""
     if isinstance(head, nn.ModuleDict):
         return {name: one(patches) for name, one in head.items()}
     prediction: Tensor = head(patches)

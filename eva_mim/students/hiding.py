@@ -1,13 +1,13 @@
-"""Ways to hide patches from a trunk: a class for each, and the table of the ways that a student composes.
+"""Ways to hide patches from a trunk: a class for each, and the table of those that a student combines.
 
-A way adds what it needs to the student (so that names in checkpoints are the student's own), and acts at three places: on the
-pixels before the trunk, inside the trunk (a hook or a module in the place of one of timm's), and on the tokens after it. The
-mask is an argument of the call. timm's forward has no such argument, so on its way to the places inside the trunk the mask is
-in a context variable that `hidden` sets around the call of the trunk:
-  - the call has it, and no other call: an inner call sets its own and puts back what was there, an exception puts it back as
-    well, and another thread has its own;
-  - timm's activation checkpointing recomputes blocks alone, which do not look at it. Where a whole student is recomputed, its
-    `forward` runs again with its arguments, the mask among them, and sets it again, in whatever thread that runs.
+A way of hiding adds its modules and parameters to the student (so that their names in checkpoints are the student's), and acts at
+three places: on the pixels before the trunk, inside the trunk (by a hook, or by a module that replaces one of timm's), and on the
+tokens after it. The mask is an argument of the student's call. timm's forward has no such argument, so the places inside the
+trunk read the mask from a context variable that `hidden` sets around the call of the trunk:
+  - the mask is visible to this call alone: an inner call sets its own mask and restores the outer one, also after an exception,
+    and each thread has its own value;
+  - timm's activation checkpointing recomputes blocks, which do not read the mask. If a full student is recomputed, its `forward`
+    runs again with its arguments, the mask among them, and sets the variable again, in any thread.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _masked: ContextVar[Tensor | None] = ContextVar("masked", default=None)
 
 @contextmanager
 def hidden(masked: Tensor | None) -> Iterator[None]:
-    """Within it, the trunk that is called does not see the patches of `masked`, [B, N] bool; None: it sees all."""
+    """Hides the patches of `masked`, [B, N] bool, from the trunk that is called inside the block; None hides no patch."""
     before = _masked.set(masked)
     try:
         yield
@@ -43,47 +43,47 @@ def hidden(masked: Tensor | None) -> Iterator[None]:
 
 
 class MaskCounts(Protocol):
-    """Counts of masked patches that a student needs from `MaskSettings`."""
+    """Numbers of masked patches, of which a student is built; `MaskSettings` implements it."""
 
     @property
     def varies(self) -> bool:
-        """Images differ in their number of masked patches."""
+        """True if images differ in their number of masked patches."""
 
     def masked_patches(self, patches: int) -> int:
-        """Masked patches of an image with so many."""
+        """Returns the number of masked patches of an image with `patches` patches."""
 
 
 class Hiding:
-    """A way to hide patches that does nothing at any place: a subclass says what it does. It has no state of its own."""
+    """Base of the ways to hide patches: it does nothing at any place, and a subclass overrides some. It has no state."""
 
     stem_parameters: tuple[str, ...] = ()
-    """Parameters that it adds to the student and that enter before the trunk's first block."""
+    """Names of parameters added to the student that act before the trunk's first block."""
     any_mask = True
-    """Works with any number of hidden patches."""
+    """True if the number of masked patches may differ from image to image."""
     hides_pixels = False
-    """Hides patches before the stem, which may then look across patches."""
+    """True if patches are hidden before the stem, whose receptive field may then extend beyond a patch."""
 
     def build(self, student: Any, settings: MaskedSettings, mask: MaskCounts | None) -> None:
-        """Add modules and parameters to the student. Raises UserError for a trunk or masks that it cannot work with."""
+        """Adds modules and parameters to the student. Raises UserError for a trunk or masks that do not fit."""
 
     def draw(self, student: Any) -> None:
-        """Draw the weights of what it added."""
+        """Initialises the weights that `build` added."""
 
     def pixels(self, student: Any, pixels: Tensor, masked: Tensor) -> Tensor:
-        """[B, channels, H, W] normalised pixels that the trunk gets."""
+        """Returns the trunk's input, [B, channels, H, W] normalised pixels."""
         return pixels
 
     def patches(self, student: Any, tokens: Tensor, masked: Tensor | None) -> Tensor:
-        """[B, prefix + N, D'] tokens that the head reads the patches from, of the trunk's tokens [B, T, D]."""
+        """Returns the [B, prefix + N, D'] tokens before the head, from the trunk's output tokens [B, T, D]."""
         return tokens
 
     def width(self, settings: MaskedSettings, width: int) -> int:
-        """D' for a trunk of width D."""
+        """Returns D', the width of the tokens before the head, for a trunk of width D."""
         return width
 
 
 class MaskTokens(Hiding):
-    """Mask tokens replace patch embeddings before positions are added (EVA). The place in the trunk is timm's `patch_embed`."""
+    """Mask tokens replace patch embeddings before positions are added (EVA), by a hook on timm's `patch_embed`."""
 
     stem_parameters = ("mask_token",)
 
@@ -93,7 +93,7 @@ class MaskTokens(Hiding):
         student.trunk.patch_embed.register_forward_hook(partial(_put_mask_tokens, student))
 
     def draw(self, student: Any) -> None:
-        """Cut normal, std 0.02."""
+        """Initialises the mask token truncated normal, std 0.02."""
         nn.init.trunc_normal_(student.mask_token, std=0.02)
 
 
@@ -107,8 +107,8 @@ def _put_mask_tokens(student: Any, module: nn.Module, inputs: Any, patches: Tens
 
 
 class DroppedPatches(Hiding):
-    """The trunk runs on visible patches alone. A decoder puts its mask token where a patch is missing and adds fixed positions
-    (MAE; EVA-L). The place in the trunk is timm's patch dropout. Every image must have the same number of masked patches."""
+    """The trunk runs on visible patches alone. A decoder inserts its mask token for each masked patch and adds fixed positions
+    (MAE; EVA-L). Patches are dropped in the place of timm's patch dropout. All images have the same number of masked patches."""
 
     any_mask = False
 
@@ -134,12 +134,12 @@ class DroppedPatches(Hiding):
         student.register_buffer("decoder_positions", sincos_table(student.grid, width, student.prefix), persistent=False)
 
     def draw(self, student: Any) -> None:
-        """Cut normal, std 0.02."""
+        """Initialises mask token and linear weights of the decoder truncated normal, std 0.02; biases are 0."""
         nn.init.trunc_normal_(student.mask_token, std=0.02)
         draw_linear(student.decoder_embed, student.decoder_blocks)
 
     def patches(self, student: Any, tokens: Tensor, masked: Tensor | None) -> Tensor:
-        """[B, prefix + N, D'] tokens after the decoder."""
+        """Returns the [B, prefix + N, D'] tokens after the decoder."""
         encoded = student.decoder_embed(tokens)
         prefix, patches = encoded[:, : student.prefix], encoded[:, student.prefix :]
         if masked is not None:
@@ -151,19 +151,20 @@ class DroppedPatches(Hiding):
         return decoded
 
     def width(self, settings: MaskedSettings, width: int) -> int:
-        """The decoder's."""
+        """Returns the decoder's width."""
         return settings.decoder.width
 
 
 class KeptPatches(nn.Module):
-    """In the place of timm's patch dropout: keeps the first `prefix` tokens and the `visible` patches that are not masked."""
+    """Replacement of timm's patch dropout: keeps the first `prefix` tokens and the `visible` patches that are not masked."""
 
     def __init__(self, prefix: int, visible: int, *, with_index: bool):
         super().__init__()
         self.prefix, self.visible, self.with_index = prefix, visible, with_index
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        """[B, prefix + V, D] of [B, prefix + N, D]; with the index [B, V] for a trunk that gathers its rotary positions by it."""
+        """Returns [B, prefix + V, D] tokens of [B, prefix + N, D]; `with_index` also the index [B, V], by which the trunk gathers
+        its rotary positions. Without a mask it returns all tokens, and None as index."""
         masked = _masked.get()
         if masked is None:
             return (x, None) if self.with_index else x
@@ -175,10 +176,10 @@ class KeptPatches(nn.Module):
 
 
 def visible_index(masked: Tensor, visible: int) -> Tensor:
-    """[B, V] positions of the visible patches, rising. V is known beforehand, so that no step waits for the device."""
+    """Returns the [B, V] positions of the visible patches, rising. V is given, so that no step waits for the device."""
     torch._assert_async((masked.sum(dim=1) == masked.shape[1] - visible).all(), f"not {visible} patches are visible")
     return masked.byte().argsort(dim=1, stable=True)[:, :visible]
 
 
 HIDINGS: dict[str, tuple[Hiding, ...]] = {"mask_tokens": (MaskTokens(),), "visible": (DroppedPatches(),)}
-"""By `student.form`: the ways that it composes, in the order in which they act."""
+"""Ways of hiding by `student.form`, in the order in which they act."""

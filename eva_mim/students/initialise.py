@@ -1,7 +1,7 @@
-"""How a student starts when nothing seeds it: the laws of the original code.
+"""Initialisation of a student without `init_from`: the laws of the original code.
 
-Everything is drawn from torch's global generator. Under each law biases of linear layers are 0 and norms 1 and 0; LayerScale and
-tables of relative positions stay as timm makes them, fixed positions stay fixed.
+All numbers are drawn from torch's global generator. Each law sets biases of linear layers to 0, and weights and biases of norms
+to 1 and 0; LayerScale and tables of relative positions keep timm's initialisation, and fixed positions do not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Draw = Callable[[Tensor], Any]
 
 @torch.no_grad()
 def initialise(student: nn.Module, settings: InitSettings) -> None:
-    """Draw the weights of the trunk and of what stands around it, in place. Raises UserError for blocks of an unknown kind."""
+    """Initialises trunk, heads, mask token and decoder of a student in place, by `settings.law`; "timm" changes nothing. Raises
+    UserError for blocks of an unknown kind."""
     if settings.law == "eva01":
         eva01(student, settings.std)
     elif settings.law == "eva02":
@@ -33,8 +34,8 @@ def initialise(student: nn.Module, settings: InitSettings) -> None:
 
 
 def eva01(student: nn.Module, std: float) -> None:
-    """Normal, cut at one standard deviation; what a block adds shrinks with its depth l as 1 / sqrt(2 l), l from 1
-    (EVA-01/eva/modeling_pretrain.py)."""
+    """Draws weights from a normal distribution truncated at one standard deviation; output projections of attention and MLP in
+    block l (from 1) are divided by sqrt(2 l) (EVA-01/eva/modeling_pretrain.py)."""
     cut_normal = _cut_normal(std)
     _draw(student, linear=cut_normal, token=cut_normal)
     for module in student.modules():
@@ -48,8 +49,9 @@ def eva01(student: nn.Module, std: float) -> None:
 
 
 def eva02(student: nn.Module, std: float) -> None:
-    """Xavier's normal law, for the patch kernel the uniform one; cut normal tokens. In blocks with a norm inside their MLP
-    (sub-LN) all but query and key grow by sqrt(ln(2 depth)) (EVA-02/asuka/modeling_pretrain.py)."""
+    """Draws linear weights by Xavier's normal law, the patch kernel by Xavier's uniform law, tokens truncated normal. In blocks
+    with a norm inside their MLP (sub-LN), linear layers except query and key are multiplied by sqrt(ln(2 depth))
+    (EVA-02/asuka/modeling_pretrain.py)."""
     _draw(student, linear=nn.init.xavier_normal_, token=_cut_normal(std))
     _draw_flat_kernel(student)
     blocks = _blocks(student)
@@ -61,7 +63,7 @@ def eva02(student: nn.Module, std: float) -> None:
 
 
 def mae(student: nn.Module) -> None:
-    """Xavier's uniform law, normal tokens (EVA-01/eva/modeling_mae_pretrain.py)."""
+    """Draws weights by Xavier's uniform law, and tokens normal with std 0.02 (EVA-01/eva/modeling_mae_pretrain.py)."""
     _draw(student, linear=nn.init.xavier_uniform_, token=lambda token: nn.init.normal_(token, std=0.02))
     _draw_flat_kernel(student)
 
@@ -84,7 +86,7 @@ def _cut_normal(std: float) -> Draw:
 
 
 def _draw_flat_kernel(student: nn.Module) -> None:
-    """The patch convolution as the linear layer that it is; its bias keeps torch's own start, as in both originals."""
+    """Draws the patch kernel as the weight of a linear layer; its bias keeps the default of torch, as in EVA-02 and MAE."""
     for module in student.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))

@@ -1,4 +1,4 @@
-"""Students that predict the features of hidden patches: a trunk, ways to hide patches from it, and heads."""
+"""Students that predict the features of masked patches: a trunk, ways to hide patches from it, and heads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from eva_mim.trunks.pixels import normalise
 
 
 class MaskedStudent(nn.Module):
-    """A timm ViT without head, from which patches are hidden as `settings.form` says, and heads on its patches.
+    """A timm ViT without its head, a way to hide patches from it (`settings.form`), and heads on its patches.
 
-    The trunk's own forward and key names stay as they are. Raises UserError for a trunk or masks that the form cannot work with.
+    The trunk keeps timm's forward and key names. Raises UserError for a trunk or masks that do not fit the form.
     """
 
     def __init__(self, settings: MaskedSettings, targets: TargetWidths, mask: MaskCounts | None = None):
-        """`mask`: how many patches will be hidden; None for any number."""
+        """`mask`: numbers of masked patches; None for any number."""
         super().__init__()
         self._hidings = HIDINGS[settings.form]
         self.stem_parameters = tuple(name for hiding in self._hidings for name in hiding.stem_parameters)
@@ -49,11 +49,11 @@ class MaskedStudent(nn.Module):
             hiding.draw(self)
         draw_linear(self.head)
         if mask is not None and mask.masked_patches(self.patches) == 0:
-            self.mask_token.requires_grad_(False)  # it has no use, so it would get no gradient
+            self.mask_token.requires_grad_(False)  # it is not used, so it would get no gradient
 
     def tokens(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """[B, T, D] class token, register tokens and patches after the final norm, of uint8 images. The trunk does not see the
-        patches of `masked`, [B, N] bool; None: it sees all."""
+        """Returns [B, T, D] class token, register tokens and patches after the final norm, of uint8 images. The patches of
+        `masked`, [B, N] bool, are hidden from the trunk; None hides no patch."""
         pixels = normalise(images, self.mean, self.std)
         if masked is not None:
             for hiding in self._hidings:
@@ -63,8 +63,8 @@ class MaskedStudent(nn.Module):
         return tokens
 
     def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor | dict[str, Tensor]:
-        """[M, C] predictions for the patches of `target_index` (see `Batch`), of several targets by name; nothing is hidden where
-        `masked` is None."""
+        """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name. The
+        patches of `masked` are hidden; None hides no patch."""
         tokens = self.tokens(images, masked)
         for hiding in self._hidings:
             tokens = hiding.patches(self, tokens, masked)
@@ -72,11 +72,11 @@ class MaskedStudent(nn.Module):
         return predict(self.head, patches.reshape(-1, patches.shape[-1])[target_index])
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean of the patches and class token (None where there is none) of whole images, [B, D] each."""
+        """Returns the mean of the patches and the class token (None if the trunk has none) of unmasked images, [B, D] each."""
         tokens = self.tokens(images)
         class_token = tokens[:, 0] if self.trunk.cls_token is not None else None
         return tokens[:, self.prefix :].mean(dim=1), class_token
 
     def summary(self, images: Tensor) -> Tensor:
-        """[B, D] mean of the patch tokens of whole images."""
+        """Returns the [B, D] mean of the patch tokens of unmasked images."""
         return self.features(images)[0]

@@ -1,2 +1,2 @@
-"""What a student learns to predict of a batch, by name. `live.py`: features of frozen teachers. Features that were computed once
-and stored belong into `cached.py`, the scales of different teachers into `normalise.py`."""
+"""Targets of a student for a batch, by name. `live.py`: features of frozen teachers. Places for additions: `cached.py` for stored
+features, `normalise.py` for the scales of different teachers."""

@@ -1,4 +1,4 @@
-"""Targets from frozen teachers that see each batch."""
+"""Targets from frozen teachers, computed for each batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from eva_mim.core.contracts import Features, MaskedBatch, Teacher
 
 
 class LiveTargets:
-    """One teacher or several; each sees the view of its own size."""
+    """Targets of one teacher or several; the input of each is the view of its own image size."""
 
     def __init__(self, teachers: Mapping[str, Teacher]):
         self.teachers = dict(teachers)
 
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Each teacher's features of the batch, by the teacher's name: summary [B, C], spatial [B, N, C]."""
+        """Returns each teacher's features of the batch by the teacher's name: summary [B, C], spatial [B, N, C]."""
         return {name: teacher(batch.views[teacher.image_size]) for name, teacher in self.teachers.items()}

@@ -1,4 +1,4 @@
-"""Tasks: one file for each kind of training step, with its losses beside it. Settings only here."""
+"""Tasks: one file for each kind of training step, with its losses. This file has their settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class ContrastiveSettings(Settings):
     """Contrastive loss between images and texts."""
 
     kind: Literal["clip", "siglip"] = "clip"
-    """"clip": cross entropy over the batch, both ways; "siglip": one sigmoid for each pair, with a learned bias."""
+    """"clip": cross entropy over the batch, in both directions; "siglip": one sigmoid for each pair, with a learned bias."""
     chunk: Annotated[int | None, RUNTIME] = Field(None, ge=1)
-    """Rows of logits computed at once, and again in the backward pass: memory chunk x global_batch in place of a whole
-    micro-batch's (with accumulation: of all of this process's). The result is the same. Default all rows."""
+    """Rows of logits computed at once, and recomputed in the backward pass: chunk x global_batch logits are in memory at a time,
+    not micro_batch x global_batch (with accumulation: all rows of the process). Results are the same. Default all rows."""
 
 
 class MixSettings(Settings):
-    """Mixed images and soft labels (timm's Mixup)."""
+    """Mixing of images and labels (timm's Mixup)."""
 
     mixup: Annotated[float, Field(ge=0.0)] = 0.0
     """Alpha of mixup; 0 is off."""

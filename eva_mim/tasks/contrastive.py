@@ -22,14 +22,15 @@ Objective = Callable[..., StepOutput]
 
 
 class Contrastive:
-    """Each rank compares its own rows with everybody's columns; gathered features carry gradients, so that the mean of the
-    ranks' losses and gradients is that of the global batch (open_clip's local loss with gather-with-gradient)."""
+    """Contrastive loss of a rank's own rows against the columns of all ranks. Gathered features carry gradients, so that the mean
+    of the ranks' losses and gradients is that of the global batch (open_clip's local loss with gather-with-gradient)."""
 
     def __init__(self, settings: ContrastiveSettings | None = None):
         self.settings = settings or ContrastiveSettings()
 
     def __call__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> StepOutput:
-        """Unit features [B, C] of both sides, the logit scale, and the logit bias where the student has one; in fp32."""
+        """Returns the loss, computed in fp32, of unit features [B, C] of both towers, the logit scale, and the logit bias if the
+        student has one."""
         with torch.autocast(image.device.type, enabled=False):
             loss = self._loss(image.float(), text.float(), scale.float(), None if bias is None else bias.float())
         metrics = {"logit_scale": scale.detach().float()}
@@ -44,7 +45,7 @@ class Contrastive:
         own = torch.arange(len(image), device=image.device) + rank() * len(image)
         chunk = self.settings.chunk or len(image)
         total = image.new_zeros(())
-        # SigLIP has one term for a pair: its texts see the images when these see them.
+        # SigLIP has one term for a pair, so that the rows of images cover all pairs.
         for side, others in [(image, texts)] if siglip else [(image, texts), (text, images)]:
             for rows, partners in zip(torch.split(side, chunk), torch.split(own, chunk), strict=True):
                 given = rows, others, scale, bias, partners
@@ -54,12 +55,13 @@ class Contrastive:
 
 
 def _softmax(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, partners: Tensor) -> Tensor:
-    """Sum over [b, C] rows of the cross entropy of finding their partner among all others (CLIP, Radford et al. 2021)."""
+    """Returns the sum over [b, C] rows of the cross entropy of finding their `partners` among `others` [B, C] (CLIP, Radford et
+    al. 2021)."""
     return F.cross_entropy(_logits(rows, others, scale, bias), partners, reduction="sum")
 
 
 def _sigmoid(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, partners: Tensor) -> Tensor:
-    """Sum over all [b, B] pairs of -log sigmoid(+-logit), plus for partners (SigLIP, Zhai et al. 2023)."""
+    """Returns the sum over all [b, B] pairs of -log sigmoid(+-logit), with plus for `partners` (SigLIP, Zhai et al. 2023)."""
     logits = _logits(rows, others, scale, bias)
     signs = torch.full_like(logits, -1.0).scatter_(1, partners[:, None], 1.0)
     return -F.logsigmoid(signs * logits).sum()
@@ -75,14 +77,15 @@ def _logits(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 
 class ImageText(Task):
-    """Both towers learn to find each other's half of a pair, among the pairs of the global batch."""
+    """Contrastive training of both towers: each image is matched with its text among the pairs of the global batch."""
 
     def __init__(self, student: nn.Module, objective: Objective):
         self.student, self.objective = student, objective
 
     def prepare(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[ImageTextBatch]:
-        """With several micro-batches, a first pass without gradients says the features of all. The loss and its gradient by
-        these features are computed once; each micro-batch then passes its part back (GradCache, Gao et al. 2021)."""
+        """Returns the micro-batches; several of them get a `grad_cache`. A first pass without gradients computes the features of
+        all. The loss and its gradient by these features are computed once; each micro-batch then backpropagates its part of that
+        gradient (GradCache, Gao et al. 2021)."""
         if len(batches) == 1:
             return batches
         with phase("student"):
@@ -92,7 +95,7 @@ class ImageText(Task):
             with torch.autocast(leaves[0].device.type, enabled=False):
                 whole = self.objective(*leaves)
                 by_image, by_text, *by_scalars = torch.autograd.grad(whole.loss, leaves)
-        # The engines take the mean over micro-batches. A row of features is in one of them, a scalar in each.
+        # The engines average over micro-batches. A row of features belongs to one of them, a scalar to each, so rows are scaled.
         count = len(batches)
         rows = zip(batches, (by_image * count).chunk(count), (by_text * count).chunk(count), strict=True)
         whole = _output(whole.loss.detach(), whole.metrics)
@@ -100,8 +103,8 @@ class ImageText(Task):
 
     @torch.no_grad()
     def _first_pass(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[tuple[Tensor, ...]]:
-        """Features of each micro-batch, without gradients. The second pass draws the same random numbers, and moves what buffers
-        hold (running means of batch norms)."""
+        """Returns the student's outputs for each micro-batch, without gradients. Random state and buffers (running means of batch
+        norms) are restored, so that the second pass draws the same numbers and updates buffers once."""
         device = batches[0].images.device
         before = [buffer.clone() for buffer in self.student.buffers()]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -111,7 +114,8 @@ class ImageText(Task):
         return said
 
     def loss(self, student: Callable[..., Any], batch: ImageTextBatch) -> StepOutput:
-        """The contrastive loss of this pass, or its part of the whole step's: then the value is the whole step's."""
+        """Returns the contrastive loss of this pass. With a `grad_cache` its value is the loss of the step, and its gradient is
+        this micro-batch's part."""
         with phase("student"):
             said = student(batch.images, batch.texts)
             if batch.grad_cache is None:

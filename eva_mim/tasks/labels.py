@@ -14,7 +14,7 @@ from eva_mim.tasks import MixSettings
 
 
 class Labels(Task):
-    """Cross entropy with label smoothing; with mixup or cutmix against soft labels."""
+    """Classification by cross entropy with label smoothing; with mixup or cutmix, against soft labels."""
 
     def __init__(self, student: nn.Module, classes: int, settings: MixSettings):
         self.student, self.settings, self._mix = student, settings, None
@@ -26,7 +26,7 @@ class Labels(Task):
             )
 
     def loss(self, student: Callable[..., Any], batch: LabelledBatch) -> StepOutput:
-        """Mean cross entropy of the batch, in fp32."""
+        """Returns the mean cross entropy of the batch, in fp32."""
         images, target = batch.images, batch.labels
         if self._mix is not None:
             images, target = self._mix(images.float(), target)

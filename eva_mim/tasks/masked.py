@@ -1,4 +1,4 @@
-"""Masked feature prediction: a student predicts teachers' features of patches that it does not see (EVA: cosine; MAE: MSE)."""
+"""Masked feature prediction: a student predicts teachers' features of masked patches (EVA: cosine; MAE: MSE)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Objective = Callable[[Tensor, Tensor], LossTerm]
 
 
 def masked_cosine(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Loss over [M, C] predictions and targets, mean over patches (EVA-01/eva/engine_for_pretraining.py); 0 of no patches.
+    """Returns minus the mean cosine of [M, C] predictions and targets (EVA-01/eva/engine_for_pretraining.py); 0 for M = 0.
 
-    Always in fp32: squares of half-precision features overflow or vanish. Finite for norms from 1e-8 to 1e4.
+    It is computed in fp32, because squares of half-precision features overflow or vanish. Finite for norms from 1e-8 to 1e4.
     """
     cosine = _cosine(prediction, target)
     return LossTerm(-_mean(cosine), metrics=_figures(cosine, target))
 
 
 def masked_mse(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Mean squared error over [M, C] (MAE, section 3, for pixel targets), in fp32; 0 of no patches."""
+    """Returns the mean squared error over [M, C] (MAE, section 3, for pixel targets), in fp32; 0 for M = 0."""
     error = F.mse_loss(prediction.float(), target.float(), reduction="mean" if len(prediction) else "sum")
     return LossTerm(error, metrics=_figures(_cosine(prediction, target), target))
 
@@ -45,14 +45,14 @@ def _figures(cosine: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 class MaskedFeatures(Task):
-    """The student predicts, with a head for each teacher, the teacher's features of the patches that it does not see."""
+    """Masked feature prediction: the student has a head for each teacher, which predicts its features of the masked patches."""
 
     def __init__(self, student: nn.Module, targets: Targets, objective: Objective, weights: Mapping[str, float]):
-        """`weights`: factor of each teacher's loss, by the teacher's name."""
+        """`weights`: factor on each teacher's loss, by the teacher's name."""
         self.student, self.targets, self.objective, self.weights = student, targets, objective, dict(weights)
 
     def loss(self, student: Callable[..., Any], batch: MaskedBatch) -> StepOutput:
-        """A term for each teacher: the objective, a mean over the M predicted patches."""
+        """Returns a loss term for each teacher: the objective, a mean over the M predicted patches."""
         index = self.index(batch)
         with phase("teacher"):
             targets = {name: spatial[index] for name, spatial in self.spatial(batch).items()}
@@ -61,7 +61,7 @@ class MaskedFeatures(Task):
             return StepOutput({name: self._term(name, predictions[name], targets[name]) for name in self.weights}, {})
 
     def _term(self, name: str, prediction: Tensor, target: Tensor) -> LossTerm:
-        """Of several teachers, each has metrics of its own name."""
+        """Returns the loss term of a teacher. With several teachers the names of its metrics end in the teacher's name."""
         mean, _, metrics = self.objective(prediction, target)
         if len(self.weights) > 1:
             metrics = {f"{metric}_{name}": value for metric, value in metrics.items()}
@@ -70,26 +70,26 @@ class MaskedFeatures(Task):
     def predictions(
         self, student: Callable[..., Any], batch: MaskedBatch, masked: Tensor | None, index: Tensor
     ) -> dict[str, Tensor]:
-        """[M, C] predictions of the patches of `index` by the teacher's name, where the patches of `masked` are hidden."""
+        """Returns [M, C] predictions of the patches of `index` by the teacher's name; the patches of `masked` are hidden."""
         found = student(self.images(batch), masked, index)
         return found if isinstance(found, dict) else dict.fromkeys(self.weights, found)
 
     def images(self, batch: MaskedBatch) -> Tensor:
-        """[B, channels, H, W] the view that the student sees."""
+        """Returns the student's view, [B, channels, H, W]."""
         return batch.views[self.student.image_size]  # type: ignore[index]
 
     def spatial(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """[B * N, C] target of every patch by the teacher's name."""
+        """Returns the [B * N, C] targets of all patches by the teacher's name."""
         return {name: features.spatial.flatten(0, 1) for name, features in self.targets(batch).items()}
 
     def index(self, batch: MaskedBatch) -> Tensor:
-        """[M] positions of the predicted patches in the flattened [B * N]."""
+        """Returns the [M] positions of the predicted patches in the flattened [B * N]."""
         if batch.target_index is not None:
             return batch.target_index
         return torch.arange(self._patches(batch), device=batch.index.device)
 
     def counts(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """M, which may differ from batch to batch, for each teacher."""
+        """Returns M, the number of predicted patches (it may differ from batch to batch), by the teacher's name."""
         predicted = self._patches(batch) if batch.target_index is None else len(batch.target_index)
         return dict.fromkeys(self.weights, torch.tensor(float(predicted), device=batch.index.device))
 
@@ -99,8 +99,8 @@ class MaskedFeatures(Task):
 
 
 def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teacher") -> None:
-    """Raises UserError, with the sizes that would fit, when student and teacher do not share one patch grid. `path`: where the
-    teacher's settings stand."""
+    """Raises UserError, with the sizes that would fit, if student and teacher have different patch grids. `path`: path of the
+    teacher's settings in the recipe."""
     if grid != teacher.grid:
         raise UserError(
             f"student grid {grid[0]}x{grid[1]} ({image_size} px) does not match {path} grid "

@@ -13,20 +13,20 @@ from eva_mim.core.timing import phase
 
 
 def logits_of(student: Callable[..., Any], batch: LabelledBatch | FeatureBatch) -> Tensor:
-    """[B, K, heads] logits of a probe, in fp32, from images or from their features."""
+    """Returns [B, K, layers] logits of a probe, in fp32, from images or from their features."""
     logits: Tensor = student(features=batch.features) if isinstance(batch, FeatureBatch) else student(batch.images)
     return logits.float()
 
 
 class ProbeTask(Task):
-    """Every layer of a probe learns from the same features. The loss is the sum of theirs, so each has the gradient that it would
-    have alone."""
+    """Training of all layers of a probe on the same features. The loss is the sum of the layers' losses, so that each layer has
+    the gradient of its own loss."""
 
     def __init__(self, student: nn.Module, names: Sequence[str], smoothing: float):
         self.student, self.names, self.smoothing = student, names, smoothing
 
     def loss(self, student: Callable[..., Any], batch: LabelledBatch | FeatureBatch) -> StepOutput:
-        """The batch's mean cross entropy of each layer, a term of its name."""
+        """Returns a loss term for each layer by its name: the mean cross entropy of the batch."""
         with phase("student"):
             logits = logits_of(student, batch)
         labels = batch.labels[:, None].expand(-1, logits.shape[2])

@@ -1,4 +1,4 @@
-"""Frozen networks that give targets. This file holds the settings; a teacher is imported when it is used."""
+"""Frozen networks whose features are targets. This file has the settings; a teacher's module is imported when it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NETWORKS = For("kind", "open_clip", "timm", "stage")
 
 
 class TeacherSettings(Settings):
-    """Frozen network that gives the targets."""
+    """A frozen network whose features are the targets."""
 
     kind: str = "open_clip"
     """"open_clip" (image tower of a CLIP model), "timm" (any timm trunk), "stage" (folder of our own clip stage) or "pixels"
@@ -25,33 +25,33 @@ class TeacherSettings(Settings):
     name: str
     """Architecture name (open_clip, timm), the stage's folder, or the patch side (pixels: "patch16")."""
     weights: Annotated[str | None, For("kind", "open_clip", "timm", reread=True)] = None
-    """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random (for tests only)."""
+    """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random weights (for tests only)."""
     image_size: int | None = Field(None, ge=1)
     """Input side in pixels; default the teacher's own (pixels: must be given)."""
     layer: Annotated[int, NETWORKS] = -1
-    """Block whose patches are the target, as a Python index; -1 is the last. The summary stays the network's own."""
+    """Block whose patch features are the target, as a Python index; -1 is the last. The summary is the network's output."""
     final_norm: bool = True
-    """Put the output through the network's last norm (pixels: normalise each patch)."""
+    """Apply the network's last norm to the features (pixels: normalise each patch)."""
     project: Annotated[bool | None, NETWORKS] = None
-    """Put each patch through CLIP's projection into the shared space; default where the network has one."""
+    """Apply CLIP's projection into the shared space to each patch; default true if the network has one."""
     bands: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
-    """Which channels of the images it sees, counted from 0: of the 13 of Sentinel-2, [3, 2, 1] are red, green and blue. Default
-    all, where it sees as many; one that sees three sees the one of grey images three times."""
+    """Channels of the images that are the teacher's input, counted from 0: of the 13 of Sentinel-2, [3, 2, 1] are red, green and
+    blue. Default: all channels if the numbers agree; for a teacher of 3 channels, the one channel of grey images three times."""
     mean: Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None, For("kind", "pixels")] = None
-    """Mean of each channel, as `student.mean`; default ImageNet's, of RGB. A network has its own."""
+    """Mean of each channel, as `student.mean`; default ImageNet's, of RGB. Other kinds have the mean of their network."""
     std: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, For("kind", "pixels")] = None
     """Standard deviation of each channel."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Factor of the loss against its features."""
+    """Factor on the loss against this teacher's features."""
     _path: str = PrivateAttr("teacher")
 
     @property
     def path(self) -> str:
-        """Where these settings stand in the recipe, for messages: "teacher" or "teachers.NAME"."""
+        """Path of these settings in the recipe, for messages: "teacher" or "teachers.NAME"."""
         return self._path
 
     def stand_at(self, path: str) -> None:
-        """Say where these settings stand in the recipe."""
+        """Sets the path of these settings in the recipe."""
         self._path = path
 
     @model_validator(mode="after")
@@ -63,8 +63,8 @@ class TeacherSettings(Settings):
 
 
 def build_teacher(settings: TeacherSettings, channels: int = 3, *, weights: bool = True) -> Teacher:
-    """The teacher of images with so many channels, frozen, on the default device; without `weights` its file is not read. Raises
-    UserError for an unknown name, missing weights, an unusable trunk, and channels that do not fit."""
+    """Returns the frozen teacher for images with `channels` channels, on the default device; without `weights` its file is not
+    read. Raises UserError for an unknown name, missing weights, an unusable trunk, and channels that do not fit."""
     build = lookup(TEACHERS, settings.kind, f"{settings.path}.kind")
     teacher: Teacher = build(settings if weights else settings.model_copy(update={"weights": None}))
     from eva_mim.teachers.bands import with_bands

@@ -1,4 +1,4 @@
-"""A teacher of images that have other channels than it knows: it is shown some of them."""
+"""Teachers of images whose channels differ from the network's input: the network gets some of the channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BandTeacher:
-    """A teacher that sees the channels `bands` of the images, in this order."""
+    """A teacher whose input are the channels `bands` of the images, in this order."""
 
     def __init__(self, teacher: Teacher, bands: tuple[int, ...]):
         self._teacher, self.bands = teacher, bands
@@ -23,26 +23,27 @@ class BandTeacher:
         self.mean, self.std = teacher.mean, teacher.std
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of [B, channels, side, side] pixels."""
-        # Slices: an index would be copied to the device in every step.
+        """Returns the features of [B, channels, side, side] pixels."""
+        # Slices are used because an index tensor would be copied to the device in every step.
         return self._teacher(torch.stack([images[:, band] for band in self.bands], dim=1))
 
     def to(self, device: Any) -> BandTeacher:
-        """Move the weights."""
+        """Moves the weights to `device`."""
         self._teacher.to(device)
         return self
 
     def fingerprint(self) -> str:
-        """The network's."""
+        """Returns the fingerprint of the network."""
         return self._teacher.fingerprint()
 
     def facts(self) -> dict[str, Any]:
-        """The network's, and the channels that it sees."""
+        """Returns the facts of the network, and its channels as `bands`."""
         return self._teacher.facts() | {"bands": list(self.bands)}
 
 
 def with_bands(teacher: Teacher, settings: TeacherSettings, channels: int) -> Teacher:
-    """The teacher for images of so many channels. Raises UserError where it cannot be told which ones it shall see."""
+    """Returns the teacher for images with `channels` channels. Raises UserError if `settings.bands` does not fit, or is missing
+    and has no default."""
     own, bands = len(teacher.mean), settings.bands
     if bands is None and channels == own:
         return teacher

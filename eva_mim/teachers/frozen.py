@@ -1,4 +1,4 @@
-"""What all teachers share: frozen, in eval mode, normalising their own pixels, not a submodule of anything."""
+"""Base of all teachers with a network: frozen, in eval mode, with its own pixel normalisation, a submodule of no other module."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """Layer, norm and projection that features are read from, resolved for a network."""
+    """Layer, norm and projection of the features that are read from a network, with all defaults resolved."""
 
     features: Callable[[Tensor], Features]
-    """From normalised pixels [B, channels, S, S]. Layer and norm choose the patches; the summary is always the network's own."""
+    """Function from normalised pixels [B, channels, S, S] to features. Layer and norm apply to the patches; the summary is always
+    the network's output."""
     layer: int | None = None
-    """Block whose output is read, counted from 0; None for a network that is read at its end alone."""
+    """Block whose output is read, counted from 0; None for a network of which only the final output is read."""
     blocks: int | None = None
     """Number of blocks."""
     final_norm: bool = True
-    """The patches went through the network's last norm (False also where it has none)."""
+    """True if the network's last norm is applied to the patches (False also if it has none)."""
     project: bool = False
-    """Patches and summary went through the projection."""
+    """True if the projection is applied to patches and summary."""
 
 
 class FrozenTeacher:
-    """A network with a way to read its features. Not an nn.Module: no engine casts, shards, saves or counts it."""
+    """A network and the reading of its features. It is no nn.Module, so that no engine casts, shards, saves or counts it."""
 
     def __init__(
         self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...],
         path: str = "teacher",
     ):
-        """`path`: where the teacher's settings stand in the recipe."""
+        """`path`: path of the teacher's settings in the recipe, for messages. Raises UserError for an image size that does not
+        fit the network."""
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         tune(self._network, "cpu")
         self._reading = reading
@@ -64,21 +66,21 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Features of [B, channels, S, S] pixels as `pixels.normalise` takes them."""
+        """Returns the features of [B, channels, S, S] pixels, uint8 or float in 0..255."""
         return self._reading.features(normalise(images, self.mean, self.std))
 
     def to(self, device: Any) -> FrozenTeacher:
-        """Move the weights."""
+        """Moves the weights to `device`."""
         self._network.to(device)
         tune(self._network, device)
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and values of all weights: proof that a run left the teacher alone."""
+        """Returns the SHA-256 of names and values of all weights: proof that a run did not change the teacher."""
         return weights_sha256(self._network.state_dict())
 
     def facts(self) -> dict[str, Any]:
-        """Name, sizes and reading of the teacher, in JSON's types."""
+        """Returns name, sizes and reading of the teacher, in JSON's types."""
         return {
             "network": self._kind,
             "parameters": sum(parameter.numel() for parameter in self._network.parameters()),
@@ -95,7 +97,7 @@ class FrozenTeacher:
 
 
 def block_index(settings: TeacherSettings, blocks: int) -> int:
-    """`settings.layer` counted from 0. Raises UserError for a block that does not exist."""
+    """Returns `settings.layer` counted from 0. Raises UserError for a block that does not exist."""
     if not -blocks <= settings.layer < blocks:
         raise UserError(
             f"{settings.path}.layer: {settings.layer} does not exist; {settings.name} has {blocks} blocks, 0 to {blocks - 1} "
@@ -105,7 +107,7 @@ def block_index(settings: TeacherSettings, blocks: int) -> int:
 
 
 def with_projection(settings: TeacherSettings, available: bool) -> bool:
-    """Whether to project. Raises UserError where that is asked of a network that cannot."""
+    """Returns whether to project. Raises UserError if `settings.project` is true and no projection is available."""
     if settings.project and not available:
         raise UserError(f"{settings.path}.project: {settings.name} has no projection for patches; leave it out, or set false")
     return available if settings.project is None else settings.project

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def open_clip_teacher(settings: TeacherSettings) -> FrozenTeacher:
-    """A tower by open_clip's architecture name, with a pretrained tag or a local weight file. Raises UserError."""
+    """Returns an image tower by open_clip's architecture name, with a pretrained tag or a local weight file. Raises UserError."""
     known = open_clip.list_models()
     if settings.name not in known:
         raise UserError(f"{settings.path}.name: {settings.name!r} is not among open_clip's {len(known)} architectures")
@@ -33,7 +33,7 @@ def open_clip_teacher(settings: TeacherSettings) -> FrozenTeacher:
 
 
 def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
-    """The tower of a finished clip stage of ours. Raises UserError when the folder does not hold one."""
+    """Returns the image tower of a finished clip stage of ours. Raises UserError if the folder does not contain one."""
     if not (Path(settings.name) / CLIP_CONFIG).is_file():
         raise UserError(f"{settings.path}.name: {settings.name} has no {CLIP_CONFIG}; it must be the folder of a finished clip "
                         "stage")
@@ -45,7 +45,7 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
 def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> FrozenTeacher:
     options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
     try:
-        device = torch.empty(0).device  # the default: open_clip would move what stands on the meta device
+        device = torch.empty(0).device  # the default device, since open_clip would move a model off the meta device
         model = create(name, by=open_clip.create_model, pretrained=pretrained, weights_only=True, device=device, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
@@ -63,7 +63,7 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
 
 
 def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
-    """Reading of open_clip's two kinds of tower. Raises UserError for towers without patch features."""
+    """Returns the reading of open_clip's two kinds of image tower. Raises UserError for towers without patch features."""
     if isinstance(visual, TimmModel):
         if hasattr(visual.head, "pool"):
             raise UserError(f"{settings.path}.name: {settings.name} ends in attention pooling and has no patch features")
@@ -75,7 +75,7 @@ def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
     blocks = len(visual.transformer.resblocks)
     layer, project = block_index(settings, blocks), with_projection(settings, visual.proj is not None)
     if not project:
-        visual.proj = None  # or its summary would be projected
+        visual.proj = None  # otherwise the summary would be projected
 
     def features(images: Tensor) -> Features:
         found = visual.forward_intermediates(

@@ -1,4 +1,4 @@
-"""A teacher without a network: the target of a patch are its own pixels (MAE, He et al. 2021)."""
+"""A teacher without a network: the target of a patch is its own pixels (MAE, He et al. 2021)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ EPS = 1e-6
 
 
 class PixelTeacher:
-    """Patches of p x p pixels as vectors of channels * p * p numbers: row by row, the colours of a pixel side by side.
+    """A teacher whose features are patches of p x p pixels: vectors of channels * p * p numbers, row by row, with the channels of
+    a pixel side by side.
 
-    Pixels are first normalised with `mean` and `std`, then each patch to mean 0 and (unbiased) variance 1 over all
-    its numbers, as MAE does; with `final_norm` false they stay as they are after the first. The summary is the mean patch.
+    Pixels are normalised with `mean` and `std`; then, with `normed`, each patch is normalised to mean 0 and (unbiased) variance 1
+    over all its numbers, as in MAE. The summary is the mean patch.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class PixelTeacher:
         self.grid: Grid = (image_size // patch, image_size // patch)
 
     def __call__(self, images: Tensor) -> Features:
-        """Features of [B, channels, S, S] pixels."""
+        """Returns the features of [B, channels, S, S] pixels."""
         rows, columns = self.grid
         cells = normalise(images, self.mean, self.std).reshape(len(images), -1, rows, self._patch, columns, self._patch)
         patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, self.width)
@@ -45,15 +46,15 @@ class PixelTeacher:
         return Features(patches.mean(1), patches, self.grid)
 
     def to(self, device: Any) -> PixelTeacher:
-        """There are no weights to move."""
+        """Returns the teacher itself, which has no weights to move."""
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 over what it does: there are no weights that could change."""
+        """Returns the SHA-256 of `facts`, since there are no weights."""
         return digest(self.facts())
 
     def facts(self) -> dict[str, Any]:
-        """Facts of the teacher in JSON's types; keys as in `FrozenTeacher.facts`."""
+        """Returns facts of the teacher in JSON's types; keys as in `FrozenTeacher.facts`."""
         return {
             "network": "pixels",
             "parameters": 0,
@@ -70,7 +71,7 @@ class PixelTeacher:
 
 
 def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
-    """Pixel teacher from a name such as "patch16" and an image size. Raises UserError."""
+    """Returns a pixel teacher from a name such as "patch16" and an image size. Raises UserError."""
     match = re.fullmatch(r"patch([1-9]\d{0,3})", settings.name)
     if match is None:
         raise UserError(f"{settings.path}.name: {settings.name!r} does not say the patch side in pixels; write one such as "

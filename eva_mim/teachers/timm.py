@@ -1,4 +1,4 @@
-"""Any timm trunk as a teacher: its own patch features, without projection."""
+"""timm trunks as teachers: patch features without projection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
-    """A trunk by timm's name; mean, std and size from its pretrained configuration. Raises UserError."""
+    """Returns a trunk by timm's name, with mean, std and (by default) size of its pretrained configuration. Raises UserError."""
     options: dict[str, Any] = {}
     if settings.weights == "pretrained":
         options["pretrained"] = True
@@ -43,7 +43,7 @@ def _create(name: str, image_size: int | None, **options: Any) -> Any:
     if image_size is not None:
         try:
             return create(name, img_size=image_size, **options)
-        except TypeError as error:  # convolutional networks take any size, and many no such argument
+        except TypeError as error:  # convolutional networks take any size, and many have no argument for it
             if "img_size" not in str(error):
                 raise
     return create(name, **options)

@@ -1,6 +1,7 @@
-"""Reading timm trunks.
+"""Features of timm trunks as teachers.
 
-Plain vision transformers give the patches after any block. Others (convolutional, hierarchical, ...) are read at their end.
+Plain vision transformers have patch features after any block. Of other trunks (convolutional, hierarchical, ...) the final
+output is read.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | None = None) -> Reading:
-    """Reading of a timm trunk; `behind` is what an open_clip tower has behind it (its classifier then is a projection,
-    too). Raises UserError for settings that the trunk cannot follow."""
-    # Attention pooling projects one vector an image; the patches before it have no place in that space.
+    """Returns the reading of a timm trunk; `behind` are the layers after it in an open_clip tower, where the trunk's classifier
+    is part of the projection. Raises UserError for settings that do not fit the trunk."""
+    # Attention pooling projects one vector an image; its projection does not apply to patches.
     pools = getattr(trunk, "attn_pool", None) is not None
     available = behind is not None and not pools and (trunk.num_classes > 0 or len(behind) > 0)
     project = with_projection(settings, available)
@@ -35,7 +36,7 @@ def read_trunk(trunk: Any, settings: TeacherSettings, behind: nn.Sequential | No
     if blocks is None:
         return _read_end(trunk, settings, head, project)
     layer = block_index(settings, blocks)
-    norm = trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm  # fc_norm: the norm stands behind the pooling
+    norm = trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm  # fc_norm: norm after the pooling
 
     def features(images: Tensor) -> Features:
         output, (cells,) = trunk.forward_intermediates(images, indices=[layer], norm=False)
@@ -67,8 +68,8 @@ def _read_end(trunk: Any, settings: TeacherSettings, head: Callable[[Tensor], Te
 
 
 def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
-    """Patch tokens [B, N, D] and grid from what a timm trunk's `forward_features` returns: [B, D, h, w] maps (or
-    [B, h, w, D] for the trunks that say so) or [B, prefix + N, D] tokens."""
+    """Returns patch tokens [B, N, D] and grid from the output of a timm trunk's `forward_features`: [B, D, h, w] maps
+    ([B, h, w, D] if `trunk.output_fmt` is "NHWC") or [B, prefix + N, D] tokens. Raises UserError if the grid is not known."""
     if features.ndim == 4:
         if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 3, 1, 2)
@@ -81,10 +82,10 @@ def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
 
 
 def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B, N, C]: what `head` (the trunk's pooling, last norm and projection) makes of each patch alone.
+    """Returns [B, N, C], the output of `head` (the trunk's pooling, last norm and projection) for each patch alone.
 
-    Each of the [B, N, D] `tokens` goes through as a map of one cell, or a sequence of one patch behind copies of itself in
-    the places of class and register tokens. `features` is what the tokens came from: it tells the layout.
+    Each of the [B, N, D] `tokens` is given to `head` as a map of one cell, or as a sequence of one patch behind copies of itself
+    in the places of class and register tokens. `features`, from which the tokens were made, determines the layout.
     """
     batch, count, width = tokens.shape
     single = tokens.reshape(batch * count, 1, width)

@@ -1,4 +1,4 @@
-"""timm models: settings of a trunk, and the towers of a student for tower-wise learning rates. Settings only here."""
+"""timm models: settings of a trunk, and the towers of a student for tower-wise learning rates. This file imports no torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Tower(NamedTuple):
     """A part of a student that may have a learning rate of its own."""
 
     module: nn.Module
-    """Holds all its parameters."""
+    """Module with all parameters of the tower."""
     layered: nn.Module
-    """The part of it with layers; what else it holds is at the top."""
+    """Submodule of `module` with the layers; parameters outside it belong to the top layer."""
     layers: Any
-    """timm's group matcher for the names in `layered`; None where the layers are not known."""
+    """timm's group matcher for the names in `layered`; None if the layers are not known."""
 
     @classmethod
     def of_timm(cls, trunk: Any, module: nn.Module | None = None) -> Tower:
-        """A timm model, alone or inside a module."""
+        """Returns the tower of a timm model, alone or inside `module`."""
         matcher = trunk.group_matcher(coarse=False) if hasattr(trunk, "group_matcher") else None
         return cls(trunk if module is None else module, trunk, matcher)
 
@@ -55,11 +55,11 @@ class TrunkSettings(Settings):
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
+        """Number of channels of an image."""
         return 3 if self.mean is None else len(self.mean)
 
     def timm_options(self) -> dict[str, Any]:
-        """Keyword arguments for `timm.create_model` that describe the architecture."""
+        """Returns the keyword arguments for `timm.create_model` that describe the architecture."""
         options = {
             "img_size": self.image_size, "patch_size": self.patch_size, "in_chans": None if self.channels == 3 else self.channels
         }

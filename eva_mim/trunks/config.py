@@ -1,4 +1,4 @@
-"""The `config.json` of a folder of weights that timm opens."""
+"""The `config.json` in a folder of weights that timm opens."""
 
 from __future__ import annotations
 

@@ -9,20 +9,20 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import eva_mim.trunks.small  # noqa: F401  (makes our small architectures known to timm, for all of eva_mim)
+import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
 from eva_mim.trunks import TrunkSettings, facts
 
 
 def create(name: str, *, by: Callable[..., Any] = timm.create_model, **arguments: Any) -> Any:
-    """The model of that name, ours included. `by`: timm's or open_clip's function, which knows our architectures once this file
-    is imported. Raises what it raises."""
+    """Returns the model of an architecture name, those in `small.py` included. `by` is timm's or open_clip's function; our
+    architectures are registered when this file is imported. Raises the errors of `by`."""
     return by(name, **arguments)
 
 
 def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
-    """A timm model. Raises UserError for an unknown name or arguments that this architecture does not take."""
+    """Returns a timm model. Raises UserError for an unknown name, and for arguments that the architecture does not accept."""
     check_name(settings.name)
     arguments = settings.timm_options() | options
     if settings.drop_path:
@@ -38,7 +38,7 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
 
 
 def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
-    """Multiply the gradient of the patch embedding by `patch_grad_scale`; 0 freezes it. What it computes stays as it is.
+    """Multiplies the gradient of the patch embedding by `patch_grad_scale`; 0 freezes it. Its output does not change.
 
     Raises UserError for a trunk without patch embedding.
     """
@@ -53,7 +53,7 @@ def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
         return
 
     def scale_output(module: nn.Module, inputs: Any, output: Any) -> None:
-        patches: Tensor = output[0] if isinstance(output, tuple) else output  # some return their grid as well
+        patches: Tensor = output[0] if isinstance(output, tuple) else output  # some patch embeddings also return their grid
         if patches.requires_grad:
             patches.register_hook(lambda gradient: scale * gradient)  # type: ignore[no-untyped-call]
 
@@ -61,13 +61,13 @@ def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError, with the nearest names, for an architecture that timm does not know."""
+    """Raises UserError, with the most similar names, for an architecture that is not registered with timm."""
     if name not in timm.list_models():
         raise UserError(f"student.name: timm has no {name!r}{nearest(name, timm.list_models(), count=3)}")
 
 
 def has_tokens(settings: TrunkSettings) -> bool:
-    """The architecture works on patch tokens (and so has a choice of pooling). Builds nothing: meta device."""
+    """Returns whether the architecture works on patch tokens, and so has a choice of pooling; it is built on the meta device."""
     check_name(settings.name)
     with torch.device("meta"):
         return facts.has_tokens(create(settings.name))

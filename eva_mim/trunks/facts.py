@@ -1,4 +1,4 @@
-"""Facts of a timm model, asked in one place: grid, tokens, patches, input, pixels, head, blocks, whether it can be masked."""
+"""Facts of a timm model in one file: grid, tokens, patches, input, pixels, head, blocks, and whether it can be masked."""
 
 from __future__ import annotations
 
@@ -15,70 +15,70 @@ from eva_mim.trunks import TrunkSettings
 
 Pixels = tuple[float, ...]
 PLAIN = ("blocks", "norm", "fc_norm", "num_prefix_tokens", "forward_intermediates")
-"""What timm's plain vision transformers, and in timm 1.0.31 no others, have in common (VisionTransformer, Eva, Beit,
-NaFlexVit and their subclasses)."""
+"""Attributes that all plain vision transformers of timm have (VisionTransformer, Eva, Beit, NaFlexVit and their subclasses), and
+no other model of timm 1.0.31."""
 
 
 def grid(trunk: nn.Module) -> Grid | None:
-    """(rows, columns) of patches at the input size that the trunk was built for; None for a trunk that does not say."""
+    """Returns (rows, columns) of patches at the input size that the trunk was built for; None if it has no `grid_size`."""
     found = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
     return (found[0], found[1]) if found else None
 
 
 def has_tokens(trunk: nn.Module) -> bool:
-    """The trunk works on patch tokens, and so has a choice of pooling."""
+    """Returns whether the trunk works on patch tokens, and so has a choice of pooling."""
     return hasattr(trunk, "num_prefix_tokens")
 
 
 def prefix_tokens(trunk: nn.Module) -> int:
-    """Number of class and register tokens in front of the patches."""
+    """Returns the number of class and register tokens in front of the patches."""
     return int(getattr(trunk, "num_prefix_tokens", 0))
 
 
 def patch_size(trunk: nn.Module) -> tuple[int, int] | None:
-    """(height, width) in pixels of the patch kernel, a convolution; None where the trunk has none."""
+    """Returns (height, width) in pixels of the patch convolution's kernel; None if the trunk has none."""
     kernel: Any = getattr(getattr(getattr(trunk, "patch_embed", None), "proj", None), "weight", None)
     return (kernel.shape[2], kernel.shape[3]) if kernel is not None and kernel.ndim == 4 else None
 
 
 def input_size(trunk: nn.Module) -> tuple[int, int]:
-    """(height, width) in pixels of the images that the trunk was built for."""
+    """Returns (height, width) in pixels of the images that the trunk was built for."""
     size: Any = getattr(getattr(trunk, "patch_embed", None), "img_size", None) or configuration(trunk)["input_size"][1:]
     return size[0], size[1]
 
 
 def image_size(trunk: nn.Module, settings: TrunkSettings) -> int:
-    """Side of the trunk's input in pixels: that of the settings, else the architecture's own."""
+    """Returns the side of the trunk's input in pixels: that of the settings, else the architecture's own."""
     return int(settings.image_size or configuration(trunk)["input_size"][-1])
 
 
 def mean_std(trunk: nn.Module, settings: TrunkSettings | None = None) -> tuple[Pixels, Pixels]:
-    """Mean and standard deviation of each channel, of pixels between 0 and 1: the settings', else the architecture's own."""
+    """Returns mean and standard deviation of each channel, of pixels between 0 and 1: the settings', else the architecture's."""
     config = configuration(trunk)
     mean, std = (None, None) if settings is None else (settings.mean, settings.std)
     return mean or tuple(config["mean"]), std or tuple(config["std"])
 
 
 def configuration(trunk: nn.Module) -> Any:
-    """timm's `pretrained_cfg` of the trunk; empty for a module that has none."""
+    """Returns timm's `pretrained_cfg` of the trunk; empty for a module without one."""
     return getattr(trunk, "pretrained_cfg", None) or {}
 
 
 def head_name(trunk: nn.Module) -> str | None:
-    """Name of the classifier among the trunk's modules; None for a trunk that was built without one."""
+    """Returns the name of the classifier among the trunk's modules; None for a trunk that was built without one."""
     head: nn.Module = trunk.get_classifier()  # type: ignore[operator]
     return next((name for name, module in trunk.named_modules() if module is head and name), None)
 
 
 def plain_blocks(trunk: Any) -> int | None:
-    """Number of blocks of a plain vision transformer, each of which leaves patches of one width; None for any other trunk."""
+    """Returns the number of blocks of a plain vision transformer, all of one width; None for any other trunk."""
     return len(trunk.blocks) if all(hasattr(trunk, name) for name in PLAIN) else None
 
 
 def why_not_masked(trunk: nn.Module, *, pixels_hidden: bool = False) -> str | None:
-    """Why patches cannot be hidden from the trunk, as the end of a sentence about it; None where they can.
+    """Returns why patches cannot be hidden from the trunk, as the end of a sentence about it; None if they can.
 
-    `pixels_hidden`: they are hidden before the stem, so that it may look across patches.
+    `pixels_hidden`: patches are hidden before the stem, whose receptive field may then extend beyond a patch.
     """
     if not isinstance(trunk, (VisionTransformer, Eva, Beit)) or grid(trunk) is None:
         return "is not a plain ViT with patch tokens; it cannot be masked"
@@ -88,10 +88,10 @@ def why_not_masked(trunk: nn.Module, *, pixels_hidden: bool = False) -> str | No
 
 
 def why_not_dropped(trunk: nn.Module) -> str | None:
-    """Why patches cannot be left out of the trunk, as the end of a sentence about it; None where they can."""
+    """Returns why patches cannot be dropped inside the trunk, as the end of a sentence about it; None if they can."""
     return None if isinstance(trunk, (VisionTransformer, Eva)) else "cannot leave out patches"
 
 
 def patch_drop_returns_index(trunk: nn.Module) -> bool:
-    """The trunk's patch dropout returns the index of the kept patches as well: it gathers rotary positions by it."""
+    """Returns whether the trunk's patch dropout also returns the index of the kept patches, which gathers rotary positions."""
     return isinstance(trunk, Eva)

@@ -1,4 +1,4 @@
-"""Choices among equal computations: what is fast on CUDA is not what is fast on a CPU."""
+"""Choice of kernels for equal computations: CUDA and CPUs differ in which one is faster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 def tune(module: nn.Module, device: Any) -> None:
-    """Choose how the attention layers of timm and open_clip below `module` compute, in place. Results change by rounding at most.
+    """Sets in place which kernels the attention layers of timm and open_clip below `module` use. Results differ by rounding only.
 
-    On CPUs timm's explicit product is 1.3 to 7 times faster in training than the fused kernel. open_clip's towers go with the
-    sequence first there: torch's attention layer otherwise copies its weights for every token under autocast (ViT-L/14 at
-    224 px in bf16, 8 images: 40 s against 2.4 s).
+    On CPUs timm's explicit product is 1.3 to 7 times faster in training than the fused kernel. There open_clip's towers compute
+    with the sequence as first dimension: otherwise torch's attention layer copies its weights for every token under autocast
+    (ViT-L/14 at 224 px in bf16, 8 images: 40 s against 2.4 s).
     """
     cuda = getattr(device, "type", device) == "cuda"
     for layer in module.modules():

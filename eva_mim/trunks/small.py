@@ -1,6 +1,6 @@
 """Architectures for small images (32 and 64 px), registered with timm when this file is imported.
 
-open_clip builds image towers by timm name alone, so sizes that timm does not name need a name here.
+open_clip builds image towers by timm's architecture name alone, so each size that timm lacks is registered here under a name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PIXELS = {
     "crop_pct": 1.0,
     "interpolation": "bicubic",
 }
-"""CLIP's mean and std, as EVA uses for student, teacher and every later stage (facts of EVA-01/eva/datasets.py)."""
+"""CLIP's mean and std, which EVA uses for student, teacher and every later stage (facts of EVA-01/eva/datasets.py)."""
 
 default_cfgs = generate_default_cfgs(
     {
@@ -43,25 +43,25 @@ def _vit(name: str, pretrained: bool, **options: Any) -> VisionTransformer:
 
 @register_model
 def vit_nano_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Plain ViT, width 96, depth 4: 0.5 M parameters."""
+    """Builds a plain ViT, width 96, depth 4: 0.5 M parameters."""
     return _vit("vit_nano_patch4_32", pretrained, **{"embed_dim": 96, "depth": 4, "num_heads": 3} | options)
 
 
 @register_model
 def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Plain ViT, width 128, depth 6: 1.2 M parameters."""
+    """Builds a plain ViT, width 128, depth 6: 1.2 M parameters."""
     return _vit("vit_mini_patch4_32", pretrained, **{"embed_dim": 128, "depth": 6, "num_heads": 4} | options)
 
 
 @register_model
 def vit_nano_patch8_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Plain ViT, width 96, depth 4, 8 x 8 patches of 8 px: 0.5 M parameters."""
+    """Builds a plain ViT, width 96, depth 4, 8 x 8 patches of 8 px: 0.5 M parameters."""
     sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
     return _vit("vit_nano_patch8_64", pretrained, **sizes | options)
 
 
 def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **options: Any) -> ByobNet:
-    """3x3 stem (stride 2) and residual blocks; 32 px in, an 8 x 8 map out."""
+    """Builds a residual network with a 3x3 stem (stride 2); 32 px in, an 8 x 8 map out."""
     stem, middle, last = widths
     blocks = (
         ByoBlockCfg(type="basic", d=1, c=stem, s=1, gs=0, br=1.0),
@@ -75,19 +75,19 @@ def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **option
 
 @register_model
 def convnet_nano_32(pretrained: bool = False, **options: Any) -> ByobNet:
-    """Residual network, widths 32/64/128."""
+    """Builds a residual network, widths 32/64/128."""
     return _convnet("convnet_nano_32", (32, 64, 128), pretrained, **options)
 
 
 @register_model
 def convnet_mini_32(pretrained: bool = False, **options: Any) -> ByobNet:
-    """Residual network, widths 64/128/256."""
+    """Builds a residual network, widths 64/128/256."""
     return _convnet("convnet_mini_32", (64, 128, 256), pretrained, **options)
 
 
 @register_model
 def convnet_mini_64(pretrained: bool = False, **options: Any) -> ByobNet:
-    """3x3 stem (stride 2) and residual blocks of widths 64/128/256; 64 px in, an 8 x 8 map out."""
+    """Builds a residual network with a 3x3 stem (stride 2), widths 64/128/256; 64 px in, an 8 x 8 map out."""
     blocks = (
         ByoBlockCfg(type="basic", d=1, c=64, s=2, gs=0, br=1.0),
         ByoBlockCfg(type="basic", d=1, c=128, s=2, gs=0, br=1.0),
