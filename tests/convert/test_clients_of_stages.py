@@ -247,6 +247,7 @@ def test_a_published_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @torch.inference_mode()
 def test_a_published_clip_model(tmp_path: Path) -> None:
     """EVA02-CLIP-B: 150 million parameters, from the original names by shapes alone; the file as Hugging Face has it."""

@@ -134,8 +134,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("place", "fault", "lost"),
     [
         ("one_host", "kill", 1),
-        ("one_host", "hang", 0),
         ("cabled", "cut", None),
+        pytest.param("one_host", "hang", 0, marks=pytest.mark.long),
         pytest.param("cabled", "kill", 0, marks=pytest.mark.long),
         pytest.param("cabled", "hang", 1, marks=pytest.mark.long),
     ],

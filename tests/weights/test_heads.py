@@ -105,7 +105,7 @@ def test_the_program_seeds_the_rows_and_reports_them(tmp_path: Path) -> None:
     classes = build(recipe, torch.device("cpu")).classes
     assert classes is not None
     known = classes[:0:-1]
-    parent = trunk(1, num_classes=len(known), global_pool="avg")
+    parent = trunk(1, num_classes=len(known), global_pool="avg", patch_size=8)
     write_stage(tmp_path / "parent", parent, classes=list(known))
     tree = CLASSIFY | {"init_from": str(tmp_path / "parent"), "student": CLASSIFY["student"] | {"head_rows": "shared"}}
     built = build(parse(StageRecipe, tree, "recipe"), torch.device("cpu"))
