@@ -58,6 +58,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     stage = lookup(PROGRAMS, record["program"], "dump.program")
     tree = read_yaml(RunFolder(folder).settings)
     if tree.get("init_from") and not Path(tree["init_from"]).exists():
+        tree.pop("hand_over", None)
         tree["init_from"] = None  # the dump has the weights; an existing parent is kept, since some recipes require one
     tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
     recipe = resolve(stage.recipe, tree, overrides, str(RunFolder(folder).settings))

@@ -51,7 +51,8 @@ def say_changes(source: str, changes: Sequence[Change]) -> None:
     """Prints one line with the names of all settings that were removed; nothing if there are none."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for setting, before in changes:
-        groups.setdefault((setting.kind, setting.chosen, before), []).append(setting.path)
+        now, then = ("null" if value is None else str(value) for value in (setting.chosen, before))
+        groups.setdefault((setting.kind, now, then), []).append(setting.path)
     texts = [f"{kind}={now} leaves out {', '.join(names)}, set for {kind}={before}"
              for (kind, now, before), names in groups.items()]
     if texts:

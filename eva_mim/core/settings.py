@@ -31,7 +31,8 @@ def few(names: Iterable[Any], count: int = 5) -> str:
 
 class For:
     """Annotation of a setting that has an effect only if another setting of its section has certain values:
-    `min_block: Annotated[int, For("kind", "block")]`. With another value of that setting it is a mistake (`parse`)."""
+    `min_block: Annotated[int, For("kind", "block")]`; or, without values, if the other setting is not null:
+    `jitter_prob: Annotated[float, For("jitter")]`. Otherwise it is a mistake (`parse`)."""
 
     def __init__(self, setting: str, *values: str, reread: bool = False):
         """`reread`: the setting has another meaning under each of `values`, so that it is removed when these change."""
@@ -84,9 +85,11 @@ class Dependent(NamedTuple):
     @property
     def foreign(self) -> bool:
         """True where the setting has no effect."""
-        return self.chosen not in self.mark.values
+        return self.chosen not in self.mark.values if self.mark.values else self.chosen is None
 
     def __str__(self) -> str:
+        if not self.mark.values:
+            return f"{self.path}: has no effect without {self.kind}; leave it out, or set {self.kind}"
         wanted = " or ".join(self.mark.values)
         return (f"{self.path}: is for {self.kind}={wanted}, and {self.kind} is {self.chosen}; leave it out, or set "
                 f"{self.kind}={self.mark.values[0]}")
@@ -101,7 +104,10 @@ def dependents(model: type[Settings], tree: Mapping[str, Any], prefix: str = "")
             continue
         foreign = False
         for mark in field.metadata:
-            if isinstance(mark, For) and (chosen := model.chosen_in(tree, mark.setting)) in _known(model, mark.setting):
+            if not isinstance(mark, For):
+                continue
+            chosen = model.chosen_in(tree, mark.setting)
+            if not mark.values or chosen in _known(model, mark.setting):
                 found = Dependent(prefix + name, prefix + mark.setting, chosen, mark)
                 foreign |= found.foreign
                 yield found

@@ -259,7 +259,7 @@ class ViewSettings(Settings):
     """timm's RandAugment by its config string, such as "rand-m9-mstd0.5-inc1"."""
     jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0.0, le=0.5)]] | None = None
     """Random brightness, contrast, saturation, hue: torchvision's ColorJitter (ViTamin L, long schedule: .32, .32, .32, .08)."""
-    jitter_prob: Share = 0.8
+    jitter_prob: Annotated[Share, For("jitter")] = 0.8
     """Probability that an image is jittered (open_clip's `color_jitter_prob` in ViTamin's runs)."""
     grayscale: Share = 0.0
     """Probability that an image loses its colours."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from eva_mim.core.registry import ENGINES, lookup
-from eva_mim.core.settings import RUNTIME, Settings
+from eva_mim.core.settings import RUNTIME, For, Settings
 from eva_mim.optim import OptimSettings
 
 
@@ -31,7 +31,7 @@ class RunSettings(Settings):
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay of an exponential moving average of the weights, which is also evaluated; null for no average."""
-    ema_warmup: bool = True
+    ema_warmup: Annotated[bool, For("ema_decay")] = True
     """True: the average's decay is at most 1 - (1 + t)^(-2/3) in step t (timm), so that it is of use in short runs. False: the
     decay is always `ema_decay`, as in EVA."""
     evaluate_every: int = Field(1, ge=1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import model_validator
 
-from eva_mim.core.settings import Settings
+from eva_mim.core.settings import For, Settings
 from eva_mim.data import DataSettings, ViewSettings
 from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
@@ -20,7 +20,7 @@ class Recipe(Settings):
 
     init_from: str | None = None
     """Source of the trunk's weights: folder of an earlier stage, or any checkpoint that `eva-mim inspect` recognises."""
-    hand_over: HandOverSettings = HandOverSettings()
+    hand_over: Annotated[HandOverSettings, For("init_from")] = HandOverSettings()
     data: DataSettings
     student: TrunkSettings
     view: ViewSettings = ViewSettings()

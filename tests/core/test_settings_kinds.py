@@ -257,3 +257,30 @@ def test_a_wrong_entry_is_one_line(assignment: str, message: str) -> None:
         override({"a": {"b": [{}, 5], "e": []}}, [assignment])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+GIVEN = [
+    ("init_from", "x.pt", {"hand_over": {"norm": "copy"}}),
+    ("view.jitter", [0.4, 0.4, 0.4, 0.1], {"view": {"jitter_prob": 0.5}}),
+    ("run.ema_decay", 0.999, {"run": RECIPE["run"] | {"ema_warmup": False}}),
+]
+"""(setting, a value of it, settings that have an effect only beside it)."""
+
+
+@pytest.mark.parametrize(("setting", "value", "own"), GIVEN, ids=lambda part: part if isinstance(part, str) else "")
+def test_settings_that_need_another_one(
+    capsys: pytest.CaptureFixture[str], setting: str, value: Any, own: dict[str, Any]
+) -> None:
+    """Refused without it by path; taken away with it by an override, in one line; and not among the settings that are written."""
+    tree = deepcopy(RECIPE) | own
+    (section, inner), *_ = own.items()
+    name = section if section == "hand_over" else f"{section}.{list(inner)[-1]}"
+    with pytest.raises(UserError, match=rf"{name}: has no effect without {setting}; leave it out, or set {setting}"):
+        resolve(MimRecipe, tree, [], "r.yaml")
+    put(tree, setting, value)
+    made = resolve(MimRecipe, tree, [], "r.yaml")
+    assert resolve(MimRecipe, as_tree(made), [], "resolved.yaml") == made
+    assert capsys.readouterr().err == ""
+    without = resolve(MimRecipe, tree, [f"{setting}=null"], "r.yaml")
+    assert capsys.readouterr().err == f"r.yaml: {setting}=null leaves out {name}, set for {setting}={value}\n"
+    assert name not in str([item.path for item in dependents(MimRecipe, as_tree(without))])
