@@ -21,7 +21,7 @@ from torch import Tensor
 from eva_mim.core.contracts import FeatureBatch, LabelledBatch
 from eva_mim.core.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import fsync, write_json
+from eva_mim.core.files import flush_folder, fsync, write_json
 from eva_mim.core.log import Progress, say
 from eva_mim.core.settings import digest
 from eva_mim.data.sampler import GlobalOrder
@@ -77,8 +77,8 @@ def cached_features(
         _write_part(temporary, batches, features, images, device)
         barrier()
         if is_main():
-            _join(temporary)
             write_json(temporary / "facts.json", facts)
+            _join(temporary)
             _rename(temporary, folder)
         barrier()
     _seen_by_all(folder)
@@ -112,7 +112,7 @@ def _write_part(
 
 
 def _join(folder: Path) -> None:
-    """Joins the files of all ranks into one in the source's order, then removes them."""
+    """Joins the files of all ranks into one in the source's order and removes them; all that is left is flushed to disk."""
     parts = [_part(folder, number) for number in range(world_size())]
     index, labels, widths = zip(*(torch.load(part.with_suffix(".pt"), weights_only=True) for part in parts), strict=True)
     order = torch.cat(index).argsort()
@@ -130,6 +130,7 @@ def _join(folder: Path) -> None:
         part.with_suffix(".pt").unlink()
     for file in folder.iterdir():
         fsync(file)
+    flush_folder(folder)
 
 
 def _part(folder: Path, number: int) -> Path:
