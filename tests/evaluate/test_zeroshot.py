@@ -68,6 +68,22 @@ def test_zero_shot_against_open_clips_own(stage: Path, tmp_path: Path, capsys: p
     assert rows(two.stdout)["val"][:3] == [str(images), f"{100 * right / images:.3f}", f"{100 * five / images:.3f}"], two.stderr
 
 
+def test_the_outputs_are_cosines(stage: Path, tmp_path: Path) -> None:
+    """A class of one prompt: open_clip's own unit features of image and text, multiplied."""
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "templates.txt").write_text("a {}.")
+    model = ZeroShot(stage, classes=str(tmp_path / "classes.txt"), templates=str(tmp_path / "templates.txt"), precision=None,
+                     device=torch.device("cpu"))  # fmt: skip
+    clip, tokenizer = open_clip.create_model(f"local-dir:{stage}").eval(), open_clip.get_tokenizer(f"local-dir:{stage}")
+    config = open_clip.get_model_preprocess_cfg(clip)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image = clip.encode_image(normalise(pixels, tuple(config["mean"]), tuple(config["std"])))
+        text = clip.encode_text(tokenizer(["a ant.", "a gnu."]))
+        wanted = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+        torch.testing.assert_close(model(pixels)[:, [0, 6]], wanted, atol=1e-5, rtol=0)
+
+
 def test_names_are_imagenets_in_its_order() -> None:
     names = imagenet_names()
     assert layout_of(names) == "imagenet-1k"
