@@ -121,7 +121,7 @@ def build_classifier(
     )
 
 
-STAGE = Stage("classify", "Fine-tuning of a classifier.", StageRecipe, networks, build)
+STAGE = Stage("classify", StageRecipe, networks, build)
 main = STAGE.main
 
 

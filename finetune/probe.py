@@ -80,7 +80,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     return build_classifier(recipe, device, networks, probe_parts)
 
 
-STAGE = Stage("probe", "Linear probe on frozen features.", StageRecipe, networks, build)
+STAGE = Stage("probe", StageRecipe, networks, build)
 main = STAGE.main
 
 

@@ -148,7 +148,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-STAGE = Stage("clip", "Contrastive image-text training with open_clip's model and loss.", StageRecipe, networks, build)
+STAGE = Stage("clip", StageRecipe, networks, build)
 main = STAGE.main
 
 

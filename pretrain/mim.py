@@ -156,7 +156,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     )
 
 
-STAGE = Stage("mim", "Masked feature pretraining with a frozen teacher.", StageRecipe, networks, build)
+STAGE = Stage("mim", StageRecipe, networks, build)
 main = STAGE.main
 
 

@@ -123,7 +123,7 @@ def build(recipe: Recipe, device: torch.device) -> Built:
     return Built(Parts(BrightnessTask(student), train, evaluator, recipe.data.max_broken), export, splits.facts())
 
 
-STAGE = Stage("brightness", "Predict how bright an image is.", Recipe, networks, build)
+STAGE = Stage("brightness", Recipe, networks, build)
 
 
 # ---- a command

@@ -50,15 +50,15 @@ class Squares:
     """The mean square of the features of random images."""
 
     def prepare(self, student: nn.Module, batches: list[Tensor]) -> list[Tensor]:
-        """Nothing."""
+        """Returns the micro-batches as they are."""
         return batches
 
     def loss(self, student: nn.Module, batch: Tensor) -> StepOutput:
-        """Of one micro-batch."""
+        """Returns the mean square over a micro-batch."""
         return StepOutput({"loss": LossTerm(student(batch).square().mean())}, {})
 
     def counts(self, batch: Tensor) -> dict[str, Tensor]:
-        """All alike."""
+        """Returns no counts: micro-batches have one size."""
         return {}
 
 

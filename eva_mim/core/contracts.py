@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
+Autocast = Callable[[], Any]
+"""Returns a context with the precision of a forward pass."""
 
 
 class Sample(NamedTuple):
@@ -227,7 +229,7 @@ class Evaluator(Protocol):
     headline: str
     """The metric that stands for the stage in a summary."""
 
-    def __call__(self, student: nn.Module, autocast: Callable[[], Any]) -> dict[str, float]: ...
+    def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]: ...
 
 
 class Rates(NamedTuple):

@@ -44,12 +44,17 @@ ENGINES = {
     "deepspeed": "eva_mim.engine.deepspeed:DeepSpeedEngine",
 }
 PROGRAMS = {
-    "mim": Command("pretrain.mim:STAGE", "masked feature pretraining with a frozen teacher"),
+    "mim": Command("pretrain.mim:STAGE", "masked feature pretraining with frozen teachers"),
     "clip": Command("pretrain.clip:STAGE", "contrastive image-text training"),
     "classify": Command("finetune.classify:STAGE", "fine-tuning of a classifier (the broad and the target stage)"),
     "probe": Command("finetune.probe:STAGE", "linear probe on frozen features"),
 }
 """Stages: each place is a `run.program.Stage`, whose module also runs as `python -m MODULE`."""
+
+
+def sentence(summary: str) -> str:
+    """Returns a line of a list of commands as a sentence, for the command's own help."""
+    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> str:

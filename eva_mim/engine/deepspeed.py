@@ -131,8 +131,8 @@ class DeepSpeedEngine(BaseEngine):
 
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             self._plain.load_state_dict(self.module.state_dict())
-        zeros, functional.linear = functional.linear, self._linear
+        wrapped, functional.linear = functional.linear, self._linear
         try:
             yield self._plain
         finally:
-            functional.linear = zeros
+            functional.linear = wrapped

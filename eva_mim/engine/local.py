@@ -15,7 +15,7 @@ from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
 from eva_mim.engine.state import EngineState
-from eva_mim.engine.step import Shares, clip_and_step, scaled_loss
+from eva_mim.engine.step import Shares, clip_and_step, placed, scaled_loss
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer
@@ -27,7 +27,7 @@ class LocalEngine(BaseEngine):
     def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
         if world_size() > 1:
             raise UserError(f"run.engine=local runs one process, but {world_size()} were started; set run.engine=deepspeed")
-        self.module = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = placed(student, "local", device)
         self.forward, self._device, self._sharded = self.module, device, False
         self._precision, self._clip, self._scale = run.precision, optim.clip_grad, LossScale(run.precision, device)
         groups = parameter_groups(student, optim)

@@ -54,6 +54,14 @@ def low_precision(precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
+def placed(student: nn.Module, engine: str, device: torch.device) -> nn.Module:
+    """Returns the student on the device, in the memory layout of an engine, on which figures depend by rounding: channels last
+    for "local"; DeepSpeed flattens parameters and keeps their layout."""
+    layout = {"memory_format": torch.channels_last} if engine == "local" else {}
+    moved: nn.Module = student.to(device, **layout)  # type: ignore[call-overload]
+    return moved
+
+
 def slowdown(precision: str, device: torch.device) -> float:
     """Returns the time of a matrix product in `precision` / its time in fp32, measured in about 10 ms; 1 if not on a CPU.
 

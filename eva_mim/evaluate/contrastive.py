@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import ImageTextBatch
+from eva_mim.core.contracts import Autocast, ImageTextBatch
 from eva_mim.core.distributed import all_gather_rows, rank, world_size
 from eva_mim.data.prompts import filled, prompt_templates
 from eva_mim.evaluate.counts import TopCounts
 from eva_mim.evaluate.features import CHUNK
 from eva_mim.evaluate.retrieval import retrieval
 
-Autocast = Callable[[], Any]
 PROMPTS = 256
 """Texts encoded at once. The number bounds the memory of activations, and still divides a thousand captions among a few ranks."""
 

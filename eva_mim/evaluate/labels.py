@@ -3,17 +3,14 @@ counts twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import LabelledBatch
+from eva_mim.core.contracts import Autocast, LabelledBatch
 from eva_mim.evaluate.counts import TopCounts
-
-Autocast = Callable[[], Any]
 
 
 class ClassifierEvaluator:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import LabelledBatch, MaskedBatch
+from eva_mim.core.contracts import Autocast, LabelledBatch, MaskedBatch
 from eva_mim.core.distributed import all_gather_rows, all_reduce_sum
 from eva_mim.core.log import say
 from eva_mim.evaluate import features
 from eva_mim.tasks.masked import MaskedFeatures
-
-Autocast = Callable[[], Any]
 
 
 class MaskedFeatureEvaluator:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import FeatureBatch, LabelledBatch
+from eva_mim.core.contracts import Autocast, FeatureBatch, LabelledBatch
 from eva_mim.evaluate.counts import TopCounts
 from eva_mim.tasks.probe import logits_of
-
-Autocast = Callable[[], Any]
 
 
 class ProbeEvaluator:

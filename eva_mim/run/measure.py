@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from eva_mim.core.contracts import Evaluator
+from eva_mim.core.contracts import Autocast, Evaluator
 from eva_mim.core.timing import Stopwatch, measuring
 from eva_mim.engine import RunSettings
 
@@ -23,7 +22,7 @@ def average_of(module: nn.Module, run: RunSettings) -> Any:
 
 
 @torch.no_grad()
-def measure(evaluator: Evaluator, student: nn.Module, average: Any, autocast: Callable[[], Any]) -> dict[str, float]:
+def measure(evaluator: Evaluator, student: nn.Module, average: Any, autocast: Autocast) -> dict[str, float]:
     """Returns the figures of the student, and with the prefix "ema_" those of its average. Every rank must call, with unsharded
     modules."""
     figures: dict[str, float] = {}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
 from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
 from eva_mim.core.log import say
+from eva_mim.core.registry import PROGRAMS, sentence
 from eva_mim.core.resolve import resolve
 from eva_mim.core.settings import read_yaml
 from eva_mim.run.recipe import Recipe
@@ -63,9 +64,9 @@ def leave(code: int) -> None:
     os._exit(code) if code and (world_size() > 1 or "RANK" in os.environ) else sys.exit(code)
 
 
-def stage_parser(program: str, summary: str) -> argparse.ArgumentParser:
+def stage_parser(program: str) -> argparse.ArgumentParser:
     """Returns the argument parser of a stage program."""
-    parser = argparse.ArgumentParser(prog=f"eva-mim {program}", description=summary)
+    parser = argparse.ArgumentParser(prog=f"eva-mim {program}", description=sentence(PROGRAMS[program].help))
     parser.add_argument("recipe", help="YAML file, or the name of a recipe that ships with eva-mim (configs/...)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change, by dotted name")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run already there goes on")
@@ -79,8 +80,6 @@ class Stage:
 
     name: str
     """Name of its command, also in pipelines and records."""
-    help: str
-    """A sentence for the help."""
     recipe: type[Recipe]
     networks: Callable[..., Networks]
     """(recipe, number of classes of its data: int | None, weights: bool) -> student and teachers. With `weights` false no weights
@@ -98,7 +97,7 @@ class Stage:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs the stage from its command line; returns the exit code."""
-        arguments = stage_parser(self.name, self.help).parse_intermixed_args(argv)
+        arguments = stage_parser(self.name).parse_intermixed_args(argv)
         if arguments.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
 

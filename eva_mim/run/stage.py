@@ -30,7 +30,7 @@ from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import as_tree, differences, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
-from eva_mim.engine.step import autocast, slowdown
+from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest
 from eva_mim.run.loop import Loop, Parts
 from eva_mim.run.measure import EMA, average_of, measure
@@ -148,9 +148,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     _same_classes(out, record, built)
     found = newest(out)
     assert found is not None
-    student = built.parts.task.student.to(device)
-    if recipe.run.engine == "local":  # its memory layout, without which figures would differ by rounding
-        student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student = placed(built.parts.task.student, recipe.run.engine, device)
     average = average_of(student, recipe.run)
     parts = {"module": student} | ({} if average is None else {EMA: average.module})
     load(found[1], {name: kept_here(module.state_dict()) for name, module in parts.items()}, alone=True)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eva_mim.core.registry import Command, lookup
+from eva_mim.core.registry import Command, lookup, sentence
 from eva_mim.run.program import guard
 
 COMMANDS = {
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_known_args(argv)[0].command
     home, summary = lookup(COMMANDS, chosen, "command"), COMMANDS[chosen].help
     # A separate parser: those of sub-commands do not accept settings both before and after options.
-    parser = argparse.ArgumentParser(prog=f"eva-mim data {chosen}", description=f"{summary[0].upper()}{summary[1:]}.")
+    parser = argparse.ArgumentParser(prog=f"eva-mim data {chosen}", description=sentence(summary))
     parser.add_argument("what", metavar="RECIPE|FOLDER", help="a recipe, or a folder of images, class folders or tar shards")
     parser.add_argument("overrides", nargs="*", metavar="data.a=b", help="settings to change, by dotted name")
     home.add_options(parser)
