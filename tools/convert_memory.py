@@ -23,6 +23,7 @@ import timm
 import torch
 from torch import Tensor
 
+from eva_mim.core.meta import meta_device
 from eva_mim.weights.files.lazy import Deferred
 from eva_mim.weights.files.write import write_torch
 from eva_mim.weights.names.buffers import Rope
@@ -31,7 +32,7 @@ from eva_mim.weights.names.eva import to_eva
 
 def on_meta(name: str, depth: int) -> dict[str, Tensor]:
     """Names and shapes of the model."""
-    with torch.device("meta"):
+    with meta_device():
         weights: dict[str, Tensor] = timm.create_model(name, depth=depth, num_classes=0).state_dict()
     return weights
 

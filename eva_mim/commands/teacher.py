@@ -232,12 +232,11 @@ def _figures(figures: dict[str, float]) -> dict[str, str]:
 
 def _fitting(settings: MaskedSettings, teacher: Teacher) -> str:
     """Returns a text that states how the student fits. Raises UserError, with the sizes that would fit, if it does not."""
-    import torch
-
+    from eva_mim.core.meta import meta_device
     from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import check_grids
 
-    with torch.device("meta"):  # only its sizes are needed, not its weights
+    with meta_device():  # only its sizes are needed, not its weights
         student = MaskedStudent(settings.model_copy(update={"form": "mask_tokens"}), teacher.width)  # needs no mask
     check_grids(student.grid, student.image_size, teacher)
     rows, columns = student.grid

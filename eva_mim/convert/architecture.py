@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import open_clip
 import timm
-import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from eva_mim.convert.search import Candidate, Unfilled, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
+from eva_mim.convert.search import Candidate, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.students.clip import open_clip_config
 from eva_mim.trunks.config import timm_config
@@ -208,7 +208,7 @@ def _fit_clip(want: Requirements, name: str, config: dict[str, Any]) -> Candidat
     if want.size and not vision.get("timm_model_name") and side(want.size) != vision.get("image_size"):
         config = config | {"vision_cfg": vision | {"image_size": side(want.size)}}
     try:
-        with torch.device("meta"), Unfilled():
+        with meta_device():
             model = _clip(config)
     except Exception as error:  # a file's configuration can fail in any way
         raise UserError(f"open_clip cannot build {label}: {str(error)[:300]}") from None

@@ -12,15 +12,14 @@ from functools import cache
 from typing import Any
 
 import timm
-import torch
 from timm.layers import DropPath
 from timm.models import model_entrypoint
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.core.registry import nearest
 from eva_mim.core.settings import few
 from eva_mim.trunks import facts
@@ -37,22 +36,8 @@ HYBRIDS = ("timm.models.vision_transformer_hybrid", "timm.models.vitamin")
 """Modules of architectures with a convolutional stem, which take long to build."""
 NORMS = ("norm.weight", "fc_norm.weight", "attn_pool.q.weight")
 """Tensors of a trunk that depend on timm's `global_pool`."""
-FILLING = frozenset(
-    f"{name}_" for name in ("fill", "zero", "constant", "normal", "trunc_normal", "uniform", "kaiming_uniform", "xavier_uniform",
-                            "erfinv", "mul", "div", "add", "clamp")
-)
-"""Names of torch's functions that fill a tensor, for its initialisation."""
 ANSWERLESS = re.compile(r"_.*|.*init.*|.*drop.*|.*grad_checkpointing|training|p|fused_attn|strict_img_size|output_dict")
 """Module attributes that do not affect inference."""
-
-
-class Unfilled(TorchFunctionMode):
-    """Skips functions that fill a tensor on the meta device; they take most of the time of building there."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") in FILLING and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -105,7 +90,7 @@ def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
     handle = register_module_module_registration_hook(count)
     try:
-        with torch.device("meta"), Unfilled():
+        with meta_device():
             model: nn.Module = create(name, **arguments)
     except Exception as error:  # a file's arguments can fail in any way
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())

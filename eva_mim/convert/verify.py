@@ -17,6 +17,7 @@ from eva_mim.convert.parity import BOUNDS, Parity, check_fit, compare, outputs, 
 from eva_mim.convert.timm_filters import under_timms_names
 from eva_mim.convert.writers import Model
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.core.run_folder import CLIP_WEIGHTS, HEAD
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.lazy import deferred, materialise
@@ -141,7 +142,7 @@ def by_onnxruntime(path: Path, model: Model, images: Tensor, tokens: Tensor | No
 def _transformers_outputs(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], images: Tensor, tokens: Tensor | None
 ) -> dict[str, Tensor]:
-    with torch.device("meta"):  # a configuration may ask for more than the memory holds
+    with meta_device():  # a configuration may ask for more than the memory holds
         planned = huggingface.build(config)
     check_fit(type(planned).__name__, planned.state_dict(), huggingface.for_module(weights, planned))
     with unloaded():

@@ -90,9 +90,9 @@ class Stage:
     def on_meta(self, recipe: Recipe, classes: int | None = None) -> Networks:
         """Returns the networks of a recipe on the meta device (no memory for weights): names, shapes, grids and widths.
         `classes`: number of classes of the data, for a head."""
-        import torch
+        from eva_mim.core.meta import meta_device
 
-        with torch.device("meta"):
+        with meta_device():
             return self.networks(recipe, classes, weights=False)
 
     def main(self, argv: Sequence[str] | None = None) -> int:

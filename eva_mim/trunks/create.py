@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.core.registry import nearest
 from eva_mim.trunks import TrunkSettings, facts
 
@@ -69,5 +69,5 @@ def check_name(name: str) -> None:
 def has_tokens(settings: TrunkSettings) -> bool:
     """Returns whether the architecture works on patch tokens, and so has a choice of pooling; it is built on the meta device."""
     check_name(settings.name)
-    with torch.device("meta"):
+    with meta_device():
         return facts.has_tokens(create(settings.name))

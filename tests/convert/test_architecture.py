@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from eva_mim.convert.architecture import Architecture, find_architecture
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.weights.files.sidecar import Description, describe
 from eva_mim.weights.names.buffers import Rope, rope_tables
 from eva_mim.weights.names.eva import from_eva, visual_trunk
@@ -32,7 +33,7 @@ from tests.weights.golden_names import checkpoint
 
 def meta(name: str, **options: Any) -> dict[str, Tensor]:
     """Names and shapes of a registered model, of timm or open_clip."""
-    with torch.device("meta"):
+    with meta_device():
         config = open_clip.get_model_config(name)
         if config is None:
             model: nn.Module = timm.create_model(name, **options)
@@ -69,7 +70,7 @@ def test_a_published_model_is_found_by_names_and_shapes(name: str) -> None:
     weights = meta(name)
     found = find(weights)
     assert (found.name, found.exact) == (name, True)
-    with torch.device("meta"):
+    with meta_device():
         assert {key: value.shape for key, value in found.build().state_dict().items()} == {k: v.shape for k, v in weights.items()}
 
 

@@ -15,6 +15,7 @@ import timm
 import torch
 from open_clip.model import CLIP
 
+from eva_mim.core.meta import meta_device
 from eva_mim.weights.files.formats import MAX_HEADER, MAX_TENSORS
 from tests.conftest import REPOSITORY
 from tests.convert.hostile import CLIP_SIZES, MEMORY, SECONDS, VIT, clip_folder, contents, keywords, timm_folder
@@ -98,13 +99,13 @@ def test_weights_that_fit_a_model_that_nobody_can_run(home: Path) -> None:
         arguments = VIT | changes | {"num_classes": 0}
         folder = home / "source" / name
         folder.mkdir()
-        with torch.device("meta"):
+        with meta_device():
             sparse(folder / "model.safetensors", timm.create_model(architecture, **arguments))
         (folder / "config.json").write_text(json.dumps({"architecture": architecture, "model_args": arguments}))
         runs[name] = [str(folder), str(home / "out" / f"{name}.safetensors"), "--to", "timm"]
     for name, changes in {"context": {"context_length": 60000}, "words": {"vocab_size": 65536}}.items():
         sizes = CLIP_SIZES | {"text_cfg": CLIP_SIZES["text_cfg"] | changes}
-        with torch.device("meta"):
+        with meta_device():
             model = CLIP(**sizes)
         folder = clip_folder(home / "source" / name, sizes)
         sparse(folder / "open_clip_model.safetensors", model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from eva_mim.convert.parity import outputs as our_outputs
 from eva_mim.convert.parity import streamed, unloaded
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.weights.files.lazy import Deferred, deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.names.families import detect
@@ -226,7 +227,7 @@ def test_names_at_full_size(name: str) -> None:
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "image_size": side}
     sizes["patch_size"] = patch
     more = {} if kind == "ViT" else {"use_swiglu_ffn": "giant" in name}
-    with torch.device("meta"):
+    with meta_device():
         config = getattr(transformers, f"{kind}Config")(**sizes, **more)
         module = getattr(transformers, f"{kind}Model")(config)
         theirs = revert_weight_conversion(module, module.state_dict())  # as its file would have them
@@ -243,7 +244,7 @@ def test_clip_at_full_size(name: str, tower: tuple[int, ...], text: tuple[int, i
     words = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 12, "intermediate_size": 4 * width}
     sizes = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"), tower, strict=True))
     vision = sizes | {"intermediate_size": 4 * tower[0]}
-    with torch.device("meta"):
+    with meta_device():
         config = transformers.CLIPConfig(text_config=words, vision_config=vision, projection_dim=width)
         theirs = transformers.CLIPModel(config).state_dict()
         ours = open_clip.create_model(name, device="meta").state_dict()

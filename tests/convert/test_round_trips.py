@@ -20,6 +20,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from eva_mim.convert.parity import unloaded
+from eva_mim.core.meta import meta_device
 from eva_mim.weights.files.lazy import deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.files.write import write_safetensors, write_torch
@@ -173,7 +174,7 @@ class Original:
 
     def library(self) -> nn.Module:
         """What our names must be the names of."""
-        with torch.device("meta"):
+        with meta_device():
             if self.text:
                 config = open_clip.get_model_config(self.timm)
                 config.pop("custom_text")
@@ -287,7 +288,7 @@ def test_openai_s_names_are_the_libraries_and_come_back(name: str) -> None:
     state = empty(openai(*OPENAI[name][:6]))
     sizes = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77), "vocab_size": torch.tensor(49408)}
     done = from_openai(state | sizes)
-    with torch.device("meta"):
+    with meta_device():
         config = open_clip.get_model_config(f"{name}-quickgelu")
         model = open_clip.model.CLIP(**config)
         tower = timm.create_model(timm_name, num_classes=embed)
@@ -356,7 +357,7 @@ class Hub:
         return below("vit.", made) | pair("classifier", self.classes, width) if self.classes else made
 
     def library(self) -> nn.Module:
-        with torch.device("meta"):
+        with meta_device():
             return timm.create_model(self.timm, num_classes=self.classes, img_size=self.image)
 
 
@@ -393,7 +394,7 @@ def test_transformers_names_are_timm_s(name: str) -> None:
 def test_vitamin_in_open_clip_timm_and_in_training(name: str, trunk: str) -> None:
     config = open_clip.get_model_config(name)
     config.pop("custom_text")
-    with torch.device("meta"):
+    with meta_device():
         state = open_clip.model.CustomTextCLIP(**config).state_dict()
         library = timm.create_model(trunk, num_classes=0).state_dict()
     done = visual_trunk(state)

@@ -18,6 +18,7 @@ from torch import nn
 
 from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.engine.step import set_rates
 from eva_mim.optim import OptimSettings, TowerSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
@@ -196,7 +197,7 @@ def test_parameter_groups_are_the_originals(shared: Path, case: str) -> None:
     [(0.85, 40, 1.27696e-3), (0.95, 40, 0.122087), (0.9, 40, 0.0133028), (0.8, 24, 3.77789e-3), (0.75, 24, 7.52543e-4)],
 )
 def test_lowest_and_highest_learning_rate_differ_as_in_the_original_logs(layer_decay: float, depth: int, ratio: float) -> None:
-    with torch.device("meta"):
+    with meta_device():
         student = original_student("eva01_finetune", depth)
     scales = [group["lr_scale"] for group in parameter_groups(student, OptimSettings(lr=1.0, layer_decay=layer_decay))]
     assert max(scales) == 1.0
@@ -323,7 +324,7 @@ def test_the_schedule_multiplies_every_towers_rates() -> None:
 
 
 def test_vitamins_stem_is_its_lowest_layer() -> None:
-    with torch.device("meta"):
+    with meta_device():
         trunk = timm.create_model("vitamin_small_224", num_classes=0)
     student = Student(trunk, pretraining=False)
     found = by_name(student, parameter_groups(student, OptimSettings(lr=1.0, layer_decay=0.9)))

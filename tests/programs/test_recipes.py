@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.core.settings import parse, read_yaml
 from eva_mim.data import DataSettings
 from eva_mim.data.sampler import GlobalOrder
@@ -81,7 +82,7 @@ WITH_OPEN_CLIP = [name for name in NAMES if read(name).teacher.kind == "open_cli
 def teacher_map(name: str, image_size: int | None) -> tuple[tuple[int, int], tuple[int, ...]]:
     """(grid, shape of the patch features of one image) of a tower without memory."""
     options: dict[str, Any] = {} if image_size is None else {"force_image_size": image_size}
-    with torch.device("meta"), torch.no_grad():
+    with meta_device(), torch.no_grad():
         visual = open_clip.create_model(name, device="meta", **options).visual
         size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
         features = read_tower(visual, TeacherSettings(name=name)).features(torch.zeros(1, 3, size, size))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eva_mim.core.meta import meta_device
 from eva_mim.core.settings import parse, read_yaml
 from eva_mim.data.class_lists import layout_classes, positions
 from eva_mim.data.sampler import GlobalOrder
@@ -288,7 +289,7 @@ def differing(one: Shapes, other: Shapes) -> set[str]:
 def parent_shapes(stem: str) -> Shapes:
     """Of the trunk that the stage called `stem` leaves."""
     if stem.endswith("_clip"):
-        with torch.device("meta"):
+        with meta_device():
             return shapes(open_clip.create_model("EVA01-g-14", device="meta").visual.trunk)
     if (CONFIGS / "mim" / f"{stem}.yaml").exists():
         return shapes(student_of(stem).trunk)

@@ -17,6 +17,7 @@ import torch
 from open_clip.model import CustomTextCLIP
 from torch import nn
 
+from eva_mim.core.meta import meta_device
 from eva_mim.core.settings import parse, read_yaml
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.schedule import lr_at
@@ -125,7 +126,7 @@ def student_of(name: str) -> ClipStudent:
 
 @cache
 def model_of(name: str) -> Any:
-    with torch.device("meta"):
+    with meta_device():
         return open_clip.create_model(name, device="meta")
 
 
@@ -282,7 +283,7 @@ def test_header_gives_the_size(name: str) -> None:
 def test_masked_recipe_seeds_the_image_tower(name: str, start: str) -> None:
     """Only norms inside attention are new; only positions and the patch kernel of B/16 change their size."""
     path = REPOSITORY / "configs" / "mim" / f"{start}.yaml"
-    with torch.device("meta"):
+    with meta_device():
         parent = build_trunk(parse(MimRecipe, read_yaml(path), str(path)).student)
     given = {key.replace("fc_norm.", "norm."): shape for key, shape in shapes(parent).items() if not key.startswith("head.")}
     wanted = {key.replace("fc_norm.", "norm."): shape for key, shape in shapes(student_of(name).trunk).items()}

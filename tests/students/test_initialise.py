@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, InitSettings, MaskedSettings
 from eva_mim.students.initialise import initialise
@@ -157,7 +158,7 @@ def test_the_seed_decides_and_a_frozen_patch_embedding_is_drawn_too() -> None:
 
 def test_blocks_of_an_unknown_kind_are_refused() -> None:
     settings = MaskedSettings(name="vit_small_patch16_18x2_224")
-    with torch.device("meta"):
+    with meta_device():
         made = MaskedStudent(settings, 64, MaskSettings())
     with pytest.raises(UserError, match=r"student\.init\.law: .*ParallelThingsBlock.* set it to timm or mae"):
         initialise(made, InitSettings(law="eva01"))
@@ -173,7 +174,7 @@ def test_sizes_are_the_published_ones(name: str, target_width: int, law: Any, tr
     """Trained parameters with mask token and head: EVA's logs and tables. Nothing is allocated."""
     mae: dict[str, Any] = {"form": "visible", "positions": "sincos", "image_size": 224} if law == "mae" else {}
     settings = MaskedSettings(name=name, init=InitSettings(law=law), **mae)
-    with torch.device("meta"):
+    with meta_device():
         made: Any = MaskedStudent(settings, target_width, MaskSettings(kind="random", ratio=0.75))
     initialise(made, settings.init)
     assert sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad) == trained

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import MaskedSettings
 from eva_mim.students.masked import MaskedStudent
@@ -131,7 +132,7 @@ def test_what_is_not_the_trunk_is_named() -> None:
 )
 def test_what_cannot_be_masked_is_refused(name: str) -> None:
     """Without patch tokens, unknown, with a stem that looks across patches, with a neck after the tokens."""
-    with torch.device("meta"), pytest.raises(UserError, match=f"student.name: .*{name}"):
+    with meta_device(), pytest.raises(UserError, match=f"student.name: .*{name}"):
         MaskedStudent(MaskedSettings(name=name), 10)
 
 

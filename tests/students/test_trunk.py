@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier, LinearProbe
@@ -111,7 +112,7 @@ def test_a_trunk_without_patch_embedding_is_refused(scale: float) -> None:
     ("name", "depth"), [("vit_mini_patch4_32", 6), ("eva02_tiny_patch14_224", 12), ("golden_eva01_relpos", 2)]
 )
 def test_drop_path_rises_linearly_from_zero(name: str, depth: int) -> None:
-    with torch.device("meta"):
+    with meta_device():
         trunk: Any = build_trunk(TrunkSettings(name=name, drop_path=0.3))
     for branch in ("drop_path1", "drop_path2"):
         rates = [getattr(getattr(block, branch), "drop_prob", 0.0) for block in trunk.blocks]

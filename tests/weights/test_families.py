@@ -15,6 +15,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.students import MaskedSettings
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.weights.names.eva import from_eva
@@ -90,7 +91,7 @@ TIMM = {
 @pytest.mark.parametrize("name", TIMM)
 def test_timms_models_by_shapes_alone(name: str) -> None:
     label, schemes, timm_class, parts = TIMM[name]
-    with torch.device("meta"):
+    with meta_device():
         model = timm.create_model(name)
     family = detect(model.state_dict())
     assert (family.name, family.schemes, family.timm_class()) == (label, schemes, timm_class)
@@ -105,7 +106,7 @@ def test_timms_models_by_shapes_alone(name: str) -> None:
 def test_open_clips_models_and_ours_in_training(name: str, text: Text) -> None:
     config = open_clip.get_model_config(name)
     config.pop("custom_text")
-    with torch.device("meta"):
+    with meta_device():
         state = CustomTextCLIP(**config).state_dict()
     family = detect(state)
     assert (family.form, family.schemes, family.text, family.prefix) == ("clip", ("open_clip",), text, "visual.trunk.")

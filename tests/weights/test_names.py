@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import LayerNorm
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
@@ -145,7 +146,7 @@ def test_an_openai_tower_answers_in_timm(shared: Path) -> None:
     assert done.report.new == ["head.bias"]
     patches = model.head(model.forward_features(golden["in/image"])[:, 1:])
     assert (patches - golden["out/dense_features"]).abs().max() < 2e-5
-    with torch.device("meta"):
+    with meta_device():
         materialise = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=512)
         source = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16-quickgelu"))
     assert openai_to_timm(source.state_dict()).weights.keys() == materialise.state_dict().keys()
@@ -226,7 +227,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_real_architectures_names_come_back_as_timm_has_them(name: str) -> None:
-    with torch.device("meta"):
+    with meta_device():
         model = timm.create_model(name)
     state = model.state_dict()
     there = to_eva(state, grid=model.patch_embed.grid_size, rope=ARCHITECTURES[name])
@@ -246,7 +247,7 @@ def test_a_real_architectures_names_come_back_as_timm_has_them(name: str) -> Non
 def test_a_real_clip_models_names_come_back_as_open_clip_has_them(name: str, side: int) -> None:
     config = open_clip.get_model_config(name)
     config.pop("custom_text")
-    with torch.device("meta"):
+    with meta_device():
         state = CustomTextCLIP(**config).state_dict()
     there = to_eva(state, grid=(side, side), rope=Rope(64, 16) if name.startswith("EVA02") else None)
     assert not any("trunk" in key for key in there.weights)
@@ -260,7 +261,7 @@ def test_a_real_clip_models_names_come_back_as_open_clip_has_them(name: str, sid
 
 @pytest.mark.parametrize("name", ["vitamin_small_224", "deit3_small_patch16_224"])
 def test_what_the_original_code_cannot_hold_is_named(name: str) -> None:
-    with torch.device("meta"):
+    with meta_device():
         state = timm.create_model(name).state_dict()
     with pytest.raises(UserError, match="no place for") as error:
         to_eva(state)
@@ -271,7 +272,7 @@ def test_what_the_original_code_cannot_hold_is_named(name: str) -> None:
 def test_a_vitamin_tower_is_timms_by_another_prefix() -> None:
     config = open_clip.get_model_config("ViTamin-S")
     config.pop("custom_text")
-    with torch.device("meta"):
+    with meta_device():
         model = CustomTextCLIP(**config)
         trunk = timm.create_model("vitamin_small_224", num_classes=0)
     done = visual_trunk(model.state_dict())
