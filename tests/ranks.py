@@ -29,6 +29,8 @@ GRACE = 10.0
 """Seconds for the other ranks to come to an end after one has failed."""
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PROGRAMS = ("pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "finetune.probe_data")
+SLOW_TO_IMPORT = ("open_clip", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard", "fsspec")
+"""What the programs import when they first need it; DeepSpeed's Muon, which it imports for any optimizer, takes 4 s."""
 _pools: dict[int, Pool] = {}
 
 
@@ -99,7 +101,7 @@ class Pool:
 def zygote() -> Any:
     """Context whose processes are forked off one that has imported the libraries: that takes 10 s, a fork none."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    multiprocessing.set_forkserver_preload(["tests.ranks", "eva_mim.run.stage", "open_clip", "deepspeed", *PROGRAMS])
+    multiprocessing.set_forkserver_preload(["tests.ranks", "eva_mim.run.stage", *PROGRAMS, *SLOW_TO_IMPORT])
     return multiprocessing.get_context("forkserver")
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook, register_m
 
 from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
+from eva_mim.core.meta import Unfilled
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
 from eva_mim.data import SceneSettings
@@ -54,7 +55,8 @@ def unloaded() -> Iterator[None]:
         register_module_forward_pre_hook(tried),  # type: ignore[arg-type]  # as above
     ]
     try:
-        yield
+        with Unfilled():
+            yield
     finally:
         for handle in handles:
             handle.remove()

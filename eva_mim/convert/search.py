@@ -203,12 +203,12 @@ def plausible(want: Requirements, kept: Collection[str]) -> Iterator[str]:
         if not ours and stem != (module in HYBRIDS):
             continue
         if patch := re.search(r"patch(\d+)", name):
-            number, config = int(patch[1]), timm.get_pretrained_cfg(name)
+            number = int(patch[1])
             if "patch_size" in kept and family.patch != (number, number):
                 continue
-            tokens = math.prod(pixels // number for pixels in config.input_size[1:]) if config else None
-            if "img_size" in kept and family.tokens and tokens not in (None, family.tokens):
-                continue
+            if "img_size" in kept and family.tokens and (config := timm.get_pretrained_cfg(name)):
+                if family.tokens != math.prod(pixels // number for pixels in config.input_size[1:]):
+                    continue
         yield name
 
 
