@@ -7,6 +7,7 @@ and after a failure the next call meets new processes.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import multiprocessing
@@ -25,6 +26,8 @@ from typing import Any
 
 PATIENCE = 240.0
 """Seconds for a call."""
+CLONE_NEWNET = 0x40000000
+"""Of linux/sched.h."""
 GRACE = 10.0
 """Seconds for the other ranks to come to an end after one has failed."""
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -129,12 +132,14 @@ class Launched:
     of the libraries, no more. The methods are those of `subprocess.Popen`."""
 
     def __init__(
-        self, function: Callable[..., Any], *arguments: Any, log: str | os.PathLike[str] = os.devnull, **surroundings: str
+        self, function: Callable[..., Any], *arguments: Any, log: str | os.PathLike[str] = os.devnull, network: str | None = None,
+        **surroundings: str,
     ):
-        """`log`: file for what it says. `surroundings`: more environment."""
+        """`log`: file for what it says. `network`: name of the network namespace that it lives in. `surroundings`: more
+        environment."""
         kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS} | surroundings
         own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self.process = zygote().Process(target=_launched, args=(function, arguments, kept | own, os.fspath(log)))
+        self.process = zygote().Process(target=_launched, args=(function, arguments, kept | own, os.fspath(log), network))
         self.process.start()
         assert self.process.pid is not None
         self.pid: int = self.process.pid
@@ -172,8 +177,12 @@ def script(text: str, *words: str) -> None:
     exec(compile(text, "<script>", "exec"), {"__name__": "__main__"})
 
 
-def _launched(function: Callable[..., Any], arguments: tuple[Any, ...], surroundings: dict[str, str], log: str) -> None:
+def _launched(
+    function: Callable[..., Any], arguments: tuple[Any, ...], surroundings: dict[str, str], log: str, network: str | None
+) -> None:
     os.setsid()
+    if network is not None:
+        _enter(network)
     multiprocessing.set_start_method("fork", force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
@@ -186,6 +195,14 @@ def _launched(function: Callable[..., Any], arguments: tuple[Any, ...], surround
 
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def _enter(network: str) -> None:
+    """What `ip netns exec` does for a program (`os.setns` came with Python 3.12)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{network}", "rb") as file:
+        if libc.setns(file.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {network}")
 
 
 def _serve(rank: int, size: int, port: int, line: Connection) -> None:

@@ -70,8 +70,8 @@ def _own(said: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("worker", [0, 1])
 def test_work_may_take_longer_than_a_collective(tmp_path: Path, worker: int) -> None:
-    """9 s, where a collective may take 3; and the store keeps the keys of one turn."""
-    said, codes = three(tmp_path, worker, 9)
+    """6 s, where a collective may take 3; and the store keeps the keys of one turn."""
+    said, codes = three(tmp_path, worker, 6)
     assert codes == [0, 0, 0]
     assert said == [f"{{{worker}: 'done'}}\nFalse True"] * 3
 

@@ -104,11 +104,11 @@ def test_the_order_is_drawn_or_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_like_another(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "data", {"a": 300, "b": 300}, (200, 200))
+    root = make_folder(tmp_path / "data", {"a": 150, "b": 150}, (200, 200))
     line = [sys.executable, "-m", "eva_mim.cli", "data", "pack", str(root), "--processes", "2", "--per-shard", "5"]
     subprocess.run([*line, "--out", str(tmp_path / "straight")], check=True, env=environment(), cwd=REPOSITORY)
     out = tmp_path / "killed"
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([*line, "--out", str(out)], env=environment(), cwd=REPOSITORY, start_new_session=True,
                                    stderr=subprocess.DEVNULL)
         before, late = len(list(out.glob("train-*.tar"))), time.time() + 60

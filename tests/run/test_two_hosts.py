@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Launched, ends
-from tests.tiny import MIM, command, environment, losses, run, same_weights, write_recipe
+from tests.tiny import MIM, losses, run, same_weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
-Running = subprocess.Popen[str] | Launched
 PATIENCE = 6.0
 """Seconds that processes wait for each other once they have met."""
-RECIPE = MIM | {"run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 2, "epochs": 8, "checkpoint_every": 3,
+RECIPE = MIM | {"run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 2, "epochs": 4, "evaluate_every": 4,
+                                     "checkpoint_every": 3,
                                      "timeout_minutes": PATIENCE / 60}}
 
 
@@ -32,34 +32,29 @@ RECIPE = MIM | {"run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 2, "ep
 class Hosts:
     """Where the two ranks run."""
 
-    prefixes: tuple[list[str], list[str]]
-    """What a command begins with on each."""
+    networks: tuple[str | None, str | None]
+    """Network namespace of each."""
     address: str
     """Of the first."""
     interfaces: tuple[str, str]
     cut: Callable[[], object]
 
-    def start(self, out: Path, recipe: Path) -> list[Running]:
+    def start(self, out: Path, recipe: Path) -> list[Launched]:
         """Both ranks, without a launcher; each speaks into a file of its own."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         out.mkdir(exist_ok=True)
-        started: list[Running] = []
-        for rank, prefix in enumerate(self.prefixes):
+        started: list[Launched] = []
+        for rank, network in enumerate(self.networks):
             own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": self.address,
                    "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": self.interfaces[rank]}
-            said = out / f"rank-{rank}.log"
-            if not prefix:
-                started.append(Launched(ends, "pretrain.mim", [str(recipe), "--out", str(out)], log=said, **own))
-                continue
-            with said.open("w") as log:
-                line = [*prefix, *command("mim", recipe, out)]
-                started.append(subprocess.Popen(line, env=environment() | own, stdout=log, stderr=log, text=True))
+            words = [str(recipe), "--out", str(out)]
+            started.append(Launched(ends, "pretrain.mim", words, log=out / f"rank-{rank}.log", network=network, **own))
         return started
 
 
-ON_ONE_HOST = Hosts(([], []), "127.0.0.1", ("lo", "lo"), lambda: None)
+ON_ONE_HOST = Hosts((None, None), "127.0.0.1", ("lo", "lo"), lambda: None)
 
 
 def ip(*words: str, check: bool = True) -> bool:
@@ -82,9 +77,8 @@ def cabled() -> Iterator[Hosts]:
             ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"cable{number}")
             for device in (f"cable{number}", "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        inside = ["ip", "netns", "exec", names[0]], ["ip", "netns", "exec", names[1]]
         cut = partial(ip, "-n", names[1], "link", "set", "cable1", "down")
-        yield Hosts(inside, "10.77.0.1", ("cable0", "cable1"), cut)
+        yield Hosts((names[0], names[1]), "10.77.0.1", ("cable0", "cable1"), cut)
     finally:
         for name in names:
             ip("netns", "del", name, check=False)
@@ -96,7 +90,7 @@ def one_host() -> Hosts:
     return ON_ONE_HOST
 
 
-def until(step: int, out: Path, processes: list[Running]) -> None:
+def until(step: int, out: Path, processes: list[Launched]) -> None:
     """Wait for the log line of `step`."""
     late = time.monotonic() + 120
     log = out / "metrics.jsonl"
@@ -106,7 +100,7 @@ def until(step: int, out: Path, processes: list[Running]) -> None:
         time.sleep(0.005)
 
 
-def ended(process: Running, log: Path) -> str:
+def ended(process: Launched, log: Path) -> str:
     """A process that has lost the other ends in time, with its exit code and one line; returns the line."""
     began = time.monotonic()
     assert process.wait(PATIENCE + 30) == 69, log.read_text()
