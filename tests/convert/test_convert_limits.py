@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
+import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from open_clip.model import CLIP
 
 from eva_mim.core.meta import meta_device
 from eva_mim.weights.files.formats import MAX_HEADER, MAX_TENSORS
-from tests.conftest import REPOSITORY
 from tests.convert.hostile import CLIP_SIZES, MEMORY, SECONDS, VIT, clip_folder, contents, keywords, timm_folder
+from tests.ranks import Launched, script, zygote
 
 pytestmark = pytest.mark.slow
 SERVER = f"""
@@ -26,7 +26,7 @@ import io, json, os, resource, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 from eva_mim.commands.convert import main
 import eva_mim.convert.convert
-for words in json.load(sys.stdin):
+for words in json.loads(sys.argv[1]):
     read, write = os.pipe()
     if not (child := os.fork()):
         used = int(time.process_time())
@@ -45,14 +45,21 @@ for words in json.load(sys.stdin):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _zygote() -> None:
+    """Started before `home` says where temporary files are to lie."""
+    zygote()
+    forkserver.ensure_running()
+
+
 def limited(home: Path, runs: dict[str, list[str]]) -> dict[str, tuple[Any, str]]:
     """(exit code or what went wrong, what was said) of each run, in a process of its own with limits; nothing is left behind."""
     before = contents(home)
-    done = subprocess.run([sys.executable, "-c", SERVER], input=json.dumps(list(runs.values())), text=True, capture_output=True,
-                          env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with tempfile.NamedTemporaryFile(mode="r", dir=home.parent) as said:
+        assert Launched(script, SERVER, json.dumps(list(runs.values())), log=said.name).wait(400) == 0, said.read()[-2000:]
+        lines = said.read().splitlines()
     found = {}
-    for name, line in zip(runs, done.stdout.splitlines(), strict=True):
+    for name, line in zip(runs, lines, strict=True):
         code, text, peak = json.loads(line)
         found[name] = (code if peak < MEMORY else f"{peak:,} bytes", text)
     after = contents(home)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ from eva_mim.core.errors import UserError
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.names.eva import Converted
-from tests.conftest import REPOSITORY, make_folder
+from tests.conftest import make_folder
 from tests.convert.golden_files import CLIPS, clip_config, converted, golden, known_to_open_clip, written
 from tests.convert.test_convert import left, opened
+from tests.ranks import Launched, script
 from tests.students.golden import MEAN, STD
 
 
@@ -153,8 +152,7 @@ def test_a_killed_conversion_leaves_no_result(tmp_path: Path, classifier: Path) 
         "from pathlib import Path; c.convert(Path(sys.argv[1]), Path(sys.argv[2]), 'timm')"
     )
     dst = tmp_path / "result.safetensors"
-    ended = subprocess.run([sys.executable, "-c", code, str(classifier), str(dst)], cwd=REPOSITORY, check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert Launched(script, code, str(classifier), str(dst)).wait(200) == -signal.SIGKILL
     assert not dst.exists()
     others = left(tmp_path) - {classifier.name}
     assert len(others) == 1

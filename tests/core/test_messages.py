@@ -12,7 +12,8 @@ from PIL import Image
 
 from eva_mim.run.program import guard
 from tests.conftest import make_shards
-from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, command, finish, python, records, run, started, write_recipe
+from tests.ranks import Launched, ends
+from tests.tiny import CLASSIFY, CLIP, MIM, OPTIM, RUN, VIT, finish, python, records, run, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -46,10 +47,11 @@ def refused(tmp_path: Path, program: str, tree: dict[str, Any], *overrides: str)
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     """Both name the folder. A program of its own says so as well, with its exit code."""
     recipe = write_recipe(tmp_path, on_folder(tmp_path / "none"))
-    done = started(command("classify", recipe, tmp_path / "run"), 2)
-    assert done.stderr.startswith("error: ")
-    assert f"{tmp_path / 'none'} is not a folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert Launched(ends, "finetune.classify", [str(recipe), "--out", str(tmp_path / "run")], log=tmp_path / "log").wait(200) == 2
+    said = (tmp_path / "log").read_text()
+    assert said.startswith("error: ")
+    assert f"{tmp_path / 'none'} is not a folder" in said
+    assert "Traceback" not in said
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'}: no images here" in refused(tmp_path, "classify", on_folder(tmp_path / "empty"))
 

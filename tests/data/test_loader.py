@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
@@ -26,7 +24,8 @@ from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.data.sources.folder import open_folder
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView, TrainView
-from tests.conftest import REPOSITORY, make_folder
+from tests.conftest import make_folder
+from tests.ranks import Launched, script
 
 SIZES = [16, 24]
 
@@ -277,15 +276,14 @@ def test_a_process_ends_with_the_reason_that_a_worker_gave(tmp_path: Path) -> No
         "except UserError as error:\n"
         "    print(error)\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
+    done = Launched(script, code, log=tmp_path / "said")
     try:
-        said, _ = done.communicate(timeout=200)
+        assert done.wait(200) == 0
     finally:
         with suppress(ProcessLookupError):
             os.killpg(done.pid, signal.SIGKILL)
-    assert done.returncode == 0
-    assert re.match(STOPPED, said), said
+    said = (tmp_path / "said").read_text()
+    assert re.search(f"^{STOPPED}", said, re.MULTILINE), said
 
 
 # ---- held-out batches
