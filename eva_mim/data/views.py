@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
@@ -144,4 +144,13 @@ def _randaugment(config: str) -> Augment:
         augment: Augment = rand_augment_transform(config, parameters)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"view.randaugment: {config!r} is not a timm RandAugment string: {error}") from None
+    for operation in augment.ops:  # type: ignore[attr-defined]  # of timm's class
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
     return augment
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Returns the image with so many bits a channel, as timm does, and a black one for 0 bits. timm asks for those at its highest
+    magnitudes; Pillow gave a black image and raises ValueError since version 13."""
+    return posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -13,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.rng import isolated
+from eva_mim.core.settings import read_yaml
 from eva_mim.data import ViewSettings
 from eva_mim.data.views import EvalView, TrainView, crop_box
 from eva_mim.trunks.pixels import normalise
-from tests.conftest import picture
+from tests.conftest import REPOSITORY, picture
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -210,6 +212,35 @@ def test_randaugment_is_a_function_of_the_sample_seed() -> None:
     assert len({one.numpy().tobytes() for one in first}) > 5
     changed = [not torch.equal(one, plain(image, random.Random(seed))[16]) for seed, one in enumerate(first)]
     assert sum(changed) > 4
+
+
+def test_no_bits_are_a_black_image() -> None:
+    """At magnitude 10 timm's "increasing" posterize keeps 0 bits, of which Pillow made black until version 13 refused them."""
+    view = TrainView(ViewSettings(randaugment="rand-m10-n1-inc1", crop_scale=(1.0, 1.0), flip=0.0), [16])
+    blacks = sum(not view(picture(2), random.Random(seed))[16].any() for seed in range(400))
+    assert 5 < blacks < 35  # one of 15 operations, half of the time
+
+
+def augmentations() -> list[dict[str, Any]]:
+    """Each distinct augmentation of the recipes' training views."""
+    found, names = [], ("randaugment", "jitter", "jitter_prob", "grayscale", "erase")
+    for path in sorted((REPOSITORY / "configs").rglob("*.yaml")):
+        view = read_yaml(path).get("view", {})
+        kept = {name: view[name] for name in names if name in view}
+        if kept and kept not in found:
+            found.append(kept)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("augmentation", augmentations(), ids=str)
+def test_no_draw_of_a_recipes_augmentation_fails(augmentation: dict[str, Any]) -> None:
+    """20,000 views: what happens to one image of 600 happens here 30 times."""
+    view = TrainView(ViewSettings(**augmentation), [16], (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    image = picture(2, (16, 16))
+    shown = {view(image, random.Random(seed))[16].numpy().tobytes() for seed in range(20_000)}
+    assert len(shown) > 15_000
 
 
 def test_unknown_randaugment_is_the_users_mistake() -> None:
