@@ -26,7 +26,7 @@ from typing import Any
 
 PATIENCE = 240.0
 """Seconds for a call."""
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 """Of linux/sched.h."""
 GRACE = 10.0
 """Seconds for the other ranks to come to an end after one has failed."""
@@ -133,13 +133,13 @@ class Launched:
 
     def __init__(
         self, function: Callable[..., Any], *arguments: Any, log: str | os.PathLike[str] = os.devnull, network: str | None = None,
-        **surroundings: str,
+        host: str | None = None, **surroundings: str,
     ):
-        """`log`: file for what it says. `network`: name of the network namespace that it lives in. `surroundings`: more
-        environment."""
+        """`log`: file for what it says. `network`: name of the network namespace that it lives in. `host`: name that its host has
+        for it, which takes rights. `surroundings`: more environment."""
         kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS} | surroundings
         own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self.process = zygote().Process(target=_launched, args=(function, arguments, kept | own, os.fspath(log), network))
+        self.process = zygote().Process(target=_launched, args=(function, arguments, kept | own, os.fspath(log), network, host))
         self.process.start()
         assert self.process.pid is not None
         self.pid: int = self.process.pid
@@ -178,11 +178,15 @@ def script(text: str, *words: str) -> None:
 
 
 def _launched(
-    function: Callable[..., Any], arguments: tuple[Any, ...], surroundings: dict[str, str], log: str, network: str | None
+    function: Callable[..., Any], arguments: tuple[Any, ...], surroundings: dict[str, str], log: str, network: str | None,
+    host: str | None,
 ) -> None:
     os.setsid()
     if network is not None:
         _enter(network)
+    if host is not None:
+        _system("unshare", CLONE_NEWUTS)
+        socket.sethostname(host)
     multiprocessing.set_start_method("fork", force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
@@ -199,10 +203,15 @@ def _launched(
 
 def _enter(network: str) -> None:
     """What `ip netns exec` does for a program (`os.setns` came with Python 3.12)."""
-    libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{network}", "rb") as file:
-        if libc.setns(file.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {network}")
+        _system("setns", file.fileno(), CLONE_NEWNET)
+
+
+def _system(name: str, *arguments: int) -> None:
+    """A function of the C library that Python 3.10 does not have."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments):
+        raise OSError(ctypes.get_errno(), name)
 
 
 def _serve(rank: int, size: int, port: int, line: Connection) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from eva_mim.core.registry import PROGRAMS, lookup
-from eva_mim.pipeline.plan import plan
+from eva_mim.pipeline.plan import PlannedStage, plan
 from eva_mim.run.state import StageState, state_of
 
 
@@ -14,12 +15,23 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     """Runs the unfinished stages in order and writes `summary.md`. Raises UserError, Interrupted."""
     file, planned = plan(path, overrides, out)
     from eva_mim.core.distributed import is_main, pick_device, run_on_main, setup
-    from eva_mim.core.log import say
+    from eva_mim.core.lock import locked
     from eva_mim.pipeline.summary import write_summary
-    from eva_mim.run.stage import run_stage
 
     first = planned[0].recipe.run
     setup(pick_device(first.device), first.timeout_minutes)  # the ranks inspect the stages' folders together
+    with ExitStack() as held:
+        run_on_main(lambda: held.enter_context(locked(out)))
+        _run(planned)
+        if is_main():
+            write_summary(out, planned, file.compare)
+
+
+def _run(planned: list[PlannedStage]) -> None:
+    from eva_mim.core.distributed import run_on_main
+    from eva_mim.core.log import say
+    from eva_mim.run.stage import run_stage
+
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
         state = run_on_main(partial(state_of, stage.entry.program, stage.recipe, stage.out))
@@ -28,16 +40,21 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
             run_on_main(partial(put_aside, stage.out))
             state = StageState(state.identity, {}, resumes=False, has_weights=False)
         run_stage(lookup(PROGRAMS, stage.entry.program, "program"), stage.recipe, stage.out, state)
-    if is_main():
-        write_summary(out, planned, file.compare)
 
 
 def put_aside(folder: Path) -> None:
-    """Renames a run that is to be replaced to NAME.old-N, so that a changed setting never deletes hours of work."""
+    """Renames a run that is to be replaced to NAME.old-N, so that a changed setting never deletes hours of work. Raises UserError
+    if another process is writing it."""
+    from eva_mim.core.lock import is_lock, locked
+
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
-    folder.rename(target)
+    with locked(folder):
+        folder.rename(target)
+    for path in target.iterdir():
+        if is_lock(path.name):
+            path.unlink()
 
 
 def describe(path: str, overrides: list[str], out: Path) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from eva_mim.core.contracts import Teacher
 from eva_mim.core.distributed import barrier, is_main, pick_device, run_on_main, setup, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json, write_text
+from eva_mim.core.lock import locked
 from eva_mim.core.log import duration, say
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.report import KeyReport
@@ -71,13 +73,26 @@ class Built:
 
 def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None = None) -> dict[str, Any]:
     """Trains, resumes or, if finished, reports a stage; returns its lineage record. Unless `state` is given, one rank reads the
-    folder and the parents. Raises UserError, Interrupted, Diverged, LostProcess."""
+    folder and the parents. Raises UserError (another process holds the folder, ...), Interrupted, Diverged, LostProcess."""
     setup(pick_device(recipe.run.device), recipe.run.timeout_minutes)
     state = state or run_on_main(partial(state_of, stage.name, recipe, out))
+    with ExitStack() as held:
+        if not state.finished:
+            state = run_on_main(partial(_taken, state, out, held))
+        if state.finished:
+            say(f"{out}: finished before, nothing to do ({state.figures})")
+            return state.record
+        return _train(stage, recipe, out, state)
+
+
+def _taken(state: StageState, out: Path, held: ExitStack) -> StageState:
+    """Locks the stage's folder; returns its state, which another process may have changed until then."""
+    held.enter_context(locked(out))
+    return state.reread(out)
+
+
+def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[str, Any]:
     plan, record = state.identity, state.record
-    if state.finished:
-        say(f"{out}: finished before, nothing to do ({state.figures})")
-        return record
     if (record.get("finished") or state.resumes) and (changes := plan.changes(record)):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
     device, built = prepare(recipe, stage.build)
@@ -88,7 +103,6 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None 
         if changed := differences(begun["versions"] | record["versions"], begun["versions"]):
             say(f"  begun with other versions, so that it may not go on bit for bit: {', '.join(changed)}")
     if is_main():  # from here on the folder belongs to this run
-        out.mkdir(parents=True, exist_ok=True)
         write_text(RunFolder(out).settings, yaml.safe_dump(as_tree(recipe), sort_keys=False))
         write_json(RunFolder(out).lineage, begun)
     barrier()

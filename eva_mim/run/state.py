@@ -63,6 +63,10 @@ class StageState:
         """The recorded metrics as text."""
         return figures(self.record)
 
+    def reread(self, out: Path) -> StageState:
+        """Returns the state of this stage with what the folder holds now; the parents are not read again."""
+        return _in_folder(self.identity, out)
+
     def plan(self) -> str:
         """Returns in words whether the stage would be skipped, run again, resumed or run."""
         if self.finished:
@@ -81,6 +85,9 @@ def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
     """Returns the state of a stage. It reads all bytes of its parents, for their hashes. Raises UserError if a parent does not
     exist."""
     parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
+    return _in_folder(StageIdentity(program, recipe.identity_tree(), parents), out)
+
+
+def _in_folder(identity: StageIdentity, out: Path) -> StageState:
     folder = RunFolder(out)
-    return StageState(StageIdentity(program, recipe.identity_tree(), parents), folder.record(), folder.latest() is not None,
-                      folder.weights.is_file())
+    return StageState(identity, folder.record(), folder.latest() is not None, folder.weights.is_file())

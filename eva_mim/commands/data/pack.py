@@ -22,6 +22,7 @@ from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, replacing, write_json, write_text
+from eva_mim.core.lock import is_lock, locked
 from eva_mim.core.log import Progress, duration, say
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
@@ -83,6 +84,13 @@ def pack(
         if source.unnamed:
             raise UserError(f"{name}: its records have labels, which would be lost: set data.classes to the file that names them")
         say(f"  {name}: {len(source)} records in {-(-len(source) // per_shard)} shards")
+    with locked(out):
+        _write(settings, splits, out, per_shard, seed, processes)
+
+
+def _write(
+    settings: DataSettings, splits: dict[str, Any], out: Path, per_shard: int, seed: int | None, processes: int | None
+) -> None:
     _begin(out, {
         "format": FORMAT, "per_shard": per_shard, "seed": seed,
         "splits": {name: {"records": len(source), "fingerprint": source.fingerprint} for name, source in splits.items()},
@@ -98,13 +106,12 @@ def pack(
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
-    """Makes the output folder for this plan. Raises UserError if it holds anything else."""
+    """Marks the output folder with this plan. Raises UserError if it holds anything else."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if (out / PLAN).exists():
             if json.loads((out / PLAN).read_text()) != plan:
                 raise UserError(f"--out {out} holds shards of other data or other settings; choose another folder")
-        elif strangers := sorted(path.name for path in out.iterdir()):
+        elif strangers := sorted(path.name for path in out.iterdir() if not is_lock(path.name)):
             raise UserError(f"--out {out} is not empty ({few(strangers, 3)}); choose another folder")
         write_json(out / PLAN, plan)
     except OSError as error:

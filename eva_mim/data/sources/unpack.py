@@ -13,9 +13,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
 from eva_mim.core.errors import UserError
+from eva_mim.core.lock import lease
 from eva_mim.data.sources.index import cache_folder
 from eva_mim.data.sources.tar_index import BadShard, Shard, found
 
@@ -46,7 +45,7 @@ def unpack(shard: Shard) -> Shard:
     target, temporary = copy_of(shard), shard.cached(".unpacking")
     if not target.exists():
         try:
-            with FileLock(shard.cached(".lock")):
+            with lease(shard.cached(".lock")):
                 if not target.exists():
                     _write(shard, temporary)
                     temporary.replace(target)
