@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import Tensor
 
-from eva_mim.core.meta import meta_device
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.lazy import Deferred
 from eva_mim.weights.files.write import write_torch
 from eva_mim.weights.names.buffers import Rope

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).parent.parent
 PRODUCT = ("eva_mim", "pretrain", "finetune")
 PROGRAMS = ("tests/programs", "tests/run")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 LARGEST_SHARE_OF_SURVIVORS = 4 / 30
 
 
@@ -192,21 +193,23 @@ def tests_of(file: str) -> list[str]:
     return list(dict.fromkeys([*([own] if (REPOSITORY / own).is_dir() else []), *PROGRAMS]))
 
 
+def _environment(tree: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+
+
 def caught(mutant: Mutant, tree: Path, minutes: float) -> tuple[str, float]:
     """Returns the first test that fails in a copy of the tree with the change ("" if none did in time), and the seconds taken."""
     path, started = tree / mutant.file, time.monotonic()
     original = path.read_text()
     path.write_text(mutant.source)
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "--tb=no"]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     try:
         said = ""
         for tests in tests_of(mutant.file):  # the room's own first
             left = minutes * 60 - (time.monotonic() - started)
             if left <= 1:
                 break
-            line = [*words, "-m", "not long", tests]
-            start: dict[str, Any] = {"cwd": tree, "env": environment, "stdout": subprocess.PIPE, "start_new_session": True}
+            line = [*PYTEST, "-x", "-n", "2", "--dist", "loadfile", "--tb=no", "-m", "not long", tests]
+            start: dict[str, Any] = {"cwd": tree, "env": _environment(tree), "stdout": subprocess.PIPE, "start_new_session": True}
             with subprocess.Popen(line, text=True, **start) as run:
                 try:
                     said = run.communicate(timeout=left)[0]
@@ -239,10 +242,14 @@ def main() -> int:
     tree = Path(tempfile.mkdtemp(prefix="mutants-", dir=REPOSITORY.parent))  # beside this one, where the tests find ../shared
     rows, survivors = [], 0
     try:
-        kept = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+        listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        kept = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
         for name in filter(None, kept.split("\0")):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, tree / name)
+        # A copy whose tests cannot even be collected would "catch" every change.
+        subprocess.run([*PYTEST, "--collect-only", "-m", "not long", "tests"], cwd=tree, env=_environment(tree), check=True,
+                       stdout=subprocess.DEVNULL)
         for number, mutant in mutants:
             by, seconds = caught(mutant, tree, options.minutes)
             survivors += not by

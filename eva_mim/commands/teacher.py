@@ -232,9 +232,9 @@ def _figures(figures: dict[str, float]) -> dict[str, str]:
 
 def _fitting(settings: MaskedSettings, teacher: Teacher) -> str:
     """Returns a text that states how the student fits. Raises UserError, with the sizes that would fit, if it does not."""
-    from eva_mim.core.meta import meta_device
     from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import check_grids
+    from eva_mim.trunks.meta import meta_device
 
     with meta_device():  # only its sizes are needed, not its weights
         student = MaskedStudent(settings.model_copy(update={"form": "mask_tokens"}), teacher.width)  # needs no mask

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from eva_mim.convert.search import Candidate, check, check_name, choose, fit, image_of, on_meta, plausible, search, side
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.students.clip import open_clip_config
 from eva_mim.trunks.config import timm_config
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.sidecar import Description
 from eva_mim.weights.hints import Hints, Pixels, Requirements, check_requirements, plain, read_clip_config, read_hints
 from eva_mim.weights.names.buffers import Rope

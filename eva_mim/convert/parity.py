@@ -17,13 +17,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook, register_m
 
 from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import Unfilled
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
 from eva_mim.data import SceneSettings
 from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import to_tensor
+from eva_mim.trunks.meta import Unfilled
 from eva_mim.weights.files.lazy import materialise
 
 BOUNDS = {"float32": 2e-5, "float64": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}

@@ -19,11 +19,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.core.registry import nearest
 from eva_mim.core.settings import few
 from eva_mim.trunks import facts
 from eva_mim.trunks.create import create
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.hints import Hints, Pixels, Requirements
 from eva_mim.weights.names.layout import Shape
 from eva_mim.weights.names.name_tables import split_block
@@ -206,10 +206,15 @@ def plausible(want: Requirements, kept: Collection[str]) -> Iterator[str]:
             number = int(patch[1])
             if "patch_size" in kept and family.patch != (number, number):
                 continue
-            if "img_size" in kept and family.tokens and (config := timm.get_pretrained_cfg(name)):
-                if family.tokens != math.prod(pixels // number for pixels in config.input_size[1:]):
-                    continue
+            if "img_size" in kept and family.tokens and _tokens(name, number) not in (None, family.tokens):
+                continue
         yield name
+
+
+def _tokens(name: str, patch: int) -> int | None:
+    """Returns the number of patches of an architecture's default input; None if timm knows none."""
+    config = timm.get_pretrained_cfg(name)
+    return math.prod(pixels // patch for pixels in config.input_size[1:]) if config else None
 
 
 @cache

@@ -17,8 +17,8 @@ from eva_mim.convert.parity import BOUNDS, Parity, check_fit, compare, outputs, 
 from eva_mim.convert.timm_filters import under_timms_names
 from eva_mim.convert.writers import Model
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.core.run_folder import CLIP_WEIGHTS, HEAD
+from eva_mim.trunks.meta import meta_device
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.lazy import deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint

@@ -90,7 +90,7 @@ class Stage:
     def on_meta(self, recipe: Recipe, classes: int | None = None) -> Networks:
         """Returns the networks of a recipe on the meta device (no memory for weights): names, shapes, grids and widths.
         `classes`: number of classes of the data, for a head."""
-        from eva_mim.core.meta import meta_device
+        from eva_mim.trunks.meta import meta_device
 
         with meta_device():
             return self.networks(recipe, classes, weights=False)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.core.registry import nearest
 from eva_mim.trunks import TrunkSettings, facts
+from eva_mim.trunks.meta import meta_device
 
 
 def create(name: str, *, by: Callable[..., Any] = timm.create_model, **arguments: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from eva_mim.convert.architecture import Architecture, find_architecture
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.sidecar import Description, describe
 from eva_mim.weights.names.buffers import Rope, rope_tables
 from eva_mim.weights.names.eva import from_eva, visual_trunk

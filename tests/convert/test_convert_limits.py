@@ -15,7 +15,7 @@ import timm
 import torch
 from open_clip.model import CLIP
 
-from eva_mim.core.meta import meta_device
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.formats import MAX_HEADER, MAX_TENSORS
 from tests.convert.hostile import CLIP_SIZES, MEMORY, SECONDS, VIT, clip_folder, contents, keywords, timm_folder
 from tests.ranks import Launched, script, zygote

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eva_mim.convert.parity import outputs as our_outputs
 from eva_mim.convert.parity import streamed, unloaded
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.lazy import Deferred, deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.names.families import detect

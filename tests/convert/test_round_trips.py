@@ -20,7 +20,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from eva_mim.convert.parity import unloaded
-from eva_mim.core.meta import meta_device
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.lazy import deferred, materialise
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.files.write import write_safetensors, write_torch

@@ -18,7 +18,6 @@ from torch import nn
 
 from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.engine.step import set_rates
 from eva_mim.optim import OptimSettings, TowerSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
@@ -28,6 +27,7 @@ from eva_mim.students.classifier import Classifier
 from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks import Tower
+from eva_mim.trunks.meta import meta_device
 from tests.students.tiny_towers import clip_settings
 
 EVA = {"warmup": "inclusive"}

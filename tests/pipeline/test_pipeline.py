@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import time
@@ -15,6 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import eva_mim.trunks.small  # noqa: F401
+from eva_mim.core.resolve import resolve
+from eva_mim.core.settings import read_yaml
+from eva_mim.pipeline.plan import plan
+from finetune.classify import StageRecipe
 from tests.ranks import Launched, ends
 from tests.tiny import CLASSIFY, CLIP, MIM, finish, python, write_recipe
 
@@ -134,6 +139,17 @@ def test_printed_commands_are_those_of_the_stages(finished: Path) -> None:
     lines = text.splitlines()[2:]
     assert [line.split()[1] for line in lines] == ["clip", "mim", "clip", "classify", "classify", "classify"]
     assert "run.seed=1 teacher.kind=stage teacher.name=runs/x/first --out runs/x/masked" in lines[1]
+
+
+@pytest.mark.parametrize("root", ["plain", "x: y: z", "[", "true", "12", "a #b", "é\"'"])
+def test_text_of_a_pipeline_file_stays_text(tmp_path: Path, root: str) -> None:
+    """Also where it is no YAML, or reads as something else: in the recipe, and in the printed command."""
+    recipe = write_recipe(tmp_path, CLASSIFY | {"data": {"source": "folder"}}, "classify.yaml")
+    stages = [{"name": "one", "program": "classify", "recipe": str(recipe), "settings": {"data.root": root}}]
+    _, (planned,) = plan(str(write_recipe(tmp_path, {"stages": stages})), [], tmp_path / "out")
+    assert planned.recipe.data.root == Path(root)
+    words = shlex.split(planned.shell())
+    assert resolve(StageRecipe, read_yaml(recipe), words[3:-2], str(recipe)).data.root == Path(root)
 
 
 def test_unknown_parent_and_mistyped_settings_are_named(finished: Path, tmp_path: Path) -> None:

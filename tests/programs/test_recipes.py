@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.core.settings import parse, read_yaml
 from eva_mim.data import DataSettings
 from eva_mim.data.sampler import GlobalOrder
@@ -24,6 +23,7 @@ from eva_mim.data.subset import open_splits
 from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.open_clip import read_tower
+from eva_mim.trunks.meta import meta_device
 from pretrain.mim import STAGE, StageRecipe
 from tests.conftest import REPOSITORY, make_folder
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.meta import meta_device
 from eva_mim.core.settings import parse, read_yaml
 from eva_mim.data.class_lists import layout_classes, positions
 from eva_mim.data.sampler import GlobalOrder
@@ -25,6 +24,7 @@ from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.handover import read_parent, seed_trunk
 from finetune.classify import STAGE, StageRecipe
 from finetune.probe import StageRecipe as ProbeRecipe

@@ -17,13 +17,13 @@ import torch
 from open_clip.model import CustomTextCLIP
 from torch import nn
 
-from eva_mim.core.meta import meta_device
 from eva_mim.core.settings import parse, read_yaml
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.schedule import lr_at
 from eva_mim.students import ClipSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.trunks.create import build_trunk
+from eva_mim.trunks.meta import meta_device
 from eva_mim.trunks.pixels import normalise
 from pretrain.clip import STAGE, StageRecipe
 from pretrain.mim import StageRecipe as MimRecipe

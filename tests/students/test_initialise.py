@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, InitSettings, MaskedSettings
 from eva_mim.students.initialise import initialise
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.trunks.meta import meta_device
 from eva_mim.trunks.positions import sincos_table
 from tests.students.test_masked import randomise
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier, LinearProbe
@@ -17,6 +16,7 @@ from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks import TrunkSettings
 from eva_mim.trunks.create import build_trunk
+from eva_mim.trunks.meta import meta_device
 from tests.students.test_masked import images_and_mask, randomise
 
 TEXT = TextSettings(width=32, layers=1, heads=2, context_length=12)

@@ -15,9 +15,9 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.students import MaskedSettings
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.names.eva import from_eva
 from eva_mim.weights.names.families import Family, Text, detect
 from eva_mim.weights.names.name_tables import RESBLOCK

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import LayerNorm
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.meta import meta_device
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.files.read import open_checkpoint
 from eva_mim.weights.names.buffers import Rope
 from eva_mim.weights.names.eva import Converted, from_eva, from_stage, to_eva, unshare_relative, visual_trunk, with_norm
