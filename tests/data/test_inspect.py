@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from eva_mim.cli import main
+from eva_mim.commands.data import speed
 from eva_mim.commands.data.inspect import COLUMNS, LINE, TILE, spread
+from eva_mim.core.timing import Stopwatch
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 
@@ -101,6 +103,24 @@ def test_phases_add_up_to_the_whole(tmp_path: Path, kind: str, capsys: pytest.Ca
     assert done % 63 == 0  # whole batches: the set is smaller than one of 64
     rate = float(re.findall(r"^ +0 +([\d.]+) ", said, re.MULTILINE)[0])
     assert f"a GPU that takes 1,000 images/s needs {1000 / rate:.1f} such workers" in said
+
+
+def test_phases_are_milliseconds_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 images in a second of the wall clock, of which the processor worked half."""
+
+    class Watch(Stopwatch):
+        def take(self) -> dict[str, float]:
+            return {"all": 0.5, "decode": 0.25, "mask": 0.05}
+
+    monkeypatch.setattr(speed, "Stopwatch", Watch)
+    monkeypatch.setattr(speed, "_timed", lambda images, seconds, begin: (20, 1.0))
+    assert main(["bench", "data", str(make_folder(tmp_path, {"": 4})), "--size", "32", "--patch", "8", "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    wanted = {"decode": 12.5, "mask": 2.5, "other": 10.0, "all CPU time": 25.0, "waiting": 25.0}
+    assert {name: table(said, name) for name in wanted} == {name: [value] for name, value in wanted.items()}
+    assert "a GPU that takes 1,000 images/s needs 50.0 such workers" in said
 
 
 def test_a_grid_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
