@@ -166,4 +166,4 @@ def test_mutants_are_changes_that_parse() -> None:
     for mutant in [*mutants.named(), *found]:
         source = (REPOSITORY / mutant.file).read_text()
         assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source)), mutant
-        assert all((REPOSITORY / tests).is_dir() for tests in mutants.tests_of(mutant.file))
+        assert all((REPOSITORY / folder).is_dir() for folder, _ in mutants.tests_of(mutant.file))

@@ -77,7 +77,7 @@ def rank(root: Path, workers: int, barrier: Barrier, results: Any) -> None:
 def worker(splits: Splits | None, barrier: Barrier, results: Any) -> None:
     """Read every page of the index, and some keys as a loader does; then all processes look at their memory at once."""
     if splits is not None:
-        source = splits.train._source  # type: ignore[attr-defined]
+        source = splits.train.source  # type: ignore[attr-defined]
         for name in ("name", "name.ends", "folder"):
             source.index[name][::1024].sum()
         for index in np.random.default_rng(os.getpid()).integers(0, len(splits.train), 20_000):
@@ -106,7 +106,7 @@ def main() -> int:
         folder._scan = lambda _root, _suffixes: made_up(root, images)
         size = folder.folder_index(root).path.stat().st_size
         context = get_context("spawn")
-        barrier, results = context.Barrier(options.ranks * (options.workers + 1)), context.SimpleQueue()
+        barrier, results = context.Barrier(options.ranks * (options.workers + 1), timeout=900), context.SimpleQueue()
         ranks = [context.Process(target=rank, args=(root, options.workers, barrier, results)) for _ in range(options.ranks)]
         for process in ranks:
             process.start()

@@ -187,10 +187,11 @@ def _replaced(source: str, node: ast.AST, text: str) -> str:
     return "".join([*lines[:first], head + (f"({text})" if keeps else text) + tail, *lines[last + 1 :]])
 
 
-def tests_of(file: str) -> list[str]:
-    """Returns the tests of a file's room, then those of the programs."""
+def tests_of(file: str) -> list[tuple[str, str]]:
+    """Returns (folder, markers) of the tests of a file's room, then those of the programs; of each the fast ones first."""
     own = f"tests/{room(file)}"
-    return list(dict.fromkeys([*([own] if (REPOSITORY / own).is_dir() else []), *PROGRAMS]))
+    folders = dict.fromkeys([*([own] if (REPOSITORY / own).is_dir() else []), *PROGRAMS])
+    return [(folder, markers) for folder in folders for markers in ("not slow and not long", "slow and not long")]
 
 
 def _environment(tree: Path) -> dict[str, str]:
@@ -204,11 +205,11 @@ def caught(mutant: Mutant, tree: Path, minutes: float) -> tuple[str, float]:
     path.write_text(mutant.source)
     try:
         said = ""
-        for tests in tests_of(mutant.file):  # the room's own first
+        for tests, markers in tests_of(mutant.file):
             left = minutes * 60 - (time.monotonic() - started)
             if left <= 1:
                 break
-            line = [*PYTEST, "-x", "-n", "2", "--dist", "loadfile", "--tb=no", "-m", "not long", tests]
+            line = [*PYTEST, "-x", "-n", "2", "--dist", "loadfile", "--tb=no", "-m", markers, tests]
             start: dict[str, Any] = {"cwd": tree, "env": _environment(tree), "stdout": subprocess.PIPE, "start_new_session": True}
             with subprocess.Popen(line, text=True, **start) as run:
                 try:

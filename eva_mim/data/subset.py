@@ -20,6 +20,7 @@ from eva_mim.core.rng import derive
 from eva_mim.core.settings import digest
 from eva_mim.data import DataSettings, PartSettings, SourceSettings
 from eva_mim.data.class_lists import known_as
+from eva_mim.data.overlap import refuse_shared
 from eva_mim.data.prompts import class_words, filled, prompt_templates
 from eva_mim.data.quarantine import Quarantine, Quarantined, read_quarantine
 from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart
@@ -68,7 +69,7 @@ class Subset:
     ):
         """`indices`: positions in `source`. `quarantined`: position in `source` -> reason why it is not read. `labels`: one for
         each record of the subset, in place of the source's. Raises UserError if `label_map` or `words` do not fit the classes."""
-        self._source, self._indices, self._quarantined = source, indices, dict(quarantined)
+        self.source, self._indices, self._quarantined = source, indices, dict(quarantined)
         self.classes = source.classes if label_map is None else tuple(label_map)
         self._labels = None if label_map is None else regroup(source.classes, label_map)
         self._own_labels = labels
@@ -81,9 +82,9 @@ class Subset:
     @property
     def blocks(self) -> Blocks | None:
         """Blocks of the source, without records and blocks that are left out; None if the source has no blocks."""
-        if self._source.blocks is None:
+        if self.source.blocks is None:
             return None
-        ends, pooled = self._source.blocks
+        ends, pooled = self.source.blocks
         kept = self._indices.below(ends) if isinstance(self._indices, Complement) else np.searchsorted(self._indices, ends)
         return Blocks(np.unique(kept[kept > 0]), pooled)
 
@@ -92,24 +93,24 @@ class Subset:
         """Hash of the source's fingerprint, the chosen records and their new labels; computed in a second for 14 million
         records."""
         labels = self._label_map if self._own_labels is None else self._own_labels
-        return _fingerprint(self._source.fingerprint, self._indices, labels)
+        return _fingerprint(self.source.fingerprint, self._indices, labels)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def key(self, index: int) -> str:
-        return self._source.key(int(self._indices[index]))
+        return self.source.key(int(self._indices[index]))
 
     def prefetch(self, indices: Sequence[int]) -> None:
         positions = (int(self._indices[index]) for index in indices)
-        self._source.prefetch([position for position in positions if position not in self._quarantined])
+        self.source.prefetch([position for position in positions if position not in self._quarantined])
 
     def read(self, index: int) -> Sample:
         """Reads one record. Raises Quarantined for a record in quarantine, and the errors of the source."""
         position = int(self._indices[index])
         if position in self._quarantined:
             raise Quarantined(self._quarantined[position])
-        sample = self._source.read(position)
+        sample = self.source.read(position)
         if self._own_labels is not None:
             return sample._replace(label=self._own_labels[index])
         if self._labels is not None and sample.label is not None:
@@ -196,8 +197,8 @@ class Splits(NamedTuple):
 class Opened(NamedTuple):
     """Splits of one source; `images` is the number of its training images before the limit."""
 
-    train: Source
-    val: Source | None
+    train: Subset
+    val: Subset | None
     images: int
 
 
@@ -215,22 +216,27 @@ def open_splits(settings: DataSettings) -> Splits:
             f"{settings.root or 'the mixture'} has {images} after the held-out ones; its schedule counts epochs of them. "
             "To go on, set data.expected=null"
         )
-    held_out = [part.val for part in parts if part.val is not None]
+    held_out = {f"{path}.val": part.val for path, part in zip(settings.sources, parts, strict=False) if part.val is not None}
     if settings.held_out is not None:
-        held_out = [_open_held_out(settings.held_out, listed)]
+        held_out = {"data.held_out": _open_held_out(settings.held_out, listed)}
     if not held_out:
         raise UserError(f"data.val: no held-out images; give {'a part ' if settings.mixture else ''}val, a val_share above 0, or "
                         "data.held_out")
+    for path, part in zip(settings.sources, parts, strict=False):
+        for other, held in held_out.items():
+            if held.source is not part.train.source:  # a share is other records of the same source
+                refuse_shared(part.train.source, held.source, path, other)
+    apart = list(held_out.values())
     if settings.mixture is None:
-        return Splits(parts[0].train, held_out[0])
+        return Splits(parts[0].train, apart[0])
     weights, templates = [part.weight for part in settings.mixture], prompt_templates(settings.templates)
     _say_counts(settings.mixture, parts)
     return Splits(
-        Mixture([part.train for part in parts], weights, templates), Mixture(held_out, [1.0] * len(held_out), templates[:1])
+        Mixture([part.train for part in parts], weights, templates), Mixture(apart, [1.0] * len(apart), templates[:1])
     )
 
 
-def _open_held_out(settings: SourceSettings, listed: Quarantine | None) -> Source:
+def _open_held_out(settings: SourceSettings, listed: Quarantine | None) -> Subset:
     opener = lookup(SOURCES, settings.source, "data.held_out.source")
     source: Source = opener(settings, "val") or opener(settings, "train")
     every = Complement(_at_most(settings.val_limit, len(source)))

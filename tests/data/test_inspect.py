@@ -23,6 +23,20 @@ def table(text: str, row: str) -> list[float]:
     return [float(value) for value in line.split()]
 
 
+def test_splits_of_a_bare_folder_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `data pack` writes them, and as folders are called; what is not clear is asked about."""
+    for number, name in enumerate(("train-0.tar", "train-1.tar", "val-0.tar")):
+        make_shards(tmp_path / "shards", name, count=3 + number)
+    make_folder(tmp_path / "folders", {"train/a": 4, "test/a": 2})
+    for folder, counts in (("shards", (7, 5)), ("folders", (4, 2))):
+        assert main(["data", "index", str(tmp_path / folder)]) == 0
+        said = capsys.readouterr().out
+        assert [int(line.split()[1]) for line in said.splitlines()] == list(counts), said
+    make_shards(tmp_path / "shards", "more-0.tar")
+    assert main(["data", "index", str(tmp_path / "shards")]) == 2
+    assert "has val-0.tar beside other shards" in capsys.readouterr().err
+
+
 def test_sizes_formats_and_classes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_folder(tmp_path / "data", {"ant": 1, "bee": 40, "cow": 9}, (48, 30))
     for number in range(30):

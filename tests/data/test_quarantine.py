@@ -70,7 +70,7 @@ def test_broken_files_are_found_and_no_others(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_was_checked_is_not_decoded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, path = damaged(tmp_path / "images"), tmp_path / "list.json"
-    source = splits(root, None).train._source  # type: ignore[attr-defined]  # as verify opens it
+    source = splits(root, None).train.source  # type: ignore[attr-defined]  # as verify opens it
     Quarantine(path, {source.fingerprint: Checked("train", IMAGES, 17, {5: Fault("00005.png", "by hand")})}).write()
     verify(root, path)
     assert set(read_quarantine(path).sources[source.fingerprint].broken) == {5, 17, 18, 30}  # 3 lies before the mark

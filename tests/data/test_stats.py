@@ -42,7 +42,8 @@ def test_photographs_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[s
     make_folder(tmp_path / "b", {"": 5}, size=(13, 70))
     (tmp_path / "a" / "broken.png").write_bytes(b"nothing")
     arrays = [np.asarray(Image.open(path)) for path in tmp_path.rglob("*.png") if path.name != "broken.png"]
-    held_out = ["data.val_share=0", f"data.held_out={{root: {tmp_path}}}"]
+    others = make_folder(tmp_path.with_name(f"{tmp_path.name}-held-out"), {"": 2})
+    held_out = ["data.val_share=0", f"data.held_out={{root: {others}}}"]
     assert main(["stats", str(tmp_path), *held_out, "--processes", "2"]) == 0
     text = capsys.readouterr().out
     settings, rows = printed(text)
@@ -63,10 +64,12 @@ def test_a_window_is_proposed_and_the_figures_are_those_behind_it(tmp_path: Path
             array = (rng.gamma(3, 300, (20 + number, 24, 5)) + shift + 100 * np.arange(5)).astype(np.uint16)
             np.save(tmp_path / str(part) / f"{number}.npy", array)
             arrays.append(array)
+    (tmp_path / "held_out").mkdir()
+    np.save(tmp_path / "held_out" / "0.npy", arrays[0])
     parts = [{"root": str(tmp_path / str(part)), "channels": 5, "weight": weight} for part, weight in ((0, 3), (1, 1))]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"mixture": [parts[0] | {"val_share": 0.0}, parts[1]], "held_out": {
-        "root": str(tmp_path / "0"), "channels": 5}}}))
+        "root": str(tmp_path / "held_out"), "channels": 5}}}))
     stats(str(recipe), [], images=100, processes=1)
     settings, rows = printed(capsys.readouterr().out)
     low, high = np.percentile(np.concatenate([array.ravel() for array in arrays]), (0.1, 99.9))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from eva_mim.core.errors import UserError
 from eva_mim.tasks.contrastive import Contrastive
-from eva_mim.tasks.masked import masked_cosine
+from eva_mim.tasks.masked import check_grids, masked_cosine
 
 
 def loop_cosine(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:
@@ -24,6 +26,27 @@ def loop_cosine(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:
             for column, (a, b) in enumerate(zip(p, t, strict=True)):
                 gradient[row, column] = -(b / other - cosine * a / length) / length / len(prediction)
     return -total / len(prediction), gradient
+
+
+class Grids(NamedTuple):
+    """What a teacher says of its patches."""
+
+    grid: tuple[int, int]
+    image_size: int
+
+
+@pytest.mark.parametrize(("mine", "size", "theirs"), [((6, 6), 24, Grids((4, 4), 16)), ((16, 16), 224, Grids((16, 18), 224))])
+def test_other_grids_are_refused_with_sizes_that_fit(mine: tuple[int, int], size: int, theirs: Grids) -> None:
+    check_grids(theirs.grid, size, theirs)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as refused:
+        check_grids(mine, size, theirs, "teachers.clip")  # type: ignore[arg-type]
+    said = str(refused.value)
+    named = f"student grid {mine[0]}x{mine[1]} ({size} px) does not match teachers.clip grid {theirs.grid[0]}x{theirs.grid[1]}"
+    assert named in said
+    student = int(said.partition("student.image_size=")[2].partition(",")[0])
+    teacher = int(said.partition("teachers.clip.image_size=")[2].split()[0])
+    assert student / (size / mine[0]) == theirs.grid[0]  # the patches keep their size in pixels
+    assert teacher / (theirs.image_size / theirs.grid[0]) == mine[0]
 
 
 def rows(count: int, width: int, seed: int, norm: float = 1.0) -> Tensor:

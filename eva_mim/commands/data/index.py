@@ -15,6 +15,7 @@ from eva_mim.core.registry import SOURCES, lookup
 from eva_mim.core.resolve import resolve
 from eva_mim.core.settings import Settings, few, read_yaml
 from eva_mim.data import DataSettings, SourceSettings
+from eva_mim.data.sources.decode import HELD_OUT, looks_held_out
 
 
 class DataOnly(Settings):
@@ -53,10 +54,23 @@ def read_tree(what: str) -> dict[str, Any]:
         if not folder.is_file() and folder.suffix != ".yaml":
             raise UserError(f"{what}: neither a folder nor a recipe")
         return read_yaml(what)
-    data: dict[str, Any] = {"source": "shards" if any(folder.glob("*.tar*")) else "folder", "root": what}
-    if data["source"] == "folder" and (folder / "train").is_dir():
-        data |= {split: split for split in ("train", "val") if (folder / split).is_dir()}
+    if shards := sorted(path.name for path in folder.glob("*.tar*")):
+        return {"data": {"source": "shards", "root": what} | _splits_of_shards(shards)}
+    data: dict[str, Any] = {"source": "folder", "root": what}
+    if (folder / "train").is_dir():
+        data["train"] = "train"
+        if held_out := [name for name in ("val", "valid", "validation", "test") if (folder / name).is_dir()]:
+            data["val"] = held_out[0]
     return {"data": data}
+
+
+def _splits_of_shards(names: list[str]) -> dict[str, str]:
+    """Returns patterns of both splits, such as train-*.tar* and val-*.tar*, if the names begin with two such words."""
+    held_out = looks_held_out(names)
+    words = {HELD_OUT.fullmatch(name)[1] for name in held_out}  # type: ignore[index]
+    if len(words) != 1 or not all(name.startswith("train") for name in names if name not in held_out):
+        return {}
+    return {"train": "train*.tar*", "val": f"{words.pop()}*.tar*"}
 
 
 def every_split(settings: DataSettings) -> Iterator[tuple[str, Source]]:

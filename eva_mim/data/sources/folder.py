@@ -19,7 +19,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
+from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, looks_held_out, read_file, suffixes
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
 
 CAPTIONS = (".txt", ".json")
@@ -101,8 +101,12 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
         raise UserError(f"data.{split}: {folder} is not a folder")
     if settings.train is None and (root / "train").is_dir():
         raise UserError(f"data.train: {root} has a sub-folder 'train'; set data.train=train (and data.val)")
+    classes = class_folders(root / (settings.train or ""))
+    if settings.train is None and (found := looks_held_out(classes or ())):
+        raise UserError(f"data.train: {root} has a sub-folder '{found[0]}' beside others. If it is held out, set data.train and "
+                        f"data.val={found[0]}; if it is a class, set data.train=.")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
-    source = FolderSource(folder, class_folders(root / (settings.train or "")), settings.caption_lines, settings.pixels)
+    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels)
     source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
     return source
 

@@ -43,10 +43,10 @@ class ListSource(FileSource):
         self.classes, self._pixels = classes if columns.label is not None else None, pixels
         self.index = list_index(path, root, columns)
         self.fingerprint = self.index.facts["fingerprint"]
-        self._folder, self._captioned = path.parent, bool(caption_columns(columns))
-        if not any((self._folder / self.key(row)).is_file() for row in range(min(PROBED, len(self)))):
+        self.folder, self._captioned = path.parent, bool(caption_columns(columns))
+        if not any((self.folder / self.key(row)).is_file() for row in range(min(PROBED, len(self)))):
             raise UserError(f"{path}: none of its first {min(PROBED, len(self))} images exists; paths are relative to the list: "
-                            f"{self._folder / self.key(0)}")
+                            f"{self.folder / self.key(0)}")
         self._labels = _labels(path, self.index, self.classes) if self.classes else None
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class ListSource(FileSource):
         """Reads one image file, and its captions from the index. Raises OSError, and ValueError for a too large file."""
         label = self._labels[self.index["label"][index]] if self._labels else None
         captions = self._captions(index) if self._captioned else ()
-        return Raw(self.key(index), read_file(self._folder / self.key(index)), label, captions)
+        return Raw(self.key(index), read_file(self.folder / self.key(index)), label, captions)
 
     def class_counts(self) -> Column | None:
         """Returns [K] int64, the number of images of each class; None without classes."""

@@ -26,7 +26,7 @@ from eva_mim.core.timing import phase
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.prompts import class_file, class_words
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.sources.decode import FileSource, Raw
+from eva_mim.data.sources.decode import FileSource, Raw, looks_held_out
 from eva_mim.data.sources.index import Column
 from eva_mim.data.sources.remote import as_url, listed, read_range, read_ranges
 from eva_mim.data.sources.shard_index import shards_index
@@ -76,6 +76,7 @@ class ShardSource(FileSource):
             say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {shards[0].folder} are left out: {names}")
         self._ends: list[int] = self.index["shards"].tolist()
         self._names = [shard.name for shard in shards]
+        self.places = {shard.place if shard.remote else os.path.realpath(shard.place) for shard in shards}
         self._tars = [shard if number in left_out else unpack(shard) for number, shard in enumerate(shards)]
         self._open: dict[tuple[int, int], BinaryIO] = {}
         self._asked: dict[int, None] = {}
@@ -218,6 +219,9 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     paths = _find(root, pattern or "*.tar*", split)
     if not paths:
         raise UserError(f"data.{split}: no shard matches {as_url(root) or root}/{pattern or '*.tar*'}")
+    if settings.train is None and settings.val is None and (named := looks_held_out(path.name for path in paths)):
+        raise UserError(f"data.train: {as_url(root) or root} has {few(named, 3)} beside other shards. If they are held out, set "
+                        "data.train and data.val, such as data.train='train-*'; to train on all of them, set data.train='*.tar*'")
     if as_url(root) is not None:
         _refuse_names_by_url(settings)
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
