@@ -7,6 +7,7 @@ and after a failure the next call meets new processes.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import io
@@ -198,7 +199,10 @@ def _launched(
     import torch
 
     torch.set_num_threads(1)
-    function(*arguments)
+    try:
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a program; a process of multiprocessing leaves them out
 
 
 def _enter(network: str) -> None:

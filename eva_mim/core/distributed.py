@@ -83,8 +83,8 @@ def grouped() -> bool:
 
 @contextmanager
 def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
-    """Turns a failed collective inside the block into LostProcess; `place()`, the position of the run, is in its message. With
-    nccl, torch's watchdog may end the process first."""
+    """Turns a failed collective and a killed loader process inside the block into LostProcess; `place()`, the position of the
+    run, is in its message. With nccl, torch's watchdog may end the process first."""
     try:
         yield
     except RuntimeError as error:
@@ -92,6 +92,10 @@ def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
             raise
         from torch.distributed import DistError
 
+        if str(error).startswith("DataLoader worker (pid"):  # torch raises it wherever the main process is
+            killed = str(error).removeprefix("DataLoader worker ").split(". ")[0].rstrip(".")
+            raise LostProcess(f"rank {rank()}{place()}: a loader process {killed}; where that is the kernel for want of memory, "
+                              "fewer data.workers or smaller images help") from error
         if not isinstance(error, DistError) and "gloo/" not in str(error):
             raise
         why = str(error).split("] ", 1)[-1].split(". This is")[0]

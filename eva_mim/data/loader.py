@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
+import os
 import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
@@ -26,6 +31,9 @@ from eva_mim.data.sampler import GlobalOrder, Place
 
 REPLACEMENTS = 20
 """Number of broken records in a row at which the run stops; in training each is replaced by another sample."""
+
+SHARED_MEMORY = "/dev/shm"
+"""File system of the batches that loader processes hand over."""
 
 MAX_NAMED = 100
 """Number of broken held-out images that are named in the log, each once."""
@@ -109,11 +117,37 @@ def _gone(error: Exception) -> str:
     return f"; {missing[-1]} does not exist: is its disk mounted?" if missing else ""
 
 
-def _quiet_worker(worker: int) -> None:
+def _begin_worker(reasons: Any, worker: int) -> None:
     # Terminals and schedulers signal the whole process group; the main process alone decides when to stop. A worker whose
     # parent is gone ends by itself (torch watches for that).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # multiprocessing prints a batch that cannot be sent and drops it; the main process would wait for it for ever.
+    Queue._on_queue_feeder_error = staticmethod(partial(_cannot_send, reasons))  # type: ignore[attr-defined]
+
+
+def _cannot_send(reasons: Any, error: Exception, batch: Any) -> None:
+    """Ends a worker that cannot send a batch to the main process. `reasons` takes the message there. The exit code is 0, since
+    torch raises an error for any other one wherever the main process is."""
+    reasons.put(_why_not(error))
+    os._exit(0)
+
+
+def _why_not(error: Exception) -> str:
+    """Returns what hinders a loader process from sending a batch, and the ways out."""
+    text, without = str(error), "set data.workers=0"
+    if "shared memory" in text or getattr(error, "errno", None) == errno.ENOSPC:
+        try:
+            room = shutil.disk_usage(SHARED_MEMORY)
+        except OSError:
+            return f"loader processes hand over batches in shared memory, and {text}; {without}"
+        return (f"{SHARED_MEMORY} is full ({room.total / 1e6:.3g} MB in all, {room.free / 1e6:.3g} MB free), and loader "
+                f"processes hand over batches there: enlarge it (docker run --shm-size=16g), or {without}")
+    if "AF_UNIX" in text:
+        folder = tempfile.gettempdir()
+        return (f"TMPDIR={folder} is too long a path ({len(folder)} characters) for the sockets through which loader processes "
+                f"hand over batches: set it to a shorter one, or {without}")
+    return f"a loader process cannot hand over a batch ({type(error).__name__}: {text}); {without}"
 
 
 @cache
@@ -131,16 +165,26 @@ def _batches(
     reader: Reader[B], places: Sequence[list[Place]] | Iterator[list[Place]], workers: int
 ) -> Iterator[B | list[str]]:
     _reap_at_exit()
+    reasons: Any = multiprocessing.SimpleQueue()
     loader: DataLoader[Item | str | Failure] = DataLoader(
         reader,
         batch_sampler=places,  # type: ignore[arg-type]  # torch's stub requires int indices; any object is accepted
         num_workers=workers,
         collate_fn=reader.collate,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=partial(_begin_worker, reasons),
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in loader:
+    loaded = iter(loader)
+    while True:
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError:
+            if reasons.empty():
+                raise
+            raise UserError(reasons.get()) from None
         if isinstance(batch, Failure):
             raise UserError(batch.text)
         yield batch

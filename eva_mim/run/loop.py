@@ -27,7 +27,7 @@ from eva_mim.run import checkpoints as snapshot
 from eva_mim.run.dump import write_dump
 from eva_mim.run.measure import EMA, average_of, measure
 from eva_mim.run.meter import Meter, Row, Window
-from eva_mim.run.signals import caught_signals
+from eva_mim.run.signals import PATIENCE, Hung, caught_signals, interruptible
 from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
 
 
@@ -108,8 +108,28 @@ class Loop:
         return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
 
     def _train(self, caught: list[int]) -> None:
-        """Trains until the last step, or until a rewind to an earlier checkpoint."""
-        streak, recent = SkipCounter(), deque[tuple[int, int]](maxlen=self.run.max_skips)
+        """Trains until the last step, or until a rewind to an earlier checkpoint. Raises Interrupted after a signal."""
+        streak = SkipCounter()
+        try:
+            self._steps(caught, streak)
+        except Hung as hung:
+            self._leave_waiting(streak)
+            raise Interrupted(hung.number) from None
+
+    def _leave_waiting(self, streak: SkipCounter) -> None:
+        """Writes a checkpoint, unless there is one of this step, after a signal came while no batch did. In a run of several
+        processes the others may be in a step, so none can be gathered: the last one stands."""
+        self.writer.finish()
+        found = RunFolder(self.out).latest()
+        if self.step > self.first and (found is None or found[0] < self.step) and world_size() == 1:
+            self._save(streak)
+            self.writer.finish()
+        elif world_size() > 1:
+            say(f"  no batch came within {PATIENCE:.0f} s of the signal: ending without another checkpoint")
+        self.log.close()
+
+    def _steps(self, caught: list[int], streak: SkipCounter) -> None:
+        recent = deque[tuple[int, int]](maxlen=self.run.max_skips)
         self.meter = Meter(self.stopwatch, self.window)
         for data_step, batches in self._loaded():
             streak.note(self._one_step(batches))
@@ -144,7 +164,7 @@ class Loop:
     def _loaded(self) -> Iterator[tuple[int, list[Batch]]]:
         stream = self.detours.stream(self.parts.train, self.step, self.total)
         while True:
-            with phase("data"):
+            with phase("data"), interruptible():
                 item = next(stream, None)
             if item is None:
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import multiprocessing
 import os
 import sys
 import time
@@ -61,7 +62,11 @@ def leave(code: int) -> None:
     sys.stderr.flush()
     if code in (UserError.exit_code, LostProcess.exit_code) and world_size() > 1:
         time.sleep(GRACE)
-    os._exit(code) if code and (world_size() > 1 or "RANK" in os.environ) else sys.exit(code)
+    if not code or not (world_size() > 1 or "RANK" in os.environ):
+        sys.exit(code)
+    for child in multiprocessing.active_children():  # a loader process that hangs would keep the sockets to the other ranks open
+        child.kill()
+    os._exit(code)
 
 
 def stage_parser(program: str) -> argparse.ArgumentParser:
