@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import SoftFileLease, Timeout
 
 from eva_mim.core.errors import UserError
@@ -72,7 +73,7 @@ def _acquire(held: SoftFileLease, folder: Path) -> None:
             held.acquire(timeout=0)
             return
         owner, renewed = _read(folder, held.pid), _renewed(folder)
-        if owner is not None and _requeued(owner):
+        if owner is not None and (_requeued(owner) or _is_zombie(owner)):
             held.force_break()
             continue
         if (owner is not None and _is_here(owner)) or first not in (None, renewed):
@@ -106,6 +107,14 @@ def _requeued(owner: dict[str, Any]) -> bool:
     """Returns whether this process is a later start of the owner's Slurm job: Slurm has ended the former one."""
     before, now = owner.get("job"), _job()
     return before is not None and now is not None and before[0] == now[0] and before[1] < now[1]
+
+
+def _is_zombie(owner: dict[str, Any]) -> bool:
+    """Returns whether the owner was killed on this host and nobody has asked for its exit code, as in containers whose first
+    process is no init: it has a number, but does not live."""
+    with suppress(psutil.Error):
+        return _is_here(owner) and psutil.Process(owner["process"]).status() == psutil.STATUS_ZOMBIE
+    return False
 
 
 def _is_here(owner: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from eva_mim.core import lock
@@ -117,6 +118,42 @@ def test_a_dead_owner_is_no_owner(tmp_path: Path, here: Launched) -> None:
         assert time.monotonic() - began < 5
         assert f'"process": {os.getpid()}' in (tmp_path / "out" / ".lock.json").read_text()
     assert not list((tmp_path / "out").iterdir())
+
+
+ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from eva_mim.core.lock import locked
+if (child := os.fork()):
+    print(child, flush=True)
+    time.sleep(100)
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_a_zombie_is_a_dead_owner(tmp_path: Path) -> None:
+    """Killed, and its parent does not ask for the exit code."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    parent = Launched(script, ORPHAN, str(out), log=log)
+    try:
+        end = time.monotonic() + 60
+        while not (log.exists() and "held" in log.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        child = int(next(line for line in log.read_text().splitlines() if line.isdigit()))
+        with pytest.raises(UserError, match=f"is in use by process {child}"), locked(out):
+            pass
+        os.kill(child, signal.SIGKILL)
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end
+        began = time.monotonic()
+        with locked(out):
+            assert time.monotonic() - began < 5
+    finally:
+        parent.kill()
 
 
 @pytest.mark.slow
