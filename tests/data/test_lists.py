@@ -63,6 +63,29 @@ def opened(root: Path, train: str, columns: dict[str, Any], split: str = "train"
     return source
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("first", ["image", "title"])
+def test_stray_quotes_take_in_no_rows(root: Path, suffix: str, first: str) -> None:
+    """One quote at the beginning of a caption and one at the end of a later one: between them lie six rows. Captions of several
+    lines stay what they are."""
+    mark = {".csv": ",", ".tsv": "\t"}[suffix]
+    columns = {"captions": "title"}
+
+    def written(titles: dict[int, str]) -> None:
+        rows = [("image", "title"), *((f"i/{number:05d}.png", titles.get(number, f"title {number}")) for number in range(24))]
+        lines = [mark.join(row if first == "image" else row[::-1]) for row in rows]
+        (root / f"a{suffix}").write_text("".join(f"{line}\n" for line in lines))
+
+    written({3: '"A cat', 9: 'a dog"'})
+    with pytest.raises(UserError, match=rf"a{suffix}:5: a field in quotes ends in line 11 and holds what looks like another row"):
+        opened(root, f"a{suffix}", columns)
+    written({3: '"two\nlines, with\tmarks\nand a ""quote"" of cat.png"', 4: 'a 3" pipe'})
+    source = opened(root, f"a{suffix}", columns)
+    assert len(source) == 24
+    assert source.read(3).captions == ('two\nlines, with\tmarks\nand a "quote" of cat.png',)
+    assert source.read(4).captions == ('a 3" pipe',)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_say_the_same(root: Path, name: str) -> None:
     FORMATS[name](root / name, ROWS)

@@ -21,7 +21,7 @@ from eva_mim.data import RGB, ColumnSettings, Pixels, SourceSettings
 from eva_mim.data.class_lists import known_as
 from eva_mim.data.prompts import class_file
 from eva_mim.data.sources.captions import as_captions
-from eva_mim.data.sources.decode import FileSource, Raw, read_file
+from eva_mim.data.sources.decode import ARRAYS, SUFFIXES, FileSource, Raw, read_file
 from eva_mim.data.sources.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
@@ -159,12 +159,19 @@ def _csv(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
                 header = file.readline()
                 file.seek(0)
                 # Some .csv files are separated by tabs or semicolons; captions are full of commas, a header is not.
-                reader = csv.reader(file, delimiter=max(",\t;", key=header.count), strict=True)
+                delimiter = max(",\t;", key=header.count)
+                reader = csv.reader(file, delimiter=delimiter, strict=True)
                 names = next(reader, [])
                 yield 1, dict.fromkeys(names)
                 for row in reader:
                     if row and len(row) != len(names):
                         raise UserError(f"{path}:{reader.line_num}: {len(row)} fields under {len(names)} columns")
+                    for field in row:
+                        if "\n" in field and (other := _row_inside(field, delimiter, len(names))):
+                            first = reader.line_num - sum(text.count("\n") for text in row)
+                            raise UserError(f"{path}:{first}: a field in quotes ends in line {reader.line_num} and holds what "
+                                            f"looks like another row ({other[:80]}). A quote inside a field is written twice, "
+                                            "and a field with one stands in quotes itself")
                     if row:
                         yield reader.line_num, dict(zip(names, row, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
@@ -172,6 +179,16 @@ def _csv(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
 
     found = rows()
     return list(next(found)[1]), found
+
+
+def _row_inside(field: str, delimiter: str, count: int) -> str:
+    """Returns the first line within a field that has the fields of a row, one of them the path of an image; empty if there is
+    none. A single stray quote takes in all rows up to the next one."""
+    for line in field.splitlines()[1:]:
+        fields = next(csv.reader([line], delimiter=delimiter), [])
+        if len(fields) == count > 1 and any(os.path.splitext(one)[1].lower() in (*SUFFIXES, *ARRAYS) for one in fields):
+            return line
+    return ""
 
 
 def _jsonl(path: Path, wanted: list[str]) -> tuple[list[str], Rows]:
