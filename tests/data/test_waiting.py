@@ -105,12 +105,12 @@ def test_a_signal_ends_a_run_that_waits(tmp_path: Path, workers: int, number: in
     recipe, pipe = waiting(tmp_path, workers)
     out, log = tmp_path / "run", tmp_path / "log"
     process = Launched(ends, "finetune.classify", [str(recipe), "--out", str(out)], log=log)
-    steps = until_it_waits(out, process, log)
-    assert steps > 0
+    assert until_it_waits(out, process, log) > 0
     process.send_signal(number)
     began = time.monotonic()
     ended(process, log, code)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
+    steps = len(records(out))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     pipe.unlink()
     pipe.write_bytes(png(picture(11, (32, 32))))
