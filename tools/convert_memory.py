@@ -38,7 +38,7 @@ def on_meta(name: str, depth: int) -> dict[str, Tensor]:
 
 
 def depth_of(name: str, size: float) -> int:
-    """How many blocks of fp32 weights take about `size` bytes."""
+    """Returns the number of blocks whose fp32 weights take about `size` bytes."""
     one, two = (sum(value.nbytes for value in on_meta(name, depth).values()) for depth in (1, 2))
     return max(1, round((size - one) / (two - one)) + 1)
 

@@ -58,22 +58,23 @@ def _below(folder: Path, rows: ListSource) -> list[str]:
 
 def _shared_rows(train: ListSource, held_out: ListSource) -> list[str]:
     one, other = (os.path.realpath(rows.folder) for rows in (train, held_out))
+
+    def path(row: int) -> str:
+        """Relative to the training list."""
+        return held_out.key(row) if one == other else os.path.relpath(os.path.join(other, held_out.key(row)), one)
+
     texts = held_out.index["image"], held_out.index["image.ends"]
-    if one != other:  # paths relative to the training list
+    if one != other:
         moved = Texts()
         for row in range(len(held_out)):
-            moved.add(os.path.relpath(os.path.join(other, held_out.key(row)), one))
+            moved.add(path(row))
         columns = moved.columns("image")
         texts = columns["image"], columns["image.ends"]
     mine, theirs = hashes(train.index["image"], train.index["image.ends"]), hashes(*texts)
     alike = np.isin(theirs, mine).nonzero()[0][:LOOKED_AT]
-    names = [_text(*texts, int(row)) for row in alike]
+    names = [path(int(row)) for row in alike]
     trained = {train.key(int(row)) for row in np.isin(mine, theirs[alike]).nonzero()[0][:LOOKED_AT]}
     return [name for name in names if name in trained]
-
-
-def _text(content: Column, ends: Column, row: int) -> str:
-    return content[int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes().decode("utf-8", "surrogatepass")
 
 
 def hashes(content: Column, ends: Column) -> npt.NDArray[np.uint64]:

@@ -86,7 +86,7 @@ def waiting(tmp_path: Path, workers: int) -> tuple[Path, Path]:
 
 
 def until_it_waits(out: Path, process: Launched, log: Path) -> int:
-    """Number of steps taken when for a second no other one is."""
+    """Number of steps taken when for two seconds no other one is."""
     taken, since, end = -1, time.monotonic(), time.monotonic() + 100
     while time.monotonic() - since < 2:
         assert process.poll() is None, log.read_text()

@@ -15,7 +15,7 @@ from eva_mim.core.registry import SOURCES, lookup
 from eva_mim.core.resolve import resolve
 from eva_mim.core.settings import Settings, few, read_yaml
 from eva_mim.data import DataSettings, SourceSettings
-from eva_mim.data.sources.decode import HELD_OUT, looks_held_out
+from eva_mim.data.sources.split_names import HELD_OUT, looks_held_out
 
 
 class DataOnly(Settings):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,17 +35,6 @@ OPEN = (-math.inf, math.inf)
 """Window that leaves values of more than 8 bits unchanged, for statistics."""
 Plane = npt.NDArray[Any]
 """[H, W] values of one channel."""
-
-
-HELD_OUT = re.compile(r"(val|valid|validation|test|testing|dev|eval)([-_.\d].*)?", re.IGNORECASE)
-"""Names that folders and shards of held-out images have."""
-
-
-def looks_held_out(names: Iterable[str]) -> list[str]:
-    """Returns the names that folders or shards of held-out images have; none if all have such a name."""
-    every = list(names)
-    found = [name for name in every if HELD_OUT.fullmatch(name)]
-    return found if len(found) < len(every) else []
 
 
 class Raw(NamedTuple):

@@ -19,8 +19,9 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, looks_held_out, read_file, suffixes
+from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
+from eva_mim.data.sources.split_names import looks_held_out
 
 CAPTIONS = (".txt", ".json")
 """Suffixes of caption files, which otherwise have the name of their image."""

@@ -26,10 +26,11 @@ from eva_mim.core.timing import phase
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.prompts import class_file, class_words
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.sources.decode import FileSource, Raw, looks_held_out
+from eva_mim.data.sources.decode import FileSource, Raw
 from eva_mim.data.sources.index import Column
 from eva_mim.data.sources.remote import as_url, listed, read_range, read_ranges
 from eva_mim.data.sources.shard_index import shards_index
+from eva_mim.data.sources.split_names import looks_held_out
 from eva_mim.data.sources.tar_index import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
 from eva_mim.data.sources.unpack import unpack
 
