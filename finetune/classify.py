@@ -87,6 +87,7 @@ def build_classifier(
     of a classifier or of a linear probe). Raises UserError if the data has no labels, or held-out data has other classes."""
     from eva_mim.core.errors import UserError
     from eva_mim.data.class_lists import describe
+    from eva_mim.data.sources.folder import single_folder
     from eva_mim.data.subset import open_splits
     from eva_mim.run.loaders import seed_from
     from eva_mim.run.stage import Built
@@ -97,7 +98,11 @@ def build_classifier(
     splits = open_splits(recipe.data)
     classes = splits.train.classes
     if classes is None:
-        raise UserError(f"data.root: {recipe.data.root} has no labels (class folders, or data.classes for shards)")
+        raise UserError(f"data.root: {recipe.data.root} has no labels (class folders; data.classes for shards; "
+                        f"data.columns.label for a list){single_folder(recipe.data)}")
+    if without := splits.without_labels():
+        raise UserError(f"data: {'; '.join(without)}; a classifier needs one for each (KEY.cls in a shard), or leave the records "
+                        "out with data.quarantine")
     if splits.val.classes != classes:
         raise UserError(f"data.held_out: its classes ({describe(splits.val.classes or ())}) are not those of the training images "
                         f"({describe(classes)})")

@@ -95,6 +95,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from functools import partial
 
     from eva_mim.core.files import write_json, write_weights
+    from eva_mim.core.log import say
     from eva_mim.core.report import KeyReport
     from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
     from eva_mim.data.preparation import ImageTextPreparation
@@ -114,10 +115,15 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     tokenize = student.tokenizer()
     sizes = [student.image_size]
     paired = partial(ImageTextPreparation, tokenize=tokenize, templates=prompt_templates(recipe.data.templates))
+    classes = splits.val.classes
+    if classes is not None and (without := splits.val.unlabelled()):
+        say(f"  {len(without)} of the {len(splits.val)} held-out records have no label, such as {splits.val.key(without[0])}: "
+            "no zero-shot figures")
+        classes = None
     evaluator = ClipEvaluator(
         eval_loader(recipe, splits.val, sizes, recipe.view, paired),
         tokenize=tokenize,
-        classes=splits.val.classes,
+        classes=classes,
         templates=recipe.data.templates,
         device=device,
     )

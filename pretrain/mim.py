@@ -111,6 +111,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from functools import partial
 
     from eva_mim.core.files import write_weights
+    from eva_mim.core.log import say
     from eva_mim.core.registry import OBJECTIVES, lookup
     from eva_mim.core.run_folder import HEAD
     from eva_mim.data.masking import make_mask
@@ -132,11 +133,15 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     task = MaskedFeatures(student, LiveTargets(teachers), objective, weights)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values())]
     masked = partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask))
+    labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
+    if labelled and (without := splits.without_labels()):
+        say(f"  {'; '.join(without)}: no k-NN and ridge figures")
+        labelled = False
     evaluator = MaskedFeatureEvaluator(
         task,
         eval_loader(recipe, splits.val, sizes, recipe.view, masked, recipe.evaluate.images),
         eval_loader(recipe, splits.train, sizes[:1], recipe.view, LabelledPreparation, recipe.evaluate.bank),
-        labelled=splits.val.classes is not None and splits.val.classes == splits.train.classes,
+        labelled=labelled,
         device=device,
     )
 

@@ -69,6 +69,9 @@ class Source(Protocol):
         """Announces that the records at `indices` are read next in this process, so that the source may fetch them together. Best
         effort."""
 
+    def unlabelled(self) -> Sequence[int]:
+        """Returns the positions of records without a label, in rising order; none for a source without classes."""
+
     def read(self, index: int) -> Sample: ...
 
 

@@ -39,7 +39,8 @@ def shared(train: Source, held_out: Source) -> list[str]:
         return sorted(train.places & held_out.places)
     if isinstance(train, FolderSource) and isinstance(held_out, FolderSource):
         one, other = train.folder.resolve(), held_out.folder.resolve()
-        return [str(inner) for inner, outer in ((other, one), (one, other)) if outer in (inner, *inner.parents)][:1]
+        nested = [str(inner) for inner, outer in ((other, one), (one, other)) if outer in (inner, *inner.parents)]
+        return nested[:1] or run_on_main(lambda: sorted(_real_folders(train) & _real_folders(held_out))[:5])
     if isinstance(train, ListSource) and isinstance(held_out, ListSource):
         return run_on_main(lambda: _shared_rows(train, held_out))
     if isinstance(train, ListSource) and isinstance(held_out, FolderSource):
@@ -47,6 +48,12 @@ def shared(train: Source, held_out: Source) -> list[str]:
     if isinstance(train, FolderSource) and isinstance(held_out, ListSource):
         return run_on_main(lambda: _below(train.folder, held_out))
     return []
+
+
+def _real_folders(source: FolderSource) -> set[str]:
+    """Returns the folders that hold images of a source, links resolved."""
+    used = np.unique(source.index["folder"]).tolist()
+    return {os.path.realpath(source.folder / source.folders[number]) for number in used}
 
 
 def _below(folder: Path, rows: ListSource) -> list[str]:

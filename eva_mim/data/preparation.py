@@ -161,4 +161,4 @@ class LabelledPreparation(Preparation[LabelledBatch]):
 
 
 def _labels(labels: Sequence[int | None]) -> Tensor | None:
-    return None if labels[0] is None else torch.tensor(labels)
+    return None if None in labels else torch.tensor(labels)

@@ -105,6 +105,18 @@ class Subset:
         positions = (int(self._indices[index]) for index in indices)
         self.source.prefetch([position for position in positions if position not in self._quarantined])
 
+    def unlabelled(self) -> Sequence[int]:
+        """Returns the positions of records without a label that are not in quarantine, in rising order."""
+        if self._own_labels is not None:
+            return ()
+        places = np.array([place for place in self.source.unlabelled() if place not in self._quarantined], np.int64)
+        if isinstance(self._indices, Complement):
+            before, after = self._indices.below(places), self._indices.below(places + 1)
+        else:
+            before, after = (np.searchsorted(self._indices, places, side) for side in ("left", "right"))
+        found: list[int] = before[before < after].tolist()
+        return found
+
     def read(self, index: int) -> Sample:
         """Reads one record. Raises Quarantined for a record in quarantine, and the errors of the source."""
         position = int(self._indices[index])
@@ -165,6 +177,13 @@ class Mixture:
         for part, source in enumerate(self._sources):
             source.prefetch([inner for other, inner in places if other == part])
 
+    def unlabelled(self) -> Sequence[int]:
+        """Returns the positions of records without a label, in rising order; none where the parts' labels are dropped."""
+        if self.classes is None:
+            return ()
+        starts = [int(end) - len(source) for end, source in zip(self._ends, self._sources, strict=True)]
+        return [start + place for start, source in zip(starts, self._sources, strict=True) for place in source.unlabelled()]
+
     def read(self, index: int) -> Sample:
         part, inner = self._place(index)
         sample, names = self._sources[part].read(inner)._replace(key=self.key(index)), self._sources[part].classes
@@ -192,6 +211,17 @@ class Splits(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """Returns sizes and hash of the splits: the facts that decide which records a run uses and in which order."""
         return {"train": len(self.train), "val": len(self.val), "sha256": digest([self.train.fingerprint, self.val.fingerprint])}
+
+
+    def without_labels(self) -> list[str]:
+        """Returns a text for each split some of whose records have no label: how many, and the first one."""
+        found = []
+        for name, source in zip(("training", "held-out"), self, strict=True):
+            if places := source.unlabelled():
+                which = "none" if len(places) == len(source) else f"{len(places)}"
+                which = f"{which} of the {len(source)} {name} records {'has a' if which == 'none' else 'have no'} label"
+                found.append(f"{which}, such as {source.key(places[0])}" if len(places) < len(source) else which)
+        return found
 
 
 class Opened(NamedTuple):

@@ -216,6 +216,9 @@ class Told:
     def prefetch(self, indices: Sequence[int]) -> None:
         """Nothing to do."""
 
+    def unlabelled(self) -> Sequence[int]:
+        return ()
+
     def read(self, index: int) -> Sample:
         texts = tuple(f"{index}-{number}" for number in range(self.counts[index]))
         return Sample(str(index), picture(index), None, ("", *texts[1:]) if index in self.empty else texts)

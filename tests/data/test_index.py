@@ -29,7 +29,7 @@ from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.ranks import on_ranks
 from tests.tiny import write_recipe
 
-TREE = ["b/2.png", "b/10.PNG", "b.png", "b-1/x.jpg", "a/c/d/e.webp", "a/c.png", "a/c-d.png", "ü/é ñ.jpeg", "z/.hidden.bmp",
+TREE = ["b/2.png", "b/10.PNG", "b.png", "b-1/x.jpg", "a/c/d/e.webp", "a/c.png", "a/c-d.png", "ü/é ñ.jpeg", "z/y.bmp",
         "a.b/c.tif"]
 OTHERS = ["b/2.txt", "b/notes", "z/.png", "a/c/list.csv"]
 

@@ -79,7 +79,7 @@ def test_labels_of_the_held_out_folder_are_the_training_folders(tmp_path: Path) 
 
 
 def test_an_unknown_held_out_class_is_named(tmp_path: Path) -> None:
-    make_folder(tmp_path / "train", {"a": 1})
+    make_folder(tmp_path / "train", {"a": 1, "b": 1})
     make_folder(tmp_path / "val", {"a": 1, "stranger": 1})
     with pytest.raises(UserError, match="stranger"):
         folder(tmp_path, "val", train="train", val="val")

@@ -82,6 +82,10 @@ class FileSource(ABC):
         """Does nothing: local files need no prefetching."""
         return
 
+    def unlabelled(self) -> Sequence[int]:
+        """Returns the positions of records without a label, in rising order; none for a source without classes."""
+        return ()
+
     def read(self, index: int) -> Sample:
         """Reads and decodes one record. Raises the errors of `raw` and `decoded`."""
         return self.raw(index).sample(self._pixels)

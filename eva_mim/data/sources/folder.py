@@ -16,15 +16,15 @@ from typing import NamedTuple
 import numpy as np
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.log import Progress
+from eva_mim.core.log import Progress, say
+from eva_mim.core.settings import few
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
+from eva_mim.data.sources.passed_over import CAPTIONS, PassedOver, is_hidden
 from eva_mim.data.sources.split_names import looks_held_out
 
-CAPTIONS = (".txt", ".json")
-"""Suffixes of caption files, which otherwise have the name of their image."""
 SETTLED_NS = 2 * 10**9
 """Minimum age of a folder's last change, in nanoseconds, when its index is made. An index made earlier is made again, since a
 later change may have the same time stamp (file systems keep times in steps of up to 2 seconds)."""
@@ -43,16 +43,19 @@ class FolderSource(FileSource):
         self.captions: CaptionFile | None = None
         self._caption_lines, self._pixels = caption_lines, pixels
         self.index = folder_index(folder, suffixes(pixels))
-        self._folders = self.index.texts("folders")
+        self.folders = self.index.texts("folders")
+        """Paths of all folders, below `folder`."""
+        if passed_over := self.index.facts["passed_over"]:
+            say(f"  {folder}: passed over {passed_over}")
         self.fingerprint = self.index.facts["fingerprint"]
         label = {name: number for number, name in enumerate(classes or ())}
-        self._labels = [label.get(name.partition("/")[0]) for name in self._folders]
+        self._labels = [label.get(name.partition("/")[0]) for name in self.folders]
         if classes is not None:
             self._refuse_strangers()
 
     def _refuse_strangers(self) -> None:
-        used = np.bincount(self.index["folder"], minlength=len(self._folders)).nonzero()[0].tolist()
-        strangers = {self._folders[number].partition("/")[0] for number in used if self._labels[number] is None}
+        used = np.bincount(self.index["folder"], minlength=len(self.folders)).nonzero()[0].tolist()
+        strangers = {self.folders[number].partition("/")[0] for number in used if self._labels[number] is None}
         if "" in strangers:  # images beside the class folders
             strangers = strangers - {""} | {self.key(int(row)) for row in (self.index["folder"] == 0).nonzero()[0][:5]}
         if strangers:
@@ -64,7 +67,7 @@ class FolderSource(FileSource):
 
     def key(self, index: int) -> str:
         """Returns the file's path below the folder."""
-        return os.path.join(self._folders[self.index["folder"][index]], self.index.text("name", index))
+        return os.path.join(self.folders[self.index["folder"][index]], self.index.text("name", index))
 
     def raw(self, index: int) -> Raw:
         """Reads one file and its captions. Raises OSError, and ValueError for a too large file or malformed captions."""
@@ -108,15 +111,55 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
                         f"data.val={found[0]}; if it is a class, set data.train=.")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
     source = FolderSource(folder, classes, settings.caption_lines, settings.pixels)
+    if split == "train":
+        if settings.train != ".":
+            _refuse_splits_below(source)
+        _say_deep_classes(source)
     source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
     return source
 
 
+def _refuse_splits_below(source: FolderSource) -> None:
+    """Raises UserError if a folder of the source holds a "train" folder and one of held-out images: `data.root` is then too high,
+    and both would be trained on."""
+    below = dict[str, list[str]]()
+    for path in source.folders:
+        parent, _, name = path.rpartition("/")
+        below.setdefault(parent, []).append(name)
+    for parent, names in below.items():
+        if "train" in names and (found := looks_held_out(names)):
+            root = source.folder / parent
+            raise UserError(f"data.root: {root} has sub-folders 'train' and '{found[0]}', which would be trained on together; "
+                            f"set data.root={root} data.train=train data.val={found[0]}; if they are classes, set data.train=.")
+
+
+def _say_deep_classes(source: FolderSource) -> None:
+    """Says so if no class folder holds images itself: the classes may be meant to be the folders below."""
+    inner = [source.folders[number] for number in np.unique(source.index["folder"]).tolist()]
+    if source.classes is not None and all("/" in path for path in inner) and len(inner) > len(source.classes):
+        say(f"  {source.folder}: the classes are {few(source.classes, 3)}, not the folders below them ({few(inner, 3)})")
+
+
 def class_folders(folder: Path) -> tuple[str, ...] | None:
-    """Returns the names of the sub-folders in sorted order (the labels); None for a flat folder."""
+    """Returns the names of the sub-folders in sorted order (the labels); None for a flat folder, and for a single sub-folder: one
+    class says nothing about an image."""
+    names = sub_folders(folder)
+    return names if len(names) > 1 else None
+
+
+def sub_folders(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the folders in a folder that are not hidden, in sorted order."""
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return tuple(names) or None
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)))
+
+
+def single_folder(settings: SourceSettings) -> str:
+    """Returns a hint, to be appended to a message, if the training folder has a single sub-folder; else an empty text."""
+    if settings.source != "folder" or settings.root is None:
+        return ""
+    folder = settings.root / (settings.train or "")
+    names = sub_folders(folder)
+    return f"; its only folder is {names[0]}; did you mean data.root={folder / names[0]}?" if len(names) == 1 else ""
 
 
 def folder_index(folder: Path, images: tuple[str, ...] = suffixes(RGB)) -> Index:
@@ -142,17 +185,19 @@ class _Images(NamedTuple):
 
 
 def _scan(root: Path, images: tuple[str, ...]) -> Content:
-    """Walks the tree once, without following links to folders, and returns its index. Raises UserError for an unreadable folder
-    or no images."""
+    """Walks the tree once, through links to folders too, and returns its index. Raises UserError for an unreadable folder, a
+    folder that is there twice, or no images."""
     began, made = time.monotonic(), time.time_ns()
     names, folders, numbers, changed, captioned = Texts(), Texts(), array("I"), array("q"), array("B")
     fingerprint, todo, progress = hashlib.sha256(), list[str | _Images]([""]), Progress(f"walking {root}, images")
+    passed_over, walked = PassedOver(images), _Walked(root)
     while todo:
         item = todo.pop()
         if isinstance(item, str):
+            walked.add(item)
             folders.add(item)
             changed.append(_changed(root / item))  # before the names are read, so that a later change is noticed
-            contents, texts = _contents(root, item, len(changed) - 1, images)
+            contents, texts = _contents(root, item, len(changed) - 1, images, passed_over)
             captioned.append(texts)
             todo += reversed(contents)
             continue
@@ -164,31 +209,63 @@ def _scan(root: Path, images: tuple[str, ...]) -> Content:
             names.add(name)
     if not len(names):
         more = "" if set(ARRAYS) <= set(images) else "; .npy count where data.channels or data.window is set"
-        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))}{more})")
+        there = f"; there are {passed_over}" if str(passed_over) else ""
+        raise UserError(f"{root}: no images here (looked for {', '.join(sorted(images))}{more}{there})")
     fingerprint.update(b"]")
     say_indexed(str(root), len(names), time.monotonic() - began)
     own: dict[str, Column] = {"folder": np.frombuffer(numbers, np.uint32), "changed": np.frombuffer(changed, np.int64),
                               "captioned": np.frombuffer(captioned, np.uint8)}
-    return Content(own | names.columns("name") | folders.columns("folders"),
-                   {"fingerprint": fingerprint.hexdigest(), "made": str(made)})
+    facts = {"fingerprint": fingerprint.hexdigest(), "made": str(made), "passed_over": str(passed_over)}
+    return Content(own | names.columns("name") | folders.columns("folders"), facts)
 
 
-def _contents(root: Path, path: str, number: int, images: tuple[str, ...]) -> tuple[list[str | _Images], bool]:
-    """Returns the sub-folders and images of a folder in the order of their names, and whether captions may be in it. Raises
-    UserError for an unreadable folder."""
+class _Walked:
+    """Folders that were walked, so that one to which a link leads is not walked twice, or for ever."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._found: dict[tuple[int, int], str] = {}
+
+    def add(self, path: str) -> None:
+        """Adds a folder. Raises UserError for one that was walked under another path."""
+        try:
+            stat = (self._root / path).stat()
+        except OSError:
+            return  # reading it will say so
+        same = self._found.setdefault((stat.st_dev, stat.st_ino), path) if stat.st_ino else path
+        if same != path:
+            raise UserError(f"{self._root}: {path} and {same or 'the folder itself'} are one folder, by a link; its images would "
+                            "be read twice. Remove one of them")
+
+
+def _contents(
+    root: Path, path: str, number: int, images: tuple[str, ...], passed_over: PassedOver
+) -> tuple[list[str | _Images], bool]:
+    """Returns the sub-folders and images of a folder in the order of their names, and whether captions may be in it; counts what
+    is neither. Raises UserError for an unreadable folder."""
     try:
         with os.scandir(root / path) as entries:
-            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+            found = sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries)
     except OSError as error:
         raise UserError(f"{root / path}: cannot be read: {error.strerror}") from None
     contents: list[str | _Images] = []
     for is_folder, group in groupby(found, itemgetter(1)):
-        names = [name for name, _ in group]
-        if is_folder:
-            contents += [os.path.join(path, name) for name in names]
-        elif chosen := [name for name in names if os.path.splitext(name)[1].lower() in images]:
+        chosen = []
+        for name, _, is_link in group:
+            inner = os.path.join(path, name)
+            if is_folder and is_hidden(name):
+                passed_over.folder(inner)
+            elif is_folder:
+                contents.append(inner)
+            elif os.path.splitext(name)[1].lower() in images and not is_hidden(name):
+                chosen.append(name)
+            elif is_link and not os.path.exists(root / inner):
+                passed_over.link(inner)
+            else:
+                passed_over.file(inner)
+        if chosen:
             contents.append(_Images(number, path, chosen))
-    return contents, any(name.endswith(CAPTIONS) for name, is_folder in found if not is_folder)
+    return contents, any(name.endswith(CAPTIONS) for name, is_folder, _ in found if not is_folder)
 
 
 def _changed(folder: Path) -> int:

@@ -59,6 +59,10 @@ class SceneSource:
         """Returns SPLIT/INDEX."""
         return f"{self.split}/{index}"
 
+    def unlabelled(self) -> Sequence[int]:
+        """Returns nothing: every picture has a label."""
+        return ()
+
     def prefetch(self, indices: Sequence[int]) -> None:
         """Does nothing: pictures are drawn on demand."""
 

@@ -48,14 +48,27 @@ def shards_index(shards: Sequence[Shard], skip_bad: bool) -> Index:
             raise UserError(f"{folder}: no images in {few((shard.name for shard in used), 3)} (members KEY.jpg, KEY.png)")
         if empty := [shards[number].name for number, part in parts.items() if not len(part["image"])]:
             say(f"  {folder}: {len(empty)} of {len(shards)} shards hold no records: {few(empty)}")
-        if repeated := sum(int(part.facts["repeated"]) for part in parts.values()):
-            say(f"  {folder}: {repeated} members have the name of another one in their shard; the last one counts")
         say_indexed(f"{len(used)} shards in {folder}", len(columns["image"]), time.monotonic() - began)
         fingerprint = digest([(shard.name, shard.size) for shard in used])
-        return Content(columns, {"fingerprint": fingerprint, "stamp": stamp, "left_out": json.dumps(sorted(bad))})
+        facts = {"fingerprint": fingerprint, "stamp": stamp, "left_out": json.dumps(sorted(bad))}
+        return Content(columns, facts | {"remarks": "; ".join(_remarks(list(parts.values())))})
 
     name = ["shards", [shard.identity for shard in shards], skip_bad]
     return open_index(name, fresh, make, f"{folder}/{shards[0].name}, ...")
+
+
+def _remarks(parts: Sequence[Index]) -> list[str]:
+    """Returns what else is in the shards than records with an image, each once."""
+    repeated, hidden, bare = (sum(int(part.facts.get(name, "0")) for part in parts) for name in ("repeated", "hidden", "bare"))
+    found = []
+    if repeated:
+        found.append(f"{repeated} members have the name of another one in their shard; the last one counts")
+    if hidden:
+        found.append(f"passed over {hidden} hidden members")
+    if bare:
+        first = next(part.facts["bare.first"] for part in parts if "bare" in part.facts)
+        found.append(f"{bare} records have no image that can be read, such as {first}")
+    return found
 
 
 def _joined(parts: Sequence[Index]) -> dict[str, Column]:

@@ -72,6 +72,8 @@ class ShardSource(FileSource):
         self._caption_lines, self._pixels = caption_lines, pixels
         shards = [found(path) if isinstance(path, Path) else path for path in paths]
         self.index = shards_index(shards, skip_bad)
+        if remarks := self.index.facts["remarks"]:
+            say(f"  {shards[0].folder}: {remarks}")
         if left_out := json.loads(self.index.facts["left_out"]):
             names = few(shards[number].name for number in left_out)
             say(f"  data.bad_shards: {len(left_out)} of {len(shards)} shards in {shards[0].folder} are left out: {names}")
@@ -109,6 +111,11 @@ class ShardSource(FileSource):
         """Returns [K] int64, the number of images of each class; None without classes."""
         labels = self.index["label"]
         return None if self.classes is None else np.bincount(labels[labels >= 0], minlength=len(self.classes))
+
+    def unlabelled(self) -> Sequence[int]:
+        """Returns the positions of records without KEY.cls, in rising order; none without a class list."""
+        found: list[int] = (self.index["label"] == NO_LABEL).nonzero()[0].tolist() if self.classes else []
+        return found
 
     @property
     def unnamed(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
 from eva_mim.data.sources.decode import ARRAYS, SUFFIXES
 from eva_mim.data.sources.index import VERSION, Column, Content, Index, Texts, cache_folder, read_index, write_index
+from eva_mim.data.sources.passed_over import is_hidden
 from eva_mim.data.sources.remote import Reading
 
 FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",)}
@@ -118,8 +120,11 @@ def tar_index(shard: Shard, tar: Shard) -> Index:
 def _read(shard: Shard, tar: Shard) -> Content:
     records: dict[str, dict[str, Member]] = {}
     labels: dict[str, int] = {}
-    repeated = 0
+    repeated = hidden = 0
     for name, member, archive in _members(shard, tar):
+        if is_hidden(name):
+            hidden += 1
+            continue
         folder, slash, file = name.rpartition("/")
         stem, dot, extension = file.partition(".")
         if dot:
@@ -138,7 +143,12 @@ def _read(shard: Shard, tar: Shard) -> Content:
         columns[field] = np.array([member.offset // BLOCK for member in taken], np.uint32)
         columns[f"{field}.size"] = np.array([member.size for member in taken], np.uint32)
     columns["label"] = np.array([labels.get(key, NO_LABEL) for key in records], np.int32)
-    return Content(columns | keys.columns("key"), {"fingerprint": shard.name, "repeated": str(repeated)})
+    bare = (columns["image"] == 0).nonzero()[0]
+    facts = {"fingerprint": shard.name, "repeated": str(repeated), "hidden": str(hidden)}
+    if len(bare):
+        key, members = next(islice(records.items(), int(bare[0]), None))
+        facts |= {"bare": str(len(bare)), "bare.first": f"{shard.name}/{key}: {', '.join(members)}"}
+    return Content(columns | keys.columns("key"), facts)
 
 
 def _members(shard: Shard, tar: Shard) -> Iterator[tuple[str, Member, BinaryIO]]:
