@@ -49,7 +49,7 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
     opened = open_checkpoint(path, container)
     beside = describe(opened.path)
     record, config = beside.record, beside.config
-    family, reason = _family(opened)
+    family, reason, prefix = _family(opened)
     return {
         "path": str(path),
         "weights": str(opened.path),
@@ -59,6 +59,7 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
         "whole": True,  # opening fails for an incomplete checkpoint
         "family": family,
         "family_unknown": reason,
+        "prefix": prefix,
         "stage": _stage(record),
         "parents": {
             str(name): {"path": text(parent, "path"), "sha256": text(parent, "sha256")}
@@ -91,6 +92,7 @@ def table(found: dict[str, Any]) -> str:
         "kind": found["kind"],
         "container": f"{found['container']}{f'  (also there: {few(others, 3)})' if others else ''}",
         "family": _words(family) if family else f"unknown: {found['family_unknown']}",
+        "prefix": f"{found['prefix']}, which is taken off" if found["prefix"] else None,
         "architecture": found["architecture"],
         "image size": f"{found['image_size']} px" if found["image_size"] else None,
         "stage": stage and f"{stage['program']}, {'finished' if stage['finished'] else 'NOT finished'}"
@@ -111,13 +113,17 @@ def table(found: dict[str, Any]) -> str:
     return "".join("".join(sign if sign.isprintable() else "?" for sign in line) + "\n" for line in lines)
 
 
-def _family(opened: Checkpoint) -> tuple[dict[str, Any] | None, str | None]:
+def _family(opened: Checkpoint) -> tuple[dict[str, Any] | None, str | None, str]:
+    """Returns the family, why there is none, and the prefix before the model's names."""
     from eva_mim.weights.names.families import detect
+    from eva_mim.weights.names.wrappers import unwrapped
 
+    prefix = ""
     try:
-        return asdict(detect(opened.entries)), None
+        entries, prefix, _ = unwrapped(opened.entries)
+        return asdict(detect(entries)), None, prefix
     except UserError as error:
-        return None, str(error).split("\n")[0][:200]
+        return None, str(error).split("\n")[0][:200], prefix
 
 
 def _words(family: dict[str, Any]) -> str:

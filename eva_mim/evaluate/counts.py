@@ -15,9 +15,9 @@ TOP = 5
 
 def hits(scores: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """Returns two tensors [B, ...] bool: whether the largest of an image's scores [B, K, ...] is one of its answers [B, A]
-    (classes, padded with -1), and whether one of the five largest is."""
+    (classes, padded with -1), and whether one of the five largest is. An image with a score that is NaN has no answer right."""
     top = scores.topk(min(TOP, scores.shape[1]), dim=1).indices.unsqueeze(2)
-    right = (top == answers.reshape(len(answers), 1, -1, *[1] * (scores.ndim - 2))).any(2)
+    right = (top == answers.reshape(len(answers), 1, -1, *[1] * (scores.ndim - 2))).any(2) & ~scores.isnan().any(1, keepdim=True)
     return right[:, 0], right.any(1)
 
 

@@ -152,6 +152,9 @@ class Loop:
                 self._evaluate()
             if self._is_due(self.run.checkpoint_every or self.steps_per_epoch) or self.checkpoint_due:
                 self._save(streak)
+        streak.settle()
+        if streak.length:
+            say(f"  the last {streak.length} steps had no finite gradient and changed nothing")
 
     def _place(self) -> str:
         found = RunFolder(self.out).latest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 import eva_mim
 from eva_mim.core.contracts import Teacher
 from eva_mim.core.distributed import barrier, is_main, pick_device, run_on_main, setup, world_size
-from eva_mim.core.errors import UserError
+from eva_mim.core.errors import Diverged, UserError
 from eva_mim.core.files import sha256, write_json, write_text
 from eva_mim.core.lock import locked
 from eva_mim.core.log import duration, say
@@ -29,12 +30,12 @@ from eva_mim.core.report import KeyReport
 from eva_mim.core.resolve import resolve
 from eva_mim.core.rng import derive, seed_all
 from eva_mim.core.run_folder import RunFolder
-from eva_mim.core.settings import as_tree, differences, read_yaml
+from eva_mim.core.settings import as_tree, differences, few, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest
-from eva_mim.run.loop import Loop, Parts
+from eva_mim.run.loop import Loop, Parts, Trained
 from eva_mim.run.measure import EMA, average_of, measure
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
@@ -121,6 +122,9 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     if _teachers(built) != taught:
         raise AssertionError("a teacher changed during training")
     weights = dict(trained.engine.weights())
+    if faults := run_on_main(partial(_not_finite, trained, weights)):
+        raise Diverged(f"after the last step {faults}; nothing is exported. Start again with a lower optim.lr={recipe.optim.lr}, "
+                       f"or from an earlier one of {RunFolder(out).checkpoints}: --out ANOTHER init_from=CHECKPOINT")
     if is_main():
         built.export(out, weights)
         if trained.ema is not None:
@@ -144,6 +148,14 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     record = RunFolder(out).record()
     say(f"  finished in {duration(trained.seconds)}: {figures(record)}")
     return record
+
+
+def _not_finite(trained: Trained, weights: Weights) -> str:
+    """Returns which of the last figures and weights are NaN or infinite; an empty text if none is."""
+    figures = [name for name, value in trained.metrics.items() if not math.isfinite(value)]
+    tensors = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    found = [f"{what} {few(names, 3)}" for what, names in (("the held-out figures", figures), ("the weights", tensors)) if names]
+    return f"{' and '.join(found)} are not finite" if found else ""
 
 
 def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:

@@ -84,7 +84,10 @@ def figures(record: dict[str, Any]) -> str:
 def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
     """Returns the state of a stage. It reads all bytes of its parents, for their hashes. Raises UserError if a parent does not
     exist."""
-    parents = {name: {"path": str(path), "sha256": content_hash(path)} for name, path in recipe.parents().items()}
+    parents = {}
+    for name, path in recipe.parents().items():
+        container = recipe.hand_over.container if name == "init_from" else None
+        parents[name] = {"path": str(path), "sha256": content_hash(path, container)}
     return _in_folder(StageIdentity(program, recipe.identity_tree(), parents), out)
 
 

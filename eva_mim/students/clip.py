@@ -22,6 +22,7 @@ from eva_mim.students import MAX_LOGIT_SCALE, ClipSettings, TextSettings
 from eva_mim.trunks import Tower, facts
 from eva_mim.trunks.create import build_trunk, scale_patch_gradient
 from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.files.lazy import finite
 
 TEXT_LAYERS = {"stem": r"^(?:token|positional)_embedding", "blocks": r"^transformer\.resblocks\.(\d+)"}
 """Layers of open_clip's text tower; final norm and projection are at the top (EVA-CLIP/rei/training/optim.py)."""
@@ -244,5 +245,7 @@ def seed_text(tower: nn.Module, source: TextSource, settings: ClipSettings) -> K
                 resize_text_pos_embed(given, tower)
         else:
             report.loaded.append(f"text.{name}")
+    for name, value in given.items():
+        finite(value, f"text.{name}", f"the text tower of {source.name}")
     tower.load_state_dict(state | given)
     return report

@@ -14,6 +14,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import weights_sha256
 from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.files.lazy import finite
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -46,6 +47,9 @@ class FrozenTeacher:
         """`path`: path of the teacher's settings in the recipe, for messages. Raises UserError for an image size that does not
         fit the network."""
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name, value in network.state_dict().items():
+            if not value.is_meta:
+                finite(value, name, f"{path}: its weights")
         tune(self._network, "cpu")
         self._reading = reading
         self.image_size, self.mean, self.std = image_size, mean, std

@@ -13,7 +13,7 @@ from eva_mim.core.run_folder import CLIP_CONFIG
 from eva_mim.students import ClipSettings, clip_file
 from eva_mim.students.clip import ClipStudent, TextSource, seed_text
 from eva_mim.weights import HandOverSettings
-from eva_mim.weights.files.lazy import materialise
+from eva_mim.weights.files.lazy import finite, materialise
 from eva_mim.weights.handover import parent_of, seed_trunk
 from eva_mim.weights.names.eva import TRUNK
 from eva_mim.weights.names.translate import read_source
@@ -67,7 +67,7 @@ def init_clip_from_clip(student: ClipStudent, path: str, settings: ClipSettings,
         if value.numel() != given[name].numel():
             raise UserError(f"student.embed_dim={settings.embed_dim}: {name} is {list(given[name].shape)} in {path} and "
                             f"{list(value.shape)} here; set student.embed_dim and student.proj_bias as they are there")
-        value.copy_(materialise(given[name]).reshape(value.shape))
+        value.copy_(finite(given[name], name, f"init_from: {path}").reshape(value.shape))
         report.loaded.append(name)
     for name in given:
         if name.startswith(OWN) and name not in state:

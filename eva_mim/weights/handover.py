@@ -17,7 +17,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.core.run_folder import RunFolder
 from eva_mim.trunks import facts
 from eva_mim.weights import HandOverSettings
-from eva_mim.weights.files.lazy import materialise
+from eva_mim.weights.files.lazy import finite, materialise
 from eva_mim.weights.hints import Pixels, read_hints
 from eva_mim.weights.names.eva import unshare_relative, with_norm
 from eva_mim.weights.names.translate import NamedCheckpoint, read_source
@@ -114,7 +114,7 @@ def seed_trunk(
         if name in fresh:
             report.note(report.new, name, fresh[name])
             continue
-        read = materialise(given[name]).to(value.dtype)
+        read = finite(given[name], name, f"init_from: {parent.path}").to(value.dtype)
         value.copy_(read)
         if name not in report.resized:
             report.loaded.append(name)
@@ -196,10 +196,11 @@ def _why_fresh(
 
 
 def _prove(trunk: nn.Module, bits: Mapping[str, int]) -> None:
-    """Asserts that the tensors reported as loaded are in the trunk, by the checksums of the values read."""
+    """Raises RuntimeError unless the tensors reported as loaded are in the trunk, by the checksums of the values read."""
     state = trunk.state_dict()
     unequal = [name for name, checksum in bits.items() if _checksum(state[name]) != checksum]
-    assert not unequal, unequal
+    if unequal:
+        raise RuntimeError(f"tensors are not in the trunk as they were read: {unequal[:5]}")
 
 
 def _checksum(value: Tensor) -> int:

@@ -11,7 +11,7 @@ from eva_mim.core.settings import few
 from eva_mim.data.class_lists import class_hash, describe, layouts_with, positions, read_classes
 from eva_mim.students import ClassifierSettings
 from eva_mim.trunks import facts
-from eva_mim.weights.files.lazy import materialise
+from eva_mim.weights.files.lazy import finite
 from eva_mim.weights.handover import Parent
 
 
@@ -44,7 +44,7 @@ def seed_head(
             + ("use shared to start the others anew" if rows else "use new")
         )
     for name in names:
-        value, given = state[name], materialise(parent.weights[name])
+        value, given = state[name], finite(parent.weights[name], name, f"student.head_rows: {parent.path}")
         if given.shape[1:] != value.shape[1:]:
             raise UserError(f"student.head_rows: {name} is {list(given.shape)} in {parent.path} and {list(value.shape)} here")
         value[rows] = given[[place for place in places if place is not None]].to(value)

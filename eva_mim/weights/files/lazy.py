@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from eva_mim.core.errors import UserError
+
 if TYPE_CHECKING:
     from eva_mim.weights.files.read import Checkpoint
 
@@ -105,6 +107,16 @@ def deferred(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def materialise(value: Tensor) -> Tensor:
     """Returns the values of a `Deferred`, and any other tensor as it is."""
     return value.read() if isinstance(value, Deferred) else value
+
+
+def finite(value: Tensor, name: str, where: str) -> Tensor:
+    """Returns the values of a tensor as `materialise` does. Raises UserError, which names the tensor and `where` it was read, if
+    one of them is NaN or infinite: training would go on with it and learn nothing."""
+    found = materialise(value)
+    if found.is_floating_point() and not bool(found.isfinite().all()):
+        count = int((~found.isfinite()).sum())
+        raise UserError(f"{where}: {count} of the {found.numel()} values of {name} are NaN or infinite")
+    return found
 
 
 def _value(value: Any) -> Any:

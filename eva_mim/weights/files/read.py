@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
@@ -27,6 +27,7 @@ from eva_mim.weights.files.zero import is_zero_folder, read_zero
 if TYPE_CHECKING:
     from torch import Tensor
 
+V = TypeVar("V")
 CONTAINERS = ("model", "module", "state_dict", "model_ema")
 """Keys of a torch file that hold weights, in the order of preference: EVA's, DeepSpeed's, open_clip's. `model_ema` comes last:
 weights other than the trained ones are taken only on request, or if the file has no others."""
@@ -96,7 +97,7 @@ def open_checkpoint(path: str | Path, container: str | None = None) -> Checkpoin
     OpenAI's CLIP releases; the content decides the format, not the name. A folder may be that of one of our stages, of timm,
     open_clip or transformers, a run (its newest checkpoint is opened), one `checkpoints/step-*`, or DeepSpeed's (ZeRO 0 to 3;
     fp32 weights are rebuilt). `container` names the part of a torch file ("model", "module", "state_dict", "model_ema", "bare",
-    or any other key), or the weight file of a folder without its ending ("head").
+    or any other key), tensors whose names begin with it and a dot, or the weight file of a folder without its ending ("head").
 
     The prefix `module.` of a data-parallel wrapper is removed from names. Raises UserError for a missing, damaged, hostile or
     unknown checkpoint.
@@ -132,8 +133,16 @@ def _open_file(path: Path, container: str | None) -> Checkpoint:
         return _choose(path, found, container)
     metadata = found.pop("__metadata__")
     if container not in (None, BARE):
-        raise UserError(f"{path}: a safetensors file has no container {container!r}")
-    return Checkpoint(path, "safetensors", found, BARE, (BARE,), plain_facts(metadata))
+        found = _named_so(found, container)
+        if not found:
+            raise UserError(f"{path}: a safetensors file has no container {container!r}, and no name begins with {container}.")
+    return Checkpoint(path, "safetensors", found, container or BARE, (BARE,), plain_facts(metadata))
+
+
+def _named_so(entries: dict[str, V], container: str) -> dict[str, V]:
+    """Returns the values whose names begin with a container's name and a dot, without that."""
+    prefix = f"{container}."
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
 def _choose(path: Path, file: TorchFile, container: str | None) -> Checkpoint:
@@ -146,6 +155,9 @@ def _choose(path: Path, file: TorchFile, container: str | None) -> Checkpoint:
         parts[BARE] = tree
     known = [name for name in CONTAINERS if name in parts] or [name for name in parts if name == BARE or len(parts) == 1]
     chosen = container or next(iter(known), None)
+    if chosen is not None and chosen not in parts and BARE in parts:  # {"teacher.blocks.0...": ...}
+        below = {name: value for name, value in tree.items() if isinstance(name, str) and name.startswith(f"{chosen}.")}
+        parts |= {chosen: _named_so(below, chosen)} if _tensors(below) else {}
     if chosen not in parts:
         said = f"{path}: no container {container!r}." if container else f"{path}: which part shall be read?"
         raise UserError(f"{said} It holds tensors in: {', '.join(repr(name)[:60] for name in list(parts)[:12]) or 'nothing'}")

@@ -22,6 +22,7 @@ from eva_mim.weights.names.huggingface import from_transformers
 from eva_mim.weights.names.layout import MAX_NAMES
 from eva_mim.weights.names.name_tables import outside as is_outside
 from eva_mim.weights.names.openai import from_openai, openai_to_timm
+from eva_mim.weights.names.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ def read_source(path: str | Path, container: str | None = None) -> NamedCheckpoi
         raise UserError(f"{path}: {len(opened):,} tensors; a model has at most {MAX_NAMES:,}")
     found = describe(opened.path)
     weights, family, unknown = deferred(opened), None, None
+    beside: list[str] = []
     if found.transformers is not None:
         scheme, done = "transformers", from_transformers(weights, found.transformers)
     else:
+        weights, prefix, beside = unwrapped(weights)
         try:
             family = detect(weights)
         except UserError as error:
@@ -89,6 +92,8 @@ def read_source(path: str | Path, container: str | None = None) -> NamedCheckpoi
         done = by_scheme[scheme](weights, family) if scheme in by_scheme else plain
     if unknown is None and done.weights is not weights:
         family = detect(done.weights)
+    for name in beside:
+        done.report.note(done.report.ignored, name, f"beside the model below {prefix}")
     outside = done.outside or _head_beside(opened.path)
     return NamedCheckpoint(
         opened, found, scheme, done.weights, outside, done.report, family, unknown, done.rope, done.grid or found.grid
