@@ -47,6 +47,13 @@ class Runtime:
 RUNTIME = Runtime()
 
 
+class Place(Runtime):
+    """Annotation of a setting that says where data lies. Another value continues a run if it leads to the same records."""
+
+
+PLACE = Place()
+
+
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values never change."""
 
@@ -59,13 +66,37 @@ class Settings(BaseModel):
         return tree.get(setting, cls.model_fields[setting].default)
 
     def results(self) -> dict[str, Any]:
-        """Returns the settings that a result depends on, in JSON's types: all except those marked `RUNTIME`, with sections."""
-        return self.model_dump(mode="json", exclude=self._runtime())
+        """Returns the settings that a result depends on, in JSON's types: all except those marked `RUNTIME` or `PLACE`, with
+        sections."""
+        return self.model_dump(mode="json", exclude=_marked(self, Runtime))
 
-    def _runtime(self) -> dict[str, Any]:
-        marked: dict[str, Any] = {name: True for name, field in type(self).model_fields.items() if RUNTIME in field.metadata}
-        sections = {name: value._runtime() for name, value in self if isinstance(value, Settings)}
-        return marked | {name: inner for name, inner in sections.items() if inner}
+    def places(self) -> dict[str, str]:
+        """Returns the values of the settings marked `PLACE`, by dotted name; without those that are null."""
+        marked = _marked(self, Place)
+        return dict(_leaves(self.model_dump(mode="json", include=marked))) if marked else {}
+
+
+def _marked(value: Any, mark: type[Runtime]) -> dict[Any, Any]:
+    """Returns the settings with a mark, as pydantic's `exclude` and `include` take them: {name or number: True, or the same of a
+    section}."""
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Settings):
+        pairs = value
+    elif isinstance(value, (list, dict)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    fields = type(value).model_fields if isinstance(value, Settings) else {}
+    found = {name: True if name in fields and any(isinstance(one, mark) for one in fields[name].metadata) else _marked(one, mark)
+             for name, one in pairs}
+    return {name: below for name, below in found.items() if below}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of the values in nested mappings and lists that are not null."""
+    for name, value in enumerate(tree) if isinstance(tree, list) else tree.items():
+        if isinstance(value, (dict, list)):
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", value
 
 
 S = TypeVar("S", bound=Settings)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from eva_mim.core.settings import RUNTIME, For, Settings
+from eva_mim.core.settings import PLACE, RUNTIME, For, Settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
@@ -74,7 +74,7 @@ class SourceSettings(Settings):
     source: str = "folder"
     """"scenes" (built in), "folder" (class folders or a flat folder), "shards" (.tar, .tar.gz) or "list" (.csv, .tsv, .jsonl,
     .parquet)."""
-    root: Annotated[Path | None, FILES] = None
+    root: Annotated[Path | None, FILES, PLACE] = None
     """Folder of the dataset. A list may name no image outside it. For shards it may be a URL, such as s3://bucket/folder, for
     which fsspec's driver must be installed (s3fs, gcsfs, aiohttp)."""
     train: Annotated[str | None, FILES_OF_A_SPLIT] = None

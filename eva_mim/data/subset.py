@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from eva_mim.core.bands import Bands
 from eva_mim.core.contracts import Blocks, Sample, Source
+from eva_mim.core.distributed import run_on_main
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.registry import SOURCES, lookup
@@ -29,6 +31,8 @@ Positions = npt.NDArray[np.int64]
 NONE: Positions = np.empty(0, np.int64)
 CHUNK = 2**16
 """Positions hashed at once."""
+LOOKS = 4
+"""Images of each split whose pixels are compared when the data lies at another place."""
 HOLD_OUT_SEED = 0
 """Seed of the held-out share, the same for every run, so that runs can be compared."""
 
@@ -209,8 +213,11 @@ class Splits(NamedTuple):
     val: Source
 
     def facts(self) -> dict[str, Any]:
-        """Returns sizes and hash of the splits: the facts that decide which records a run uses and in which order."""
-        return {"train": len(self.train), "val": len(self.val), "sha256": digest([self.train.fingerprint, self.val.fingerprint])}
+        """Returns sizes and hash of the splits: the facts that decide which records a run uses and in which order. `pixels` is a
+        hash of a few images, since the files of a resized copy have the same names. Every rank must call."""
+        pixels = run_on_main(lambda: digest([_looks(source) for source in self]))
+        records = digest([self.train.fingerprint, self.val.fingerprint])
+        return {"train": len(self.train), "val": len(self.val), "sha256": records, "pixels": pixels}
 
 
     def without_labels(self) -> list[str]:
@@ -222,6 +229,20 @@ class Splits(NamedTuple):
                 which = f"{which} of the {len(source)} {name} records {'has a' if which == 'none' else 'have no'} label"
                 found.append(f"{which}, such as {source.key(places[0])}" if len(places) < len(source) else which)
         return found
+
+
+def _looks(source: Source) -> list[str]:
+    """Returns hashes of a few images, evenly spread; of a broken one the type of its error."""
+    found = []
+    for place in np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(np.int64).tolist():
+        try:
+            image = source.read(place).image
+        except Exception as error:  # a record may be broken in any way; the loader counts it
+            found.append(type(error).__name__)
+            continue
+        bands = image.each if isinstance(image, Bands) else [image]
+        found.append(hashlib.sha256(b"".join(band.tobytes() for band in bands)).hexdigest())
+    return found
 
 
 class Opened(NamedTuple):

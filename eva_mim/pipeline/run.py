@@ -30,11 +30,12 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
 def _run(planned: list[PlannedStage]) -> None:
     from eva_mim.core.distributed import run_on_main
     from eva_mim.core.log import say
-    from eva_mim.run.stage import run_stage
+    from eva_mim.run.stage import run_stage, settled
 
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
         state = run_on_main(partial(state_of, stage.entry.program, stage.recipe, stage.out))
+        state = settled(state, stage.recipe)
         if state.changes:
             say("  changed since it was run, so it runs again: " + "; ".join(state.changes[:8]))
             run_on_main(partial(put_aside, stage.out))

@@ -32,6 +32,7 @@ from eva_mim.core.rng import derive, seed_all
 from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import as_tree, differences, few, read_yaml
 from eva_mim.data.class_lists import class_hash, describe
+from eva_mim.data.subset import open_splits
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest
@@ -79,11 +80,22 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None 
     state = state or run_on_main(partial(state_of, stage.name, recipe, out))
     with ExitStack() as held:
         if not state.finished:
-            state = run_on_main(partial(_taken, state, out, held))
+            state = settled(run_on_main(partial(_taken, state, out, held)), recipe)
         if state.finished:
             say(f"{out}: finished before, nothing to do ({state.figures})")
             return state.record
         return _train(stage, recipe, out, state)
+
+
+def settled(state: StageState, recipe: Recipe) -> StageState:
+    """Returns the state with the data at its place now compared with that of the run, if it lies elsewhere: node-local disks and
+    moved folders. Every rank must call. Raises UserError for data that cannot be used."""
+    if not state.compares_data:
+        return state
+    found, before = open_splits(recipe.data).facts(), state.record.get("data", {})
+    same = all(found[name] == before.get(name) for name in ("sha256", "pixels"))
+    say(f"  {'; '.join(state.moved)}: {'the same' if same else 'other'} records")
+    return state.compared(same)
 
 
 def _taken(state: StageState, out: Path, held: ExitStack) -> StageState:
@@ -94,7 +106,7 @@ def _taken(state: StageState, out: Path, held: ExitStack) -> StageState:
 
 def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[str, Any]:
     plan, record = state.identity, state.record
-    if (record.get("finished") or state.resumes) and (changes := plan.changes(record)):
+    if (record.get("finished") or state.resumes) and (changes := state.changes):
         raise UserError(f"{out} holds another run; choose another --out. What differs:\n  " + "\n  ".join(changes[:20]))
     device, built = prepare(recipe, stage.build)
     begun = _record(plan, built, recipe)
@@ -226,6 +238,7 @@ def _record(plan: StageIdentity, built: Built, recipe: Recipe) -> dict[str, Any]
         "finished": False,
         "settings": plan.settings,
         "parents": plan.parents,
+        "places": plan.places,
         "versions": _versions(),
         "processes": world_size(),
         "computed": {name: getattr(recipe.run, name) for name in ("engine", "zero_stage", "micro_batch")},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ class StageIdentity:
     program: str
     settings: dict[str, Any]
     parents: dict[str, dict[str, str]]
+    places: dict[str, str] = field(default_factory=dict)
+    """Settings that say where the data lies, by dotted name. They are no part of the identity: the records themselves are
+    compared (`run.stage.settled`)."""
 
     @property
     def identity(self) -> str:
@@ -31,6 +34,7 @@ class StageIdentity:
             return []
         lines = differences(record.get("settings", {}), self.settings)
         old = record.get("parents", {})
+        lines += differences(record.get("places", {}), self.places)
         lines += [f"{name}: other weights" for name, parent in self.parents.items()
                   if parent["sha256"] != old.get(name, {}).get("sha256")]
         return lines or ["settings of another version"]
@@ -48,15 +52,35 @@ class StageState:
     has_weights: bool
     """True if the folder has the weight file of a finished stage."""
 
+    other_records: bool = False
+    """True if the data at another place was compared with the run's, and its records are others."""
+
     @property
     def changes(self) -> list[str]:
         """Differences of the folder's stage from this one, as lines; empty if it is this stage, or there is none."""
-        return self.identity.changes(self.record) if self.record else []
+        if not self.record:
+            return []
+        others = [f"{line}, with other records" for line in self.moved] if self.other_records else []
+        return self.identity.changes(self.record) or others
+
+    @property
+    def moved(self) -> list[str]:
+        """Differences in where the data lies, as lines; empty without a record."""
+        return differences(self.record["places"], self.identity.places) if "places" in self.record else []
+
+    @property
+    def compares_data(self) -> bool:
+        """True if the data must be opened to see whether the folder has this stage, since it lies at another place."""
+        return bool(self.moved) and not self.changes
 
     @property
     def finished(self) -> bool:
         """True if the folder has this stage with the same identity, finished."""
-        return bool(self.record.get("finished")) and not self.changes and self.has_weights
+        return bool(self.record.get("finished")) and not self.changes and not self.moved and self.has_weights
+
+    def compared(self, same: bool) -> StageState:
+        """Returns the state after the data at another place was compared."""
+        return replace(self, record=self.record | {"places": self.identity.places}) if same else replace(self, other_records=True)
 
     @property
     def figures(self) -> str:
@@ -73,6 +97,8 @@ class StageState:
             return "finished, is skipped"
         if self.changes:
             return "runs again: " + "; ".join(self.changes[:4])
+        if self.moved:
+            return f"compares its data first: {'; '.join(self.moved[:4])}"
         return "goes on from its checkpoint" if self.record and self.resumes else "runs"
 
 
@@ -88,7 +114,7 @@ def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
     for name, path in recipe.parents().items():
         container = recipe.hand_over.container if name == "init_from" else None
         parents[name] = {"path": str(path), "sha256": content_hash(path, container)}
-    return _in_folder(StageIdentity(program, recipe.identity_tree(), parents), out)
+    return _in_folder(StageIdentity(program, recipe.identity_tree(), parents, recipe.places()), out)
 
 
 def _in_folder(identity: StageIdentity, out: Path) -> StageState:
