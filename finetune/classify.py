@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import model_validator
 
+from eva_mim.core.distributed import world_size
 from eva_mim.data import ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
@@ -41,6 +42,16 @@ class StageRecipe(Recipe):
     def _rows_have_a_parent(self) -> StageRecipe:
         if self.student.head_rows != "new" and self.init_from is None:
             raise ValueError(f"student.head_rows={self.student.head_rows} needs init_from, a checkpoint with a head")
+        return self
+
+    @model_validator(mode="after")
+    def _mixing_takes_pairs(self) -> StageRecipe:
+        micro = self.run.micro_batch or self.run.global_batch // world_size()
+        for name in ("mixup", "cutmix"):
+            if (value := getattr(self.mix, name)) and micro % 2:
+                source = "run.micro_batch" if self.run.micro_batch else f"run.global_batch={self.run.global_batch} / processes"
+                raise ValueError(f"mix.{name}={value} mixes the images of a micro-batch in pairs, and {source} is {micro}; set "
+                                 f"run.micro_batch to an even number, or mix.{name}=0")
         return self
 
     @model_validator(mode="after")

@@ -66,11 +66,17 @@ def setup(device: torch.device, minutes: float = 30.0) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device for "auto", "cpu" or "cuda" (this rank's own GPU)."""
+    """Returns the device for "auto", "cpu" or "cuda" (this rank's own GPU). Raises UserError if this rank has no GPU."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        why = "was built without CUDA" if torch.version.cuda is None else "sees no GPU (look at nvidia-smi, CUDA_VISIBLE_DEVICES)"
+        raise UserError(f"run.device=cuda: torch {torch.__version__} {why}; set run.device=cpu, or auto")
+    if name == "cuda" and local_rank() >= torch.cuda.device_count():
+        raise UserError(f"run.device: rank {rank()} is process {local_rank()} of its host, which has {torch.cuda.device_count()} "
+                        "GPUs; start as many processes a host as it has GPUs")
     return torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
 
 

@@ -57,5 +57,7 @@ class Interrupted(ProgramError):
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C (SIGINT)."""
+READER_GONE = 141
+"""128 + SIGPIPE, the exit code that shells report for a program whose reader has ended."""
 REQUEUE = 75
 """EX_TEMPFAIL: exit code after SIGTERM, SIGUSR1 or SIGUSR2; start the same command again."""

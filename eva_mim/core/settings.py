@@ -99,6 +99,8 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+MERGE = "tag:yaml.org,2002:merge"
+"""Tag of the key "<<", which takes the keys of another mapping in; keys written beside it take precedence."""
 S = TypeVar("S", bound=Settings)
 
 
@@ -196,13 +198,32 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: {path.stat().st_size} bytes is too large for a recipe")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Strict)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     _refuse_bombs(tree, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected settings (name: value), found {type(tree).__name__}")
     return tree
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses what would be read otherwise than meant: a key twice in one mapping, and a key that
+    is no text (`on:`, `1:`)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Returns the mapping. Raises yaml.YAMLError."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if key.tag == MERGE:
+                continue
+            name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+            if not isinstance(name, str):
+                raise yaml.YAMLError(f"line {line}: the key {key.value} is read as {name!r}, no text; write it in quotes")
+            if name in lines:
+                raise yaml.YAMLError(f"line {line}: {name} stands in line {lines[name]} already")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _refuse_bombs(tree: Any, path: Path) -> None:
@@ -223,7 +244,7 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
         if not equals or not name or not all(name.split(".")):
             raise UserError(f"{assignment!r} is not an override; write section.setting=value")
         try:
-            value = yaml.safe_load(text) if text else None
+            value = yaml.load(text, _Strict) if text else None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{assignment!r}: the value is not readable as YAML: {error}") from None
         put(tree, name, value)
@@ -278,7 +299,9 @@ def _explain(model: type[Settings], item: Any) -> str:
         names = [name.replace("*", entry) for name in setting_names(model)]
         parent = path.rpartition(".")[0]
         beside = [name for name in names if name.rpartition(".")[0] == parent]
-        hint = nearest(path, beside, cutoff=0.5) or nearest(path, names) or f"; known here: {', '.join(beside)}"
+        elsewhere = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]]
+        hint = nearest(path, elsewhere, cutoff=0.0) or nearest(path, beside, cutoff=0.5) or nearest(path, names)
+        hint = hint or f"; known here: {', '.join(beside)}"
         return f"{path}: no such setting{hint}"
     if item["type"] == "missing":
         return f"{path}: must be given"

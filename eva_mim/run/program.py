@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
-from eva_mim.core.errors import INTERRUPTED, LostProcess, ProgramError, UserError
+from eva_mim.core.errors import INTERRUPTED, READER_GONE, LostProcess, ProgramError, UserError
 from eva_mim.core.log import say
 from eva_mim.core.registry import PROGRAMS, sentence
 from eva_mim.core.resolve import resolve
@@ -33,14 +33,20 @@ GRACE = 2.0
 
 def guard(work: Callable[[], Any]) -> int:
     """Runs `work`; returns the exit code: 0, 2 (mistake of the user, printed without traceback), 3 (diverged), 69 (another
-    process is lost), 75 (requeue) or 130 (Ctrl-C)."""
+    process is lost), 75 (requeue), 130 (Ctrl-C) or 141 (nobody reads the output any more, as after `| head`)."""
     try:
         with detect_lost_processes():
             work()
+        sys.stdout.flush()
     except ProgramError as error:
         sys.stderr.write(f"{error.message()}\n")
         sys.stderr.flush()
         return error.exit_code
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more when it ends
+        return READER_GONE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -51,6 +57,15 @@ def guard(work: Callable[[], Any]) -> int:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
     return 0
+
+
+def _reader_gone() -> bool:
+    """Returns whether nobody reads the standard output any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def leave(code: int) -> None:

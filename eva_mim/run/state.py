@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from eva_mim.core.errors import UserError
 from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import differences, digest
 from eva_mim.run.recipe import Recipe
@@ -109,12 +110,33 @@ def figures(record: dict[str, Any]) -> str:
 
 def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
     """Returns the state of a stage. It reads all bytes of its parents, for their hashes. Raises UserError if a parent does not
-    exist."""
+    exist, and if `out` is a parent's folder or lies among the images."""
+    _refuse_occupied(recipe, out)
     parents = {}
     for name, path in recipe.parents().items():
         container = recipe.hand_over.container if name == "init_from" else None
+        if not path.exists():
+            raise UserError(f"{name}: {path} does not exist; where it is the result of another stage, run that first, else name "
+                            "what is there")
         parents[name] = {"path": str(path), "sha256": content_hash(path, container)}
     return _in_folder(StageIdentity(program, recipe.identity_tree(), parents, recipe.places()), out)
+
+
+def _refuse_occupied(recipe: Recipe, out: Path) -> None:
+    place = out.resolve()
+    taken = {name: path.resolve() for name, path in recipe.parents().items()}
+    for section, source in recipe.data.sources.items():
+        if source.root is None:
+            continue
+        taken[f"{section}.root"] = source.root.resolve()
+        for split in ("train", "val") if source.source == "folder" else ():
+            images = (source.root / (getattr(source, split) or "")).resolve()
+            if images in place.parents and (getattr(source, split) or split == "train"):
+                raise UserError(f"--out {out} lies in {section}.root={source.root}, among the images, and would be taken for a "
+                                "class; choose a folder elsewhere")
+    for name, path in taken.items():
+        if path == place:
+            raise UserError(f"--out {out} is the folder of {name}; choose another one, which the run may fill")
 
 
 def _in_folder(identity: StageIdentity, out: Path) -> StageState:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Features
 from eva_mim.core.errors import UserError
+from eva_mim.core.registry import nearest
 from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
 from eva_mim.teachers.trunk import read_trunk
@@ -28,7 +29,8 @@ def open_clip_teacher(settings: TeacherSettings) -> FrozenTeacher:
     """Returns an image tower by open_clip's architecture name, with a pretrained tag or a local weight file. Raises UserError."""
     known = open_clip.list_models()
     if settings.name not in known:
-        raise UserError(f"{settings.path}.name: {settings.name!r} is not among open_clip's {len(known)} architectures")
+        raise UserError(f"{settings.path}.name: {settings.name!r} is not among open_clip's {len(known)} architectures"
+                        f"{nearest(settings.name, known, count=3)}")
     return _teacher(settings, settings.name, settings.weights)
 
 

@@ -9,7 +9,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import FrozenTeacher
 from eva_mim.teachers.trunk import read_trunk
 from eva_mim.trunks import facts
-from eva_mim.trunks.create import create
+from eva_mim.trunks.create import check_name, create
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
     """Returns a trunk by timm's name, with mean, std and (by default) size of its pretrained configuration. Raises UserError."""
+    if ":" not in settings.name:  # local-dir:FOLDER and hf-hub:NAME are timm's to read
+        check_name(settings.name, settings.path)
     options: dict[str, Any] = {}
     if settings.weights == "pretrained":
         options["pretrained"] = True

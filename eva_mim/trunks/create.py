@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
@@ -31,10 +32,22 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
         trunk: nn.Module = create(settings.name, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
+    _check_patches(trunk, settings)
     if settings.grad_checkpointing:
         trunk.set_grad_checkpointing()  # type: ignore[operator]
     scale_patch_gradient(trunk, settings)
     return trunk
+
+
+def _check_patches(trunk: nn.Module, settings: TrunkSettings) -> None:
+    """Raises UserError for a chosen image size that is no whole number of patches: the last rows and columns would not be
+    seen."""
+    side, patch = facts.image_size(trunk, settings), facts.patch_size(trunk)
+    chosen = settings.image_size is not None or settings.patch_size is not None
+    if chosen and isinstance(getattr(trunk, "patch_embed", None), PatchEmbed) and patch and side % patch[0]:
+        raise UserError(f"student.image_size={side}: {side} px are not a whole number of patches of {patch[0]} px; the last "
+                        f"{side % patch[0]} rows and columns would not be seen. Set it to {side - side % patch[0]} or "
+                        f"{side - side % patch[0] + patch[0]}")
 
 
 def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
@@ -60,10 +73,11 @@ def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
     embed.register_forward_hook(scale_output)
 
 
-def check_name(name: str) -> None:
-    """Raises UserError, with the most similar names, for an architecture that is not registered with timm."""
-    if name not in timm.list_models():
-        raise UserError(f"student.name: timm has no {name!r}{nearest(name, timm.list_models(), count=3)}")
+def check_name(name: str, section: str = "student") -> None:
+    """Raises UserError, with the most similar names, for an architecture that timm does not have. `section`: path of the settings
+    with the name. The tag of pretrained weights after a dot is not checked."""
+    if name.partition(".")[0] not in timm.list_models():
+        raise UserError(f"{section}.name: timm has no {name!r}{nearest(name, timm.list_models(), count=3)}")
 
 
 def has_tokens(settings: TrunkSettings) -> bool:

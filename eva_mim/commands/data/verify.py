@@ -45,7 +45,9 @@ def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None
         _check(name, source, listed, processes)
         _report(name, listed.sources[source.fingerprint])
     if any(one.broken for one in listed.sources.values()):
-        sys.stdout.write(f"\ntrain without them: data.quarantine={out}\n")
+        sys.stdout.write(f"\ntrain without them: data.quarantine={out.absolute()}\n")
+    else:
+        sys.stdout.write(f"\nnothing is broken; the list of what was decoded: {out.absolute()}\n")
 
 
 def _check(name: str, source: Source, listed: Quarantine, processes: int | None) -> None:
