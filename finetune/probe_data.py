@@ -21,7 +21,6 @@ from eva_mim.data.feature_store import EvalRows, Positions, RowLoader, Rows, cac
 from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.subset import HOLD_OUT_SEED, Splits, Subset
-from eva_mim.engine.step import autocast
 from eva_mim.evaluate.features import ridge_accuracy
 from eva_mim.evaluate.probe import ProbeEvaluator
 from eva_mim.run.loaders import batch_cut, eval_loader, train_loader
@@ -100,13 +99,11 @@ def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device:
             mode="json", include={"name", "image_size", "patch_size", "global_pool", "mean", "std"}
         ),
         "crop_pct": recipe.view.crop_pct,
-        "precision": recipe.run.precision,
         "device": device.type,
     }
 
     def features(images: Tensor) -> Tensor:
-        with autocast(device, recipe.run.precision):
-            return student.features(images)
+        return student.features(images)  # in fp32, as in whoever measures the exported classifier
 
     batches = eval_loader(recipe, source, [student.image_size], recipe.view, LabelledPreparation)
     return cached_features(facts, batches, features, len(source), device)

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
                         "classes; names for a CLIP model's prompts (default: ImageNet's 1,000)")
     parser.add_argument("--templates", metavar="openai|simple|FILE", help="prompts of a CLIP model; default openai, 80 of them")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write figures of each class")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: that of the run")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
     return parser
@@ -76,7 +76,7 @@ def on_sets(options: argparse.Namespace) -> None:
         variants.append(open_variant(name, Path(folder), model.classes))
         columns(variants[-1], model.classes)
     found = [
-        accuracy.measure(model, variant, device, precision=options.precision or model.precision,
+        accuracy.measure(model, variant, device, precision=options.precision or "fp32",
                          batch=options.batch or model.batch, workers=options.workers)
         for variant in variants
     ]
@@ -95,7 +95,7 @@ def opened(options: argparse.Namespace, device: Any) -> Any:
 
     if describe(options.checkpoint).open_clip:
         return ZeroShot(options.checkpoint, classes=options.classes, templates=options.templates or "openai",
-                        precision=options.precision, device=device)
+                        precision=options.precision or "fp32", device=device)
     if options.templates:
         raise UserError(f"--templates {options.templates}: {options.checkpoint} is no CLIP model (open_clip_config.json)")
     return FolderClassifier(options.checkpoint, options.classes)

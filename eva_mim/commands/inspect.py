@@ -66,9 +66,9 @@ def inspect(path: Path, container: str | None = None, *, values: bool = False) -
             for name, parent in (record["parents"] if isinstance(record.get("parents"), dict) else {}).items()
         },
         "architecture": _first(
-            text(config, "architecture"), text(config, "architectures", 0), text(config, "model_type"),
-            text(beside.open_clip, "model_cfg", "vision_cfg", "timm_model_name"),
-            text(record, "settings", "student", "name"), opened.facts.get("args.model"), opened.facts.get("arch"),
+            text(record, "settings", "student", "name"), text(config, "architecture"), text(config, "architectures", 0),
+            text(config, "model_type"), text(beside.open_clip, "model_cfg", "vision_cfg", "timm_model_name"),
+            opened.facts.get("args.model"), opened.facts.get("arch"),
         ),
         "image_size": _first(
             number(config, "pretrained_cfg", "input_size", 2), number(config, "image_size"),

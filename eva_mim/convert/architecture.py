@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import open_clip
@@ -47,6 +47,8 @@ class Architecture:
     grid: Grid | None
     mean: Pixels
     std: Pixels
+    resizing: dict[str, Any] = field(default_factory=dict)
+    """timm's interpolation, crop_pct and crop_mode of held-out images, where they are known."""
 
     @property
     def exact(self) -> bool:
@@ -76,7 +78,7 @@ class Architecture:
         arguments = {key: value for key, value in self.arguments.items() if key != "num_classes"}
         return timm_config(
             self.name.partition(".")[0], on_meta(self.name, self.arguments), arguments, image_size=self.image_size,
-            mean=self.mean, std=self.std, num_classes=self.arguments["num_classes"], labels=classes,
+            mean=self.mean, std=self.std, num_classes=self.arguments["num_classes"], labels=classes, resizing=self.resizing,
         )
 
     def open_clip_config(self) -> dict[str, Any]:
@@ -117,7 +119,9 @@ def find_architecture(
     else:
         found = _find_trunk(want, name)
     library: Literal["timm", "open_clip"] = "timm" if found.config is None else "open_clip"
-    return Architecture(library, found.name, found.arguments, found.config, *image_of(found.model), found.mean, found.std)
+    return Architecture(
+        library, found.name, found.arguments, found.config, *image_of(found.model), found.mean, found.std, found.resizing
+    )
 
 
 def _find_trunk(want: Requirements, name: str | None) -> Candidate:

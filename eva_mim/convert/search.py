@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
 from eva_mim.core.settings import few
 from eva_mim.trunks import facts
+from eva_mim.trunks.config import RESIZING
 from eva_mim.trunks.create import create
 from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.hints import Hints, Pixels, Requirements
@@ -51,6 +52,7 @@ class Candidate:
     """The model on the meta device."""
     mean: Pixels
     std: Pixels
+    resizing: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(want: Requirements, name: str, arguments: Mapping[str, Any]) -> Candidate:
@@ -75,7 +77,9 @@ def fit(want: Requirements, name: str, arguments: Mapping[str, Any]) -> Candidat
     check(want, model, name, "; give the differences with --argument" if want.family else "")
     hints = want.hints if want.hints.name in (None, name) else Hints()
     pixels: Any = model.pretrained_cfg
-    return Candidate(name, options, None, model, hints.mean or tuple(pixels["mean"]), hints.std or tuple(pixels["std"]))
+    own = {key: pixels[key] for key in RESIZING if pixels.get(key) is not None}
+    return Candidate(name, options, None, model, hints.mean or tuple(pixels["mean"]), hints.std or tuple(pixels["std"]),
+                     own | want.hints.resizing)
 
 
 def on_meta(name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -73,7 +73,7 @@ class RunLog:
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, samples: int, values: dict[str, float]) -> None:
-        """Appends one record; `kind` is "start" (of a process), "train", "eval" or "rewind".
+        """Appends one record; `kind` is "start" (of a process), "train", "eval", "final" (in fp32) or "rewind".
 
         NaN and infinity are written as null.
         """

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torchvision import transforms
 
@@ -70,21 +71,23 @@ class TrainView:
 
 
 class EvalView:
-    """View for evaluation: short side resized to size / crop_pct, then centre crop."""
+    """View for evaluation: timm's own transforms on Pillow, which open_clip's equal, so that their figures are these. By default
+    the short side is resized to floor(size / crop_pct), then the centre is cropped."""
 
-    def __init__(self, sizes: Sequence[int], crop_pct: float = 1.0):
-        self.sizes, self.crop_pct = list(dict.fromkeys(sizes)), crop_pct
+    def __init__(
+        self, sizes: Sequence[int], crop_pct: float = 1.0, interpolation: str = "bicubic", crop_mode: str = "center"
+    ):
+        """`interpolation` and `crop_mode` are timm's ("squash" ignores the aspect ratio)."""
+        options = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode}
+        self._resized = {size: transforms.Compose(transforms_imagenet_eval(size, **options).transforms[:-2])  # without tensors
+                         for size in dict.fromkeys(sizes)}
 
     def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
         """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`; draws no random numbers."""
-        width, height = image.size
-        side = min(width, height) * self.crop_pct
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
         views = {}
-        for size in self.sizes:
+        for size, resized in self._resized.items():
             with phase("crop and resize"):
-                view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+                view = Bands(tuple(map(resized, image.each))) if isinstance(image, Bands) else resized(image)
             views[size] = to_tensor(view)
         return views
 

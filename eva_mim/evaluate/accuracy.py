@@ -24,15 +24,16 @@ from eva_mim.data.views import EvalView
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.counts import hits
 from eva_mim.evaluate.imagenet import Variant, columns, without_border
+from eva_mim.trunks.config import RESIZING
 from eva_mim.trunks.create import create
 from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
-from eva_mim.weights.files.sidecar import Description, at, batch_of, describe, precision_of
+from eva_mim.weights.files.sidecar import Description, at, batch_of, describe
 
 
 class FolderClassifier(nn.Module):
     """Classifier that timm opens from a folder: a stage's result, its `ema`, or the output of `eva-mim convert --to hf`. Raises
-    UserError for a folder that is no such classifier, or one with other than RGB input and bicubic resizing."""
+    UserError for a folder that is no such classifier, or one for other than RGB images."""
 
     def __init__(self, folder: Path, classes: str | None = None):
         super().__init__()
@@ -45,14 +46,13 @@ class FolderClassifier(nn.Module):
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: timm cannot open it: {error}") from None
         config = self.trunk.pretrained_cfg
-        if config["interpolation"] != "bicubic":
-            raise UserError(f"{folder}: its images are resized by {config['interpolation']!r}; only bicubic is known here")
         if config["input_size"][0] != 3:
             raise UserError(f"{folder}: it is for images of {config['input_size'][0]} channels; these test sets are RGB")
-        self.image_size, self.crop_pct = int(config["input_size"][-1]), float(config["crop_pct"])
+        self.image_size = int(config["input_size"][-1])
+        self.resizing = {key: config.get(key) or value for key, value in RESIZING.items()}
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.classes = _classes(folder, found, self.trunk.num_classes, classes)
-        self.precision, self.batch = precision_of(found), batch_of(found)
+        self.batch = batch_of(found)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, K] logits of [B, 3, H, W] uint8 images."""
@@ -134,7 +134,8 @@ class Classifies(Protocol):
 
     classes: tuple[str, ...]
     image_size: int
-    crop_pct: float
+    resizing: dict[str, Any]
+    """Arguments of `EvalView` besides the size."""
 
     def to(self, device: torch.device) -> Any: ...
 
@@ -143,7 +144,7 @@ def measure(model: Classifies, variant: Variant, device: torch.device, *, precis
     """Returns the model's accuracy on a test set, at its own image size. Every rank must call. Raises UserError if no image can
     be read."""
     tune(model, device)  # type: ignore[arg-type]
-    view = partial(without_border, variant.border, EvalView([model.image_size], model.crop_pct))
+    view = partial(without_border, variant.border, EvalView([model.image_size], **model.resizing))
     loader = EvalLoader(variant.source, LabelledPreparation(view, 0, training=False), batch, workers)
     return count(variant, model.to(device), model.classes, loader, device, lambda: autocast(device, precision))
 

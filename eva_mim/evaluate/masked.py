@@ -27,7 +27,6 @@ class MaskedFeatureEvaluator:
         device: torch.device,
     ):
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
-        self._mean_target: dict[str, float] | None = None
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
         """Returns figures by name. `cosine`: mean cosine of prediction and target with the held-out masks, which are drawn by the
@@ -45,16 +44,13 @@ class MaskedFeatureEvaluator:
                     stripes, striped = _stripes(batch)
                     found.cosines("cosine_stripes", self.task.predictions(student, batch, stripes, striped), targets, striped)
                 rows.append(_both(student.features(self.task.images(batch))))
-            if self._mean_target is None:
-                found.directions(targets, index)
+            found.directions(targets, index)
             if batch.labels is not None:
                 labels.append(batch.labels)
         result = found.means()
-        if self._mean_target is None:
-            self._mean_target = found.lengths_of_means()
         mean, token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
         assert mean is not None
-        result |= self._mean_target | {
+        result |= found.lengths_of_means() | {
             "feature_std": features.spread(mean),
             "effective_rank": features.effective_rank(mean),
         }

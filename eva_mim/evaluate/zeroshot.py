@@ -16,19 +16,20 @@ from eva_mim.data.class_lists import SYNSET, read_classes, spoken
 from eva_mim.data.prompts import imagenet_names, prompt_templates, read_lines
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.contrastive import class_features
+from eva_mim.trunks.config import RESIZING
 from eva_mim.trunks.create import create
 from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
-from eva_mim.weights.files.sidecar import batch_of, describe, precision_of
+from eva_mim.weights.files.sidecar import batch_of, describe
 
 
 class ZeroShot(nn.Module):
     """Zero-shot classifier of a CLIP model that open_clip opens from a folder: a clip stage's result, its `ema`, or the output of
     `eva-mim convert --to hf`."""
 
-    crop_pct = 1.0
+    resizing = RESIZING
 
-    def __init__(self, folder: Path, *, classes: str | None, templates: str, precision: str | None, device: torch.device):
+    def __init__(self, folder: Path, *, classes: str | None, templates: str, precision: str, device: torch.device):
         """`classes`: a file or folder with class names (`class_lists.read_classes`), default ImageNet's 1,000; `templates`:
         "openai", "simple" or a file. Every rank must call, since the prompts are divided among the ranks. Raises UserError for a
         folder that open_clip cannot open, other than bicubic resizing of the shortest side, and unusable class names or
@@ -51,7 +52,7 @@ class ZeroShot(nn.Module):
         size = pixels["size"]
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
         self.mean, self.std = tuple(pixels["mean"]), tuple(pixels["std"])
-        self.precision, self.batch = precision or precision_of(found), batch_of(found)
+        self.precision, self.batch = precision, batch_of(found)
         tune(self, device)
         with torch.inference_mode():
             weights = class_features(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from eva_mim.core.files import write_text
 from eva_mim.core.log import duration
-from eva_mim.core.run_folder import TIMM_CONFIG, RunFolder
+from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG, RunFolder
 from eva_mim.trunks import small
 
 if TYPE_CHECKING:
@@ -75,11 +75,12 @@ def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _python(stage: PlannedStage) -> list[str]:
-    config = json.loads((stage.out / TIMM_CONFIG).read_text())
-    name, architecture = stage.entry.name, config["architecture"]
+    """Returns the lines of Python that open a result. Architectures of our own that the library does not have need an import."""
+    clip, name = stage.entry.program == "clip", stage.entry.name
+    config = json.loads((stage.out / (CLIP_CONFIG if clip else TIMM_CONFIG)).read_text())
+    architecture = config["model_cfg"]["vision_cfg"]["timm_model_name"] if clip else config["architecture"]
     own = ["import eva_mim.trunks.small  # makes the small architectures known to timm"]
-    if architecture not in small.default_cfgs:
-        own = []
-    if stage.entry.program == "clip":
-        return [*own, f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")']
-    return [*own, f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)']
+    opens = f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)'
+    if clip:
+        opens = f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")'
+    return [*(own if architecture in small.default_cfgs else []), opens]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.data import too_many
 from eva_mim.engine import RunSettings
+from eva_mim.engine.step import autocast
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.schedule import rates_at
 from eva_mim.run import checkpoints as snapshot
 from eva_mim.run.dump import write_dump
-from eva_mim.run.measure import EMA, average_of, measure
+from eva_mim.run.measure import EMA, EXACT, average_of, measure
 from eva_mim.run.meter import Meter, Row, Window
 from eva_mim.run.signals import PATIENCE, Hung, caught_signals, interruptible
 from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
@@ -102,8 +104,8 @@ class Loop:
             while self.step < self.total:
                 self._train(caught)
             self.writer.finish()
-            if not self.metrics:  # resumed after the last step, when the figures are not in memory
-                self._evaluate()
+            if not self.metrics or self.run.precision != EXACT:  # without figures: resumed after the last step
+                self._evaluate(EXACT)
         self.log.close()
         return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
 
@@ -260,15 +262,17 @@ class Loop:
         figures = {"rewinds": float(self.detours.rewinds), "first_left_out": float(first), "last_left_out": float(last)}
         self.log.write("rewind", self.step, self.step * self.run.global_batch, figures)
 
-    def _evaluate(self) -> None:
-        began = time.perf_counter()
+    def _evaluate(self, precision: str | None = None) -> None:
+        """Measures the student; without `precision` in that of the run."""
+        began, precision = time.perf_counter(), precision or self.run.precision
         self._average_norm_statistics()
         with self.engine.full_module() as module:
-            self.metrics = measure(self.parts.evaluator, module, self.ema, self.engine.autocast)
-        self.log.write("eval", self.step, self.step * self.run.global_batch, self.metrics)
+            self.metrics = measure(self.parts.evaluator, module, self.ema, partial(autocast, self.device, precision))
+        kind = "eval" if precision == self.run.precision else "final"
+        self.log.write(kind, self.step, self.step * self.run.global_batch, self.metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         took = time.perf_counter() - began
-        say(f"  held out, epoch {self.step / self.steps_per_epoch:g}: {text}  ({duration(took)})")
+        say(f"  held out, epoch {self.step / self.steps_per_epoch:g}, {precision}: {text}  ({duration(took)})")
         self.meter.started += took
         self.evaluation_due = False
 

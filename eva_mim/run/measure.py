@@ -14,6 +14,8 @@ from eva_mim.engine import RunSettings
 
 EMA = "ema"
 """Name of the average of the weights: of its state group in a checkpoint, folder in a run, and prefix of figures ("ema_top1")."""
+EXACT = "fp32"
+"""Precision of the final figures, in which other programs measure the exported weights."""
 
 
 def average_of(module: nn.Module, run: RunSettings) -> Any:

@@ -37,7 +37,7 @@ from eva_mim.engine import build_engine
 from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest
 from eva_mim.run.loop import Loop, Parts, Trained
-from eva_mim.run.measure import EMA, average_of, measure
+from eva_mim.run.measure import EMA, EXACT, average_of, measure
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
 from eva_mim.run.state import StageIdentity, StageState, figures, state_of
@@ -190,7 +190,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     average = average_of(student, recipe.run)
     parts = {"module": student} | ({} if average is None else {EMA: average.module})
     load(found[1], {name: kept_here(module.state_dict()) for name, module in parts.items()}, alone=True)
-    now = measure(built.parts.evaluator, student, average, partial(autocast, device, recipe.run.precision))
+    now = measure(built.parts.evaluator, student, average, partial(autocast, device, EXACT))
     return now, record.get("metrics", {})
 
 

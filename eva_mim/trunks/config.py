@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from eva_mim.trunks.small import known_to_timm
+
+RESIZING = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+"""How held-out images are brought to size, as our stages and open_clip do it, under timm's names."""
+
 
 def timm_config(
     name: str,
@@ -18,14 +23,15 @@ def timm_config(
     std: Sequence[float],
     num_classes: int = 0,
     labels: Sequence[str] | None = None,
-    crop_pct: float = 1.0,
+    resizing: Mapping[str, Any] = RESIZING,
 ) -> dict[str, Any]:
     """Returns the `config.json` with which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and opens a trunk.
 
     `arguments` are the keywords of `timm.create_model` besides `num_classes`; `trunk` is the model that they build (the meta
     device suffices); `image_size` is (height, width) in pixels; `mean` and `std` have one value per channel; `labels` are the
-    names of the classes, in the order of the head's rows.
+    names of the classes, in the order of the head's rows; `resizing` are those of the values of RESIZING that differ.
     """
+    name, arguments = known_to_timm(name, arguments)
     pretrained: Any = trunk.pretrained_cfg
     config: dict[str, Any] = {
         "architecture": name,
@@ -37,8 +43,8 @@ def timm_config(
             "num_classes": num_classes,
             "mean": list(mean),
             "std": list(std),
-            "interpolation": "bicubic",
-            "crop_pct": crop_pct,
+            **RESIZING,
+            **resizing,
             # Older versions of timm initialise the layer `first_conv` anew if its kernel has other channels than RGB.
             "first_conv": pretrained.get("first_conv") if len(mean) == 3 else None,
             "classifier": pretrained.get("classifier"),

@@ -5,6 +5,7 @@ open_clip builds image towers by timm's architecture name alone, so each size th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -36,28 +37,42 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _vit(name: str, pretrained: bool, **options: Any) -> VisionTransformer:
-    arguments = {"img_size": 32, "patch_size": 4} | options
-    return build_model_with_cfg(VisionTransformer, name, pretrained, **arguments)
+VITS: dict[str, dict[str, Any]] = {
+    "vit_nano_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "vit_nano_patch8_64": {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
+}
+"""Sizes of the plain ViTs: 0.5, 1.2 and 0.5 M parameters."""
+KNOWN = "vit_tiny_patch16_224"
+"""timm's own name of a plain ViT that takes these sizes as keywords."""
+
+
+def known_to_timm(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns name and keywords with which plain timm, without this project, builds an architecture: of our ViTs timm's name and
+    all sizes, and any other one as it is. (timm has no name for the convolutional networks of this file.)"""
+    return (KNOWN, {**VITS[name], **arguments}) if name in VITS else (name, dict(arguments))
+
+
+def _vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **VITS[name] | options)
 
 
 @register_model
 def vit_nano_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Builds a plain ViT, width 96, depth 4: 0.5 M parameters."""
-    return _vit("vit_nano_patch4_32", pretrained, **{"embed_dim": 96, "depth": 4, "num_heads": 3} | options)
+    """Builds a plain ViT, width 96, depth 4, for 32 px."""
+    return _vit("vit_nano_patch4_32", pretrained, options)
 
 
 @register_model
 def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Builds a plain ViT, width 128, depth 6: 1.2 M parameters."""
-    return _vit("vit_mini_patch4_32", pretrained, **{"embed_dim": 128, "depth": 6, "num_heads": 4} | options)
+    """Builds a plain ViT, width 128, depth 6, for 32 px."""
+    return _vit("vit_mini_patch4_32", pretrained, options)
 
 
 @register_model
 def vit_nano_patch8_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Builds a plain ViT, width 96, depth 4, 8 x 8 patches of 8 px: 0.5 M parameters."""
-    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
-    return _vit("vit_nano_patch8_64", pretrained, **sizes | options)
+    """Builds a plain ViT, width 96, depth 4, 8 x 8 patches of 8 px."""
+    return _vit("vit_nano_patch8_64", pretrained, options)
 
 
 def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **options: Any) -> ByobNet:

@@ -32,7 +32,7 @@ def write_timm(
         arguments["global_pool"] = global_pool
     config = timm_config(
         settings.name, trunk, arguments, image_size=(size, size), mean=mean, std=std,
-        num_classes=len(classes) if classes else 0, labels=classes, crop_pct=crop_pct,
+        num_classes=len(classes) if classes else 0, labels=classes, resizing={"crop_pct": crop_pct},
     )
     write_weights(out / WEIGHTS, weights)
     write_json(out / TIMM_CONFIG, config)

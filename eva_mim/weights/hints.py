@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.data import MAX_CHANNELS
+from eva_mim.trunks.config import RESIZING
 from eva_mim.weights.files.sidecar import Description, at, number, text
 from eva_mim.weights.names.buffers import Rope
 from eva_mim.weights.names.families import Family
@@ -28,6 +29,8 @@ MAX_NUMBER = 65_536
 MAX_SIDE, MAX_TOKENS, MAX_CONTEXT = 2048, 8192, 1024
 """Largest side of an image in pixels, number of patches or registers, and number of text tokens. A file of megabytes could ask
 for terabytes."""
+MAX_CROP = 2.0
+"""Largest crop_pct; above 1 the image is smaller than its crop."""
 CLIP_KEYS = ("embed_dim", "quick_gelu", "custom_text", "init_logit_bias")
 Pixels = tuple[float, ...]
 
@@ -44,6 +47,8 @@ class Hints:
     """open_clip's `model_cfg`."""
     mean: Pixels | None = None
     std: Pixels | None = None
+    resizing: dict[str, Any] = field(default_factory=dict)
+    """timm's interpolation, crop_pct and crop_mode of held-out images; open_clip's models have those of `config.RESIZING`."""
     heads: int | None = None
     quick_gelu: bool | None = None
 
@@ -130,7 +135,18 @@ def read_hints(found: Description) -> Hints:
     mean, std = (
         next((pixels for tree, stem in places if (pixels := _pixels(tree, stem + key))), None) for key in ("mean", "std")
     )
-    return Hints(name, plain(arguments, "config.json: model_args."), config, mean, std, int(heads or 0) or None, quick)
+    return Hints(name, plain(arguments, "config.json: model_args."), config, mean, std, _resizing(found),
+                 int(heads or 0) or None, quick)
+
+
+def _resizing(found: Description) -> dict[str, Any]:
+    beside = at(found.config, "pretrained_cfg")
+    if not isinstance(beside, dict):
+        return dict(RESIZING) if found.open_clip else {}
+    crop = number(beside, "crop_pct")
+    known = {"interpolation": text(beside, "interpolation"), "crop_mode": text(beside, "crop_mode"),
+             "crop_pct": crop if crop and 0 < crop <= MAX_CROP else None}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def plain(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:

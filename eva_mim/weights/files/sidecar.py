@@ -91,11 +91,6 @@ def number(tree: Any, *names: str | int) -> float | None:
     return value if type(value) in (int, float) and abs(value) < 1e18 else None
 
 
-def precision_of(found: Description) -> str:
-    """Returns the precision in which a run of ours computed; fp32 for other checkpoints."""
-    return text(found.record, "settings", "run", "precision") or "fp32"
-
-
 def batch_of(found: Description) -> int:
     """Returns the number of images per forward pass in a run of ours; 64 for other checkpoints."""
     places = (("computed", "micro_batch"), ("settings", "run", "micro_batch"), ("settings", "run", "global_batch"))

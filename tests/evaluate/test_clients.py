@@ -1,0 +1,189 @@
+"""What we record, timm and open_clip measure on the exported folder, by a few lines of theirs in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from eva_mim.core.run_folder import RunFolder
+from eva_mim.data.views import EvalView
+from eva_mim.evaluate.accuracy import FolderClassifier
+from tests.conftest import REPOSITORY, picture, png
+from tests.tiny import CLASSIFY, CLIP, RUN, environment, finish, python, records, run, write_recipe
+
+SHAPES = [(48, 30), (31, 77), (64, 64), (33, 32), (200, 45), (20, 90)]
+"""Of held-out pictures: none has the size or the shape of the network's input."""
+BY_TIMM = """
+import json, sys, timm, torch
+from pathlib import Path
+from PIL import Image
+model = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
+view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+names = json.loads((Path(sys.argv[1]) / "config.json").read_text())["label_names"]
+answers = {}
+with torch.inference_mode():
+    for path in sorted(Path(sys.argv[2]).rglob("*.png")):
+        scores = model(view(Image.open(path).convert("RGB"))[None])[0]
+        answers["/".join(path.parts[-2:])] = [names[place] for place in scores.argsort(descending=True)[:5]]
+assert "eva_mim" not in sys.modules
+print(json.dumps(answers))
+"""
+BY_OPEN_CLIP = """
+import json, open_clip, sys, torch
+from pathlib import Path
+from PIL import Image
+import eva_mim.trunks.small  # the printed line
+folder, root, template = sys.argv[1:]
+model, _, view = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+model.eval()
+names = sorted(path.name for path in Path(root).iterdir())
+words = open_clip.get_tokenizer(f"local-dir:{folder}")
+weights = open_clip.build_zero_shot_classifier(model, words, names, [template.format])
+answers = {}
+with torch.inference_mode():
+    for path in sorted(Path(root).rglob("*.png")):
+        image = model.encode_image(view(Image.open(path).convert("RGB"))[None], normalize=True)
+        answers["/".join(path.parts[-2:])] = [names[place] for place in (image @ weights)[0].argsort(descending=True)[:5]]
+print(json.dumps(answers))
+"""
+
+
+def by_client(code: str, *words: str | Path) -> dict[str, list[str]]:
+    """Image -> its five best classes, by a program without a line of ours."""
+    line = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def accuracy(answers: dict[str, list[str]], k: int) -> float:
+    return 100 * sum(image.split("/")[0] in five[:k] for image, five in answers.items()) / len(answers)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes: 16 square pictures to train on, and 36 of all shapes that are held out."""
+    root = tmp_path_factory.mktemp("data")
+    for split, sizes in (("train", [(40, 40)] * 16), ("val", SHAPES * 6)):
+        for number, size in enumerate(sizes):
+            folder = root / split / "abc"[number % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            tint = Image.new("RGB", size, [(255, 0, 0), (0, 255, 0), (0, 0, 255)][number % 3])
+            mixed = Image.blend(picture(1000 * (split == "val") + number, size), tint, 0.15)
+            (folder / f"{number:03d}.png").write_bytes(png(mixed))
+    return root
+
+
+def recipe(folder: Path, data: Path, tree: dict[str, Any]) -> Path:
+    return write_recipe(folder, tree | {
+        "data": {"root": str(data), "train": "train", "val": "val", "workers": 0} | {
+            key: value for key, value in tree["data"].items() if key == "templates"},
+        "run": RUN | {"global_batch": 8, "epochs": 1, "precision": "bf16", "ema_decay": 0.9}})
+
+
+@pytest.mark.slow
+def test_timm_repeats_a_classifiers_figures(data: Path, tmp_path: Path) -> None:
+    """Of a run in bf16 with a crop: on its weights and on their average. Its own evaluation in bf16 is beside it in the log."""
+    tree = CLASSIFY | {"view": {"crop_pct": 0.8}, "student": {"name": "vit_nano_patch4_32", "patch_size": 8}}
+    out = tmp_path / "out"
+    run("classify", recipe(tmp_path, data, tree), out)
+    recorded = RunFolder(out).record()["metrics"]
+    for folder, prefix in ((out, ""), (out / "ema", "ema_")):
+        answers = by_client(BY_TIMM, folder, data / "val")
+        assert len(answers) == 36
+        assert accuracy(answers, 1) == pytest.approx(recorded[f"{prefix}top1"], abs=1e-9)
+    assert len({five[0] for five in by_client(BY_TIMM, out, data / "val").values()}) > 1
+    (final,) = records(out, "final")
+    assert all(final[name] == value for name, value in recorded.items())
+    (during,) = records(out, "eval")
+    assert during["loss"] != final["loss"]
+    csv = tmp_path / "classes.csv"
+    done = finish(python("eva_mim.cli", "evaluate", out, "--on", data / "val", "--csv", csv))
+    assert f"{recorded['top1']:>8.3f}" in done.stdout
+    again = finish(python("eva_mim.cli", "evaluate", out))
+    assert all(line.endswith("equal") for line in again.stdout.splitlines()[1:]), again.stdout
+
+
+@pytest.mark.slow
+def test_open_clip_repeats_a_clip_models_figures(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tree = CLIP | {"student": CLIP["student"] | {"name": "vit_nano_patch4_32"}}
+    run("clip", recipe(tmp_path, data, tree), out)
+    recorded = RunFolder(out).record()["metrics"]
+    for folder, prefix in ((out, ""), (out / "ema", "ema_")):
+        answers = by_client(BY_OPEN_CLIP, folder, data / "val", "a {}")
+        assert accuracy(answers, 1) == pytest.approx(recorded[f"{prefix}zeroshot_top1"], abs=1e-9)
+
+
+# ---- a network of others
+
+
+def photographs(shared: Path, count: int) -> list[tuple[str, int, bytes]]:
+    """(key, class, file) of the first ImageNet photographs."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shared / "data" / "imagenet_samples" / "imagenet_samples-000000.tar") as archive:
+        for member in archive:
+            key, _, kind = member.name.partition(".")
+            file = archive.extractfile(member)
+            if file is not None and kind in ("jpg", "cls"):
+                found.setdefault(key, {})[kind] = file.read()
+            if len(found) > count:
+                break
+    return [(key, int(one["cls"]), one["jpg"]) for key, one in list(found.items())[:count]]
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted folder of an EfficientNet that nobody here trained."""
+    shared = Path(os.environ.get("EVA_MIM_SHARED", REPOSITORY.parent / "shared"))
+    source = shared / "models" / "tf_efficientnet_lite0.safetensors"
+    if not source.is_file():
+        pytest.skip(f"no {source}")
+    folder = tmp_path_factory.mktemp("lite")
+    finish(python("eva_mim.cli", "convert", source, folder / "hf", "--to", "hf", "--architecture", "tf_efficientnet_lite0"))
+    return folder / "hf"
+
+
+def test_a_converted_network_keeps_timms_view(lite: Path, shared: Path) -> None:
+    """crop_pct 0.875, not 1: 85.7 instead of 87.3 % of the photographs."""
+    written = json.loads((lite / "config.json").read_text())["pretrained_cfg"]
+    cfg = timm.get_pretrained_cfg("tf_efficientnet_lite0")
+    assert (written["crop_pct"], written["interpolation"]) == (cfg.crop_pct, cfg.interpolation) == (0.875, "bicubic")
+
+
+@pytest.mark.long
+def test_figures_of_a_network_of_others(lite: Path, shared: Path, tmp_path: Path) -> None:
+    """On 1,000 photographs: timm's own program's lines and ours count the same, and as many as its README says."""
+    names = [str(number) for number in range(1000)]
+    model = FolderClassifier(lite, "imagenet-1k")
+    theirs = timm.create_model(f"local-dir:{lite}", pretrained=True).eval()
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
+    view = EvalView([model.image_size], **model.resizing)
+    right = [0, 0]
+    for _, label, content in photographs(shared, 1000):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        with torch.inference_mode():
+            ours = int(model.eval()(view(image, random.Random(0))[model.image_size][None]).argmax())
+            other = int(theirs(transform(image)[None]).argmax())
+        assert ours == other
+        right[0] += ours == label
+        right[1] += other == label
+        folder = tmp_path / "v2" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{label}.jpg").write_bytes(content)
+    assert right[0] == right[1] > 865
+    done = finish(python("eva_mim.cli", "evaluate", lite, "--on", f"v2={tmp_path / 'v2'}", "--classes", "imagenet-1k"))
+    assert f"{right[0] / 10:>8.3f}" in done.stdout
