@@ -87,7 +87,7 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
         settings = settings.model_copy(update={"text": text, "lock_text": False})
     elif settings.init == "clip" and recipe.init_from is not None:
         settings = with_text_of(settings, recipe.init_from)
-    return Networks(ClipStudent(settings))
+    return Networks(ClipStudent(settings, weights=weights))
 
 
 def build(recipe: StageRecipe, device: torch.device) -> Built:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from eva_mim.core.errors import UserError
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.pipeline.plan import PlannedStage, plan
 from eva_mim.run.state import StageState, state_of
@@ -22,19 +23,43 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     setup(pick_device(first.device), first.timeout_minutes)  # the ranks inspect the stages' folders together
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(out)))
-        _run(planned)
+        _run(planned, run_on_main(partial(_checked, planned)))
         if is_main():
             write_summary(out, planned, file.compare)
 
 
-def _run(planned: list[PlannedStage]) -> None:
+def _finished(planned: list[PlannedStage]) -> dict[str, StageState]:
+    """Returns the state of each stage that is finished and whose parents are, by name. Raises UserError if a parent does not
+    exist."""
+    found: dict[str, StageState] = {}
+    for stage in planned:
+        if found.keys() >= set(stage.entry.parents.values()):
+            try:
+                state = state_of(stage.entry.program, stage.recipe, stage.out)
+            except UserError as error:
+                raise UserError(f"stage {stage.entry.name}: {error}") from None
+            found |= {stage.entry.name: state} if state.finished else {}
+    return found
+
+
+def _checked(planned: list[PlannedStage]) -> dict[str, StageState]:
+    """Returns the finished stages, after the networks of all others were checked. Raises UserError."""
+    from eva_mim.pipeline.networks import check_networks
+
+    finished = _finished(planned)
+    if len(finished) < len(planned):
+        check_networks(planned, set(finished))
+    return finished
+
+
+def _run(planned: list[PlannedStage], finished: dict[str, StageState]) -> None:
     from eva_mim.core.distributed import run_on_main
     from eva_mim.core.log import say
     from eva_mim.run.stage import run_stage, settled
 
     for number, stage in enumerate(planned, 1):
         say(f"[{number}/{len(planned)}] {stage.entry.name}")
-        state = run_on_main(partial(state_of, stage.entry.program, stage.recipe, stage.out))
+        state = finished.get(stage.entry.name) or run_on_main(partial(state_of, stage.entry.program, stage.recipe, stage.out))
         state = settled(state, stage.recipe)
         if state.changes:
             say("  changed since it was run, so it runs again: " + "; ".join(state.changes[:8]))
@@ -59,8 +84,9 @@ def put_aside(folder: Path) -> None:
 
 
 def describe(path: str, overrides: list[str], out: Path) -> str:
-    """Returns the plan as text, for --dry-run."""
+    """Returns the plan as text, for --dry-run. Raises UserError for a stage whose networks cannot be built."""
     _, planned = plan(path, overrides, out)
+    _checked(planned)
     lines, stale = [], set()
     for stage in planned:
         entry = stage.entry

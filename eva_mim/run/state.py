@@ -118,7 +118,10 @@ def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
         if not path.exists():
             raise UserError(f"{name}: {path} does not exist; where it is the result of another stage, run that first, else name "
                             "what is there")
-        parents[name] = {"path": str(path), "sha256": content_hash(path, container)}
+        try:
+            parents[name] = {"path": str(path), "sha256": content_hash(path, container)}
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     return _in_folder(StageIdentity(program, recipe.identity_tree(), parents, recipe.places()), out)
 
 

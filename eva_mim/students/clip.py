@@ -34,7 +34,8 @@ FOREIGN = ("hf_model_name", "hf_tokenizer_name", "embed_cls", "output_tokens")
 class ClipStudent(nn.Module):
     """A CLIP model with an image tower and a text tower; `config` has the arguments with which open_clip builds the model."""
 
-    def __init__(self, settings: ClipSettings):
+    def __init__(self, settings: ClipSettings, *, weights: bool = True):
+        """Without `weights` no file of weights is read."""
         super().__init__()
         probe = build_trunk(settings.model_copy(update={"drop_path": 0.0}))
         own = int(probe.pretrained_cfg["input_size"][-1])  # type: ignore[index]
@@ -48,7 +49,7 @@ class ClipStudent(nn.Module):
                             "to 0")
         self.image_size = own
         self.mean, self.std = facts.mean_std(probe, settings)
-        source = text_source(settings.text)
+        source = text_source(settings.text, weights=weights)
         self.config: dict[str, Any] = {
             "embed_dim": settings.embed_dim,
             "vision_cfg": {
@@ -175,9 +176,9 @@ class TextSource(NamedTuple):
     """Initial weights by name; empty for a tower from scratch."""
 
 
-def text_source(settings: TextSettings) -> TextSource:
-    """Reads the text tower's `init_from`. Raises UserError if it is no text tower of a kind that this student supports, or not of
-    the size in the settings."""
+def text_source(settings: TextSettings, *, weights: bool = True) -> TextSource:
+    """Reads the text tower's `init_from`; without `weights` its architecture alone. Raises UserError if it is no text tower of a
+    kind that this student supports, or not of the size in the settings."""
     sizes = {"width": settings.width or 128, "layers": settings.layers or 2, "heads": settings.heads or 4}
     if settings.init_from is None:
         length, vocabulary = settings.context_length or 24, open_clip.SimpleTokenizer().vocab_size
@@ -188,12 +189,12 @@ def text_source(settings: TextSettings) -> TextSource:
         if not (folder / CLIP_CONFIG).is_file():
             raise UserError(f"student.text.init_from: {folder} is not the folder of a finished clip stage")
         model_config = json.loads((folder / CLIP_CONFIG).read_text())["model_cfg"]
-        weights = _text_weights(f"local-dir:{folder}", None)
+        found = _text_weights(f"local-dir:{folder}", None) if weights else {}
     else:
         model_config = open_clip.get_model_config(settings.init_from)
         if model_config is None:
             raise UserError(f"student.text.init_from: {settings.init_from} is neither a folder nor an open_clip name")
-        weights = _text_weights(settings.init_from, settings.weights) if settings.weights else {}
+        found = _text_weights(settings.init_from, settings.weights) if settings.weights and weights else {}
     config = dict(model_config["text_cfg"])
     for part in FOREIGN:
         if config.get(part):
@@ -206,7 +207,7 @@ def text_source(settings: TextSettings) -> TextSource:
                             f"{getattr(has, what)}; leave it out, or take another student.text.init_from")
     config["context_length"] = settings.context_length or has.context_length
     quick = model_config.get("quick_gelu", False) if settings.quick_gelu is None else settings.quick_gelu
-    return TextSource(settings.init_from, config, bool(quick), weights)
+    return TextSource(settings.init_from, config, bool(quick), found)
 
 
 def _text_weights(name: str, weights: str | None) -> dict[str, Tensor]:

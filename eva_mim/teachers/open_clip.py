@@ -39,7 +39,7 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
     if not (Path(settings.name) / CLIP_CONFIG).is_file():
         raise UserError(f"{settings.path}.name: {settings.name} has no {CLIP_CONFIG}; it must be the folder of a finished clip "
                         "stage")
-    if not (Path(settings.name) / CLIP_WEIGHTS).is_file():
+    if not _without_values() and not (Path(settings.name) / CLIP_WEIGHTS).is_file():
         raise UserError(f"{settings.path}.name: {settings.name} has no {CLIP_WEIGHTS}")
     return _teacher(settings, f"local-dir:{settings.name}", None)
 
@@ -48,7 +48,8 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
     options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
     try:
         device = torch.empty(0).device  # the default device, since open_clip would move a model off the meta device
-        model = create(name, by=open_clip.create_model, pretrained=pretrained, weights_only=True, device=device, **options)
+        model = create(name, by=open_clip.create_model, pretrained=pretrained, load_weights=not _without_values(),
+                       weights_only=True, device=device, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     visual = model.visual
@@ -62,6 +63,11 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
         path=settings.path,
     )
+
+
+def _without_values() -> bool:
+    """Returns whether tensors are made on the meta device, where a file of weights is not read and need not exist."""
+    return torch.empty(0).is_meta
 
 
 def read_tower(visual: Any, settings: TeacherSettings) -> Reading:

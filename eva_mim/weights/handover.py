@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from eva_mim.core.report import KeyReport
 from eva_mim.core.run_folder import RunFolder
 from eva_mim.trunks import facts
 from eva_mim.weights import HandOverSettings
-from eva_mim.weights.files.lazy import finite, materialise
+from eva_mim.weights.files.lazy import Deferred, finite, materialise
 from eva_mim.weights.hints import Pixels, read_hints
 from eva_mim.weights.names.eva import unshare_relative, with_norm
 from eva_mim.weights.names.translate import NamedCheckpoint, read_source
 from eva_mim.weights.resize import adapt_kernel, resize_trunk
 
-__all__ = ["Parent", "parent_of", "read_parent", "seed_trunk"]
+__all__ = ["Match", "Parent", "match", "parent_of", "planned_parent", "read_parent", "seed_trunk"]
 INNER_NORM = ".attn.norm."
 """Norm inside attention, which EVA-02's CLIP towers have and its masked students lack (facts on EVA-CLIP, section 4); it
 starts fresh."""
@@ -81,6 +81,16 @@ def parent_of(path: str | Path, source: NamedCheckpoint, settings: HandOverSetti
                   (hints.mean, hints.std))
 
 
+def planned_parent(path: str | Path, trunk: nn.Module) -> Parent:
+    """Returns the parent that a stage will be whose trunk is on the meta device: names, shapes and grid, without values."""
+
+    def tensor(value: Tensor) -> Tensor:
+        return Deferred(value, lambda: torch.zeros(value.shape, dtype=value.dtype, device="cpu"))
+
+    weights = {name: tensor(value) for name, value in trunk.state_dict().items()}
+    return Parent(Path(path), weights, None, facts.grid(trunk), KeyReport())
+
+
 def seed_trunk(
     trunk: nn.Module, parent: Parent, settings: HandOverSettings | None = None, classes: tuple[str, ...] | None = None
 ) -> KeyReport:
@@ -92,6 +102,44 @@ def seed_trunk(
     that the parent lacks are new. Raises UserError, before anything is copied, if another tensor is missing, unused or of another
     shape, because the parent then has another architecture.
     """
+    state = trunk.state_dict()
+    given, report, fresh, left = match(trunk, parent, settings, classes)
+    bits: dict[str, int] = {}
+    for name, value in state.items():
+        if name in fresh:
+            report.note(report.new, name, fresh[name])
+            continue
+        read = finite(given[name], name, f"init_from: {parent.path}").to(value.dtype)
+        value.copy_(read)
+        if name not in report.resized:
+            report.loaded.append(name)
+            bits[name] = _checksum(read)
+    for name in [name for name in given if name in fresh or name in left]:
+        report.note(report.ignored, name, fresh.get(name, "no part of the new trunk"))
+    for name in parent.ignored.ignored:
+        report.note(report.ignored, name, parent.ignored.reasons[name])
+    _prove(trunk, bits)
+    return report
+
+
+class Match(NamedTuple):
+    """How a parent's tensors fit a trunk."""
+
+    given: dict[str, Tensor]
+    """Under the trunk's names and in its sizes."""
+    report: KeyReport
+    """Of what was resized or left out for that."""
+    fresh: dict[str, str]
+    """Tensors of the trunk that keep their initial values -> reason."""
+    left: set[str]
+    """Tensors of the parent that are of no use: those of its own head."""
+
+
+def match(
+    trunk: nn.Module, parent: Parent, settings: HandOverSettings | None = None, classes: tuple[str, ...] | None = None
+) -> Match:
+    """Returns how a parent's tensors fit a trunk; of the trunk, which may be on the meta device, only names and shapes are used.
+    Raises UserError for another architecture, as `seed_trunk` does."""
     settings = settings or HandOverSettings()
     state, classifier = trunk.state_dict(), facts.head_name(trunk)
     head = None if classifier is None else f"{classifier}."
@@ -109,22 +157,7 @@ def seed_trunk(
         raise UserError(
             f"init_from: {parent.path} is of another architecture:\n  " + "\n  ".join(sorted(wrong)[:12]) + more
         )
-    bits: dict[str, int] = {}
-    for name, value in state.items():
-        if name in fresh:
-            report.note(report.new, name, fresh[name])
-            continue
-        read = finite(given[name], name, f"init_from: {parent.path}").to(value.dtype)
-        value.copy_(read)
-        if name not in report.resized:
-            report.loaded.append(name)
-            bits[name] = _checksum(read)
-    for name in [name for name in given if name in fresh or name in left]:
-        report.note(report.ignored, name, fresh.get(name, "no part of the new trunk"))
-    for name in parent.ignored.ignored:
-        report.note(report.ignored, name, parent.ignored.reasons[name])
-    _prove(trunk, bits)
-    return report
+    return Match(given, report, fresh, left)
 
 
 def _fitted(

@@ -73,9 +73,9 @@ def reads_of(recipe: dict[str, Any], out: Path) -> int:
 
     count, whole = [0], state.content_hash
 
-    def counted(path: Path) -> str:
+    def counted(path: Path, container: str | None = None) -> str:
         count[0] += 1
-        return whole(path)
+        return whole(path, container)
 
     state.content_hash = counted
     try:
