@@ -21,7 +21,7 @@ from eva_mim.tasks import MixSettings
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.data.subset import Splits
+    from eva_mim.data.splits import Splits
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built, Networks
     from eva_mim.students.classifier import Classifier
@@ -99,7 +99,7 @@ def build_classifier(
     from eva_mim.core.errors import UserError
     from eva_mim.data.class_lists import describe
     from eva_mim.data.sources.folder import single_folder
-    from eva_mim.data.subset import open_splits
+    from eva_mim.data.splits import open_splits
     from eva_mim.run.loaders import seed_from
     from eva_mim.run.stage import Built
     from eva_mim.weights.export import grid_of, write_timm

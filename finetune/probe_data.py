@@ -20,7 +20,8 @@ from eva_mim.data import too_many
 from eva_mim.data.feature_store import EvalRows, Positions, RowLoader, Rows, cached_features
 from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.subset import HOLD_OUT_SEED, Splits, Subset
+from eva_mim.data.splits import HOLD_OUT_SEED, Splits
+from eva_mim.data.subset import Subset
 from eva_mim.evaluate.features import ridge_accuracy
 from eva_mim.evaluate.probe import ProbeEvaluator
 from eva_mim.run.loaders import batch_cut, eval_loader, train_loader

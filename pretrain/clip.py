@@ -19,7 +19,13 @@ from eva_mim.tasks import ContrastiveSettings
 if TYPE_CHECKING:
     import torch
 
+    from eva_mim.core.contracts import Source
     from eva_mim.run.stage import Built, Networks
+    from eva_mim.students.clip import ClipStudent
+
+
+CAPTIONS_LOOKED_AT = 64
+"""Records whose captions are measured at the start."""
 
 
 class StageRecipe(Recipe):
@@ -90,6 +96,22 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
     return Networks(ClipStudent(settings, weights=weights))
 
 
+def say_cut_captions(student: ClipStudent, source: Source) -> None:
+    """Says how many of a few captions, evenly spread, are cut at the student's context length. Every rank must call."""
+    from eva_mim.core.distributed import run_on_main
+    from eva_mim.core.log import say
+    from eva_mim.data.splits import glances
+
+    def look() -> None:
+        length, found = student.model.context_length, glances(source, CAPTIONS_LOOKED_AT)
+        counts = [student.token_count(text) for sample in found if not isinstance(sample, Exception) for text in sample.captions]
+        if cut := sum(count > length for count in counts):
+            say(f"  captions: {cut} of {len(counts)} looked at are cut after student.text.context_length={length} tokens; the "
+                f"longest has {max(counts)}")
+
+    run_on_main(look)
+
+
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Returns student, data and evaluator of a recipe."""
     from functools import partial
@@ -100,7 +122,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
     from eva_mim.data.preparation import ImageTextPreparation
     from eva_mim.data.prompts import prompt_templates
-    from eva_mim.data.subset import open_splits
+    from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.contrastive import ClipEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts
@@ -135,6 +157,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_weights(out / CLIP_WEIGHTS, as_open_clip(part(weights, "model.")))
         write_json(out / CLIP_CONFIG, student.open_clip_config())
 
+    say_cut_captions(student, splits.train)
     train = train_loader(recipe, splits.train, sizes, recipe.view, paired)
     if recipe.student.init == "clip" and recipe.init_from is not None:
         seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, recipe.student, recipe.hand_over)

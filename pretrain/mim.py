@@ -116,7 +116,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.core.run_folder import HEAD
     from eva_mim.data.masking import make_mask
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
-    from eva_mim.data.subset import open_splits
+    from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
-from eva_mim.core.settings import override, parse, read_yaml
+from eva_mim.core.settings import override, parse
 from eva_mim.data import ColumnSettings, DataSettings
 from eva_mim.data.loader import Reader
 from eva_mim.data.preparation import Item, MaskedPreparation

@@ -20,7 +20,7 @@ from eva_mim.core.files import sha256
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.report import KeyReport
 from eva_mim.data.preparation import LabelledPreparation
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from eva_mim.run.loaders import eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.run.program import Stage

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import yaml
 
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.resolve import resolve
-from eva_mim.core.settings import read_yaml
 from finetune.classify import StageRecipe
 
 RECIPE = "configs/classify/cifar10_target.yaml"

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from eva_mim.core.settings import read_yaml
+from eva_mim.core.recipe_files import read_yaml
 from tools.cifar10_styles import cell, metrics, pipeline
 
 STAGES = "configs/pipelines/flickr8k.yaml"

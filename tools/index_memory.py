@@ -27,7 +27,7 @@ from eva_mim.data import DataSettings
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.sources import folder
 from eva_mim.data.sources.index import Content, narrow
-from eva_mim.data.subset import Splits, open_splits
+from eva_mim.data.splits import Splits, open_splits
 
 
 def made_up(root: Path, images: int) -> Content:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.settings import few
 
 CLOSE = 1e-6
 """Relative difference of two figures that count as close; threads and kernels may differ."""
@@ -38,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--on", "--data", action="append", metavar="[SET=]FOLDER", help="SET: val (a folder a class; or no "
                         "SET=), real, v2, a, r, sketch, objectnet, objectnet-first; may be given several times")
     parser.add_argument("--classes", metavar="LAYOUT|FILE", help="class list of a head that does not name its "
-                        "classes; names for a CLIP model's prompts (default: ImageNet's 1,000)")
+                        "classes; names for a CLIP model's prompts (default: the class folders of val, or ImageNet's 1,000)")
     parser.add_argument("--templates", metavar="openai|simple|FILE", help="prompts of a CLIP model; default openai, 80 of them")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write figures of each class")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
@@ -69,10 +71,11 @@ def on_sets(options: argparse.Namespace) -> None:
         raise UserError(f"{options.overrides[0]}: settings are those of a run with its own data; leave --on out")
     device = pick_device("auto")
     setup(device)
+    sets = [given.split("=", 1) if "=" in given else ("val", given) for given in options.on]
+    options.classes = options.classes or own_classes(options.checkpoint, sets)
     model = opened(options, device)
     variants = []
-    for given in options.on:
-        name, folder = given.split("=", 1) if "=" in given else ("val", given)
+    for name, folder in sets:
         variants.append(open_variant(name, Path(folder), model.classes))
         columns(variants[-1], model.classes)
     found = [
@@ -84,6 +87,20 @@ def on_sets(options: argparse.Namespace) -> None:
         sys.stdout.write(accuracy.as_table(found))
         if options.csv:
             write_text(options.csv, accuracy.as_csv(found))
+
+
+def own_classes(checkpoint: Path, sets: Sequence[Sequence[str]]) -> str | None:
+    """Returns the folder whose class folders name the classes of a CLIP model's prompts: the first test set "val" that is not
+    in one of ImageNet's layouts; None if there is none, and for a classifier, which has its own."""
+    from eva_mim.data.class_lists import layout_of
+    from eva_mim.data.sources.folder import class_folders
+    from eva_mim.weights.files.sidecar import describe
+
+    for name, folder in sets if describe(checkpoint).open_clip else ():
+        if name == "val" and Path(folder).is_dir() and (found := class_folders(Path(folder))) and layout_of(found) is None:
+            say(f"  the classes are the {len(found)} folders of {folder}: {few(found, 3)}; name others with --classes")
+            return folder
+    return None
 
 
 def opened(options: argparse.Namespace, device: Any) -> Any:

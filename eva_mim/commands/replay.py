@@ -40,11 +40,11 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     from safetensors.torch import load_file
 
     from eva_mim.core.errors import UserError
+    from eva_mim.core.recipe_files import read_yaml
     from eva_mim.core.registry import PROGRAMS, lookup
     from eva_mim.core.resolve import resolve
     from eva_mim.core.rng import derive, seed_all
     from eva_mim.core.run_folder import RunFolder
-    from eva_mim.core.settings import read_yaml
     from eva_mim.engine.step import autocast
     from eva_mim.run.diagnose import diagnose, first_bad, largest_of
     from eva_mim.run.dump import DUMPED, RECORD

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import TEACHERS, lookup
 from eva_mim.core.resolve import resolve
-from eva_mim.core.settings import parse, read_yaml
+from eva_mim.core.settings import parse
 from eva_mim.data import SceneSettings, ViewSettings
 from eva_mim.run.program import guard
 from eva_mim.students import MaskedSettings

@@ -21,6 +21,13 @@ class Pixels(NamedTuple):
 
     channels: int = 3
     window: tuple[float, float] | None = None
+    exif: bool = False
+    """True if photographs are turned as their EXIF tag says."""
+
+    @property
+    def plain(self) -> bool:
+        """True for 8-bit RGB."""
+        return self.channels == 3 and self.window is None
 
 
 RGB = Pixels()
@@ -109,6 +116,9 @@ class SourceSettings(Settings):
     window: Annotated[tuple[float, float] | None, FILES] = None
     """[low, high] for images of more than 8 bits: values between are mapped linearly to 0 to 255, values outside are clipped, and
     nothing is rounded. `eva-mim data stats` proposes a window."""
+    exif: Annotated[bool, FILES] = False
+    """True: photographs are turned as their EXIF tag says, as phones and viewers mean it. False: they stay as they are stored, as
+    in timm and open_clip."""
     limit: int | None = Field(None, ge=1)
     """Number of training images that are used, the first ones of the source; None: all."""
     val_limit: int | None = Field(None, ge=1)
@@ -125,12 +135,15 @@ class SourceSettings(Settings):
     @property
     def pixels(self) -> Pixels:
         """Pixel format that images are decoded into."""
-        return Pixels(self.channels, self.window)
+        return Pixels(self.channels, self.window, self.exif)
 
     @model_validator(mode="after")
     def _pixels_are_there(self) -> SourceSettings:
         if self.window is not None and self.window[0] >= self.window[1]:
             raise ValueError(f"data.window={list(self.window)} must rise")
+        if self.exif and not self.pixels.plain:
+            raise ValueError("data.exif=true is for 8-bit RGB photographs; leave it out with data.channels other than 3 or "
+                             "data.window")
         return self
 
     @model_validator(mode="after")
@@ -208,7 +221,7 @@ class DataSettings(SourceSettings):
     @property
     def plain(self) -> bool:
         """True if all images are 8-bit RGB."""
-        return all(source.pixels == RGB for source in self.sources.values())
+        return all(source.pixels.plain for source in self.sources.values())
 
     @model_validator(mode="after")
     def _channels_are_the_same(self) -> DataSettings:

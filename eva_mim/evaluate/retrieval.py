@@ -17,10 +17,14 @@ BANK = 8192
 def retrieval(image: Tensor, text: Tensor, owner: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Returns recall at k in percent, in both directions, of images [I, C] and texts [T, C]. `owner` and `right` are pairs [P] in
     any order: text `right[p]` belongs to image `owner[p]`, and each image and each text is in at least one pair. An image is a
-    hit if any of its texts is among the k nearest, a text if any of its images is. The queries are divided among the ranks; every
-    rank must call, with the same features."""
-    found = {f"image_to_text_r{k}": recall for k, recall in zip(ks, recalls(image, text, owner, right, ks), strict=True)}
-    return found | {f"text_to_image_r{k}": recall for k, recall in zip(ks, recalls(text, image, right, owner, ks), strict=True)}
+    hit if any of its texts is among the k nearest, a text if any of its images is. A recall that cannot be below 100 is left out:
+    its k is not smaller than the number of candidates. The queries are divided among the ranks; every rank must call, with the
+    same features."""
+    found = dict[str, float]()
+    for name, recall, bank in (("image_to_text", recalls(image, text, owner, right, ks), text),
+                               ("text_to_image", recalls(text, image, right, owner, ks), image)):
+        found |= {f"{name}_r{k}": value for k, value in zip(ks, recall, strict=True) if k < len(bank) or k == 1}
+    return found
 
 
 def recalls(queries: Tensor, bank: Tensor, query: Tensor, answer: Tensor, ks: Sequence[int]) -> list[float]:

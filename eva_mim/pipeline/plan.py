@@ -23,9 +23,10 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.resolve import Change, apply, say_changes, touched
-from eva_mim.core.settings import Settings, parse, read_yaml
+from eva_mim.core.settings import Settings, parse
 from eva_mim.run.recipe import Recipe
 
 

@@ -69,8 +69,8 @@ def _run(planned: list[PlannedStage], finished: dict[str, StageState]) -> None:
 
 
 def put_aside(folder: Path) -> None:
-    """Renames a run that is to be replaced to NAME.old-N, so that a changed setting never deletes hours of work. Raises UserError
-    if another process is writing it."""
+    """Renames a run that is to be replaced to NAME.old-N, so that a changed setting never deletes hours of work; its event files
+    are renamed too, so that TensorBoard shows the new run alone. Raises UserError if another process is writing it."""
     from eva_mim.core.lock import is_lock, locked
 
     number = 1
@@ -81,6 +81,8 @@ def put_aside(folder: Path) -> None:
     for path in target.iterdir():
         if is_lock(path.name):
             path.unlink()
+    for path in (target / "tensorboard").glob("*tfevents*"):
+        path.rename(path.with_name(path.name.replace("tfevents", "aside")))
 
 
 def describe(path: str, overrides: list[str], out: Path) -> str:

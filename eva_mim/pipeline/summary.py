@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ from eva_mim.trunks import small
 
 if TYPE_CHECKING:
     from eva_mim.pipeline.plan import PlannedStage
+
+
+PERCENT = re.compile(r"top\d|_r\d")
+"""Names of figures in percent, whose differences are points; cosines are not."""
 
 
 def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str]]) -> None:
@@ -67,11 +72,14 @@ def _compare(group: list[str], records: dict[str, dict[str, Any]]) -> list[str]:
     first, *others = group
     name = records[first]["headline"]
     value = records[first]["metrics"][name]
-    return [
-        f"{name}: {first} {value:.2f}, {other} {records[other]['metrics'][name]:.2f}: "
-        f"{value - records[other]['metrics'][name]:+.2f} points"
-        for other in others
-    ]
+    lines = []
+    for other in others:
+        theirs = records[other]["metrics"][name]
+        if PERCENT.search(name):
+            lines.append(f"{name}: {first} {value:.2f}, {other} {theirs:.2f}: {value - theirs:+.2f} points")
+        else:
+            lines.append(f"{name}: {first} {value:.4f}, {other} {theirs:.4f}: {value - theirs:+.4f}")
+    return lines
 
 
 def _python(stage: PlannedStage) -> list[str]:

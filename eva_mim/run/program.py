@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from eva_mim.core.distributed import detect_lost_processes, leave_group, world_size
 from eva_mim.core.errors import INTERRUPTED, READER_GONE, LostProcess, ProgramError, UserError
 from eva_mim.core.log import say
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, sentence
 from eva_mim.core.resolve import resolve
-from eva_mim.core.settings import read_yaml
 from eva_mim.run.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -25,14 +25,15 @@ from eva_mim.core.errors import Diverged, UserError
 from eva_mim.core.files import sha256, write_json, write_text
 from eva_mim.core.lock import locked
 from eva_mim.core.log import duration, say
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.report import KeyReport
 from eva_mim.core.resolve import resolve
 from eva_mim.core.rng import derive, seed_all
 from eva_mim.core.run_folder import RunFolder
-from eva_mim.core.settings import as_tree, differences, few, read_yaml
+from eva_mim.core.settings import as_tree, differences, few
 from eva_mim.data.class_lists import class_hash, describe
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest

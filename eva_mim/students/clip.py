@@ -120,6 +120,10 @@ class ClipStudent(nn.Module):
         tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         return tokenizer
 
+    def token_count(self, text: str) -> int:
+        """Returns the number of tokens of a text before it is cut, with those of start and end."""
+        return len(open_clip.SimpleTokenizer().encode(text)) + 2
+
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         """Returns unit image features [B, C], unit text features [B, C], the logit scale (not its logarithm), and the logit bias
         if there is one."""

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from eva_mim.data import DataSettings
+from eva_mim.data.splits import open_splits
 from eva_mim.run.program import guard
 from tests.conftest import make_shards
 from tests.ranks import Launched, ends
@@ -127,6 +129,19 @@ def test_mistakes_of_the_clip_stage(tmp_path: Path) -> None:
     said = "error: run.global_batch=1 is not a multiple of run.micro_batch=1 x 2 processes"
     assert done.stderr.count(said) == 2  # on every rank
     assert "Traceback" not in done.stderr
+
+
+def test_captions_that_are_cut_are_said(tmp_path: Path) -> None:
+    """Those of every tenth image have more words than the text tower has places, with those of start and end."""
+    root = folder_of_images(tmp_path / "images")
+    for number, path in enumerate(sorted(root.glob("*/*.png"))):
+        path.with_suffix(".txt").write_text(" ".join(["word"] * (30 if number % 10 == 7 else 10)))
+    tree = on_folder(root) | {"student": CLIP["student"]}
+    train = open_splits(DataSettings.model_validate(tree["data"])).train
+    long = sum(len(train.read(place).captions[0]) > 100 for place in range(len(train)))
+    assert long > 3
+    said = run("clip", write_recipe(tmp_path, tree), tmp_path / "run", "run.epochs=1").stderr
+    assert f"captions: {long} of 64 looked at are cut after student.text.context_length=12 tokens; the longest has 32" in said
 
 
 def test_class_lists_that_are_not_the_heads(tmp_path: Path) -> None:

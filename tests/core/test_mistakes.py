@@ -12,7 +12,8 @@ import torch
 
 from eva_mim.core.distributed import pick_device
 from eva_mim.core.errors import UserError
-from eva_mim.core.settings import override, parse, read_yaml
+from eva_mim.core.recipe_files import read_yaml
+from eva_mim.core.settings import override, parse
 from eva_mim.run.state import state_of
 from eva_mim.students.classifier import Classifier
 from eva_mim.teachers import TeacherSettings, build_teacher

@@ -24,7 +24,7 @@ from eva_mim.data.prompts import prompt_templates
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.sources.captions import CaptionFile
 from eva_mim.data.sources.shards import open_shards
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from eva_mim.data.views import EvalView, TrainView
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.data.test_loader import tokenize

@@ -24,7 +24,8 @@ from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.index import Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.sources.shards import ShardSource
-from eva_mim.data.subset import Complement, Subset, open_splits
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import Complement, Subset
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.ranks import on_ranks
 from tests.tiny import write_recipe

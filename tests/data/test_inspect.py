@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from pydantic import ValidationError
 
 from eva_mim.cli import main
 from eva_mim.commands.data import speed
 from eva_mim.commands.data.inspect import COLUMNS, LINE, TILE, spread
 from eva_mim.core.timing import Stopwatch
+from eva_mim.data import DataSettings
+from eva_mim.data.sources.folder import open_folder
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 
@@ -146,3 +150,62 @@ def test_what_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     for what, said in ((str(tmp_path / "photos"), "neither a folder nor a recipe"), ("configs/mim/scene.yaml", "did you mean")):
         assert main(["data", "inspect", what]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_files_beside_shards_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The class list that `data pack` writes, and captions by key: the only file, or one a split."""
+    for number, name in enumerate(("train-0.tar", "val-0.tar")):
+        make_shards(tmp_path, name, count=6, first=10 * number, captions=False)
+
+    def captions(name: str, first: int, each: int) -> None:
+        lines = [json.dumps({"key": f"{first + number:05d}", "captions": ["a b"] * each}) for number in range(6)]
+        (tmp_path / name).write_text("\n".join(lines))
+
+    def said() -> str:
+        assert main(["data", "inspect", str(tmp_path), "--processes", "1"]) == 0
+        return "".join(capsys.readouterr())
+
+    assert said().count("labels that no class list names: set data.classes to use them") == 2
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    captions("pairs_train.jsonl", 0, 5)
+    captions("pairs_test.jsonl", 10, 2)
+    (tmp_path / "other.jsonl").write_text('{"image": 1}\n')
+    found = said()
+    assert "set data.classes" not in found
+    assert found.count("3 classes, 0 empty") == 2
+    assert "captions     5 to 5 an image, 2.0 words each; 0.0% of the images have none" in found
+    assert "captions     2 to 2 an image, 2.0 words each; 0.0% of the images have none" in found
+    captions("more_train.jsonl", 0, 1)
+    assert "captions in more_train.jsonl, pairs_test.jsonl, pairs_train.jsonl are not used; choose with data.captions" in said()
+
+
+# ---- EXIF
+
+
+def turned(path: Path, tag: int) -> Image.Image:
+    """Writes a photograph as a phone stores it; returns its pixels as they are stored."""
+    image = picture(3, (48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    image.save(path, exif=exif, quality=95)
+    return Image.open(path).convert("RGB")
+
+
+def test_photographs_are_turned_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As stored by default, as timm and open_clip read them; with data.exif as Pillow's own function turns them."""
+    stored = {tag: turned(tmp_path / f"{tag}.jpg", tag) for tag in range(1, 9)}
+    (tmp_path / "plain.png").write_bytes(png(picture(0)))
+    for exif in (False, True):
+        settings = DataSettings.model_validate({"root": tmp_path, "exif": exif})
+        source = open_folder(settings, "train")
+        assert source is not None
+        for place, tag in enumerate(range(1, 9)):
+            expected = ImageOps.exif_transpose(Image.open(tmp_path / f"{tag}.jpg")).convert("RGB") if exif else stored[tag]
+            image = source.read(place).image
+            assert image.tobytes() == expected.tobytes()
+            assert image.size == ((32, 48) if exif and tag > 4 else (48, 32))
+        assert source.read(8).image.tobytes() == picture(0).tobytes()
+    main(["data", "inspect", str(tmp_path), "--processes", "1"])
+    assert "EXIF         77.8% are to be turned; they are read as stored, unless data.exif=true" in capsys.readouterr().out
+    with pytest.raises(ValidationError, match=r"data\.exif=true is for 8-bit RGB photographs"):
+        DataSettings.model_validate({"root": tmp_path, "exif": True, "channels": 1})

@@ -15,7 +15,7 @@ from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.data import ColumnSettings, DataSettings
 from eva_mim.data.sources.lists import open_list
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from tests.conftest import make_folder, picture
 
 ROWS: list[dict[str, Any]] = [

@@ -15,7 +15,8 @@ from eva_mim.data import DataSettings, ViewSettings
 from eva_mim.data.loader import TrainLoader
 from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sampler import MixedOrder, MixedPart, Place, take_turns, whole_weights
-from eva_mim.data.subset import Mixture, open_splits
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import Mixture
 from eva_mim.data.views import TrainView
 from tests.conftest import make_folder, make_shards, picture
 

@@ -13,7 +13,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings
 from eva_mim.data.overlap import hashes
 from eva_mim.data.sources.index import Texts
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from tests.conftest import make_folder, make_shards
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings
-from eva_mim.data.subset import Splits, open_splits
+from eva_mim.data.splits import Splits, open_splits
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.tiny import CLASSIFY, CLIP, MIM, records, run, write_recipe
 

@@ -22,7 +22,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings
 from eva_mim.data.loader import EvalLoader
 from eva_mim.data.quarantine import Checked, Fault, Quarantine, read_quarantine
-from eva_mim.data.subset import Splits, open_splits
+from eva_mim.data.splits import Splits, open_splits
 from tests.conftest import REPOSITORY, make_folder, picture, png
 from tests.data.deadly import Deadly
 from tests.data.test_loader import assert_equal_steps, loader, preparation

@@ -18,7 +18,8 @@ from eva_mim.data.sampler import GlobalOrder, MixedOrder, MixedPart, permuted
 from eva_mim.data.sources import shards as shards_module
 from eva_mim.data.sources.shards import ShardSource, open_shards
 from eva_mim.data.sources.tar_index import Shard
-from eva_mim.data.subset import Complement, Mixture, Subset, open_splits
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import Complement, Mixture, Subset
 from tests.conftest import make_shards, picture, png, write_tar
 from tests.data.test_faults import batches, images, seen
 from tests.data.test_loader import assert_equal_steps

@@ -20,7 +20,8 @@ from eva_mim.data.sources.scenes import COLOURS, open_scenes
 from eva_mim.data.sources.shards import open_shards
 from eva_mim.data.sources.tar_index import found, tar_index
 from eva_mim.data.sources.unpack import unpack
-from eva_mim.data.subset import open_splits, regroup
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import regroup
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 

@@ -68,6 +68,19 @@ def test_zero_shot_against_open_clips_own(stage: Path, tmp_path: Path, capsys: p
     assert rows(two.stdout)["val"][:3] == [str(images), f"{100 * right / images:.3f}", f"{100 * five / images:.3f}"], two.stderr
 
 
+def test_the_class_folders_are_the_classes(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a data set that is none of ImageNet's, without --classes: the same figures as with a list of them."""
+    names = ("ant", "bee", "cow", "dog", "eel", "sea fox")
+    data = make_folder(tmp_path / "data", dict.fromkeys(names, 4), (32, 32))
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    line = [str(stage), "--on", str(data), "--workers", "0", "--templates", "simple"]
+    assert reevaluate.main(line) == 0
+    own = capsys.readouterr()
+    assert f"the classes are the 6 folders of {data}: ant, bee, cow and 3 more; name others with --classes" in own.err
+    assert reevaluate.main([*line, "--classes", str(tmp_path / "classes.txt")]) == 0
+    assert rows(capsys.readouterr().out) == rows(own.out)
+
+
 def test_the_outputs_are_cosines(stage: Path, tmp_path: Path) -> None:
     """A class of one prompt: open_clip's own unit features of image and text, multiplied."""
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
@@ -99,4 +112,4 @@ def test_what_cannot_be_prompted_is_refused(stage: Path, tmp_path: Path, capsys:
     assert "--templates: " in capsys.readouterr().err
     (stage / "open_clip_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="open_clip cannot open it"):
-        ZeroShot(stage, classes=None, templates="simple", precision=None, device=torch.device("cpu"))
+        ZeroShot(stage, classes=None, templates="simple", precision="fp32", device=torch.device("cpu"))

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import eva_mim.trunks.small  # noqa: F401
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.resolve import resolve
-from eva_mim.core.settings import read_yaml
 from eva_mim.pipeline.plan import plan
 from finetune.classify import StageRecipe
 from tests.ranks import Launched, ends
@@ -82,6 +82,9 @@ def test_changed_stage_and_all_after_it_run_again(finished: Path, tmp_path: Path
     assert text.count("finished before, nothing to do") == 4
     assert "init_from: other weights" in text
     assert (out / "broad.old-1" / "model.safetensors").is_file()
+    shown = {path.parents[1].name for path in out.rglob("*tfevents*")}  # by which TensorBoard finds runs
+    assert "broad" in shown
+    assert "broad.old-1" not in shown
     assert json.loads((out / "target" / "lineage.json").read_text())["finished"]
 
 

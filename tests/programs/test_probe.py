@@ -24,7 +24,8 @@ from eva_mim.core.settings import parse
 from eva_mim.data.feature_store import ABANDONED, EvalRows, RowLoader, Rows, cached_features
 from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.subset import Subset, open_splits
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import Subset
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
 from eva_mim.evaluate.features import ridge_accuracy

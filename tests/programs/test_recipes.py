@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.settings import parse, read_yaml
+from eva_mim.core.recipe_files import read_yaml
+from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.open_clip import read_tower

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.settings import parse, read_yaml
+from eva_mim.core.recipe_files import read_yaml
+from eva_mim.core.settings import parse
 from eva_mim.data.class_lists import layout_classes, positions
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.optim.groups import parameter_groups

@@ -17,7 +17,8 @@ import torch
 from open_clip.model import CustomTextCLIP
 from torch import nn
 
-from eva_mim.core.settings import parse, read_yaml
+from eva_mim.core.recipe_files import read_yaml
+from eva_mim.core.settings import parse
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.schedule import lr_at
 from eva_mim.students import ClipSettings

@@ -25,7 +25,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moved")
     make_folder(folder / "images", {"ant": 16, "bee": 16})
     data = {"root": str(folder / "images"), "val_share": 0.25, "workers": 0}
-    write_recipe(folder, CLASSIFY | {"data": data, "run": RUN | {"epochs": 2, "global_batch": 8, "checkpoint_every": 2}})
+    steps = {"epochs": 2, "global_batch": 8, "checkpoint_every": 2, "keep_last": 9}
+    write_recipe(folder, CLASSIFY | {"data": data, "run": RUN | steps})
     run("classify", folder / "recipe.yaml", folder / "out")
     return folder
 

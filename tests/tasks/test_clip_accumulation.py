@@ -19,7 +19,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.settings import parse
 from eva_mim.data.preparation import ImageTextPreparation
-from eva_mim.data.subset import open_splits
+from eva_mim.data.splits import open_splits
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
 from eva_mim.optim import OptimSettings

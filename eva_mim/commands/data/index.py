@@ -4,18 +4,28 @@ classes."""
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import SOURCES, lookup
 from eva_mim.core.resolve import resolve
-from eva_mim.core.settings import Settings, few, read_yaml
+from eva_mim.core.settings import Settings, few
 from eva_mim.data import DataSettings, SourceSettings
 from eva_mim.data.sources.split_names import HELD_OUT, looks_held_out
+
+CLASSES = "classes.txt"
+"""File of class names beside shards, as `data pack` writes it."""
+MAX_LINE = 2**20
+"""Bytes of a line that are read to see whether a file holds captions."""
 
 
 class DataOnly(Settings):
@@ -55,13 +65,37 @@ def read_tree(what: str) -> dict[str, Any]:
             raise UserError(f"{what}: neither a folder nor a recipe")
         return read_yaml(what)
     if shards := sorted(path.name for path in folder.glob("*.tar*")):
-        return {"data": {"source": "shards", "root": what} | _splits_of_shards(shards)}
+        splits = _splits_of_shards(shards)
+        named = {"classes": CLASSES} if (folder / CLASSES).is_file() else {}
+        return {"data": {"source": "shards", "root": what} | splits | named | _captions(folder, "val" in splits)}
     data: dict[str, Any] = {"source": "folder", "root": what}
     if (folder / "train").is_dir():
         data["train"] = "train"
         if held_out := [name for name in ("val", "valid", "validation", "test") if (folder / name).is_dir()]:
             data["val"] = held_out[0]
-    return {"data": data}
+    return {"data": data | _captions(folder, "val" in data)}
+
+
+def _captions(folder: Path, held_out: bool) -> dict[str, str]:
+    """Returns the files of captions by key in a folder, by setting: the only one, or with `held_out` also one for each split, if
+    their names say so. Others are named in the log."""
+    found = [path.name for path in sorted(folder.glob("*.jsonl")) if _is_captions(path)]
+    if len(found) == 1:
+        return {"captions": found[0]}
+    of_val = [name for name in found if any(HELD_OUT.fullmatch(word) for word in re.split(r"[-_.]", name))]
+    of_train = [name for name in found if "train" in re.split(r"[-_.]", name)]
+    if held_out and len(of_train) == 1 and len(of_val) == 1:
+        return {"captions": of_train[0], "val_captions": of_val[0]}
+    if found:
+        say(f"  {folder}: captions in {few(found, 4)} are not used; choose with data.captions (and data.val_captions)")
+    return {}
+
+
+def _is_captions(path: Path) -> bool:
+    with path.open("rb") as lines, suppress(ValueError):
+        first = json.loads(lines.readline(MAX_LINE))
+        return isinstance(first, dict) and "key" in first and bool(first.keys() & {"captions", "caption"})
+    return False
 
 
 def _splits_of_shards(names: list[str]) -> dict[str, str]:

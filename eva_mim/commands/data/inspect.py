@@ -33,14 +33,15 @@ COLUMNS, ROWS, TILE, LINE = 8, 6, 144, 26
 
 
 class Look(NamedTuple):
-    """Width and height in pixels, file size in bytes, format, mode, and numbers of captions and words of a record; the image is
-    not decoded for them."""
+    """Width and height in pixels, file size in bytes, format, mode, whether EXIF turns it, and numbers of captions and words of
+    a record; the image is not decoded for them."""
 
     width: int
     height: int
     size: int
     format: str
     mode: str
+    turned: bool
     captions: int
     words: int
 
@@ -80,7 +81,7 @@ def look(source: FileSource, record: int) -> Look:
     """Returns the facts of a record. Raises the errors of reading its header."""
     raw = source.raw(record)
     image, words = header(raw.content), sum(len(text.split()) for text in raw.captions)
-    size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode)
+    size, kind = (image.width, image.height, len(raw.content)), (image.format, image.mode, image.turned)
     return Look(*size, *kind, len(raw.captions), words)
 
 
@@ -116,6 +117,8 @@ def _report_images(found: Sequence[Look | Fault], total: int) -> None:
     lines.append(f"{mean / 1e3:.3g} kB an image, about {mean * total / 1e9:.3g} GB in all")
     for label, kinds in (("format", Counter(one.format for one in looks)), ("mode", Counter(one.mode for one in looks))):
         lines.append(f"{label:<12} " + "  ".join(f"{kind} {number / len(looks):.1%}" for kind, number in kinds.most_common()))
+    if turned := sum(one.turned for one in looks):
+        lines.append(f"EXIF         {turned / len(looks):.1%} are to be turned; they are read as stored, unless data.exif=true")
     captions = np.array([one.captions for one in looks])
     if captions.any():
         words = sum(one.words for one in looks) / captions.sum()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eva_mim.commands.data import add_processes, positive
-from eva_mim.commands.data.index import every_split, read_data
+from eva_mim.commands.data.index import CLASSES, every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, replacing, write_json, write_text
@@ -26,13 +26,13 @@ from eva_mim.core.lock import is_lock, locked
 from eva_mim.core.log import Progress, duration, say
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
-from eva_mim.data import RGB, DataSettings, Pixels, too_many
+from eva_mim.data import DataSettings, Pixels, too_many
 from eva_mim.data.quarantine import read_quarantine
 from eva_mim.data.sources.decode import FileSource, Raw, header
 from eva_mim.data.sources.index import Column
 
 FORMAT = "eva-mim pack 1"
-PLAN, CLASSES = "pack.json", "classes.txt"
+PLAN = "pack.json"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "NPY": "npy"}
 """Image formats -> extensions of the members of a shard."""
 
@@ -205,7 +205,8 @@ def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, pixels: Pixels
     out = next(iter(jobs.values())).out
     settings = ["data.source=shards", *(f"data.{name}={name}-*.tar" for name in jobs)]
     settings += [] if classes is None else [f"data.classes={CLASSES}"]
-    if pixels != RGB:
+    settings += ["data.exif=true"] if pixels.exif else []
+    if not pixels.plain:
         settings += [f"data.channels={pixels.channels}", f"data.window={json.dumps(pixels.window)}"]
     for name, source in every_split(read_data(str(out), settings)):
         job = jobs[name]

@@ -16,7 +16,8 @@ from eva_mim.data.loader import Reader, TrainLoader
 from eva_mim.data.masking import make_mask
 from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder
-from eva_mim.data.subset import open_splits, order_of
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import order_of
 from eva_mim.data.views import TrainView
 
 BATCH = 64

@@ -20,11 +20,12 @@ from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
 from eva_mim.core.rng import derive
-from eva_mim.data import RGB, DataSettings, SourceSettings
+from eva_mim.data import DataSettings, SourceSettings
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sampler import MixedOrder, MixedPart
 from eva_mim.data.sources.decode import OPEN
-from eva_mim.data.subset import Mixture, Subset, open_splits
+from eva_mim.data.splits import open_splits
+from eva_mim.data.subset import Mixture, Subset
 
 CHUNK = 16
 VALUES, MOST_VALUES = 2**24, 2**12
@@ -171,7 +172,7 @@ def _report(found: Moments) -> str:
 def _lines(settings: DataSettings, found: Moments) -> str:
     """Returns YAML lines to paste into a recipe."""
     first, lines = first_of(settings), []
-    if first.pixels != RGB:
+    if not first.pixels.plain:
         lines.append("data:" if settings.mixture is None else "data: # in each part of the mixture")
         lines.append(f"  channels: {first.channels}")
         if first.window is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from eva_mim.core.bands import Bands
 from eva_mim.core.contracts import Sample
@@ -28,6 +28,8 @@ MAX_FILE_BYTES = 2**30
 """Maximum size of an image file, since every loader worker reads whole files into memory."""
 MAX_VALUES = 2**28
 """Maximum number of values in all channels of an image; 1 GB as float32."""
+ORIENTATION, UPRIGHT = 0x0112, 1
+"""EXIF's tag of the orientation, and its value for an image that is stored upright."""
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of TIFF files; the last two are BigTIFF."""
@@ -93,7 +95,7 @@ class FileSource(ABC):
 
 def suffixes(pixels: Pixels) -> tuple[str, ...]:
     """Returns the suffixes of the image files in a folder."""
-    return SUFFIXES if pixels in (RGB, RGB._replace(window=OPEN)) else SUFFIXES + ARRAYS
+    return SUFFIXES if pixels._replace(exif=False) in (RGB, RGB._replace(window=OPEN)) else SUFFIXES + ARRAYS
 
 
 def read_file(path: Path) -> bytes:
@@ -109,14 +111,14 @@ def decoded(content: bytes, pixels: Pixels = RGB) -> Image.Image | Bands:
     and for more than 8 bits without a window, and Pillow's errors, among them the one for decompression bombs (more than 179
     million pixels)."""
     with phase("decode"):
-        if pixels == RGB and not content.startswith(NPY):
+        if pixels.plain and not content.startswith(NPY):
             with Image.open(io.BytesIO(content)) as image:
                 if _deep(image) or (image.format == "TIFF" and _would_be_cut(image)):
                     raise _without_window("16 bits or more")
-                colours: Image.Image = image.convert("RGB")
+                colours: Image.Image = (ImageOps.exif_transpose(image) if pixels.exif else image).convert("RGB")
             return colours
         bands = tuple(_band(plane, pixels.window) for plane in planes(content, pixels.channels))
-        return Image.merge("RGB", bands) if pixels == RGB else Bands(bands)
+        return Image.merge("RGB", bands) if pixels.plain else Bands(bands)
 
 
 class Header(NamedTuple):
@@ -128,6 +130,8 @@ class Header(NamedTuple):
     """Pillow's name of the format, or NPY."""
     mode: str
     """Pillow's mode, or number and type of the channels, such as "13 x uint16"."""
+    turned: bool = False
+    """True if an EXIF tag says that the image is to be turned or mirrored."""
 
 
 def header(content: bytes) -> Header:
@@ -137,7 +141,8 @@ def header(content: bytes) -> Header:
     try:
         if not array:
             with Image.open(io.BytesIO(content)) as image:
-                return Header(image.width, image.height, str(image.format), image.mode)
+                turned = image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
+                return Header(image.width, image.height, str(image.format), image.mode, turned)
     except UnidentifiedImageError:
         if not content.startswith(TIFF):
             raise
