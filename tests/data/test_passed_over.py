@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,15 @@ def test_hidden_files_and_other_formats_are_counted(tmp_path: Path, capsys: pyte
     make_folder(tmp_path, CLASSES | {"dog/.ipynb_checkpoints": 1, "__MACOSX/dog": 2, "cat/@eaDir/x": 1})
     for name in ("cat/._00000.png", "cat/a.gif", "cat/b.GIF", "cat/c.avif", "dog/d.jfif", "dog/e", "cat/00000.txt", ".DS_Store"):
         (tmp_path / name).write_bytes(png(picture(7)))
+    (tmp_path / "dog" / os.fsdecode(b"caf\xe9.gif")).write_bytes(b"")
+    (tmp_path / "dog" / os.fsdecode(b"._caf\xe9.png")).write_bytes(b"")
     (tmp_path / "dog" / "gone").symlink_to(tmp_path / "nowhere")
     splits = opened(tmp_path)
     assert keys(splits) == [f"{name}/0000{number}.png" for name in CLASSES for number in range(4)]
     assert splits.train.classes == ("cat", "dog")
     said = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
-    assert said == [f"  {tmp_path}: passed over 2 .gif, 1 .avif, 1 .jfif, 1 without a suffix, 1 hidden (cat/._00000.png), "
+    assert said == [f"  {tmp_path}: passed over 3 .gif, 1 .avif, 1 .jfif, 1 without a suffix, 2 hidden (cat/._00000.png, "
+                    f"dog/._caf{chr(92)}udce9.png), "
                     "1 links to nothing (dog/gone), folders __MACOSX, cat/@eaDir, dog/.ipynb_checkpoints"]
     opened(tmp_path)  # from the cache
     assert said == [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]

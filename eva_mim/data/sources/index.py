@@ -136,9 +136,11 @@ def read_index(path: Path) -> Index | None:
 def write_index(path: Path, content: Content) -> Index:
     """Writes an index under a name of this process, flushes it to disk, renames it, and returns it opened. Raises UserError if
     the cache folder cannot be written."""
+    # Names of files, which facts may hold, need not be UTF-8.
+    facts = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in content.facts.items()}
     try:
         with replacing(path, writer=f".{socket.gethostname()}.{os.getpid()}") as temporary:
-            save_file({name: np.ascontiguousarray(column) for name, column in content.columns.items()}, temporary, content.facts)
+            save_file({name: np.ascontiguousarray(column) for name, column in content.columns.items()}, temporary, facts)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path.parent}: cannot keep an index here ({error}); set EVA_MIM_CACHE to another folder") from None
     return Index(path)
