@@ -16,7 +16,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.pipeline import run as pipeline
+from eva_mim.pipeline.plan import plan
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import pool
 from tools import cifar10_smoke, cifar10_styles, flickr8k, mutants
@@ -88,9 +90,13 @@ def figures(out: Path, tree: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "pipeline.yaml").write_text(yaml.safe_dump(tree))
     assert pipeline.describe(str(out / "pipeline.yaml"), [], out)
-    for number, stage in enumerate(tree["stages"]):
-        folder = out / stage["name"]
+    _, planned = plan(str(out / "pipeline.yaml"), [], out)
+    for number, stage in enumerate(planned):
+        folder = stage.out
         folder.mkdir(exist_ok=True)
+        if stage.entry.program == "clip":  # which a later pipeline's networks are checked with
+            student: Any = lookup(PROGRAMS, "clip", "program").on_meta(stage.recipe).student
+            (folder / "open_clip_config.json").write_text(json.dumps(student.open_clip_config()))
         found = dict.fromkeys(("zeroshot_top1", "knn_top1", "top1", "feature_std", "cosine"), 50.0 + number)
         found |= {f"{way}_r{k}": 10.0 * k for way in flickr8k.WAYS for k in (1, 5, 10)} | {"cosine_of_mean": 0.0}
         save_file({"a": torch.ones(1)}, folder / "model.safetensors")

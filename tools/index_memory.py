@@ -45,7 +45,7 @@ def made_up(root: Path, images: int) -> Content:
             "changed": np.array([(root / name).stat().st_mtime_ns for name in folders], np.int64),
             "captioned": np.zeros(len(folders), np.uint8),
         },
-        {"fingerprint": "made up", "made": str(time.time_ns() + 10**10)},
+        {"fingerprint": "made up", "made": str(time.time_ns() + 10**10), "passed_over": ""},
     )
 
 

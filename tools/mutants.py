@@ -98,6 +98,10 @@ SPEAKS = ("say", "write", "print", "add_argument", "join", "UserError", "ValueEr
 """Calls whose arguments are words for people."""
 
 
+SAME_RESULT = ("strict", "non_blocking")
+"""Keywords without which a result is the same: a check of lengths that are equal, and waiting for a copy."""
+
+
 def candidates(tree: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
     """(kind, node, what takes its place) of every comparison, operator, constant, keyword argument and statement that decides a
     number, a file or a refusal: no annotations, docstrings or words for people."""
@@ -111,7 +115,7 @@ def candidates(tree: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
             if name in SPEAKS:
                 continue
             for number, keyword in enumerate(child.keywords):
-                if keyword.arg is not None:
+                if keyword.arg is not None and keyword.arg not in SAME_RESULT:
                     rest = [*child.keywords[:number], *child.keywords[number + 1 :]]
                     yield "argument", child, ast.Call(child.func, child.args, rest)
         if isinstance(child, ast.Compare) and len(child.ops) == 1:
@@ -120,7 +124,8 @@ def candidates(tree: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
             yield "operator", child, ast.BinOp(child.left, OTHER[type(child.op)](), child.right)
         if isinstance(child, ast.BoolOp):
             yield "operator", child, ast.BoolOp(OTHER[type(child.op)](), child.values)
-        if isinstance(child, ast.Constant) and not isinstance(tree, ast.Expr):
+        same = isinstance(tree, ast.keyword) and tree.arg in SAME_RESULT
+        if isinstance(child, ast.Constant) and not isinstance(tree, ast.Expr) and not same:
             if isinstance(child.value, bool):
                 yield "constant", child, ast.Constant(not child.value)
             elif isinstance(child.value, int | float):

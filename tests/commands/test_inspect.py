@@ -73,6 +73,10 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["values"] == "96 NaN and 0 infinite in norm.bias"
     assert rows["sha256"] == "NOT as recorded in lineage.json"
     assert rows["image size"] == "32 px"
+    stage(tmp_path / "good")
+    assert main(["inspect", str(tmp_path / "good"), "--values"]) == 0
+    rows = {line[:14].strip(): line[15:] for line in capsys.readouterr().out.splitlines()}
+    assert (rows["values"], rows["sha256"]) == ("all finite", "as recorded")
 
 
 def test_a_foreign_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

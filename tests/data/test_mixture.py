@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import as_tree, parse
@@ -181,3 +182,9 @@ def test_a_mixture_needs_held_out_images(tmp_path: Path) -> None:
     make_folder(tmp_path, {"": 4})
     with pytest.raises(UserError, match=r"no held-out images; give a part val, a val_share above 0, or data.held_out"):
         open_splits(parse(DataSettings, {"mixture": [{"root": tmp_path}]}, "recipe"))
+
+
+@pytest.mark.parametrize("templates", [["no place"], ["a {}", "none here"], [], "everything"])
+def test_templates_that_cannot_be_filled_are_refused(tmp_path: Path, templates: Any) -> None:
+    with pytest.raises(ValidationError, match=r"data\.templates"):
+        DataSettings.model_validate({"root": tmp_path, "templates": templates})

@@ -21,6 +21,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.engine.step import set_rates
 from eva_mim.optim import OptimSettings, TowerSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
+from eva_mim.optim.optimizers import build_optimizer
 from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.students import ClassifierSettings, MaskedSettings
 from eva_mim.students.classifier import Classifier
@@ -357,3 +358,28 @@ def test_lamb_is_refused_where_tensors_are_cut_up() -> None:
     check_sharding(lamb, 0)
     with pytest.raises(ValueError, match=r"optim\.lamb\.trust=\[10\.0, 1\.0\]"):
         OptimSettings(lr=1.0, lamb={"trust": (10.0, 1.0)})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars"])
+def test_a_skipped_step_changes_nothing(optimizer: str) -> None:
+    """Nor does it leave NaN behind: the next step is the one of a run without it."""
+    settings = OptimSettings.model_validate({"lr": 0.1, "optimizer": optimizer})
+
+    def steps(*gradients: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        weight = nn.Parameter(torch.arange(1.0, 7.0).reshape(2, 3))
+        made = build_optimizer([{"params": [weight], "lr": 0.1, "weight_decay": 0.05, "decays": True}], settings)
+        seen = []
+        for gradient in gradients:
+            weight.grad = torch.full_like(weight, gradient)
+            made.found_inf = torch.tensor(float(gradient != gradient))
+            made.grad_scale = torch.tensor(1.0)
+            made.step()
+            seen.append(weight.detach().clone())
+        return weight, seen
+
+    _, seen = steps(0.5, float("nan"), float("nan"), 0.25)
+    _, undisturbed = steps(0.5, 0.25)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[3], undisturbed[1])
+    assert not torch.equal(undisturbed[0], undisturbed[1])
