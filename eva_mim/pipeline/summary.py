@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from eva_mim.pipeline.plan import PlannedStage
 
 
+WIDTH = 80
+"""Columns of the table where there is no terminal."""
 PERCENT = re.compile(r"top\d|_r\d")
 """Names of figures in percent, whose differences are points; cosines are not."""
 
@@ -29,12 +31,14 @@ def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str
     records = {stage.entry.name: RunFolder(stage.out).record() for stage in planned}
     rows = [_row(stage, records[stage.entry.name]) for stage in planned]
     header = ("stage", "program", "starts from", "samples seen", "time", "reached", "folder")
-    table = Table(*header, title=f"Pipeline {out}", title_justify="left")
+    table = Table(title=f"Pipeline {out}, a folder for each stage", title_justify="left")
+    for name in header[:-1]:
+        table.add_column(name, overflow="fold", no_wrap=name == "stage")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row[:-1])
     verdicts = [line for group in compare for line in _compare(group, records)]
     code = list(dict.fromkeys(line for stage in planned for line in _python(stage)))
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else WIDTH)
     console.print(table)
     for line in verdicts:
         console.print(line, highlight=False)

@@ -26,9 +26,10 @@ from eva_mim.engine.step import autocast
 from eva_mim.optim import OptimSettings
 from eva_mim.optim.schedule import rates_at
 from eva_mim.run import checkpoints as snapshot
+from eva_mim.run.console import StepBar, step_line, wrapped
 from eva_mim.run.dump import write_dump
 from eva_mim.run.measure import EMA, EXACT, average_of, measure
-from eva_mim.run.meter import Meter, Row, Window
+from eva_mim.run.meter import Meter, Row
 from eva_mim.run.signals import PATIENCE, Hung, caught_signals, interruptible
 from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
 
@@ -98,7 +99,9 @@ class Loop:
         self.log.write("start", self.step, self.step * self.run.global_batch, {})
         self.meter = Meter(self.stopwatch)
         self.engine.module.train()
-        with detect_lost_processes(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch):
+        self.bar = StepBar(self.total, self.first)
+        with (detect_lost_processes(self._place), closing(self.writer), caught_signals() as caught, measuring(self.stopwatch),
+              self.bar):
             if self.evaluation_due:
                 self._evaluate()
             while self.step < self.total:
@@ -135,6 +138,7 @@ class Loop:
         self.meter = Meter(self.stopwatch, self.window)
         for data_step, batches in self._loaded():
             streak.note(self._one_step(batches))
+            self.bar.advance(self.step)
             recent.append((self.step - 1, data_step))
             if streak.length or self.run.max_skips == 1:
                 streak.settle()  # while steps are skipped, wait for each one, so that the counter is current
@@ -212,21 +216,14 @@ class Loop:
             "spikes": float(self.alarm.spikes),
         }
         self.log.write("train", self.step, samples, values | {f"time_{name}": share for name, share in window.shares.items()})
-        self._say(values, window)
+        left = (time.perf_counter() - self.started) / max(1, self.step - self.first) * (self.total - self.step)
+        say(step_line(self.step, self.total, values, window.shares, left))
+        self.bar.told(values)
         if too_many(self.broken, samples, self.parts.max_broken):
             raise UserError(
                 f"{self.broken} of {samples} images are broken, more than data.max_broken={self.parts.max_broken:.2%}; "
                 f"the last: {(faults or ['on another rank'])[-1]}"
             )
-
-    def _say(self, values: dict[str, float], window: Window) -> None:
-        left = (time.perf_counter() - self.started) / max(1, self.step - self.first) * (self.total - self.step)
-        shares = " ".join(f"{name} {share:.0%}" for name, share in window.shares.items())
-        skipped = f"  skipped {self.skipped}" if self.skipped else ""
-        scale = f"  scale {values['loss_scale']:g}" if "loss_scale" in values else ""
-        say(f"  step {self.step:>6}/{self.total}  epoch {values['epoch']:6.2f}  loss {values['loss']:8.4f}  "
-            f"lr {self.rates.lr:.2e}  |g| {values['grad_norm']:7.3f}{scale}{skipped}  {values['images_per_s']:7.1f} images/s  "
-            f"({shares})  left {duration(left)}")
 
     def _agree(self, caught: list[int]) -> int:
         """Returns the signal that any rank has caught, or 0. Raises UserError if the main rank could not write its checkpoint."""
@@ -270,9 +267,8 @@ class Loop:
             self.metrics = measure(self.parts.evaluator, module, self.ema, partial(autocast, self.device, precision))
         kind = "eval" if precision == self.run.precision else "final"
         self.log.write(kind, self.step, self.step * self.run.global_batch, self.metrics)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         took = time.perf_counter() - began
-        say(f"  held out, epoch {self.step / self.steps_per_epoch:g}, {precision}: {text}  ({duration(took)})")
+        say(wrapped(f"held out, epoch {self.step / self.steps_per_epoch:g}, {precision}:", self.metrics, f"({duration(took)})"))
         self.meter.started += took
         self.evaluation_due = False
 

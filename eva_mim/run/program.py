@@ -131,6 +131,7 @@ class Stage:
                 if state.finished:  # answered before torch is loaded
                     say(f"{arguments.out}: finished before, nothing to do ({state.figures})")
                     return
+            say(f"{self.name} {arguments.recipe} -> {arguments.out}")  # before torch is loaded, which takes seconds
             from eva_mim.run.stage import run_stage
 
             run_stage(self, recipe, arguments.out, state)

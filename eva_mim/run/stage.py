@@ -37,11 +37,12 @@ from eva_mim.data.splits import open_splits
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest
+from eva_mim.run.console import wrapped
 from eva_mim.run.loop import Loop, Parts, Trained
 from eva_mim.run.measure import EMA, EXACT, average_of, measure
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
-from eva_mim.run.state import StageIdentity, StageState, figures, state_of
+from eva_mim.run.state import StageIdentity, StageState, state_of
 from eva_mim.trunks.kernels import tune
 
 Weights = dict[str, Tensor]
@@ -159,7 +160,7 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
         write_json(RunFolder(out).lineage, record)
     barrier()
     record = RunFolder(out).record()
-    say(f"  finished in {duration(trained.seconds)}: {figures(record)}")
+    say(wrapped(f"finished in {duration(trained.seconds)}:", record["metrics"]))
     return record
 
 
