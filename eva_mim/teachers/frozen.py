@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import weights_sha256
+from eva_mim.trunks import facts
+from eva_mim.trunks.config import RESIZING
 from eva_mim.trunks.kernels import tune
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.lazy import finite
@@ -53,6 +55,9 @@ class FrozenTeacher:
         tune(self._network, "cpu")
         self._reading = reading
         self.image_size, self.mean, self.std = image_size, mean, std
+        config = facts.configuration(network)
+        self.resizing: dict[str, Any] = {name: config.get(name) or value for name, value in RESIZING.items()}
+        """How its images are brought to size, as `EvalView` takes it: by timm's configuration, or as open_clip does it."""
         try:
             probe = self(torch.zeros(1, len(mean), image_size, image_size, dtype=torch.uint8))
         except (AssertionError, RuntimeError) as error:

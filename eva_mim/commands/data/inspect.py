@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eva_mim.commands.data import add_processes, positive
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
-from eva_mim.core.bands import Bands
+from eva_mim.commands.sheet import write_sheet
 from eva_mim.core.contracts import Sample, Source
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import replacing
 from eva_mim.core.log import Progress
 from eva_mim.data.class_lists import spoken
 from eva_mim.data.quarantine import Fault
@@ -28,8 +25,8 @@ from eva_mim.data.sources.decode import FileSource, header
 CHUNK = 64
 BARS, BAR = 24, 40
 """Number of classes that are listed, and the length of the longest bar in characters."""
-COLUMNS, ROWS, TILE, LINE = 8, 6, 144, 26
-"""Layout of a contact sheet: tiles across and down, their side and the height of the text below each, in pixels."""
+COLUMNS, ROWS = 8, 6
+"""Pictures across and down on a contact sheet."""
 
 
 class Look(NamedTuple):
@@ -73,7 +70,9 @@ def inspect(
             elif source.unnamed:
                 sys.stdout.write("  labels that no class list names: set data.classes to use them\n")
         if out is not None:
-            sys.stdout.write(f"  contact sheet: {_write_sheet(source, out / f'{name}.png')}\n")
+            places = spread(len(source), min(COLUMNS * ROWS, len(source)))
+            sheet = write_sheet(_cells(source, places), len(places), COLUMNS, out / f"{name}.png")
+            sys.stdout.write(f"  contact sheet: {sheet}\n")
         sys.stdout.write("\n")
 
 
@@ -141,42 +140,17 @@ def _report_classes(classes: Sequence[str], counts: Any) -> None:
         sys.stdout.write(f"    {classes[label][:width]:<{width}} {counts[label]:>8} {bar}\n")
 
 
-def _write_sheet(source: Source, path: Path) -> Path:
-    """Writes a contact sheet of tiles with the class or the caption below, or the error of a broken record; returns its path.
-    Raises UserError."""
-    places = spread(len(source), min(COLUMNS * ROWS, len(source)))
-    rows = -(-len(places) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 4) + 4, rows * (TILE + LINE + 4) + 4), "white")
-    font = ImageFont.load_default(11)
-    for number, place in enumerate(places):
-        left, top = 4 + number % COLUMNS * (TILE + 4), 4 + number // COLUMNS * (TILE + LINE + 4)
+def _cells(source: Source, places: Sequence[int]) -> Iterator[tuple[Any, str]]:
+    """Yields each record's image, and its class or caption; of a broken record the error."""
+    for place in places:
         try:
             sample = source.read(place)
-            tile = ImageOps.contain(_as_colours(sample.image), (TILE, TILE))
-            sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-            text = _words(sample, source.classes)
         except UserError:  # the error concerns more than one record
             raise
         except Exception as error:  # a record may be broken in any way
-            text = f"{source.key(place)}: {type(error).__name__}"
-        label = Image.new("RGB", (TILE, LINE), "white")  # longer text is cut off at its edge
-        ImageDraw.Draw(label).text((0, 1), "\n".join(textwrap.wrap(text, 23)[:2]), "black", font, spacing=1)
-        sheet.paste(label, (left, top + TILE))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            sheet.save(temporary, "png")
-    except OSError as error:
-        raise UserError(f"--out {path.parent}: {error.strerror}") from None
-    return path
-
-
-def _as_colours(image: Image.Image | Bands) -> Image.Image:
-    """Returns an RGB picture of the first three channels, or a grey one of the first channel if there are fewer."""
-    if not isinstance(image, Bands):
-        return image
-    bands = [band.convert("L") for band in image.each]
-    return Image.merge("RGB", bands[:3] if len(bands) >= 3 else bands[:1] * 3)
+            yield None, f"{source.key(place)}: {type(error).__name__}"
+            continue
+        yield sample.image, _words(sample, source.classes)
 
 
 def _words(sample: Sample, classes: Sequence[str] | None) -> str:

@@ -1,0 +1,228 @@
+"""`eva-mim features`: writes the features of images by a model, for search, duplicates and clusters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from eva_mim.commands.data import positive
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import Progress, say
+from eva_mim.run.program import guard
+
+if TYPE_CHECKING:
+    from eva_mim.core.contracts import Source
+
+MAX_NPY = 2**33
+"""Largest size in bytes of features that are kept in memory for a .npy file."""
+QUERIES, MOST_NEAREST, MOST_COMPARED = 8, 11, 200_000
+"""Rows of the sheet of neighbours, its largest number of neighbours a row, and of images that are compared."""
+CHUNK = 256
+"""Images that are compared with all others at once."""
+ALIKE = 0.98
+"""Cosine from which two images are named as alike."""
+Array = np.ndarray[Any, Any]
+
+
+class Batch(NamedTuple):
+    """Features of a few images of a split."""
+
+    split: str
+    places: list[int]
+    keys: list[str]
+    summary: Array
+    """[B, D] fp32."""
+    patches: Array | None
+    """[B, N, C] fp32."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="eva-mim features", description="Write the features of images by a model, in fp32 and "
+                                     "with its own view, as timm and open_clip compute them.")
+    parser.add_argument("model", help="folder of a finished stage, its ema, or of what convert --to hf wrote; or a network as "
+                        "KIND:NAME[:WEIGHTS], such as timm:vit_small_patch14_dinov2.lvd142m:pretrained")
+    parser.add_argument("overrides", nargs="*", metavar="data.a=b", help="settings of the data")
+    parser.add_argument("--on", required=True, metavar="RECIPE|FOLDER", help="the images")
+    parser.add_argument("--to", required=True, type=Path, metavar="FILE", help=".parquet (key, split, summary), or .npy with the "
+                        "keys beside it")
+    parser.add_argument("--patches", action="store_true", help="also the features of each patch")
+    parser.add_argument("--pool", choices=["summary", "mean"], default="summary", help="summary: the model's own output before a "
+                        "head (default); mean: the mean of its patches")
+    parser.add_argument("--nearest", type=positive, metavar="K", help="write a sheet of a few images and their K nearest ones, "
+                        "and name pairs that are alike")
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images in one forward pass (default 64)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default 1)")
+    options = parser.parse_intermixed_args(argv)
+    return guard(lambda: features(options))
+
+
+def features(options: argparse.Namespace) -> None:
+    """Writes the features of all splits. Raises UserError for a model, data or a file that cannot be used."""
+    from eva_mim.commands.data.index import every_split, read_data
+    from eva_mim.core.distributed import world_size
+
+    if world_size() > 1:
+        raise UserError("eva-mim features runs in one process; give each process a part of the data")
+    if options.to.suffix not in (".parquet", ".npy"):
+        raise UserError(f"--to {options.to}: must end in .parquet or .npy")
+    if not options.to.absolute().parent.is_dir():
+        raise UserError(f"--to {options.to}: {options.to.absolute().parent} is not a folder")
+    if (options.nearest or 0) > MOST_NEAREST:
+        raise UserError(f"--nearest {options.nearest}: at most {MOST_NEAREST} fit on a sheet")
+    settings = read_data(options.on, options.overrides)
+    splits = dict(every_split(settings))
+    images = sum(map(len, splits.values()))
+    if options.nearest and images > MOST_COMPARED:
+        raise UserError(f"--nearest: {images} images are too many to compare with each other (at most {MOST_COMPARED})")
+    teacher = _opened(options.model, settings.channels_of_all)
+    batches = _batches(teacher, splits, options)
+    write = _write_parquet if options.to.suffix == ".parquet" else _write_npy
+    kept: list[Batch] = []
+
+    def seen() -> Iterator[Batch]:
+        progress = Progress("features", images)
+        for batch in batches:
+            if options.nearest:
+                kept.append(batch._replace(patches=None))
+            progress.advance(len(batch.keys))
+            yield batch
+
+    try:
+        count, width = write(options.to, seen(), images, patches=options.patches)
+    except OSError as error:
+        raise UserError(f"--to {options.to}: {error.strerror or error}") from None
+    sys.stdout.write(f"{options.to}: {count} images x {width}{f', {images - count} left out' if count < images else ''}\n")
+    if options.nearest:
+        _write_nearest(options.to.with_suffix(".nearest.png"), kept, splits, options.nearest)
+
+
+def _opened(model: str, channels: int) -> Any:
+    """Returns the network in a folder, or that of KIND:NAME[:WEIGHTS], as a teacher. Raises UserError."""
+    from eva_mim.commands.teacher import teacher_settings
+    from eva_mim.core.distributed import pick_device
+    from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG
+    from eva_mim.teachers import TeacherSettings, build_teacher
+
+    folder = Path(model)
+    if (folder / CLIP_CONFIG).is_file():
+        settings = TeacherSettings(kind="stage", name=model)
+    elif (folder / TIMM_CONFIG).is_file():
+        settings = TeacherSettings(kind="timm", name=f"local-dir:{model}", weights="pretrained")
+    elif folder.exists() or ":" not in model:
+        raise UserError(f"{model}: neither the folder of a finished stage (config.json) nor a network as KIND:NAME[:WEIGHTS]")
+    else:
+        settings = teacher_settings(model, [])
+    settings.stand_at(model)
+    return build_teacher(settings, channels).to(pick_device("auto"))
+
+
+def _batches(teacher: Any, splits: dict[str, Source], options: argparse.Namespace) -> Iterator[Batch]:
+    import torch
+
+    from eva_mim.core.distributed import pick_device
+    from eva_mim.data.loader import EvalLoader
+    from eva_mim.data.preparation import MaskedPreparation
+    from eva_mim.data.views import EvalView
+
+    device, size = pick_device("auto"), teacher.image_size
+    view = EvalView([size], **getattr(teacher, "resizing", {}))
+    for name, source in splits.items():
+        loader = EvalLoader(source, MaskedPreparation(view, 0, training=False), options.batch, options.workers)
+        for batch in loader:
+            with torch.inference_mode():
+                found = teacher(batch.views[size].to(device))
+            pooled = found.spatial.mean(1) if options.pool == "mean" else found.summary
+            places = batch.index.tolist()
+            patches = found.spatial.float().cpu().numpy() if options.patches else None
+            yield Batch(name, places, [source.key(place) for place in places], pooled.float().cpu().numpy(), patches)
+
+
+def _write_parquet(path: Path, batches: Iterator[Batch], images: int, *, patches: bool) -> tuple[int, int]:
+    """Writes columns key, split, summary and, if wanted, patches; returns the numbers of rows and of columns of a summary."""
+    try:
+        import pyarrow as pa  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("--to .parquet needs pyarrow (pip install 'eva-mim[parquet]'); .npy needs nothing") from None
+    from eva_mim.core.files import replacing
+
+    count = width = 0
+    with replacing(path) as temporary:
+        writer = None
+        for batch in batches:
+            width = batch.summary.shape[1]
+            columns = {"key": pa.array(batch.keys), "split": pa.array([batch.split] * len(batch.keys)),
+                       "summary": pa.FixedSizeListArray.from_arrays(pa.array(batch.summary.ravel()), width)}
+            if batch.patches is not None:
+                columns["patches"] = pa.FixedSizeListArray.from_arrays(
+                    pa.FixedSizeListArray.from_arrays(pa.array(batch.patches.ravel()), batch.patches.shape[2]),
+                    batch.patches.shape[1])
+            table = pa.table(columns)
+            writer = writer or parquet.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+            count += len(batch.keys)
+        if writer is not None:
+            writer.close()
+    return count, width
+
+
+def _write_npy(path: Path, batches: Iterator[Batch], images: int, *, patches: bool) -> tuple[int, int]:
+    """Writes PATH [I, D], PATH's stem with .keys.txt and, if wanted, .patches.npy [I, N, C]; returns I and D."""
+    from eva_mim.core.files import replacing, write_text
+
+    kept: list[Batch] = []
+    for batch in batches:
+        size = sum(part.nbytes for part in (batch.summary, batch.patches) if part is not None) / len(batch.keys) * images
+        if size > MAX_NPY:
+            raise UserError(f"--to {path}: {size / 1e9:.3g} GB of features do not fit into memory; write .parquet")
+        kept.append(batch)
+    arrays = {path: [batch.summary for batch in kept]}
+    if patches:
+        arrays[path.with_suffix(".patches.npy")] = [batch.patches for batch in kept if batch.patches is not None]
+    for place, parts in arrays.items():
+        with replacing(place) as temporary, temporary.open("wb") as file:
+            np.save(file, np.concatenate(parts))
+    write_text(path.with_suffix(".keys.txt"), "".join(f"{os.fsencode(key).decode('utf-8', 'backslashreplace')}\n"
+                                                       for batch in kept for key in batch.keys))
+    return sum(len(batch.keys) for batch in kept), kept[0].summary.shape[1]
+
+
+def _write_nearest(path: Path, kept: list[Batch], splits: dict[str, Source], k: int) -> None:
+    """Writes a sheet with a row for each of a few images: the image and its k nearest others, with their cosines. Names pairs
+    that are alike."""
+    import torch
+    from torch.nn import functional as F
+
+    from eva_mim.commands.sheet import write_sheet
+
+    where = [(batch.split, place, key) for batch in kept for place, key in zip(batch.places, batch.keys, strict=True)]
+    rows = F.normalize(torch.from_numpy(np.concatenate([batch.summary for batch in kept])), dim=1)
+    k, found = min(k, len(rows) - 1), []
+    for start in range(0, len(rows), CHUNK):
+        scores = rows[start : start + CHUNK] @ rows.T
+        scores[torch.arange(len(scores)), torch.arange(start, start + len(scores))] = -2.0  # an image is not its own neighbour
+        found.append(scores.topk(k, dim=1))
+    cosines, others = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen = np.linspace(0, len(rows) - 1, min(QUERIES, len(rows))).round().astype(int).tolist()
+
+    def cells() -> Iterator[tuple[Any, str]]:
+        for query in chosen:
+            yield splits[where[query][0]].read(where[query][1]).image, where[query][2]
+            for other, cosine in zip(others[query].tolist(), cosines[query].tolist(), strict=True):
+                yield splits[where[other][0]].read(where[other][1]).image, f"{cosine:.3f} {where[other][2]}"
+
+    write_sheet(cells(), len(chosen) * (k + 1), k + 1, path)
+    sys.stdout.write(f"{path}: {len(chosen)} images, each with its {k} nearest\n")
+    pairs = sorted({tuple(sorted((int(row), int(others[row, place])))) for row, place in (cosines > ALIKE).nonzero().tolist()})
+    if pairs:
+        sys.stdout.write(f"{len(pairs)} pairs are alike (cosine above {ALIKE}):\n")
+        sys.stdout.writelines(f"  {where[one][2]}  {where[other][2]}\n" for one, other in pairs[:20])
+        if len(pairs) > 20:
+            say(f"  and {len(pairs) - 20} more")
