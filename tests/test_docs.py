@@ -1,0 +1,103 @@
+"""The commands of README and docs: each would start as it stands there; files and targets that they name exist."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_mim import cli
+from eva_mim.core.recipe_files import read_yaml
+from eva_mim.core.registry import PROGRAMS, lookup
+from eva_mim.core.resolve import resolve
+from eva_mim.pipeline.plan import plan
+from eva_mim.run import program
+from eva_mim.run.program import stage_parser
+from tests.conftest import REPOSITORY
+from tools import styles_plot
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PLACEHOLDERS = ("RECIPE", "recipe.yaml", "photos.yaml")
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command in a page's blocks of shell."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and "=" not in words[0] and "SRC" not in words:
+                yield words
+
+
+EVERY = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+def stage_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """(program, arguments) of a command that trains a stage, also under torchrun or as a module."""
+    modules = {command.place.partition(":")[0]: name for name, command in PROGRAMS.items()}
+    if "-m" in words and (module := words[words.index("-m") + 1]) in modules:
+        return modules[module], words[words.index("-m") + 2 :]
+    return (words[1], words[2:]) if words[0] == "eva-mim" and words[1] in PROGRAMS else None
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    known = {words[1] for _, words in EVERY if words[0] == "eva-mim"}
+    assert known >= {*PROGRAMS, "pipeline", "features", "convert", "inspect", "evaluate", "data", "teacher"}
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(("page", "words"), EVERY, ids=[f"{page}-{' '.join(words)[:60]}" for page, words in EVERY])
+def test_a_command_would_start(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stages and pipelines: recipe and settings fit. Other commands: so do the options. Nothing is run."""
+    monkeypatch.chdir(REPOSITORY)
+    if stage := stage_of(words):
+        options = stage_parser(stage[0]).parse_intermixed_args(stage[1])
+        if not options.recipe.startswith(PLACEHOLDERS):
+            resolve(lookup(PROGRAMS, stage[0], "program").recipe, read_yaml(options.recipe), options.overrides, options.recipe)
+    elif words[:2] == ["eva-mim", "pipeline"]:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("file")
+        parser.add_argument("overrides", nargs="*")
+        parser.add_argument("--out", type=Path, required=True)
+        parser.add_argument("--dry-run", action="store_true")
+        parser.add_argument("--print-shell", action="store_true")
+        found = parser.parse_intermixed_args(words[2:])
+        if not found.file.startswith(PLACEHOLDERS):
+            assert plan(found.file, found.overrides, found.out)[1]
+    elif words[0] == "eva-mim":
+        asked: list[Any] = []
+
+        def instead(work: Any) -> int:
+            asked.append(work)
+            return 0
+
+        module = importlib.import_module(cli.COMMANDS[words[1]].place)
+        monkeypatch.setattr(program, "guard", instead)
+        monkeypatch.setattr(module, "guard", instead, raising=False)
+        assert cli.main(words[1:]) == 0
+        assert len(asked) == 1
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    elif "-m" in words and (name := words[words.index("-m") + 1]).startswith("tools."):
+        assert (REPOSITORY / "tools" / f"{name.partition('.')[2]}.py").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:tests|tools|configs|eva_mim|docs)/[\w/.-]+\.(?:py|yaml|md))`", text):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_the_plot_is_that_of_the_table() -> None:
+    table = styles_plot.styles((REPOSITORY / "docs" / "results.md").read_text())
+    assert [len(style.figures) for style in table] == [3, 1, 3, 1, 3]
+    assert (REPOSITORY / "docs" / "styles.svg").read_text() == styles_plot.drawn(table)
