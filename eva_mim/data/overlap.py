@@ -64,24 +64,34 @@ def _below(folder: Path, rows: ListSource) -> list[str]:
 
 
 def _shared_rows(train: ListSource, held_out: ListSource) -> list[str]:
-    one, other = (os.path.realpath(rows.folder) for rows in (train, held_out))
-
-    def path(row: int) -> str:
-        """Relative to the training list."""
-        return held_out.key(row) if one == other else os.path.relpath(os.path.join(other, held_out.key(row)), one)
-
-    texts = held_out.index["image"], held_out.index["image.ends"]
-    if one != other:
-        moved = Texts()
-        for row in range(len(held_out)):
-            moved.add(path(row))
-        columns = moved.columns("image")
-        texts = columns["image"], columns["image.ends"]
-    mine, theirs = hashes(train.index["image"], train.index["image.ends"]), hashes(*texts)
+    base = os.path.realpath(train.folder)
+    one, other = (_Paths(rows, base) for rows in (train, held_out))
+    mine, theirs = hashes(*one.texts), hashes(*other.texts)
     alike = np.isin(theirs, mine).nonzero()[0][:LOOKED_AT]
-    names = [path(int(row)) for row in alike]
-    trained = {train.key(int(row)) for row in np.isin(mine, theirs[alike]).nonzero()[0][:LOOKED_AT]}
-    return [name for name in names if name in trained]
+    trained = {one.path(int(row)) for row in np.isin(mine, theirs[alike]).nonzero()[0][:LOOKED_AT]}
+    return [name for name in (other.path(int(row)) for row in alike) if name in trained]
+
+
+class _Paths:
+    """The images of a list as paths relative to a folder, however they are spelled (`./a.jpg`, `b//../a.jpg`)."""
+
+    def __init__(self, rows: ListSource, base: str):
+        self._rows, self._base, self._folder = rows, base, os.path.realpath(rows.folder)
+        content = rows.index["image"].tobytes()
+        self._plain = self._folder == base and b"./" not in content and b"//" not in content
+        columns = {name: rows.index[name] for name in ("image", "image.ends")}
+        if not self._plain:
+            texts = Texts()
+            for row in range(len(rows)):
+                texts.add(self.path(row))
+            columns = texts.columns("image")
+        self.texts = columns["image"], columns["image.ends"]
+        """Column of `Texts`."""
+
+    def path(self, row: int) -> str:
+        """Returns the path of a row."""
+        key = self._rows.key(row)
+        return key if self._plain else os.path.relpath(os.path.join(self._folder, key), self._base)
 
 
 def hashes(content: Column, ends: Column) -> npt.NDArray[np.uint64]:

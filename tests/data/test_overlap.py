@@ -93,7 +93,8 @@ def test_lists(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     names = [f"images/a/{number:05d}.png" for number in range(40)]
     lists = {"train.csv": names[:30], "val.csv": names[30:], "mixed.csv": names[29:], "other/moved.csv": ["../" + names[3]],
-             "other/apart.csv": ["../" + names[33]]}
+             "other/apart.csv": ["../" + names[33]], "dots.csv": ["./" + names[2]], "twice.csv": ["images//a/00004.png"],
+             "back.csv": ["images/b/../a/00005.png"], "fine.csv": ["./images/b/../a/00035.png"]}
     for name, rows in lists.items():
         with (tmp_path / name).open("w", newline="") as file:
             csv.writer(file).writerows([["image"], *([row] for row in rows)])
@@ -103,6 +104,11 @@ def test_lists(tmp_path: Path) -> None:
     assert f"share {names[29]}:" in refused(tmp_path, **own, val="mixed.csv")
     assert f"share {names[3]}:" in refused(tmp_path, **own, val="other/moved.csv")
     assert f"share {names[0]}, {names[1]}, {names[2]}, {names[3]} and 26 more:" in refused(tmp_path, **own, val="train.csv")
+    for spelled, name in (("dots.csv", names[2]), ("twice.csv", names[4]), ("back.csv", names[5])):
+        (tmp_path / "images" / "b").mkdir(exist_ok=True)
+        assert f"share {name}:" in refused(tmp_path, **own, val=spelled)
+        assert f"share {name}:" in refused(tmp_path, **own | {"train": spelled}, val="train.csv")
+    assert opened(tmp_path, **own, val="fine.csv") == (30, 1)
     said = refused(tmp_path, **own, held_out={"root": str(tmp_path / "images")})
     assert "data.train and data.held_out share" in said
 
