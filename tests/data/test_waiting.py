@@ -51,16 +51,24 @@ def ended(process: Launched, log: Path, code: int) -> str:
     return log.read_text()
 
 
-@pytest.mark.parametrize(("size", "workers"), [("64k", 1), pytest.param("200k", 3, marks=pytest.mark.long)])
-def test_full_shared_memory_ends_the_run_with_its_size(tmp_path: Path, size: str, workers: int) -> None:
+LARGE = ("run.global_batch=240", "student.image_size=224", "student.patch_size=32", "data.scenes.train=960")
+"""Batches of 36 MB, of which two loader processes have four under way."""
+
+
+@pytest.mark.parametrize(("size", "workers", "settings"), [
+    (64 * 2**10, 1, ()), pytest.param(200 * 2**10, 3, (), marks=pytest.mark.long),
+    pytest.param(64 * 2**20, 2, LARGE, marks=pytest.mark.long)], ids=["64 kB", "200 kB", "Docker's 64 MB"])
+def test_full_shared_memory_ends_the_run_with_its_size(
+    tmp_path: Path, size: int, workers: int, settings: tuple[str, ...]
+) -> None:
     """Where a batch does not fit, and where the batches of several workers do not fit together."""
     recipe = write_recipe(tmp_path, CLASSIFY | {"data": CLASSIFY["data"] | {"workers": workers}})
-    line = [size, str(recipe), "--out", str(tmp_path / "run")]
+    line = [str(size), str(recipe), *settings, "--out", str(tmp_path / "run")]
     process = Launched(script, LITTLE_SHARED_MEMORY, *line, log=tmp_path / "log")
     if process.wait(60) == 77:
         pytest.skip("mounting takes rights that this process does not have")
     said = ended(process, tmp_path / "log", 2)
-    megabytes = int(size[:-1]) * 1024 / 1e6
+    megabytes = size / 1e6
     assert f"error: /dev/shm is full ({megabytes:.3g} MB in all, " in said
     assert "docker run --shm-size=16g), or set data.workers=0" in said
 
