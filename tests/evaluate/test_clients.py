@@ -60,6 +60,24 @@ print(json.dumps(answers))
 """
 
 
+BY_CLIP_BENCHMARK = """
+import sys
+sys.path.insert(0, sys.argv[4])
+import json, open_clip, torch
+from clip_benchmark.metrics import zeroshot_classification
+from torchvision.datasets import ImageFolder
+import eva_mim.trunks.small  # the printed line
+folder, root, template, _ = sys.argv[1:]
+model, _, view = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+images = ImageFolder(root, transform=view)
+loader = torch.utils.data.DataLoader(images, batch_size=7)
+words = open_clip.get_tokenizer(f"local-dir:{folder}")
+found = zeroshot_classification.evaluate(
+    model.eval(), loader, words, images.classes, [template.replace("{}", "{c}")], "cpu", amp=False)
+print(json.dumps({"all": [str(100 * found["acc1"])]}))
+"""
+
+
 def by_client(code: str, *words: str | Path) -> dict[str, list[str]]:
     """Image -> its five best classes, by a program without a line of ours."""
     line = [sys.executable, "-c", code, *map(str, words)]
@@ -126,6 +144,28 @@ def test_open_clip_repeats_a_clip_models_figures(data: Path, tmp_path: Path) -> 
     for folder, prefix in ((out, ""), (out / "ema", "ema_")):
         answers = by_client(BY_OPEN_CLIP, folder, data / "val", "a {}")
         assert accuracy(answers, 1) == pytest.approx(recorded[f"{prefix}zeroshot_top1"], abs=1e-9)
+
+
+@pytest.fixture(scope="session")
+def clip_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clip_benchmark in a folder of its own, with a numpy that it works with: 1.6.2 fails with 2.4."""
+    folder = tmp_path_factory.mktemp("clip_benchmark")
+    for words in (["--no-deps", "clip_benchmark==1.6.2"], ["scikit-learn", "numpy==2.2.6"]):
+        line = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), *words]
+        if subprocess.run(line, capture_output=True, check=False, timeout=300).returncode:
+            pytest.skip("pip could not install clip_benchmark")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_clip_benchmark_repeats_a_clip_models_figures(data: Path, tmp_path: Path, clip_benchmark: Path) -> None:
+    out = tmp_path / "out"
+    run("clip", recipe(tmp_path, data, CLIP | {"student": CLIP["student"] | {"name": "vit_nano_patch4_32"}}), out)
+    recorded = RunFolder(out).record()["metrics"]
+    for folder, prefix in ((out, ""), (out / "ema", "ema_")):
+        (found,) = by_client(BY_CLIP_BENCHMARK, folder, data / "val", "a {}", clip_benchmark)["all"]
+        assert float(found) == pytest.approx(recorded[f"{prefix}zeroshot_top1"], abs=1e-4)
 
 
 # ---- a network of others
