@@ -51,7 +51,9 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, on_folder(tmp_path / "none"))
     assert Launched(ends, "finetune.classify", [str(recipe), "--out", str(tmp_path / "run")], log=tmp_path / "log").wait(200) == 2
     said = (tmp_path / "log").read_text()
-    assert said.startswith("error: ")
+    first, *lines = said.splitlines()
+    assert first == f"classify {recipe} -> {tmp_path / 'run'}"  # before torch is loaded
+    assert lines[0].startswith("error: ")
     assert f"{tmp_path / 'none'} is not a folder" in said
     assert "Traceback" not in said
     (tmp_path / "empty").mkdir()

@@ -120,7 +120,7 @@ def test_the_numbers_are_those_of_the_file(name: str) -> None:
     ],
 )
 def test_a_header_says_what_a_file_is(name: str, said: tuple[int, int, str, str]) -> None:
-    assert header(FILES[name][0]()) == said
+    assert header(FILES[name][0]()) == (*said, False)
     for broken in (b"", b"nothing", npy(numbers(5))[:-1]):
         with pytest.raises((ValueError, OSError)):
             header(broken)

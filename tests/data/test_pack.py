@@ -170,14 +170,17 @@ def test_drawn_scenes_have_no_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_labels_are_not_lost_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shards whose class list is not named, and the same shards with it."""
+    """Shards whose class list has another name, and the same shards with it; in its usual place it is found."""
     first, again = tmp_path / "first", tmp_path / "again"
     pack(labelled(tmp_path / "data"), first)
     capsys.readouterr()
+    assert pack(first, tmp_path / "found") == 0
+    (first / "classes.txt").rename(first / "names.txt")
     assert pack(first, again) == 2
     assert "its records have labels, which would be lost: set data.classes" in capsys.readouterr().err
     assert not again.exists()
-    settings = ["data.train=train-*.tar", "data.val=val-*.tar", "data.classes=classes.txt"]
+    settings = ["data.train=train-*.tar", "data.val=val-*.tar", "data.classes=names.txt"]
     assert pack(first, again, "--keep-order", *settings) == 0
+    (first / "names.txt").rename(first / "classes.txt")
     one, other = packed(first), packed(again)
     assert [(s.label, s.captions, s.image.tobytes()) for s in one] == [(s.label, s.captions, s.image.tobytes()) for s in other]
