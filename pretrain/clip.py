@@ -101,10 +101,11 @@ def say_cut_captions(student: ClipStudent, source: Source) -> None:
     from eva_mim.core.distributed import run_on_main
     from eva_mim.core.log import say
     from eva_mim.data.splits import glances
+    from eva_mim.students.clip import token_counts
 
     def look() -> None:
         length, found = student.model.context_length, glances(source, CAPTIONS_LOOKED_AT)
-        counts = [student.token_count(text) for sample in found if not isinstance(sample, Exception) for text in sample.captions]
+        counts = token_counts([text for sample in found if not isinstance(sample, Exception) for text in sample.captions])
         if cut := sum(count > length for count in counts):
             say(f"  captions: {cut} of {len(counts)} looked at are cut after student.text.context_length={length} tokens; the "
                 f"longest has {max(counts)}")

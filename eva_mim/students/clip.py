@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +120,6 @@ class ClipStudent(nn.Module):
         tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         return tokenizer
 
-    def token_count(self, text: str) -> int:
-        """Returns the number of tokens of a text before it is cut, with those of start and end."""
-        return len(open_clip.SimpleTokenizer().encode(text)) + 2
-
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         """Returns unit image features [B, C], unit text features [B, C], the logit scale (not its logarithm), and the logit bias
         if there is one."""
@@ -149,6 +145,12 @@ class ClipStudent(nn.Module):
         vision = {**self.config["vision_cfg"], "timm_drop_path": None, "patch_dropout": 0.0}
         model_config = {**self.config, "vision_cfg": vision, "custom_text": True}
         return open_clip_config(model_config, image_size=self.image_size, mean=self.mean, std=self.std)
+
+
+def token_counts(texts: Sequence[str]) -> list[int]:
+    """Returns the number of tokens of each text before it is cut, with those of start and end."""
+    encode = open_clip.SimpleTokenizer().encode
+    return [len(encode(text)) + 2 for text in texts]
 
 
 def open_clip_config(

@@ -45,6 +45,7 @@ class Case(NamedTuple):
 FILES = {"root": "/data", "train": "a", "val": "b", "channels": 3, "window": [0.0, 9.0], "val_share": 0.1}
 CASES = [
     Case("data.source", "folder", {**FILES, "captions": "c.jsonl", "val_captions": "d.jsonl", "caption_lines": True}, "scenes"),
+    Case("data.source", "folder", {"root": "/data", "exif": True}, "scenes"),
     Case("data.source", "shards", {"classes": "c.txt", **FILES}, "scenes"),
     Case("data.source", "shards", {"classes": "c.txt", "bad_shards": "skip", "shuffle_gb": 2.0}, "folder scenes"),
     Case("data.source", "shards", {"captions": "c.jsonl", "caption_lines": True, "shuffle_gb": 2.0}, "list scenes"),

@@ -120,10 +120,16 @@ def test_clip_figures_are_those_of_a_loop() -> None:
     scores = image @ torch.cat([F.normalize(student.model.encode_text(tokenize([c])), dim=-1) for c in dict.fromkeys(captions)]).T
     distinct = list(dict.fromkeys(captions))
     pairs = {(row, distinct.index(caption)) for row, caption in enumerate(captions)}
-    for k in (1, 5, 10):
-        assert found[f"image_to_text_r{k}"] == pytest.approx(loop_recall(scores, pairs, k))
-        assert found[f"text_to_image_r{k}"] == pytest.approx(loop_recall(scores.T, {(t, i) for i, t in pairs}, k))
+    assert_recalls(found, scores, pairs)
     assert image.norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+def assert_recalls(found: dict[str, float], scores: torch.Tensor, pairs: set[tuple[int, int]]) -> None:
+    """Those that can be below 100 are a loop's, the others are left out."""
+    expected = {}
+    for name, matrix, both in (("image_to_text", scores, pairs), ("text_to_image", scores.T, {(t, i) for i, t in pairs})):
+        expected |= {f"{name}_r{k}": loop_recall(matrix, both, k) for k in (1, 5, 10) if k < matrix.shape[1]}
+    assert {name: value for name, value in found.items() if "_to_" in name} == pytest.approx(expected)
 
 
 @torch.no_grad()
@@ -147,9 +153,7 @@ def test_all_captions_of_an_image_count_whatever_the_order_of_the_images() -> No
     image = student.encode_image(torch.stack([pixels[index] for index in range(5)]))
     scores = image @ student.encode_text(tokenize(list("abcdefgh"))).T
     pairs = {(index, "abcdefgh".index(text)) for index, texts in said.items() for text in texts}
-    for k in (1, 5):
-        assert found[f"image_to_text_r{k}"] == pytest.approx(loop_recall(scores, pairs, k))
-        assert found[f"text_to_image_r{k}"] == pytest.approx(loop_recall(scores.T, {(t, i) for i, t in pairs}, k))
+    assert_recalls(found, scores, pairs)
 
 
 class Codes:
