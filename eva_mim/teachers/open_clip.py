@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +51,9 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
     options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
     try:
         device = torch.empty(0).device  # the default device, since open_clip would move a model off the meta device
-        model = create(name, by=open_clip.create_model, pretrained=pretrained, load_weights=not _without_values(),
-                       weights_only=True, device=device, **options)
+        with _quiet_if(_without_values()):  # open_clip warns that there are no weights
+            model = create(name, by=open_clip.create_model, pretrained=pretrained, load_weights=not _without_values(),
+                           weights_only=True, device=device, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     visual = model.visual
@@ -63,6 +67,17 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
         path=settings.path,
     )
+
+
+@contextmanager
+def _quiet_if(quiet: bool) -> Iterator[None]:
+    """Suppresses the warnings that libraries log, if `quiet`."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING) if quiet else before)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _without_values() -> bool:

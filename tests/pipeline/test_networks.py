@@ -46,9 +46,11 @@ def refused(folder: Path, *overrides: str, stages: list[dict[str, Any]] = CHAIN)
     return said[0]
 
 
-def test_a_chain_that_fits(tmp_path: Path) -> None:
+def test_a_chain_that_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a warning of open_clip that a planned parent has no weights."""
     lines = describe(chain(tmp_path), [], tmp_path / "out").splitlines()
     assert [line.split()[0] for line in lines] == ["first", "masked", "tower", "target"]
+    assert caplog.records == []
 
 
 def test_a_setting_for_all_stages_that_one_cannot_have(tmp_path: Path) -> None:
