@@ -132,7 +132,7 @@ def _batches(teacher: Any, splits: dict[str, Source], options: argparse.Namespac
     from eva_mim.data.views import EvalView
 
     device, size = pick_device("auto"), teacher.image_size
-    view = EvalView([size], **getattr(teacher, "resizing", {}))
+    view = EvalView([size], **teacher.resizing)
     for name, source in splits.items():
         loader = EvalLoader(source, MaskedPreparation(view, 0, training=False), options.batch, options.workers)
         for batch in loader:

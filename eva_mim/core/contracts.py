@@ -183,6 +183,8 @@ class Teacher(Protocol):
     """A frozen network with the size, mean and std of its input images. It is never a submodule of a module in an engine."""
 
     image_size: int
+    resizing: dict[str, Any]
+    """How its images are brought to size outside training: arguments of `EvalView` besides the size."""
     grid: Grid
     width: int
     mean: tuple[float, ...]

@@ -48,7 +48,7 @@ def _check(stage: PlannedStage, trunks: dict[str, Parent], place: Path) -> Paren
     if recipe.init_from is not None:
         parent = trunks.get(entry.init_from or "") or read_parent(recipe.init_from, recipe.hand_over)
         match(student.trunk, parent, recipe.hand_over)
-    if hasattr(student, "open_clip_config"):
+    if entry.program == "clip":
         (place / entry.name).mkdir()
         write_json(place / entry.name / CLIP_CONFIG, student.open_clip_config())
     return planned_parent(stage.out, student.trunk)

@@ -20,7 +20,7 @@ class BandTeacher:
     def __init__(self, teacher: Teacher, bands: tuple[int, ...]):
         self._teacher, self.bands = teacher, bands
         self.image_size, self.grid, self.width = teacher.image_size, teacher.grid, teacher.width
-        self.mean, self.std = teacher.mean, teacher.std
+        self.mean, self.std, self.resizing = teacher.mean, teacher.std, teacher.resizing
 
     def __call__(self, images: Tensor) -> Features:
         """Returns the features of [B, channels, side, side] pixels."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
+from eva_mim.trunks.config import RESIZING
 from eva_mim.trunks.pixels import normalise
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class PixelTeacher:
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     ):
         self.mean, self.std = mean, std
+        self.resizing: dict[str, Any] = dict(RESIZING)
         self.image_size, self.width, self._patch, self._normed = image_size, len(mean) * patch * patch, patch, normed
         self.grid: Grid = (image_size // patch, image_size // patch)
 

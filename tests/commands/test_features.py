@@ -62,6 +62,18 @@ def test_summaries_are_timms(stage: Path, images: Path, tmp_path: Path, capsys: 
     np.testing.assert_allclose(np.load(tmp_path / "m.npy"), cells.mean(1), atol=1e-5)
 
 
+def test_grey_images_have_the_view_of_the_network(stage: Path, images: Path, tmp_path: Path) -> None:
+    """Its crop too: the one channel is shown to it three times."""
+    line = ["features", str(stage), "--on", str(images), "data.channels=1", "--to", str(tmp_path / "v.npy")]
+    assert main(line) == 0
+    model = timm.create_model(f"local-dir:{stage}", pretrained=True).eval()
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    pixels = torch.stack([view(Image.open(images / name).convert("L").convert("RGB")) for name in NAMES])
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(pixels), pre_logits=True).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+
+
 def test_parquet_has_the_same(stage: Path, images: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     line = ["features", str(stage), "--on", str(images), "data.val_share=0.5", "--patches", "--batch", "5"]
