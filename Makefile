@@ -21,7 +21,7 @@ test: $(VENV)/.installed-test
 # Everything that is exhaustive for its own sake, property tests with 1,000 examples, and 40 kills: within an hour.
 test-long: $(VENV)/.installed-test
 	$(PYTEST) -m long
-	$(PYTEST) -m "not long" --hypothesis-profile=long tests/test_fuzz.py
+	$(PYTEST) --dist load -m "not long" --hypothesis-profile=long tests/test_fuzz.py
 	$(BIN)/python -m tools.soak $(SOAK)
 
 ci-slice: $(VENV)/.installed-test

@@ -173,4 +173,16 @@ def test_mutants_are_changes_that_parse() -> None:
     for mutant in [*mutants.named(), *found]:
         source = (REPOSITORY / mutant.file).read_text()
         assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source)), mutant
-        assert all((REPOSITORY / folder).is_dir() for folder, _ in mutants.tests_of(mutant.file))
+
+
+def test_the_files_that_name_a_changed_module_run_first() -> None:
+    (near, fast), (again, slow), *others = mutants.tests_of("eva_mim/data/sampler.py")
+    assert near == again
+    assert (fast, slow) == ("not slow and not long", "slow and not long")
+    assert {"tests/data/test_loader.py", "tests/run/test_stability.py"} <= set(near)
+    rest = [path for files, markers in others if markers == fast for path in files]
+    assert "tests/data/test_remote.py" in rest
+    assert not set(rest) & set(near)
+    folders = [REPOSITORY / "tests" / name for name in ("data", "programs", "run")]
+    every = {str(path.relative_to(REPOSITORY)) for folder in folders for path in folder.glob("test_*.py")}
+    assert {*near, *rest} == every

@@ -14,6 +14,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,7 @@ EQUIVALENT = {
     ("eva_mim/core/contracts.py", "tensor.to(device)"): "a copy from memory that is not pinned waits either way",
     ("eva_mim/evaluate/contrastive.py", "F.normalize(torch.stack(torch.chunk(torch.cat(parts), len(names))).mean(1))"):
         "the last dimension of two is the default",
+    ("eva_mim/weights/resize.py", "count <= 4"): "a table of relative positions has an odd number of places a side",
 }
 """(file, new text) of changes without an effect, and why: drawn, they are left out."""
 
@@ -98,8 +100,9 @@ SPEAKS = ("say", "write", "print", "add_argument", "join", "UserError", "ValueEr
 """Calls whose arguments are words for people."""
 
 
-SAME_RESULT = ("strict", "non_blocking")
-"""Keywords without which a result is the same: a check of lengths that are equal, and waiting for a copy."""
+SAME_RESULT = ("strict", "non_blocking", "device")
+"""Keywords without which a result is the same: a check of lengths that are equal, waiting for a copy, and the device of a new
+tensor where there is only one."""
 
 
 def candidates(tree: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
@@ -124,7 +127,7 @@ def candidates(tree: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
             yield "operator", child, ast.BinOp(child.left, OTHER[type(child.op)](), child.right)
         if isinstance(child, ast.BoolOp):
             yield "operator", child, ast.BoolOp(OTHER[type(child.op)](), child.values)
-        same = isinstance(tree, ast.keyword) and tree.arg in SAME_RESULT
+        same = isinstance(tree, ast.keyword) and tree.arg in (*SAME_RESULT, "seed")  # another fixed seed is as good a draw
         if isinstance(child, ast.Constant) and not isinstance(tree, ast.Expr) and not same:
             if isinstance(child.value, bool):
                 yield "constant", child, ast.Constant(not child.value)
@@ -192,11 +195,18 @@ def _replaced(source: str, node: ast.AST, text: str) -> str:
     return "".join([*lines[:first], head + (f"({text})" if keeps else text) + tail, *lines[last + 1 :]])
 
 
-def tests_of(file: str) -> list[tuple[str, str]]:
-    """Returns (folder, markers) of the tests of a file's room, then those of the programs; of each the fast ones first."""
-    own = f"tests/{room(file)}"
-    folders = dict.fromkeys([*([own] if (REPOSITORY / own).is_dir() else []), *PROGRAMS])
-    return [(folder, markers) for folder in folders for markers in ("not slow and not long", "slow and not long")]
+def tests_of(file: str) -> list[tuple[tuple[str, ...], str]]:
+    """Returns (test files, markers) of the tests of a file's room and of the programs, in the order in which they run: the files
+    that name the changed module, then the room's others, then the programs'; of each the fast tests first."""
+    own = REPOSITORY / "tests" / room(file)
+    folders = dict.fromkeys([*([own] if own.is_dir() else []), *(REPOSITORY / folder for folder in PROGRAMS)])
+    found = {folder: [str(path.relative_to(REPOSITORY)) for path in sorted(folder.rglob("test_*.py"))] for folder in folders}
+    module = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
+    package, _, name = module.rpartition(".")
+    names = re.compile(rf"\b({re.escape(module)}|from {re.escape(package)} import ([\w, ]+, )?{name})\b(?!\.)")
+    near = [path for paths in found.values() for path in paths if names.search((REPOSITORY / path).read_text())]
+    groups = [near, *([path for path in paths if path not in near] for paths in found.values())]
+    return [(tuple(group), markers) for group in groups if group for markers in ("not slow and not long", "slow and not long")]
 
 
 def _environment(tree: Path) -> dict[str, str]:
@@ -214,7 +224,7 @@ def caught(mutant: Mutant, tree: Path, minutes: float) -> tuple[str, float]:
             left = minutes * 60 - (time.monotonic() - started)
             if left <= 1:
                 break
-            line = [*PYTEST, "-x", "-n", "2", "--dist", "loadfile", "--tb=no", "-m", markers, tests]
+            line = [*PYTEST, "-x", "-n", "2", "--dist", "loadfile", "--tb=no", "-m", markers, *tests]
             start: dict[str, Any] = {"cwd": tree, "env": _environment(tree), "stdout": subprocess.PIPE, "start_new_session": True}
             with subprocess.Popen(line, text=True, **start) as run:
                 try:

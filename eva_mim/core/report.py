@@ -18,10 +18,8 @@ class KeyReport:
     """Reason by key why it is resized, new or ignored; for conversions."""
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized {_few(self.resized)}, "
-            f"{len(self.new)} new {_few(self.new)}, {len(self.ignored)} ignored {_few(self.ignored)}"
-        )
+        others = [("resized", self.resized), ("new", self.new), ("ignored", self.ignored)]
+        return ", ".join([f"{len(self.loaded)} tensors loaded", *(f"{len(names)} {what}{_few(names)}" for what, names in others)])
 
     def note(self, into: list[str], name: str, reason: str) -> None:
         """Appends a name to one of the lists, and records its reason."""
@@ -45,4 +43,4 @@ class KeyReport:
 
 
 def _few(names: list[str]) -> str:
-    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

@@ -30,12 +30,13 @@ def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str
     result."""
     records = {stage.entry.name: RunFolder(stage.out).record() for stage in planned}
     rows = [_row(stage, records[stage.entry.name]) for stage in planned]
-    header = ("stage", "program", "starts from", "samples seen", "time", "reached", "folder")
+    header = ("stage", "program", "starts from", "samples", "time", "reached", "folder")
     table = Table(title=f"Pipeline {out}, a folder for each stage", title_justify="left")
-    for name in header[:-1]:
-        table.add_column(name, overflow="fold", no_wrap=name == "stage")
+    shown = [place for place, name in enumerate(header) if name not in ("program", "folder")]  # what fits into 80 columns
+    for place in shown:
+        table.add_column(header[place], overflow="fold", no_wrap=header[place] in ("stage", "reached"))
     for row in rows:
-        table.add_row(*row[:-1])
+        table.add_row(*(row[place].replace(", ", "\n") for place in shown))
     verdicts = [line for group in compare for line in _compare(group, records)]
     code = list(dict.fromkeys(line for stage in planned for line in _python(stage)))
     console = Console(width=None if Console().is_terminal else WIDTH)

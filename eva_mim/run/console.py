@@ -36,12 +36,16 @@ def step_line(step: int, total: int, values: dict[str, float], shares: dict[str,
     return line if len(line) <= WIDTH else "  " + " ".join(parts)
 
 
+def folded(text: str) -> str:
+    """Returns an indented text in lines of at most 80 columns; words and paths stay whole."""
+    return textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False,
+                         break_on_hyphens=False)
+
+
 def wrapped(head: str, figures: dict[str, float], tail: str = "") -> str:
     """Returns figures behind `head` in lines of at most 80 columns; a name stays beside its value."""
     pairs = [f"{name}\0{value:.4g}" for name, value in figures.items()] + ([tail.replace(" ", "\0")] if tail else [])
-    lines = textwrap.wrap(f"{head} {'  '.join(pairs)}", WIDTH, initial_indent="  ", subsequent_indent="    ",
-                          break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines).replace("\0", " ")
+    return folded(f"{head} {'  '.join(pairs)}").replace("\0", " ")
 
 
 class StepBar:

@@ -37,7 +37,7 @@ from eva_mim.data.splits import open_splits
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import autocast, placed, slowdown
 from eva_mim.run.checkpoints import kept_here, load, newest
-from eva_mim.run.console import wrapped
+from eva_mim.run.console import folded, wrapped
 from eva_mim.run.loop import Loop, Parts, Trained
 from eva_mim.run.measure import EMA, EXACT, average_of, measure
 from eva_mim.run.program import Stage
@@ -129,7 +129,7 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
         say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} "
             "times as slowly as in fp32; run.precision=fp32 is faster here")
     if built.seeded is not None:
-        say(f"  seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}")
+        say(folded(f"seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}"))
     taught = _teachers(built)
     engine = build_engine(student, recipe.run, recipe.optim, device)
     trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()

@@ -24,9 +24,13 @@ _PIXELS = {
 default_cfgs = generate_default_cfgs(
     {
         "vit_nano_patch4_32.untrained": {**_PIXELS, "first_conv": "patch_embed.proj", "classifier": "head"},
+        "vit_nano_patch4_24.untrained": {
+            **_PIXELS, "input_size": (3, 24, 24), "first_conv": "patch_embed.proj", "classifier": "head"},
         "vit_mini_patch4_32.untrained": {**_PIXELS, "first_conv": "patch_embed.proj", "classifier": "head"},
         "convnet_nano_32.untrained": {
             **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
+        "convnet_nano_24.untrained": {
+            **_PIXELS, "input_size": (3, 24, 24), "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (6, 6)},
         "convnet_mini_32.untrained": {
             **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
         "vit_nano_patch8_64.untrained": {
@@ -39,10 +43,11 @@ default_cfgs = generate_default_cfgs(
 
 VITS: dict[str, dict[str, Any]] = {
     "vit_nano_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    "vit_nano_patch4_24": {"img_size": 24, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
     "vit_nano_patch8_64": {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
 }
-"""Sizes of the plain ViTs: 0.5, 1.2 and 0.5 M parameters."""
+"""Sizes of the plain ViTs: 0.5 M parameters, and the mini 1.2."""
 KNOWN = "vit_tiny_patch16_224"
 """timm's own name of a plain ViT that takes these sizes as keywords."""
 
@@ -64,6 +69,12 @@ def vit_nano_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransf
 
 
 @register_model
+def vit_nano_patch4_24(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Builds a plain ViT, width 96, depth 4, for 24 px."""
+    return _vit("vit_nano_patch4_24", pretrained, options)
+
+
+@register_model
 def vit_mini_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """Builds a plain ViT, width 128, depth 6, for 32 px."""
     return _vit("vit_mini_patch4_32", pretrained, options)
@@ -76,7 +87,7 @@ def vit_nano_patch8_64(pretrained: bool = False, **options: Any) -> VisionTransf
 
 
 def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **options: Any) -> ByobNet:
-    """Builds a residual network with a 3x3 stem (stride 2); 32 px in, an 8 x 8 map out."""
+    """Builds a residual network with a 3x3 stem; its map has a quarter of the image's side."""
     stem, middle, last = widths
     blocks = (
         ByoBlockCfg(type="basic", d=1, c=stem, s=1, gs=0, br=1.0),
@@ -92,6 +103,12 @@ def _convnet(name: str, widths: tuple[int, int, int], pretrained: bool, **option
 def convnet_nano_32(pretrained: bool = False, **options: Any) -> ByobNet:
     """Builds a residual network, widths 32/64/128."""
     return _convnet("convnet_nano_32", (32, 64, 128), pretrained, **options)
+
+
+@register_model
+def convnet_nano_24(pretrained: bool = False, **options: Any) -> ByobNet:
+    """Builds a residual network, widths 24/48/96; 24 px in, a 6 x 6 map out."""
+    return _convnet("convnet_nano_24", (24, 48, 96), pretrained, **options)
 
 
 @register_model

@@ -68,6 +68,12 @@ def test_second_run_skips_everything(finished: Path) -> None:
     text = pipeline(finished / "pipeline.yaml", finished / "out", "run.epochs=1")
     assert text.count("finished before, nothing to do") == 6
     assert "step " not in text
+    table = text[text.index("┏") : text.index("└")].splitlines()
+    assert max(map(len, table)) <= 80
+    for stage in ("first", "masked", "tower", "broad", "target", "scratch"):  # no figure is cut or broken
+        record = json.loads((finished / "out" / stage / "lineage.json").read_text())
+        headline = record["headline"]
+        assert any(f"│ {headline} {record['metrics'][headline]:.4g} " in line for line in table), stage
 
 
 def test_changed_stage_and_all_after_it_run_again(finished: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from eva_mim.core.report import KeyReport
 from eva_mim.run import console
-from eva_mim.run.console import StepBar, step_line, wrapped
+from eva_mim.run.console import StepBar, folded, step_line, wrapped
 from tests.conftest import REPOSITORY
 from tests.tiny import CLASSIFY, RUN, command, environment, write_recipe
 
@@ -41,6 +42,17 @@ def test_figures_are_wrapped_and_stay_beside_their_names() -> None:
     assert all(line.startswith("    ") for line in lines[1:])
     assert lines[-1].endswith("(1m 5s)")
     assert re.findall(r"(figure\S+) (\d[.\d]*)", "\n".join(lines)) == [(name, f"{value:.4g}") for name, value in figures.items()]
+
+
+def test_a_report_of_a_parent_is_folded_between_words() -> None:
+    """Names and paths stay whole, also those that are longer than a line; empty lists leave no gap."""
+    path = "/data/" + "long" * 30
+    ignored = ["head.bias", "head.weight", "a", "b"]
+    report = KeyReport([f"w{number}" for number in range(54)], [], ["visual.head.proj.weight"], ignored)
+    text = folded(f"seeded from {path}: {report}")
+    assert text.split() == f"seeded from {path}: 54 tensors loaded, 0 resized, 1 new (visual.head.proj.weight), 4 ignored "\
+                           "(head.bias, head.weight, a, ...)".split()
+    assert [len(line) for line in text.splitlines() if path not in line] == [77, 18]
 
 
 def test_a_slow_run_is_heard_of_by_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
