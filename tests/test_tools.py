@@ -22,7 +22,7 @@ from eva_mim.pipeline.plan import plan
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import pool
 from tests.tiny import python, started
-from tools import cifar10_smoke, cifar10_styles, flickr8k, mutants
+from tools import cifar10_smoke, cifar10_styles, flickr8k, mutants, seeds
 
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if path.stem != "__init__")
 WITHOUT_WORDS = ("shuffle_cost",)
@@ -163,6 +163,19 @@ def test_index_memory_measures_a_small_folder(tmp_path: Path) -> None:
     assert re.fullmatch(r"10000 images, file of 0 MB: opened in \d+\.\d\d s; -?\d+\.\d{3} GB for 2 ranks x \(1 \+ 1 workers\), "
                         r"with an epoch's order\n", done.stdout), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_seeds(tmp_path: Path) -> None:
+    """Worked out by hand: means, deviations with n - 1, and the gap from the worst seed to the other side's best."""
+    for seed, (ours, theirs) in enumerate([(30.0, 20.0), (34.0, 21.0), (38.0, 25.0)]):
+        for name, value in (("target", ours), ("scratch", theirs)):
+            folder = tmp_path / str(seed) / name
+            folder.mkdir(parents=True)
+            (folder / "lineage.json").write_text(json.dumps({"headline": "top1", "metrics": {"top1": value}}))
+    assert seeds.table(tmp_path, [["target", "scratch"]], [0, 1, 2]).splitlines()[2:] == [
+        "| top1 | target 34.0 ± 4.0 | 30.0, 34.0, 38.0 | scratch 22.0 ± 2.6 | 20.0, 21.0, 25.0 | 12.0 ± 1.7 | 5.0 |"
+    ]
+    assert "does not exist" in says("seeds", tmp_path / "none.yaml", "--out", tmp_path / "out", code=2)
 
 
 def test_mutants_are_changes_that_parse() -> None:

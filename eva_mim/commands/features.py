@@ -23,6 +23,8 @@ MAX_NPY = 2**33
 """Largest size in bytes of features that are kept in memory for a .npy file."""
 QUERIES, MOST_NEAREST, MOST_COMPARED = 8, 11, 200_000
 """Rows of the sheet of neighbours, its largest number of neighbours a row, and of images that are compared."""
+KEYS, PATCHES, NEAREST = ".keys.txt", ".patches.npy", ".nearest.png"
+"""In the place of a file's suffix: keys and patches beside .npy, and the sheet of neighbours."""
 CHUNK = 256
 """Images that are compared with all others at once."""
 ALIKE = 0.98
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "head (default); mean: the mean of its patches")
     parser.add_argument("--nearest", type=positive, metavar="K", help="write a sheet of a few images and their K nearest ones, "
                         "and name pairs that are alike")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images in one forward pass (default 64)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default 1)")
     options = parser.parse_intermixed_args(argv)
@@ -74,6 +77,8 @@ def features(options: argparse.Namespace) -> None:
         raise UserError(f"--to {options.to}: must end in .parquet or .npy")
     if not options.to.absolute().parent.is_dir():
         raise UserError(f"--to {options.to}: {options.to.absolute().parent} is not a folder")
+    if not options.overwrite and (there := [path for path in _made(options) if path.exists()]):
+        raise UserError(f"{there[0]} exists; add --overwrite to replace it")
     if (options.nearest or 0) > MOST_NEAREST:
         raise UserError(f"--nearest {options.nearest}: at most {MOST_NEAREST} fit on a sheet")
     settings = read_data(options.on, options.overrides)
@@ -83,7 +88,6 @@ def features(options: argparse.Namespace) -> None:
         raise UserError(f"--nearest: {images} images are too many to compare with each other (at most {MOST_COMPARED})")
     teacher = _opened(options.model, settings.channels_of_all)
     batches = _batches(teacher, splits, options)
-    write = _write_parquet if options.to.suffix == ".parquet" else _write_npy
     kept: list[Batch] = []
 
     def seen() -> Iterator[Batch]:
@@ -95,12 +99,23 @@ def features(options: argparse.Namespace) -> None:
             yield batch
 
     try:
-        count, width = write(options.to, seen(), images, patches=options.patches)
+        if options.to.suffix == ".parquet":
+            count, width = _write_parquet(options.to, seen())
+        else:
+            count, width = _write_npy(options.to, seen(), images)
     except OSError as error:
         raise UserError(f"--to {options.to}: {error.strerror or error}") from None
     sys.stdout.write(f"{options.to}: {count} images x {width}{f', {images - count} left out' if count < images else ''}\n")
     if options.nearest:
-        _write_nearest(options.to.with_suffix(".nearest.png"), kept, splits, options.nearest)
+        _write_nearest(options.to.with_suffix(NEAREST), kept, splits, options.nearest)
+
+
+def _made(options: argparse.Namespace) -> list[Path]:
+    """Returns the files that a command writes."""
+    beside = [NEAREST] if options.nearest else []
+    if options.to.suffix == ".npy":
+        beside += [KEYS, *([PATCHES] if options.patches else [])]
+    return [options.to, *(options.to.with_suffix(suffix) for suffix in beside)]
 
 
 def _opened(model: str, channels: int) -> Any:
@@ -144,8 +159,8 @@ def _batches(teacher: Any, splits: dict[str, Source], options: argparse.Namespac
             yield Batch(name, places, [source.key(place) for place in places], pooled.float().cpu().numpy(), patches)
 
 
-def _write_parquet(path: Path, batches: Iterator[Batch], images: int, *, patches: bool) -> tuple[int, int]:
-    """Writes columns key, split, summary and, if wanted, patches; returns the numbers of rows and of columns of a summary."""
+def _write_parquet(path: Path, batches: Iterator[Batch]) -> tuple[int, int]:
+    """Writes columns key, split, summary and, if there are any, patches; returns their number and the width of a summary."""
     try:
         import pyarrow as pa  # type: ignore[import-not-found,import-untyped,unused-ignore]
         from pyarrow import parquet
@@ -173,8 +188,8 @@ def _write_parquet(path: Path, batches: Iterator[Batch], images: int, *, patches
     return count, width
 
 
-def _write_npy(path: Path, batches: Iterator[Batch], images: int, *, patches: bool) -> tuple[int, int]:
-    """Writes PATH [I, D], PATH's stem with .keys.txt and, if wanted, .patches.npy [I, N, C]; returns I and D."""
+def _write_npy(path: Path, batches: Iterator[Batch], images: int) -> tuple[int, int]:
+    """Writes PATH [I, D], its keys, and [I, N, C] patches if there are any; returns I and D. `images`: at most this I."""
     from eva_mim.core.files import replacing, write_text
 
     kept: list[Batch] = []
@@ -184,14 +199,14 @@ def _write_npy(path: Path, batches: Iterator[Batch], images: int, *, patches: bo
             raise UserError(f"--to {path}: {size / 1e9:.3g} GB of features do not fit into memory; write .parquet")
         kept.append(batch)
     arrays = {path: [batch.summary for batch in kept]}
-    if patches:
-        arrays[path.with_suffix(".patches.npy")] = [batch.patches for batch in kept if batch.patches is not None]
+    if patches := [batch.patches for batch in kept if batch.patches is not None]:
+        arrays[path.with_suffix(PATCHES)] = patches
     for place, parts in arrays.items():
         with replacing(place) as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate(parts))
-    write_text(path.with_suffix(".keys.txt"), "".join(f"{os.fsencode(key).decode('utf-8', 'backslashreplace')}\n"
-                                                       for batch in kept for key in batch.keys))
-    return sum(len(batch.keys) for batch in kept), kept[0].summary.shape[1]
+    keys = [os.fsencode(key).decode("utf-8", "backslashreplace") for batch in kept for key in batch.keys]
+    write_text(path.with_suffix(KEYS), "".join(f"{key}\n" for key in keys))
+    return len(keys), kept[0].summary.shape[1]
 
 
 def _write_nearest(path: Path, kept: list[Batch], splits: dict[str, Source], k: int) -> None:

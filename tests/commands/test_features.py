@@ -147,6 +147,19 @@ def test_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_overwritten_unasked(stage: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the file nor what would stand beside it."""
+    line = ["features", str(stage), "--on", str(images), "--nearest", "1", "--to"]
+    for name, made in [("a.npy", "a.npy"), ("b.npy", "b.keys.txt"), ("c.parquet", "c.nearest.png")]:
+        (tmp_path / made).write_text("mine")
+        assert main([*line, str(tmp_path / name)]) == 2
+        assert f"{tmp_path / made} exists; add --overwrite" in capsys.readouterr().err
+        assert (tmp_path / made).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
+    assert main([*line, str(tmp_path / "b.npy"), "--overwrite"]) == 0
+    assert (tmp_path / "b.keys.txt").read_text().splitlines() == NAMES
+
+
 def test_one_image_has_no_neighbours(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.png").write_bytes(png(picture(1)))
     assert main(["features", str(stage), "--on", str(tmp_path), "--to", str(tmp_path / "v.npy"), "--nearest", "2"]) == 0
