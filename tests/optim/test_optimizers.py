@@ -358,6 +358,7 @@ def test_lamb_is_refused_where_tensors_are_cut_up() -> None:
     check_sharding(lamb, 0)
     with pytest.raises(ValueError, match=r"optim\.lamb\.trust=\[10\.0, 1\.0\]"):
         OptimSettings(lr=1.0, lamb={"trust": (10.0, 1.0)})
+    assert OptimSettings(lr=1.0, lamb={"trust": (1.0, 1.0)}).lamb.trust == (1.0, 1.0)  # a ratio of 1: no layer is adapted
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars"])
