@@ -68,6 +68,7 @@ def test_second_run_skips_everything(finished: Path) -> None:
     text = pipeline(finished / "pipeline.yaml", finished / "out", "run.epochs=1")
     assert text.count("finished before, nothing to do") == 6
     assert "step " not in text
+    assert f"This table: {finished / 'out' / 'summary.md'}; curves: tensorboard --logdir {finished / 'out'}" in text
     table = text[text.index("┏") : text.index("└")].splitlines()
     assert max(map(len, table)) <= 80
     for stage in ("first", "masked", "tower", "broad", "target", "scratch"):  # no figure is cut or broken

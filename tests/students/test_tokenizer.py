@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 
 from eva_mim.students import ClipSettings, TextSettings
-from eva_mim.students.clip import ClipStudent
+from eva_mim.students.clip import ClipStudent, token_counts
 from tests.students.golden import load
 
 
@@ -24,3 +25,11 @@ def test_texts_become_the_ids_of_the_original_code(shared: Path, length: int) ->
         if used > length:
             wanted[-1] = expected.max()
         assert torch.equal(ids, wanted.to(ids.dtype))
+
+
+def test_counts_are_those_of_the_ids_of_open_clip() -> None:
+    """With start and end, and not those of what is cut away."""
+    texts = ["", "a photo", "an unusually-hyphenated, punctuated caption!", "word " * 100]
+    ids = open_clip.SimpleTokenizer(context_length=200)(texts)
+    assert token_counts(texts) == (ids != 0).sum(1).tolist()
+    assert token_counts(["word " * 100]) == [102]
