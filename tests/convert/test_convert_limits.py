@@ -80,11 +80,14 @@ def sparse(path: Path, model: torch.nn.Module) -> None:
     os.truncate(path, 8 + len(text) + end)
 
 
-def test_networks_of_any_depth(home: Path) -> None:
+@pytest.mark.parametrize("networks", [
+    {"convnext_tiny": "depths", "vit_tiny_patch16_224": "depth"},
+    pytest.param({"resnet50": "layers", "coat_tiny": "serial_depths"}, marks=pytest.mark.long),
+])
+def test_networks_of_any_depth(home: Path, networks: dict[str, str]) -> None:
     """Of architectures whose keywords for it have other names."""
     runs = {}
-    for architecture, key in (("convnext_tiny", "depths"), ("resnet50", "layers"),
-                              ("coat_tiny", "serial_depths"), ("vit_tiny_patch16_224", "depth")):
+    for architecture, key in networks.items():
         depth = 65536 if key == "depth" else [65536] * 4
         source = timm_folder(home / "source" / architecture, architecture=architecture, model_args={key: depth})
         runs[architecture] = [str(source), str(home / "out" / f"{architecture}.safetensors"), "--to", "timm"]

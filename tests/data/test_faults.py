@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from eva_mim.core.contracts import Batch, Source
@@ -67,8 +68,10 @@ def test_a_mount_that_vanishes_stops_the_run_and_is_named(tmp_path: Path, kind: 
     root = tmp_path / "mount"
     make_folder(root / "i", {"": 40})
     source = listed(root) if kind == "list" else folder(root)
+    before = psutil.Process().children()
     with pytest.raises(UserError) as stopped:
         batches(source, workers, 1000, lambda: root.rename(tmp_path / "away"))
+    assert psutil.Process().children() == before  # the error does not keep loader processes alive
     assert re.match(r"20 broken records in a row; the last: i/000\d\d\.png: FileNotFoundError: .*; "
                     rf"{root} does not exist: is its disk mounted\?$", str(stopped.value))
 

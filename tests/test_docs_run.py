@@ -1,0 +1,124 @@
+"""The commands of README and docs, run page by page in the order in which they stand, on small data and with tiny settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eva_mim.core.registry import PROGRAMS
+from tests.conftest import REPOSITORY, make_folder
+from tests.convert.golden_files import golden
+from tests.ranks import on_ranks, program
+from tests.test_docs import commands
+
+pytestmark = pytest.mark.slow
+ELSEWHERE = {
+    "make demo": "minutes; its stages are run here from docs/pipeline.md",
+    "source ": "of the shell", "case ": "of the shell", "exit ": "of the shell", "srun ": "a cluster", "--nnodes=": "a cluster",
+    "ViT-B-16": "a teacher that is downloaded", "dinov2.lvd142m": "a teacher that is downloaded",
+    "eva02_base_patch14": "a teacher that is downloaded",
+    "vit_s16": "ImageNet", "vit_b16": "ImageNet", "photos_classifier": "starts from the run with the downloaded teacher",
+    "RECIPE": "a recipe of the reader's", "recipe.yaml": "a recipe of the reader's", "eurosat": "data of 13 channels",
+    "imagenet21k/train": "a large data set", "pytest": "tests", "tools.": "a tool", "bench data cifar": "made by a tool",
+    "bench data photos": "made by a tool", "pack photos": "made by a tool", "data shards": "made by a tool",
+    "/cifar10 ": "the tests' own shards have its form",
+}
+"""Part of a command that is not run here -> reason. All of them are parsed in `test_docs.py`."""
+TINY = ["run.epochs=1", "run.log_every=1", "data.workers=0"]
+SCENES = ["data.scenes.train=48", "data.scenes.val=24", "run.global_batch=24"]
+FOLDER = ["data.limit=24", "run.global_batch=8"]
+
+
+def runs(page: str) -> list[list[str]]:
+    """The commands of a page that are run here."""
+    every = commands(REPOSITORY / page)
+    return [words for words in every if not any(part in f"{' '.join(words)} " for part in ELSEWHERE)]
+
+
+def at(home: Path, module: str, words: list[str]) -> None:
+    """A program, run where a person would stand."""
+    os.chdir(home)
+    try:
+        program(module, words)
+    finally:
+        os.chdir(REPOSITORY)
+
+
+def run(home: Path, words: list[str]) -> None:
+    """A command of a page: absolute paths lie below `home`, and what trains does so for a few steps."""
+    words = [word.replace("=/", f"={home}/") if "=/" in word else f"{home}{word}" if word.startswith("/") else word
+             for word in words]
+    if words[1] in (*PROGRAMS, "pipeline") or "-m" in words:
+        drawn = any("scenes" in word or "demo" in word for word in words)
+        words += [*TINY, *(SCENES if drawn else FOLDER), *(["mim.run.epochs=1"] if words[1] == "pipeline" else [])]
+    if words[0] == "torchrun":
+        (count,) = [int(word.partition("=")[2]) for word in words if word.startswith("--nproc-per-node=")]
+        module = words[words.index("-m") + 1]
+        on_ranks(count, at, home, module, words[words.index(module) + 1 :])
+    else:
+        assert words[0] == "eva-mim"
+        on_ranks(1, at, home, "eva_mim.cli", words[1:])
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with photographs of two classes below `data`."""
+    make_folder(tmp_path / "data" / "photos", {"ant": 30, "bee": 30}, (72, 64))
+    return tmp_path
+
+
+def test_what_is_not_run_is_named_for_a_reason() -> None:
+    every = [f"{' '.join(words)} " for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))
+             for words in commands(page)]
+    assert not [part for part in ELSEWHERE if not any(part in line for line in every)]
+
+
+def test_readme(home: Path, shared: Path) -> None:
+    """Own images from the inspection to features, a network as the teacher, a checkpoint of the original code."""
+    network = shared / "models" / "tf_efficientnet_lite0.safetensors"
+    (home / "models").mkdir()
+    if network.exists():
+        (home / "models" / network.name).symlink_to(network)
+    torch.save({"model": golden(shared, "eva02_b_mim").state}, home / "eva02_B_pt_in21k_p14.pt")
+    every = runs("README.md")
+    assert [words[1] for words in every] == ["data", "pipeline", "features", "pipeline", "inspect", "convert"]
+    for words in every:
+        if "photos_net" not in " ".join(words) or network.exists():
+            run(home, words)
+    assert "target_scratch" in (home / "runs" / "photos" / "summary.md").read_text()
+    assert np.load(home / "vectors.npy").shape == (60, 96)
+    assert (home / "vectors.nearest.png").is_file()
+    assert (home / "eva02_b.safetensors").is_file()
+
+
+def test_a_chain_by_hand(home: Path) -> None:
+    """The stages of the demo one by one, two processes under DeepSpeed, and the pipeline with settings of its own."""
+    every = runs("docs/pipeline.md")
+    assert len(every) == 8
+    for words in every:
+        run(home, words)
+    assert (home / "runs" / "a" / "target" / "model.safetensors").is_file()
+    assert (home / "runs" / "a" / "mim-zero2" / "model.safetensors").is_file()
+    assert "clip_scratch" in (home / "runs" / "demo-long" / "summary.md").read_text()
+
+
+def test_data(home: Path) -> None:
+    every = runs("docs/data.md")
+    assert [words[1] if words[1] != "data" else words[2] for words in every] == [
+        "inspect", "verify", "pack", "stats", "index", "bench"]
+    for words in every:
+        run(home, words)
+    assert list((home / "data" / "shards").glob("train-*.tar"))
+
+
+def test_features(home: Path) -> None:
+    """Of a run that is there."""
+    run(home, ["eva-mim", "classify", "configs/classify/own_images_cpu.yaml", "data.root=/data/photos", "--out", "runs/photos"])
+    for words in runs("docs/features.md"):
+        run(home, words)
+    assert np.load(home / "vectors.npy").shape == (60, 96)
+    assert (home / "vectors.parquet").is_file()
