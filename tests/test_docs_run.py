@@ -106,7 +106,9 @@ def test_a_chain_by_hand(home: Path) -> None:
     assert "clip_scratch" in (home / "runs" / "demo-long" / "summary.md").read_text()
 
 
+@pytest.mark.long
 def test_data(home: Path) -> None:
+    """From the inspection to the speed of a loader."""
     every = runs("docs/data.md")
     assert [words[1] if words[1] != "data" else words[2] for words in every] == [
         "inspect", "verify", "pack", "stats", "index", "bench"]
