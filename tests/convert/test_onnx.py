@@ -38,7 +38,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], tuple[int, int]]] = {
     "CLIP": (lambda: open_clip.CLIP(24, OPENAI, TEXT, quick_gelu=True), (32, 32)),
     "CLIP of timm": (lambda: open_clip.CustomTextCLIP(24, TIMM, TEXT, init_logit_bias=-10.0), (32, 32)),
 }
-FIRST = ("EVA-02 packed, not square", "BEiT, one table", "CLIP")
+FIRST = ("EVA-02 packed, not square", "BEiT, one table", "CLIP of timm")
 """One with each kind of positions; the others are in the long tier."""
 
 
@@ -92,31 +92,25 @@ def test_every_family_at_every_batch_size(name: str, tmp_path: Path) -> None:
         found = compare(outputs(module, *given), run(*given), bound=BOUNDS["float32"])
         assert found.passed, str(found)
         assert not found.alone
+    if name.startswith("EVA-02"):  # what the graph says is not what a network with swapped axes of its positions says
+        turned = ready(build)
+        swapped(turned)
+        assert not compare(outputs(turned, pixels(2, size)), run(pixels(2, size), None), bound=BOUNDS["bfloat16"]).passed
+    if name == "CLIP of timm":
+        graph = onnx.load(path).graph
+        shapes = {
+            value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.output)
+        }
+        assert shapes == {
+            "image": ["images", 3, 32, 32], "text": ["texts", 16],
+            "image_features": ["images", 24], "text_features": ["texts", 24], "logit_scale": [], "logit_bias": [],
+        }
 
 
-@pytest.mark.slow
-def test_swapped_axes_are_seen(tmp_path: Path) -> None:
-    module, turned = ready(NETWORKS["EVA-02 split"][0]), ready(NETWORKS["EVA-02 split"][0])
-    swapped(turned)
-    export(turned, tmp_path / "model.onnx", (32, 32))
-    found = runner(tmp_path / "model.onnx")(pixels(2, (32, 32)), None)
-    assert compare(outputs(turned, pixels(2, (32, 32))), found, bound=BOUNDS["float32"]).passed
-    assert not compare(outputs(module, pixels(2, (32, 32))), found, bound=BOUNDS["bfloat16"]).passed
-
-
-@pytest.mark.slow
-def test_inputs_and_outputs_of_a_clip_model(tmp_path: Path) -> None:
-    export(ready(NETWORKS["CLIP of timm"][0]), tmp_path / "clip.onnx", (32, 32), opset=18)
-    model = onnx.load(tmp_path / "clip.onnx")
-    shapes = {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*model.graph.input, *model.graph.output)
-    }
-    assert shapes == {
-        "image": ["images", 3, 32, 32], "text": ["texts", 16],
-        "image_features": ["images", 24], "text_features": ["texts", 24], "logit_scale": [], "logit_bias": [],
-    }
-    assert [entry.version for entry in model.opset_import] == [18]
+def test_the_set_of_operators_is_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    export(tiny(), tmp_path / "tiny.onnx", (8, 8), opset=18)
+    assert [entry.version for entry in onnx.load(tmp_path / "tiny.onnx").opset_import] == [18]
 
 
 @pytest.mark.slow

@@ -308,9 +308,9 @@ def test_outputs_that_cannot_be_compared() -> None:
 
 
 def swapped(module: Any) -> None:
-    rows = module.patch_embed.grid_size[0]
-    table = module.rope.pos_embed.reshape(rows, rows, -1)
-    module.rope.pos_embed = table.transpose(0, 1).reshape(rows * rows, -1)
+    rows, columns = module.patch_embed.grid_size
+    table = module.rope.pos_embed.reshape(rows, columns, -1)
+    module.rope.pos_embed = table.transpose(0, 1).reshape(rows * columns, -1)
 
 
 def tanh(module: Any) -> None:
