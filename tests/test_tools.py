@@ -186,6 +186,7 @@ def test_mutants_are_changes_that_parse() -> None:
     for mutant in [*mutants.named(), *found]:
         source = (REPOSITORY / mutant.file).read_text()
         assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source)), mutant
+        assert mutants.tests_of(mutant.file), mutant
 
 
 def test_the_files_that_name_a_changed_module_run_first() -> None:

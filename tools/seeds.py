@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_text
 from eva_mim.core.log import duration
 from eva_mim.core.run_folder import RunFolder
 from eva_mim.pipeline.plan import plan
@@ -58,7 +59,7 @@ def main() -> int:
             return code
         times.append(duration(time.monotonic() - started))
     text = table(options.out, file.compare, options.seeds)
-    (options.out / "table.md").write_text(text)
+    write_text(options.out / "table.md", text)
     sys.stdout.write(f"{text}wall time by seed: {', '.join(times)}\n")
     return 0
 

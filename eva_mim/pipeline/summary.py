@@ -33,8 +33,10 @@ def write_summary(out: Path, planned: list[PlannedStage], compare: list[list[str
     header = ("stage", "program", "starts from", "samples", "time", "reached", "folder")
     table = Table(title=f"Pipeline {out}, a folder for each stage", title_justify="left")
     shown = [place for place, name in enumerate(header) if name not in ("program", "folder")]  # what fits into 80 columns
+    names = min(20, max(len(row[0]) for row in rows))  # a longer name of a stage is folded, so that the others keep their room
     for place in shown:
-        table.add_column(header[place], overflow="fold", no_wrap=header[place] in ("stage", "reached"))
+        width = names if header[place] == "stage" else None
+        table.add_column(header[place], overflow="fold", width=width, no_wrap=header[place] == "reached")
     for row in rows:
         table.add_row(*(row[place].replace(", ", "\n") for place in shown))
     verdicts = [line for group in compare for line in _compare(group, records)]

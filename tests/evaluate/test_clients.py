@@ -30,6 +30,7 @@ import json, sys, timm, torch
 from pathlib import Path
 from PIL import Image
 root, *folders = sys.argv[1:]
+found = []
 for folder in folders:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -39,8 +40,9 @@ for folder in folders:
         for path in sorted(Path(root).rglob("*.png")):
             scores = model(view(Image.open(path).convert("RGB"))[None])[0]
             answers["/".join(path.parts[-2:])] = [names[place] for place in scores.argsort(descending=True)[:5]]
-    assert "eva_mim" not in sys.modules
-    print(json.dumps(answers))
+    found.append(answers)
+assert "eva_mim" not in sys.modules
+print(json.dumps(found))
 """
 BY_OPEN_CLIP = """
 import json, open_clip, sys, torch
@@ -48,6 +50,7 @@ from pathlib import Path
 from PIL import Image
 import eva_mim.trunks.small  # the printed line
 root, *folders = sys.argv[1:]
+found = []
 for folder in folders:
     model, _, view = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
@@ -59,7 +62,8 @@ for folder in folders:
         for path in sorted(Path(root).rglob("*.png")):
             image = model.encode_image(view(Image.open(path).convert("RGB"))[None], normalize=True)
             answers["/".join(path.parts[-2:])] = [names[place] for place in (image @ weights)[0].argsort(descending=True)[:5]]
-    print(json.dumps(answers))
+    found.append(answers)
+print(json.dumps(found))
 """
 BY_CLIP_BENCHMARK = """
 import sys
@@ -69,22 +73,25 @@ from clip_benchmark.metrics import zeroshot_classification
 from torchvision.datasets import ImageFolder
 import eva_mim.trunks.small  # the printed line
 root, *folders = sys.argv[1:]
+found = []
 for folder in folders:
     model, _, view = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     images = ImageFolder(root, transform=view)
     loader = torch.utils.data.DataLoader(images, batch_size=7)
     words = open_clip.get_tokenizer(f"local-dir:{folder}")
-    found = zeroshot_classification.evaluate(model.eval(), loader, words, images.classes, ["a {c}"], "cpu", amp=False)
-    print(json.dumps(100 * found["acc1"]))
+    figures = zeroshot_classification.evaluate(model.eval(), loader, words, images.classes, ["a {c}"], "cpu", amp=False)
+    found.append(100 * figures["acc1"])
+print(json.dumps(found))
 """
 
 
 def by_client(code: str, *words: str | Path) -> list[Any]:
-    """What a program without a line of ours found for each folder: of each image the five best classes."""
+    """What a program without a line of ours found for each folder: of each image the five best classes, or its one figure."""
     line = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [json.loads(text) for text in done.stdout.splitlines() if text[0] in "{0123456789"]
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def accuracy(answers: dict[str, list[str]], k: int) -> float:
