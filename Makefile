@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loa
 # What CI takes of the long tests: another tenth for each commit.
 COMMIT = $(shell git rev-parse HEAD 2>/dev/null || echo none)
 
-.PHONY: install demo test test-long ci-slice lint smoke soak clean
+.PHONY: install demo test test-lowest test-long ci-slice lint smoke soak clean
 
 install: $(VENV)/.installed
 demo: $(VENV)/.installed
@@ -17,6 +17,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -m "not long"
+
+# The fast tests with the oldest versions, in an environment of its own (torch is a download of 3 GB): by hand, not in CI.
+test-lowest: .venv-lowest/.installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+.venv-lowest/.installed: tests/lowest.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q $(PIP_ARGS) -c tests/lowest.txt -e ".[test]"
+	@touch $@
 
 # Everything that is exhaustive for its own sake, property tests with 1,000 examples, and 40 kills: within an hour.
 test-long: $(VENV)/.installed-test
@@ -57,4 +66,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest runs build dist *.egg-info

@@ -33,7 +33,7 @@ MIM: dict[str, Any] = {
 }
 CLIP: dict[str, Any] = {
     "data": SCENES | {"templates": ["a {}"]}, "run": RUN, "optim": OPTIM,
-    "student": NANO | {"embed_dim": 32, "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 12}},
+    "student": {"name": "vit_nano_patch4_24", "embed_dim": 32, "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 12}},
 }
 CLASSIFY: dict[str, Any] = {"data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT}
 MODULES = {"mim": "pretrain.mim", "clip": "pretrain.clip", "classify": "finetune.classify", "probe": "finetune.probe"}

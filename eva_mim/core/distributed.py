@@ -62,7 +62,16 @@ def setup(device: torch.device, minutes: float = 30.0) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=max(START, _patience))
     if dist.is_initialized():
-        dist.set_timeout(_patience)
+        set_timeout(minutes)
+
+
+def set_timeout(minutes: float, group: Any = None) -> None:
+    """Sets the timeout of collectives in a process group, None for the one of all processes."""
+    import torch.distributed as dist
+
+    # torch 2.8 has this function under its private name alone
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    change(timedelta(minutes=minutes), group)
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,14 +9,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from eva_mim.core.contracts import Batch, Rates, Task
-from eva_mim.core.distributed import is_main, local_rank, rank, world_size
+from eva_mim.core.distributed import is_main, local_rank, rank, set_timeout, world_size
 from eva_mim.core.losses import StepOutput
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
@@ -80,7 +79,7 @@ class DeepSpeedEngine(BaseEngine):
         )
         self.forward = self._network
         if world_size() > 1:  # DeepSpeed's own group of all processes has torch's default timeout
-            torch.distributed.set_timeout(timedelta(minutes=run.timeout_minutes), self._network.data_parallel_group)
+            set_timeout(run.timeout_minutes, self._network.data_parallel_group)
         # DeepSpeed keeps a loss scale for each parameter group and rank, which drift apart; ours is one for all.
         self._network.torch_autocast_z0_gradscaler = None
         self._optimizer.torch_autocast_gradscaler = None

@@ -45,7 +45,7 @@ def folded(text: str) -> str:
 def wrapped(head: str, figures: dict[str, float], tail: str = "") -> str:
     """Returns figures behind `head` in lines of at most 80 columns; a name stays beside its value."""
     pairs = [f"{name}\0{value:.4g}" for name, value in figures.items()] + ([tail.replace(" ", "\0")] if tail else [])
-    return folded(f"{head} {'  '.join(pairs)}").replace("\0", " ")
+    return folded(f"{head} {'  '.join(pairs)}".lstrip()).replace("\0", " ")
 
 
 class StepBar:

@@ -129,7 +129,7 @@ class Stage:
 
                 state = state_of(self.name, recipe, arguments.out)
                 if state.finished:  # answered before torch is loaded
-                    say(f"{arguments.out}: finished before, nothing to do ({state.figures})")
+                    say(state.nothing_to_do(arguments.out))
                     return
             say(f"{self.name} {arguments.recipe} -> {arguments.out}")  # before torch is loaded, which takes seconds
             from eva_mim.run.stage import run_stage

@@ -84,7 +84,7 @@ def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None 
         if not state.finished:
             state = settled(run_on_main(partial(_taken, state, out, held)), recipe)
         if state.finished:
-            say(f"{out}: finished before, nothing to do ({state.figures})")
+            say(state.nothing_to_do(out))
             return state.record
         return _train(stage, recipe, out, state)
 

@@ -9,6 +9,7 @@ from typing import Any
 from eva_mim.core.errors import UserError
 from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import differences, digest
+from eva_mim.run.console import wrapped
 from eva_mim.run.recipe import Recipe
 from eva_mim.weights.files.read import content_hash
 
@@ -83,10 +84,9 @@ class StageState:
         """Returns the state after the data at another place was compared."""
         return replace(self, record=self.record | {"places": self.identity.places}) if same else replace(self, other_records=True)
 
-    @property
-    def figures(self) -> str:
-        """The recorded metrics as text."""
-        return figures(self.record)
+    def nothing_to_do(self, out: Path) -> str:
+        """Returns what the program of a finished stage says: its folder, and its figures in lines of at most 80 columns."""
+        return f"{out}: finished before, nothing to do\n{wrapped('', self.record.get('metrics', {}))}"
 
     def reread(self, out: Path) -> StageState:
         """Returns the state of this stage with what the folder holds now; the parents are not read again."""
@@ -101,11 +101,6 @@ class StageState:
         if self.moved:
             return f"compares its data first: {'; '.join(self.moved[:4])}"
         return "goes on from its checkpoint" if self.record and self.resumes else "runs"
-
-
-def figures(record: dict[str, Any]) -> str:
-    """Returns the metrics of a lineage record as text."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in record.get("metrics", {}).items())
 
 
 def state_of(program: str, recipe: Recipe, out: Path) -> StageState:

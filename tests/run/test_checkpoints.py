@@ -104,7 +104,7 @@ def test_without_the_memory_for_a_copy_training_is_held(
     for step in (1, 2):
         writer.save(step, parts, {"step": step})
         assert RunFolder(tmp_path).latest() == (step, RunFolder(tmp_path).checkpoint(step))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # a thread of another test may have ended
     assert capsys.readouterr().err.count("training is held while a checkpoint is written: a copy takes 200 bytes of memory") == 1
     fits, held = fresh()
     snapshot.load(RunFolder(tmp_path).checkpoint(2), fits)

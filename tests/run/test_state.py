@@ -62,7 +62,7 @@ def test_a_finished_stage_is_answered_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False,
                           env=environment())
     assert done.returncode == 0, done.stderr[-500:]
-    assert "finished before, nothing to do (top1 25)" in done.stdout + done.stderr
+    assert "finished before, nothing to do\n  top1 25\n" in done.stdout + done.stderr
 
 
 def reads_of(recipe: dict[str, Any], out: Path) -> int:

@@ -151,7 +151,7 @@ def test_sharded_runs_with_locked_parameters_follow_the_local_one(tmp_path: Path
     """Text locked, the image tower's last group and its projection train."""
     path = write_recipe(tmp_path, CLIP)
     run("clip", path, tmp_path / "parent", "run.epochs=1")
-    student = {"name": "vit_nano_patch4_32", "embed_dim": 32, "lock_image": True, "image_unlocked_groups": 1, "lock_text": True,
+    student = {"name": "vit_nano_patch4_24", "embed_dim": 32, "lock_image": True, "image_unlocked_groups": 1, "lock_text": True,
                "text": {"init_from": str(tmp_path / "parent")}}  # fmt: skip
     tree = CLIP | {"student": student, "init_from": str(tmp_path / "parent"), "run": CLIP["run"] | {"epochs": 1}}
     path = write_recipe(tmp_path, tree, "locked.yaml")

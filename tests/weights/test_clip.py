@@ -19,6 +19,7 @@ from eva_mim.trunks.pixels import normalise
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.clip import init_clip_from_clip, with_text_of
 from pretrain.clip import StageRecipe
+from tests.convert.golden_files import clip_config, golden, known_to_open_clip
 from tests.students.tiny_towers import clip_folder, clip_settings, pairs
 from tests.tiny import CLIP, run, write_recipe
 
@@ -99,19 +100,22 @@ def test_a_stage_goes_on_from_a_whole_stage(tmp_path: Path) -> None:
     assert second["metrics"] == pytest.approx(first["metrics"], abs=1e-3)
 
 
-@pytest.mark.slow
-def test_open_clips_own_eva_models_keep_their_projection(tmp_path: Path) -> None:
-    """There the trunk's own head is the projection; here it stands behind the trunk."""
-    name = "EVA02-B-16"
-    torch.manual_seed(0)
-    theirs = open_clip.create_model(name).eval()
-    torch.save(theirs.state_dict(), tmp_path / "model.pt")
-    settings = ClipSettings(name="eva02_base_patch16_clip_224", embed_dim=512, pool="token", proj_bias=True, init="clip",
-                            text={"init_from": name})  # fmt: skip
-    student = ClipStudent(settings).eval()
-    report = init_clip_from_clip(student, str(tmp_path / "model.pt"), settings, HandOverSettings())
+@pytest.mark.parametrize("name", ["clip_eva02_b", pytest.param("EVA02-B-16", marks=pytest.mark.long)])
+def test_open_clips_own_eva_models_keep_their_projection(shared: Path, tmp_path: Path, name: str) -> None:
+    """There the trunk's own head is the projection; here it stands behind the trunk. The small one has the golden sizes."""
+    small = name == "clip_eva02_b"
+    config = clip_config(golden(shared, name)) if small else open_clip.get_model_config(name)
+    with known_to_open_clip(tmp_path, **({name: config} if small else {})):
+        torch.manual_seed(0)
+        theirs = open_clip.create_model(name).eval()
+        torch.save(theirs.state_dict(), tmp_path / "model.pt")
+        settings = ClipSettings(name=config["vision_cfg"]["timm_model_name"], embed_dim=config["embed_dim"], pool="token",
+                                proj_bias=True, init="clip", text={"init_from": name})  # fmt: skip
+        student = ClipStudent(settings).eval()
+        report = init_clip_from_clip(student, str(tmp_path / "model.pt"), settings, HandOverSettings())
     assert (report.new, report.ignored) == ([], [])
-    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    side = config["vision_cfg"]["image_size"]
+    images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
     with torch.no_grad():
         expected = theirs.encode_image(normalise(images, student.mean, student.std), normalize=True)
         torch.testing.assert_close(student.encode_image(images), expected, atol=2e-6, rtol=0)
