@@ -29,11 +29,12 @@ VIT = NANO | {"patch_size": 8}
 
 MIM: dict[str, Any] = {
     "data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT,
-    "teacher": {"kind": "timm", **NANO, "image_size": 16},
+    "teacher": {"kind": "timm", **NANO, "image_size": 16}, "evaluate": {"images": 24, "bank": 24},
 }
 CLIP: dict[str, Any] = {
     "data": SCENES | {"templates": ["a {}"]}, "run": RUN, "optim": OPTIM,
-    "student": {"name": "vit_nano_patch4_24", "embed_dim": 32, "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 12}},
+    "student": {"name": "vit_nano_patch4_24", "embed_dim": 32,
+                "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 12}},
 }
 CLASSIFY: dict[str, Any] = {"data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT}
 MODULES = {"mim": "pretrain.mim", "clip": "pretrain.clip", "classify": "finetune.classify", "probe": "finetune.probe"}

@@ -196,7 +196,7 @@ def test_a_classifier_of_five_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize("channels", [pytest.param(3, marks=pytest.mark.long), 5])
 @torch.inference_mode()
 def test_a_classifier_of_patches_for_onnxruntime(tmp_path: Path, channels: int) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

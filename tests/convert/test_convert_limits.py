@@ -81,8 +81,8 @@ def sparse(path: Path, model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("networks", [
-    {"convnext_tiny": "depths", "vit_tiny_patch16_224": "depth"},
-    pytest.param({"resnet50": "layers", "coat_tiny": "serial_depths"}, marks=pytest.mark.long),
+    {"vit_tiny_patch16_224": "depth"},
+    pytest.param({"convnext_tiny": "depths", "resnet50": "layers", "coat_tiny": "serial_depths"}, marks=pytest.mark.long),
 ])
 def test_networks_of_any_depth(home: Path, networks: dict[str, str]) -> None:
     """Of architectures whose keywords for it have other names."""

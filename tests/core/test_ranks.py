@@ -69,9 +69,9 @@ def test_one_process_goes_on_after_a_failure_as_if_nothing_was() -> None:
         on_ranks(1, fail_on, 0, "raises")
 
 
-def test_programs_started_by_a_line_are_programs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_programs_started_by_a_line_are_programs(tmp_path: Path, processes: int) -> None:
     """`python -m` and torchrun, to their exit codes."""
     recipe = tmp_path / "none.yaml"
-    for processes in (1, 2):
-        done = started(python("eva_mim.cli", "mim", recipe, "--out", tmp_path, processes=processes), 2)
-        assert f"{recipe}" in done.stderr
+    done = started(python("eva_mim.cli", "mim", recipe, "--out", tmp_path, processes=processes), 2)
+    assert f"{recipe}" in done.stderr

@@ -85,6 +85,7 @@ def figures(out: Path) -> dict[str, float]:
     return found
 
 
+@pytest.mark.long
 def test_what_only_one_band_tells_is_learned_and_not_without_it(tmp_path: Path) -> None:
     """timm's model of the result, on files that numpy reads, gives the very figures of the log."""
     tree = {"run": RUN | {"epochs": 6, "global_batch": 20, "evaluate_every": 6}, "optim": OPTIM}

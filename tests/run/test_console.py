@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
-import subprocess
+import select
 import time
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import pytest
 from eva_mim.core.report import KeyReport
 from eva_mim.run import console
 from eva_mim.run.console import StepBar, folded, step_line, wrapped
-from tests.conftest import REPOSITORY
-from tests.tiny import CLASSIFY, RUN, command, environment, write_recipe
+from tests.ranks import Launched, ends
+from tests.tiny import CLASSIFY, RUN, write_recipe
 
 LARGE = {"loss": 12.34567, "lr": 1.2345e-3, "grad_norm": 123.4567, "skipped": 0.0, "images_per_s": 123456.7}
 
@@ -70,16 +70,23 @@ def test_a_slow_run_is_heard_of_by_time(monkeypatch: pytest.MonkeyPatch, capsys:
     assert said == [15, 45, 90]  # 5 s after the start, 30 s later, and 30 s after the line of step 60
 
 
+def classify_in(folder: str, words: list[str]) -> None:
+    """`eva-mim classify WORDS`, in a folder."""
+    os.chdir(folder)
+    ends("finetune.classify", words)
+
+
 @pytest.mark.slow
 def test_a_terminal_shows_a_bar(tmp_path: Path) -> None:
     """Of 80 columns: every line fits, the bar goes with the run, and what it leaves are the plain lines."""
     run = RUN | {"epochs": 12, "log_every": 20}
-    line = command("classify", write_recipe(tmp_path, CLASSIFY | {"run": run}), Path("runs/photographs"))
-    line[line.index(str(tmp_path / "recipe.yaml"))] = "recipe.yaml"
+    write_recipe(tmp_path, CLASSIFY | {"run": run})
+    words = ["recipe.yaml", "--out", "runs/photographs"]
     main, side = pty.openpty()
     seen = b""
-    process = subprocess.Popen(line, cwd=tmp_path, stdin=side, stdout=side, stderr=side, env=environment() | {
-        "COLUMNS": "80", "LINES": "24", "TERM": "xterm", "PYTHONPATH": str(REPOSITORY)})
+    process = Launched(classify_in, str(tmp_path), words, log=os.ttyname(side), COLUMNS="80", LINES="24", TERM="xterm")
+    while process.poll() is None and not select.select([main], [], [], 0.1)[0]:
+        pass  # it has opened the terminal before this side is closed
     os.close(side)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:

@@ -330,7 +330,7 @@ def test_without_a_checkpoint_the_run_stops_at_once_with_a_dump(tmp_path: Path) 
 @pytest.mark.parametrize("zero_stage", [None, 2, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 3))])
 def test_fp16_brings_its_scale_down_and_learns(tmp_path: Path, zero_stage: int | None) -> None:
     """From an absurd scale: overflows are skipped, the scale halves after every second at first, then training goes on."""
-    path = recipe(tmp_path, precision="fp16", global_batch=8, epochs=None, samples=128, checkpoint_every=99, evaluate_every=99)
+    path = recipe(tmp_path, precision="fp16", global_batch=4, epochs=None, samples=64, checkpoint_every=99, evaluate_every=99)
     settings = [] if zero_stage is None else ["run.engine=deepspeed", f"run.zero_stage={zero_stage}"]
     processes = 2 if settings else 1
     poisoned("none", "mim", path, *settings, "--out", tmp_path / "run", processes=processes, scale=2.0**22)
