@@ -232,7 +232,7 @@ def _serve(rank: int, size: int, port: int, line: Connection) -> None:
     from eva_mim.core.distributed import setup
 
     torch.set_num_threads(1)
-    setup(torch.device("cpu"))
+    setup("cpu")
     linear = torch.nn.functional.linear
     gc.collect()
     gc.freeze()

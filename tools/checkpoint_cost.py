@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401
 from eva_mim.core.contracts import Rates, StateGroup
-from eva_mim.core.distributed import pick_device
+from eva_mim.core.devices import pick_device
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings

@@ -62,15 +62,14 @@ def again(out: Path, overrides: Sequence[str]) -> None:
 def on_sets(options: argparse.Namespace) -> None:
     """Measures a finished classifier on the test sets of `--on`, after all their folders have been checked, and prints the
     accuracies. Raises UserError."""
-    from eva_mim.core.distributed import is_main, pick_device, setup
+    from eva_mim.core.distributed import is_main, setup
     from eva_mim.core.files import write_text
     from eva_mim.evaluate import accuracy
     from eva_mim.evaluate.imagenet import columns, open_variant
 
     if options.overrides:
         raise UserError(f"{options.overrides[0]}: settings are those of a run with its own data; leave --on out")
-    device = pick_device("auto")
-    setup(device)
+    device = setup()
     sets = [given.split("=", 1) if "=" in given else ("val", given) for given in options.on]
     options.classes = options.classes or own_classes(options.checkpoint, sets)
     model = opened(options, device)

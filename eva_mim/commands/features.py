@@ -121,7 +121,7 @@ def _made(options: argparse.Namespace) -> list[Path]:
 def _opened(model: str, channels: int) -> Any:
     """Returns the network in a folder, or that of KIND:NAME[:WEIGHTS], as a teacher. Raises UserError."""
     from eva_mim.commands.teacher import teacher_settings
-    from eva_mim.core.distributed import pick_device
+    from eva_mim.core.devices import pick_device
     from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG
     from eva_mim.teachers import TeacherSettings, build_teacher
 
@@ -141,7 +141,7 @@ def _opened(model: str, channels: int) -> Any:
 def _batches(teacher: Any, splits: dict[str, Source], options: argparse.Namespace) -> Iterator[Batch]:
     import torch
 
-    from eva_mim.core.distributed import pick_device
+    from eva_mim.core.devices import pick_device
     from eva_mim.data.loader import EvalLoader
     from eva_mim.data.preparation import MaskedPreparation
     from eva_mim.data.views import EvalView

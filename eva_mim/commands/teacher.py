@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> None:
     """Prints facts and figures of a teacher. Raises UserError for a teacher, or a student for it, that cannot be used."""
     settings = teacher_settings(options.teacher, options.overrides, options.name)
-    from eva_mim.core.distributed import pick_device
+    from eva_mim.core.devices import pick_device
     from eva_mim.core.rng import seed_all
 
     shown, pictures = pictures_of(options.images)

@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from eva_mim.core.devices import agreed_device, pick_device
 from eva_mim.core.errors import LostProcess, UserError
+from eva_mim.core.launch import address, launch
 
 if TYPE_CHECKING:
     import torch
@@ -27,23 +29,18 @@ _patience = timedelta(minutes=30)
 
 
 def rank() -> int:
-    """Returns this process's rank, 0 without a launcher (torchrun and deepspeed set RANK, srun sets SLURM_PROCID)."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if _srun() else 0))
+    """Returns this process's rank, 0 without a launcher."""
+    return launch().rank
 
 
 def world_size() -> int:
     """Returns the number of processes, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if _srun() else 1))
+    return launch().world
 
 
 def local_rank() -> int:
     """Returns this process's rank on its host, 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0) if _srun() else 0))
-
-
-def _srun() -> bool:
-    # SLURM_NTASKS is also set in a plain sbatch script, where only one process runs; this one is set by srun alone.
-    return "SLURM_STEP_NUM_TASKS" in os.environ
+    return launch().local_rank
 
 
 def is_main() -> bool:
@@ -51,18 +48,49 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def setup(device: torch.device, minutes: float = 30.0) -> None:
+def setup(device: str = "auto", minutes: float = 30.0) -> torch.device:
     """Joins the process group if a launcher started more than one process, and sets its timeout in minutes: for collectives, and
-    for heartbeats of other ranks in `run_on`."""
+    for heartbeats of other ranks in `run_on`. Returns this rank's device, which is torch's current one from here on.
+
+    `device`: "auto", "cpu" or "cuda". Raises UserError on every rank if one has no GPU while others have, or shares one.
+    """
     global _patience  # one value, since there is one process group
-    import torch.distributed as dist
+    import torch
 
     _patience = timedelta(minutes=minutes)
-    if world_size() > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank(), world_size=world_size(), timeout=max(START, _patience))
-    if dist.is_initialized():
+    found = _join(device) if world_size() > 1 and not grouped() else pick_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if grouped():
         set_timeout(minutes)
+    return found
+
+
+def _join(name: str) -> torch.device:
+    """Meets the other processes, agrees with them on the devices, and joins their group; returns this rank's device."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    host, port = address()
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    timeout = max(START, _patience)
+    try:
+        store, *_ = next(rendezvous(f"env://?rank={rank()}&world_size={world_size()}", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"port {port} of this host is taken by another program; set MASTER_PORT to a free one") from None
+    store.set_timeout(timeout)
+    device = agreed_device(name, PrefixStore("devices", store))
+    gpu = device if device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    # With `device_id` NCCL starts, or fails, here, and barriers know their GPU.
+    dist.init_process_group("nccl" if gpu else "gloo", store=PrefixStore("group", store), rank=rank(),
+                            world_size=world_size(), timeout=timeout, device_id=gpu)
+    return device
 
 
 def set_timeout(minutes: float, group: Any = None) -> None:
@@ -72,21 +100,6 @@ def set_timeout(minutes: float, group: Any = None) -> None:
     # torch 2.8 has this function under its private name alone
     change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     change(timedelta(minutes=minutes), group)
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device for "auto", "cpu" or "cuda" (this rank's own GPU). Raises UserError if this rank has no GPU."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name == "cuda" and not torch.cuda.is_available():
-        why = "was built without CUDA" if torch.version.cuda is None else "sees no GPU (look at nvidia-smi, CUDA_VISIBLE_DEVICES)"
-        raise UserError(f"run.device=cuda: torch {torch.__version__} {why}; set run.device=cpu, or auto")
-    if name == "cuda" and local_rank() >= torch.cuda.device_count():
-        raise UserError(f"run.device: rank {rank()} is process {local_rank()} of its host, which has {torch.cuda.device_count()} "
-                        "GPUs; start as many processes a host as it has GPUs")
-    return torch.device("cuda", local_rank()) if name == "cuda" else torch.device(name)
 
 
 def grouped() -> bool:
@@ -166,7 +179,6 @@ def run_on(work: Callable[[], T], mine: bool) -> dict[int, T]:
     sends heartbeats. A failure is raised on every rank, on the others as UserError. Raises LostProcess if a rank is gone."""
     if world_size() == 1 or not grouped():
         return {rank(): work()} if mine else {}
-    import torch
     import torch.distributed as dist
 
     said: tuple[bool, T | None, str | None] = (mine, None, None)
@@ -180,8 +192,7 @@ def run_on(work: Callable[[], T], mine: bool) -> dict[int, T]:
             failure, said = error, (True, None, f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}")
     _meet(turn)
     heard: list[Any] = [None] * world_size()
-    with torch.cuda.device(local_rank()) if dist.get_backend() == "nccl" else nullcontext():
-        dist.all_gather_object(heard, said)
+    dist.all_gather_object(heard, said)
     if failure is not None:
         raise failure
     for number, (_, _, fault) in enumerate(heard):

@@ -15,12 +15,12 @@ from eva_mim.run.state import StageState, state_of
 def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     """Runs the unfinished stages in order and writes `summary.md`. Raises UserError, Interrupted."""
     file, planned = plan(path, overrides, out)
-    from eva_mim.core.distributed import is_main, pick_device, run_on_main, setup
+    from eva_mim.core.distributed import is_main, run_on_main, setup
     from eva_mim.core.lock import locked
     from eva_mim.pipeline.summary import write_summary
 
     first = planned[0].recipe.run
-    setup(pick_device(first.device), first.timeout_minutes)  # the ranks inspect the stages' folders together
+    setup(first.device, first.timeout_minutes)  # the ranks inspect the stages' folders together
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(out)))
         _run(planned, run_on_main(partial(_checked, planned)))

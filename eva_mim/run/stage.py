@@ -20,7 +20,7 @@ from torch import Tensor
 
 import eva_mim
 from eva_mim.core.contracts import Teacher
-from eva_mim.core.distributed import barrier, is_main, pick_device, run_on_main, setup, world_size
+from eva_mim.core.distributed import barrier, is_main, run_on_main, setup, world_size
 from eva_mim.core.errors import Diverged, UserError
 from eva_mim.core.files import sha256, write_json, write_text
 from eva_mim.core.lock import locked
@@ -78,7 +78,7 @@ class Built:
 def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None = None) -> dict[str, Any]:
     """Trains, resumes or, if finished, reports a stage; returns its lineage record. Unless `state` is given, one rank reads the
     folder and the parents. Raises UserError (another process holds the folder, ...), Interrupted, Diverged, LostProcess."""
-    setup(pick_device(recipe.run.device), recipe.run.timeout_minutes)
+    setup(recipe.run.device, recipe.run.timeout_minutes)
     state = state or run_on_main(partial(state_of, stage.name, recipe, out))
     with ExitStack() as held:
         if not state.finished:
@@ -198,8 +198,7 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
 
 def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
     """Sets up device, process group and random seeds; returns the device, and networks, data and evaluator of the recipe."""
-    device = pick_device(recipe.run.device)
-    setup(device, recipe.run.timeout_minutes)
+    device = setup(recipe.run.device, recipe.run.timeout_minutes)
     if device.type == "cpu":
         _keep_freed_memory()
     seed_all(derive(recipe.run.seed, "initialisation"))

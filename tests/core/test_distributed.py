@@ -19,7 +19,7 @@ from eva_mim.core import distributed
 from eva_mim.core.errors import LostProcess
 
 worker, seconds, kill = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "kill"
-distributed.setup(torch.device("cpu"), 3 / 60)
+distributed.setup("cpu", 3 / 60)
 
 def work():
     time.sleep(seconds / 2)

@@ -58,7 +58,7 @@ def _owned(batch: FeatureBatch, name: str) -> Tensor:
 
 def step(cut: list[list[list[int]]], engine: str, zero_stage: int = 0) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights after a step, and this rank's share of its figures."""
-    setup(torch.device("cpu"))
+    setup("cpu")
     torch.manual_seed(0)
     student, images = TwoOutputs(5, 2), torch.randn(8, 5)
     mine = cut[rank()]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eva_mim.core.distributed import pick_device
+from eva_mim.core.devices import pick_device
 from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.settings import override, parse
@@ -52,7 +52,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name in ("LOCAL_RANK", "RANK"):
         monkeypatch.setenv(name, "5")
-    with pytest.raises(UserError, match="rank 5 is process 5 of its host, which has 4 GPUs"):
+    with pytest.raises(UserError, match="rank 5 is process 5 of its host, which shows 4 GPUs"):
         pick_device("auto")
 
 
