@@ -173,7 +173,7 @@ def _batches(
         collate_fn=reader.collate,
         prefetch_factor=4 if workers else None,
         worker_init_fn=partial(_begin_worker, reasons),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]  # networks are on the GPU before batches are read
     )
     loaded = iter(loader)
     try:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from eva_mim.engine.step import Shares, clip_and_step, low_precision, scaled_los
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.optim.groups import parameter_groups
 from eva_mim.optim.optimizers import build_optimizer
+
+BUCKET = 50_000_000
+"""Largest number of gradients that ZeRO reduces at once: 200 MB in fp32."""
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -63,7 +67,14 @@ class DeepSpeedEngine(BaseEngine):
             "gradient_accumulation_steps": run.global_batch // (micro * world_size()),
             # With ZeRO 0 the step is ours, since DeepSpeed's neither returns the norm nor skips a step that is not finite.
             "gradient_clipping": (optim.clip_grad or 0.0) if run.zero_stage else 0.0,
-            "zero_optimization": {"stage": run.zero_stage},
+            "zero_optimization": {
+                "stage": run.zero_stage,
+                # ZeRO allocates its buckets whole, for 5e8 values by default: 2 GB for any model.
+                "reduce_bucket_size": max(1, min(BUCKET, sum(p.numel() for group in groups for p in group["params"]))),
+                "overlap_comm": device.type == "cuda" and run.zero_stage in (1, 2),
+            },
+            # It would wait for the device before and after each micro-batch.
+            "timers": {"throughput": {"enabled": False}},
             "zero_allow_untested_optimizer": True,
             # Autocast as in the local engine; gradients are reduced in fp32.
             "torch_autocast": {
@@ -75,7 +86,8 @@ class DeepSpeedEngine(BaseEngine):
             "wall_clock_breakdown": False,
         }
         self._network, self._optimizer, _, _ = deepspeed.initialize(
-            model=student.to(device), optimizer=self._watched, config=config
+            args=SimpleNamespace(device_rank=device.index) if device.type == "cuda" else None,  # else LOCAL_RANK is its device
+            model=student.to(device), optimizer=self._watched, config=config,
         )
         self.forward = self._network
         if world_size() > 1:  # DeepSpeed's own group of all processes has torch's default timeout

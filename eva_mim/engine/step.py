@@ -134,8 +134,11 @@ def clip_and_step(
 
     Returns the norm of the unscaled gradient before clipping (a scalar), without a host sync.
     """
-    limit: Any = float("inf") if clip is None else clip * scale.value
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit) / scale.value
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip is not None and gradients:  # as `clip_grad_norm_`, which waits for the device to read a limit that is a tensor
+        torch._foreach_mul_(gradients, ((norm + 1e-6).reciprocal() * (clip * scale.value)).clamp(max=1.0))
+    norm = norm / scale.value
     optimizer.found_inf = (~norm.isfinite()).float()
     optimizer.grad_scale = scale.value if scale.dynamic else None
     optimizer.step()

@@ -29,7 +29,10 @@ def spread(rows: Tensor) -> float:
 def effective_rank(rows: Tensor) -> float:
     """Returns the exponential of the entropy of the normalised singular values of centred features [R, D] (RankMe, Garrido et al.
     2023, section 3.1): 1 to min(R, D)."""
-    values = torch.linalg.svdvals((rows - rows.mean(0)).double())
+    centred = (rows - rows.mean(0)).double()
+    # By the smaller Gram matrix: a singular value decomposition of 5,000 rows takes seconds on a GPU.
+    gram = centred.T @ centred if rows.shape[0] >= rows.shape[1] else centred @ centred.T
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=1e-300)
     return float(torch.exp(-(share * share.clamp(min=1e-300).log()).sum()))
 

@@ -91,7 +91,7 @@ class MaskedFeatures(Task):
     def counts(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Returns M, the number of predicted patches (it may differ from batch to batch), by the teacher's name."""
         predicted = self._patches(batch) if batch.target_index is None else len(batch.target_index)
-        return dict.fromkeys(self.weights, torch.tensor(float(predicted), device=batch.index.device))
+        return dict.fromkeys(self.weights, torch.full((), float(predicted), device=batch.index.device))
 
     def _patches(self, batch: MaskedBatch) -> int:
         rows, columns = cast(Grid, self.student.grid)
