@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,26 @@ def test_a_chain_by_hand(home: Path) -> None:
     assert (home / "runs" / "a" / "target" / "model.safetensors").is_file()
     assert (home / "runs" / "a" / "mim-zero2" / "model.safetensors").is_file()
     assert "clip_scratch" in (home / "runs" / "demo-long" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("restarts", ["", "19", "20"])
+def test_the_script_for_slurm_starts_again_what_can_go_on(tmp_path: Path, restarts: str) -> None:
+    """The lines of docs/resume.md with a `srun` of each exit code and a `scontrol` that notes what is asked of it."""
+    (block,) = re.findall(r"```sh\n(#SBATCH.*?)```", (REPOSITORY / "docs" / "resume.md").read_text(), re.S)
+    (tmp_path / "job.sh").write_text(block)
+    for name, line in (("srun", "exit $CODE"), ("scontrol", 'echo "$@" >> asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    again = set()
+    for code in (0, 1, 2, 3, 69, 75, 130, 134, 137, 139, 143):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        told = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CODE": str(code), "SLURM_JOB_ID": "4711"}
+        done = subprocess.run(["sh", "job.sh"], cwd=tmp_path, env=told | ({"SLURM_RESTART_COUNT": restarts} if restarts else {}))
+        assert done.returncode == code
+        if (tmp_path / "asked").exists():
+            assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+            again.add(code)
+    assert again == (set() if restarts == "20" else {69, 75, 134, 137})
 
 
 @pytest.mark.long

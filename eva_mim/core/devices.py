@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 from eva_mim.core.errors import UserError
@@ -12,6 +13,9 @@ from eva_mim.core.settings import few
 
 if TYPE_CHECKING:
     import torch
+
+PATIENCE = 30.0
+"""Seconds that rank 0 waits until all ranks have heard of a mistake."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -51,6 +55,10 @@ def agreed_device(name: str, store: Any) -> torch.device:
         told = [json.loads(store.get(str(number))) for number in range(own.world)]
         store.set("verdict", device_mistake(told))
     if mistake := store.get("verdict").decode():
+        heard, end = store.add("heard", 1), time.monotonic() + PATIENCE
+        while own.rank == 0 and heard < own.world and time.monotonic() < end:  # it may keep the store, which ends with it
+            time.sleep(0.05)
+            heard = store.add("heard", 0)
         raise UserError(mistake)
     return device
 

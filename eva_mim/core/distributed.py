@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BEAT = timedelta(seconds=10)
 """Longest interval between heartbeats of a rank that works while others wait."""
+LOST = re.compile(r"remote process exited|network error|connection (was )?(closed|reset|refused)|time[d -]*out|watchdog"
+                  "|broken pipe|unhandled system error|abort", re.IGNORECASE)
+"""What NCCL's errors say when another process or the link to it is gone. Any other one comes again with the next start."""
+NCCL_MISTAKES = {
+    "duplicate gpu": "two processes share one GPU; start as many processes a host as it has GPUs",
+    "out of memory": "no memory is left on the GPU; a smaller run.micro_batch needs less",
+    "no socket interface": "no network interface of this host has the name in NCCL_SOCKET_IFNAME; `ip address` lists them",
+}
+"""Part of an error in small letters -> what to do."""
 START = timedelta(minutes=1)
 """Shortest timeout while the processes start: one host may take longer for it than another."""
 _turns = itertools.count()
@@ -111,14 +121,14 @@ def grouped() -> bool:
 
 @contextmanager
 def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
-    """Turns a failed collective and a killed loader process inside the block into LostProcess; `place()`, the position of the
-    run, is in its message. With nccl, torch's watchdog may end the process first."""
+    """Turns a failed collective and a killed loader process inside the block into LostProcess, and what NCCL calls a mistake into
+    UserError; `place()`, the position of the run, is in the message. With nccl, torch's watchdog may end the process first."""
     try:
         yield
     except RuntimeError as error:
         if "torch" not in sys.modules:
             raise
-        from torch.distributed import DistError
+        from torch.distributed import DistBackendError, DistError
 
         if str(error).startswith("DataLoader worker (pid"):  # torch raises it wherever the main process is
             killed = str(error).removeprefix("DataLoader worker ").split(". ")[0].rstrip(".")
@@ -126,6 +136,11 @@ def detect_lost_processes(place: Callable[[], str] = str) -> Iterator[None]:
                               "fewer data.workers or smaller images help") from error
         if not isinstance(error, DistError) and "gloo/" not in str(error):
             raise
+        if isinstance(error, DistBackendError) and "NCCL" in str(error) and not LOST.search(str(error)):
+            advice = next((advice for text, advice in NCCL_MISTAKES.items() if text in str(error).lower()), None)
+            if advice is None:
+                raise
+            raise UserError(f"rank {rank()}{place()}: NCCL: {advice}") from error
         why = str(error).split("] ", 1)[-1].split(". This is")[0]
         raise LostProcess(f"rank {rank()}{place()}: another process has gone or does not answer ({why})") from error
 

@@ -30,7 +30,7 @@ from eva_mim.run.console import StepBar, step_line, wrapped
 from eva_mim.run.dump import write_dump
 from eva_mim.run.measure import EMA, EXACT, average_of, measure
 from eva_mim.run.meter import Meter, Row
-from eva_mim.run.signals import PATIENCE, Hung, caught_signals, interruptible
+from eva_mim.run.signals import PATIENCE, Agreement, Hung, caught_signals, interruptible
 from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
 
 
@@ -85,6 +85,7 @@ class Loop:
         self.window: list[Row] = []
         self.evaluation_due = False
         self.writer = snapshot.Writer(out, keep_last=run.keep_last, keep_every=run.keep_every)
+        self.agreement = Agreement(device)
         self.step = self._resume()
         self.metrics: dict[str, float] = {}
         self.checkpoint_due = False
@@ -147,7 +148,7 @@ class Loop:
             due = self.step % self.run.log_every == 0 or self.step == self.total
             if due:
                 self._write()
-            stop = self._agree(caught) if due or world_size() == 1 else 0
+            stop = self._stop_asked(caught) if due or self.agreement.is_due(self.step) else 0
             self.evaluation_due = self._is_due(self.run.evaluate_steps or self.run.evaluate_every * self.steps_per_epoch)
             if stop:
                 self._save(streak)
@@ -225,16 +226,12 @@ class Loop:
                 f"the last: {(faults or ['on another rank'])[-1]}"
             )
 
-    def _agree(self, caught: list[int]) -> int:
+    def _stop_asked(self, caught: list[int]) -> int:
         """Returns the signal that any rank has caught, or 0. Raises UserError if the main rank could not write its checkpoint."""
-        flag = torch.tensor([caught[0] if caught else 0, self.writer.failed()])
-        if world_size() > 1:
-            flag = flag.to(self.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        stop, failed = flag.tolist()
+        stop, failed = self.agreement(self.step, caught[0] if caught else 0, self.writer.failed())
         if failed:
             self.writer.finish()
-        return int(stop)
+        return stop
 
     def _rewind(self, bad: list[tuple[int, int]], batches: list[Batch]) -> None:
         """Rewinds to the last checkpoint and leaves out the data steps of the `bad` (step, data step)s. Raises Diverged, after a
@@ -306,4 +303,5 @@ class Loop:
         self.window, self.broken, self.skipped, self.evaluation_due = kept.window, kept.broken, kept.skipped, kept.evaluation_due
         self.alarm.restore(kept.alarm)
         self.step = step
+        self.agreement.restart(step)
         return step

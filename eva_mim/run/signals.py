@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from eva_mim.core.distributed import is_main, world_size
 from eva_mim.core.log import say
@@ -14,6 +17,9 @@ WAITING = False
 """True while the main thread waits for a batch; see `interruptible`."""
 PATIENCE = 10.0
 """Seconds that a signal waits for a batch where other ranks have to agree on the step at which all stop."""
+AGREE = 2.0
+"""Seconds between two steps at which several processes agree whether to stop, between log lines. A launcher such as torchrun
+kills its processes 30 s after it was asked to end them."""
 
 
 class Hung(BaseException):
@@ -70,3 +76,32 @@ def caught_signals() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+
+class Agreement:
+    """The ranks of a run agree whether to stop, all at the same step: at log lines, and between these at steps that are about
+    `AGREE` seconds apart by the main rank's clock. A process alone need not wait."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Begins at a step, at which all ranks are."""
+        self._last, self._at, self._then = step, step, time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether the ranks agree at this step; the same on all ranks."""
+        return world_size() == 1 or step >= self._at
+
+    def __call__(self, step: int, number: int, failed: bool) -> tuple[int, bool]:
+        """Returns the largest number of a signal that a rank has caught, 0 for none, and whether anything has failed on a rank.
+        All ranks must call at the same step. The host waits for the device."""
+        if world_size() == 1:
+            return number, failed
+        now = time.monotonic()
+        pace = max(1, step - self._last) / max(now - self._then, 1e-9)
+        said = torch.tensor([number, failed, max(1, int(AGREE * pace)) if is_main() else 0], device=self._device)
+        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
+        stop, bad, wait = said.tolist()
+        self._last, self._at, self._then = step, step + int(wait), now
+        return int(stop), bool(bad)

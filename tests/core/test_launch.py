@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from eva_mim.core.devices import device_mistake, pick_device
-from eva_mim.core.errors import UserError
+from eva_mim.core.distributed import detect_lost_processes
+from eva_mim.core.errors import LostProcess, UserError
 from eva_mim.core.launch import Launch, address, first_host, launch
 from tests.ranks import Launched, script
 
@@ -108,7 +109,8 @@ def test_devices_that_do_not_fit_together(told: list[dict[str, Any]], said: str)
 TOGETHER = """
 import os, sys, torch
 from eva_mim.core import distributed
-from eva_mim.core.errors import UserError
+from eva_mim.core.distributed import detect_lost_processes
+from eva_mim.core.errors import LostProcess, UserError
 if os.environ["SLURM_PROCID"] == sys.argv[1]:
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     torch.cuda.get_device_properties = lambda device: type("Card", (), {"uuid": "GPU-7"})
@@ -147,3 +149,24 @@ def test_two_tasks_of_srun_find_each_other(tmp_path: Path, broken: str, device: 
     found = [(tmp_path / str(rank)).read_text().splitlines()[-1] for rank in range(2)]
     assert found == [said.format(rank=rank, host=socket.gethostname()) for rank in range(2)]
     assert codes == [2 if "refused" in said else 0] * 2
+
+
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.28\nncclSystemError: Last error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        (NCCL.format("invalid usage", "Duplicate GPU detected : rank 1 and rank 0 both on device 1"), UserError, "share one GPU"),
+        (NCCL.format("unhandled cuda error", "Cuda failure 2 'out of memory'"), UserError, "a smaller run.micro_batch"),
+        (NCCL.format("internal error", "Bootstrap : no socket interface found"), UserError, "NCCL_SOCKET_IFNAME"),
+        (NCCL.format("remote process exited or there was a network error", "poll"), LostProcess, "another process has gone"),
+        (NCCL.format("unhandled system error", "Connection closed by remote peer"), LostProcess, "another process has gone"),
+        ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", LostProcess, "another process has gone"),
+        (NCCL.format("invalid argument", "AllReduce : unknown type"), torch.distributed.DistBackendError, "unknown type"),
+    ],
+)
+def test_what_nccl_says_is_a_mistake_or_a_lost_process(text: str, kind: type[Exception], said: str) -> None:
+    """A mistake comes again: nobody shall start the run twenty times for it."""
+    with pytest.raises(kind, match=said), detect_lost_processes(lambda: " in step 3"):
+        raise torch.distributed.DistBackendError(text)

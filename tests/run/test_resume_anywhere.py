@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from eva_mim.core.run_folder import RunFolder
 from tests.run.test_stability import poisoned
-from tests.tiny import MIM, losses, records, run, run_until, stopped_after, write_recipe
+from tests.tiny import CLASSIFY, MIM, losses, records, run, run_until, stopped_after, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +138,16 @@ def test_log_windows_that_are_cut_by_a_stop_are_whole_again(tmp_path: Path) -> N
         name = "loss" if kind == "train" else "cosine"
         shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
         assert shown == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in wanted]
+
+
+def test_a_stop_is_agreed_within_seconds_though_no_log_line_is_due(tmp_path: Path) -> None:
+    """One of two ranks is asked to stop in step 10 of 2,000; the other learns of it 2 s later, not at the next log line."""
+    tree = CLASSIFY | {"run": CLASSIFY["run"] | {"epochs": None, "samples": 24 * 2000, "log_every": 2000, "evaluate_every": 999}}
+    out = tmp_path / "run"
+    run_until(10, "classify", write_recipe(tmp_path, tree), out, "run.engine=deepspeed", "run.checkpoint_every=2000", processes=2)
+    (found,) = (int(folder.name.removeprefix("step-")) for folder in (out / "checkpoints").iterdir())
+    assert 10 <= found < 400
+    assert records(out) == []
 
 
 def test_what_may_not_differ_is_refused(tmp_path: Path) -> None:
