@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,17 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"run.device: rank {own.rank} is process {own.local_rank} of its host, which shows {visible} GPUs; start "
                         "as many processes a host as it has GPUs")
     return torch.device("cuda", own.local_rank if visible > 1 else 0)
+
+
+def set_arithmetic(*, tf32: bool = False, deterministic: bool = False) -> None:
+    """Sets how GPUs compute what is in fp32: matrix products and convolutions alike exactly, or in TF32 (torch
+    alone rounds those of convolutions); and whether by deterministic algorithms where torch has them: it warns where not."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def agreed_device(name: str, store: Any) -> torch.device:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eva_mim.core.devices import agreed_device, pick_device
+from eva_mim.core.devices import agreed_device, pick_device, set_arithmetic
 from eva_mim.core.errors import LostProcess, UserError
 from eva_mim.core.launch import address, launch
 
@@ -60,7 +60,8 @@ def is_main() -> bool:
 
 def setup(device: str = "auto", minutes: float = 30.0) -> torch.device:
     """Joins the process group if a launcher started more than one process, and sets its timeout in minutes: for collectives, and
-    for heartbeats of other ranks in `run_on`. Returns this rank's device, which is torch's current one from here on.
+    for heartbeats of other ranks in `run_on`. Returns this rank's device, which is torch's current one from here on. fp32
+    is exact on GPUs from here on.
 
     `device`: "auto", "cpu" or "cuda". Raises UserError on every rank if one has no GPU while others have, or shares one.
     """
@@ -68,6 +69,7 @@ def setup(device: str = "auto", minutes: float = 30.0) -> torch.device:
     import torch
 
     _patience = timedelta(minutes=minutes)
+    set_arithmetic()
     found = _join(device) if world_size() > 1 and not grouped() else pick_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)

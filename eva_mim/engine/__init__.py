@@ -28,6 +28,12 @@ class RunSettings(Settings):
     """ZeRO stage of DeepSpeed: 1 shards optimizer state, 2 also gradients, 3 also parameters; 0 shards nothing."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of the forward pass (autocast); fp16 has a dynamic loss scale. Weights, optimizer and losses are fp32."""
+    tf32: bool = False
+    """True: on GPUs, matrix products and convolutions of fp32 round their inputs to 10 bits (TF32), several times as fast. False:
+    both are exact. Final figures always are."""
+    deterministic: Annotated[bool, RUNTIME] = False
+    """True: GPUs use deterministic algorithms where torch has them, so that the same run gives the same bits; slower. It warns of
+    what has none. CPUs need no such setting."""
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay of an exponential moving average of the weights, which is also evaluated; null for no average."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eva_mim.core.contracts import Batch, Engine, Evaluator, StateGroup, Task, TrainData
+from eva_mim.core.devices import set_arithmetic
 from eva_mim.core.distributed import all_reduce_sum, barrier, detect_lost_processes, is_main, rank, world_size
 from eva_mim.core.errors import Diverged, Interrupted, UserError
 from eva_mim.core.log import RunLog, duration, say
@@ -108,7 +109,8 @@ class Loop:
             while self.step < self.total:
                 self._train(caught)
             self.writer.finish()
-            if not self.metrics or self.run.precision != EXACT:  # without figures: resumed after the last step
+            if not self.metrics or self.run.precision != EXACT or self.run.tf32:  # without figures: resumed after the last step
+                set_arithmetic(deterministic=self.run.deterministic)
                 self._evaluate(EXACT)
         self.log.close()
         return Trained(self.engine, self.ema, self.metrics, time.perf_counter() - self.started)
@@ -258,12 +260,12 @@ class Loop:
 
     def _evaluate(self, precision: str | None = None) -> None:
         """Measures the student; without `precision` in that of the run."""
-        began, precision = time.perf_counter(), precision or self.run.precision
+        began, final = time.perf_counter(), precision is not None and (precision != self.run.precision or self.run.tf32)
+        precision = precision or self.run.precision
         self._average_norm_statistics()
         with self.engine.full_module() as module:
             self.metrics = measure(self.parts.evaluator, module, self.ema, partial(autocast, self.device, precision))
-        kind = "eval" if precision == self.run.precision else "final"
-        self.log.write(kind, self.step, self.step * self.run.global_batch, self.metrics)
+        self.log.write("final" if final else "eval", self.step, self.step * self.run.global_batch, self.metrics)
         took = time.perf_counter() - began
         say(wrapped(f"held out, epoch {self.step / self.steps_per_epoch:g}, {precision}:", self.metrics, f"({duration(took)})"))
         self.meter.started += took

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import eva_mim
 from eva_mim.core.contracts import Teacher
+from eva_mim.core.devices import set_arithmetic
 from eva_mim.core.distributed import barrier, is_main, run_on_main, setup, world_size
 from eva_mim.core.errors import Diverged, UserError
 from eva_mim.core.files import sha256, write_json, write_text
@@ -124,7 +125,7 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     student = built.parts.task.student
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
     say(f"{stage.name} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
-        f"{recipe.run.engine}, {recipe.run.precision}")
+        f"{recipe.run.engine}, {recipe.run.precision}{_arithmetic(recipe, device)}")
     if is_main() and (factor := slowdown(recipe.run.precision, device)) > 2:
         say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} "
             "times as slowly as in fp32; run.precision=fp32 is faster here")
@@ -199,12 +200,21 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
 def prepare(recipe: Recipe, build: Callable[[Any, torch.device], Built]) -> tuple[torch.device, Built]:
     """Sets up device, process group and random seeds; returns the device, and networks, data and evaluator of the recipe."""
     device = setup(recipe.run.device, recipe.run.timeout_minutes)
+    set_arithmetic(tf32=recipe.run.tf32, deterministic=recipe.run.deterministic)
     if device.type == "cpu":
         _keep_freed_memory()
     seed_all(derive(recipe.run.seed, "initialisation"))
     built = build(recipe, device)
     tune(built.parts.task.student, device)
     return device, built
+
+
+def _arithmetic(recipe: Recipe, device: torch.device) -> str:
+    """Returns what the first line of a run says of its arithmetic besides the precision."""
+    given = [name for name in ("tf32", "deterministic") if getattr(recipe.run, name)]
+    if device.type == "cpu":
+        return f" (without effect on a CPU: {', '.join(f'run.{name}' for name in given)})" if given else ""
+    return f", {'TF32' if recipe.run.tf32 else 'no TF32'}{', deterministic' if recipe.run.deterministic else ''}"
 
 
 def _keep_freed_memory() -> None:

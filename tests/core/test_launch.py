@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from eva_mim.core.devices import device_mistake, pick_device
+from eva_mim.core.devices import device_mistake, pick_device, set_arithmetic
 from eva_mim.core.distributed import detect_lost_processes
 from eva_mim.core.errors import LostProcess, UserError
 from eva_mim.core.launch import Launch, address, first_host, launch
@@ -149,6 +149,14 @@ def test_two_tasks_of_srun_find_each_other(tmp_path: Path, broken: str, device: 
     found = [(tmp_path / str(rank)).read_text().splitlines()[-1] for rank in range(2)]
     assert found == [said.format(rank=rank, host=socket.gethostname()) for rank in range(2)]
     assert codes == [2 if "refused" in said else 0] * 2
+
+
+def test_fp32_is_of_one_kind() -> None:
+    """torch alone would compute convolutions in TF32 and matrix products exactly."""
+    for tf32 in (True, False):
+        set_arithmetic(tf32=tf32, deterministic=tf32)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.are_deterministic_algorithms_enabled() == tf32
 
 
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.28\nncclSystemError: Last error:\n{}"

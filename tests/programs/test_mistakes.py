@@ -21,7 +21,7 @@ from finetune.classify import StageRecipe
 from pretrain.mim import StageRecipe as MimRecipe
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import Launched, script
-from tests.tiny import CLASSIFY, MIM, run, write_recipe
+from tests.tiny import CLASSIFY, MIM, records, run, write_recipe
 
 
 def refused(model: Any, tree: dict[str, Any]) -> str:
@@ -170,3 +170,13 @@ def test_a_reader_that_ends_early(tmp_path: Path) -> None:
     assert done.stdout == "141\n", (tmp_path / "err").read_text()
     assert "Traceback" not in (tmp_path / "err").read_text()
     assert "BrokenPipe" not in (tmp_path / "err").read_text()
+
+
+@pytest.mark.slow
+def test_settings_of_gpus_are_said_to_have_no_effect_on_a_cpu(tmp_path: Path) -> None:
+    """And the final figures are measured once more, exactly."""
+    recipe = write_recipe(tmp_path, CLASSIFY | {"run": CLASSIFY["run"] | {"epochs": 1}})
+    done = run("classify", recipe, tmp_path / "run", "run.tf32=true", "run.deterministic=true")
+    assert "local, fp32 (without effect on a CPU: run.tf32, run.deterministic)" in done.stderr
+    during, final = (records(tmp_path / "run", kind) for kind in ("eval", "final"))
+    assert [row["top1"] for row in final] == [row["top1"] for row in during]
