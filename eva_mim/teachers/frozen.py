@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import weights_sha256
+from eva_mim.teachers.cast import CastWeights
 from eva_mim.trunks import facts
 from eva_mim.trunks.config import RESIZING
 from eva_mim.trunks.kernels import tune
@@ -53,6 +54,7 @@ class FrozenTeacher:
             if not value.is_meta:
                 finite(value, name, f"{path}: its weights")
         tune(self._network, "cpu")
+        self._weights = CastWeights(self._network)
         self._reading = reading
         self.image_size, self.mean, self.std = image_size, mean, std
         config = facts.configuration(network)
@@ -75,17 +77,21 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Returns the features of [B, channels, S, S] pixels, uint8 or float in 0..255."""
+        """Returns the features of [B, channels, S, S] pixels, uint8 or float in 0..255; under autocast in its precision."""
+        self._weights.follow(images.device.type)
         return self._reading.features(normalise(images, self.mean, self.std))
 
     def to(self, device: Any) -> FrozenTeacher:
         """Moves the weights to `device`."""
+        self._weights.exact()
         self._network.to(device)
         tune(self._network, device)
         return self
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of names and values of all weights: proof that a run did not change the teacher."""
+        """Returns the SHA-256 of names and values of all weights: proof that a run did not change the teacher. Raises UserError
+        if it changed those that were cast."""
+        self._weights.exact()
         return weights_sha256(self._network.state_dict())
 
     def facts(self) -> dict[str, Any]:
