@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file
 from torch import Tensor
@@ -159,3 +161,28 @@ def rows_of_this_rank() -> dict[str, Tensor]:
             found[at + "loss"] = loss.detach()
             found |= {at + name: value for name, value in zip(NAMES, torch.autograd.grad(loss, own), strict=False)}
     return found
+
+
+@pytest.mark.slow
+def test_the_branch_of_nccl_has_the_same_gradients() -> None:
+    """With NCCL torch sums the gradients of gathered features by another collective, which gloo does not have: here its meaning."""
+    for plain, pretended in on_ranks(2, rows_by_reduce_scatter):
+        assert plain.keys() == pretended.keys()
+        for name, value in plain.items():
+            same(pretended[name], value)
+
+
+def rows_by_reduce_scatter() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    calls = []
+
+    def reduce_scatter(result: Tensor, parts: list[Tensor], op: Any, group: Any) -> None:
+        calls.append(op)
+        for part in parts:
+            dist.all_reduce(part, op=op, group=group)
+        result.copy_(parts[rank()])
+
+    plain = rows_of_this_rank()
+    with patch.object(dist, "get_backend", lambda group=None: "nccl"), patch.object(dist, "reduce_scatter", reduce_scatter):
+        pretended = rows_of_this_rank()
+    assert len(calls) == 6  # with and without chunks: images and texts for CLIP, texts for SigLIP
+    return plain, pretended
