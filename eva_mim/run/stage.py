@@ -124,8 +124,8 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     barrier()
     student = built.parts.task.student
     trained_count = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    say(f"{stage.name} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
-        f"{recipe.run.engine}, {recipe.run.precision}{_arithmetic(recipe, device)}")
+    say(folded(f"{stage.name} -> {out}: {trained_count / 1e6:.2f} M trained parameters on {device} x {world_size()}, "
+               f"{recipe.run.engine}, {recipe.run.precision}{_arithmetic(recipe, device)}").lstrip())
     if is_main() and (factor := slowdown(recipe.run.precision, device)) > 2:
         say(f"  run.precision={recipe.run.precision}: this processor has no units for it and multiplies matrices {factor:.0f} "
             "times as slowly as in fp32; run.precision=fp32 is faster here")

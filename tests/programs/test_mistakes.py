@@ -177,6 +177,6 @@ def test_settings_of_gpus_are_said_to_have_no_effect_on_a_cpu(tmp_path: Path) ->
     """And the final figures are measured once more, exactly."""
     recipe = write_recipe(tmp_path, CLASSIFY | {"run": CLASSIFY["run"] | {"epochs": 1}})
     done = run("classify", recipe, tmp_path / "run", "run.tf32=true", "run.deterministic=true")
-    assert "local, fp32 (without effect on a CPU: run.tf32, run.deterministic)" in done.stderr
+    assert "local, fp32 (without effect on a CPU: run.tf32, run.deterministic)" in " ".join(done.stderr.split())
     during, final = (records(tmp_path / "run", kind) for kind in ("eval", "final"))
     assert [row["top1"] for row in final] == [row["top1"] for row in during]

@@ -165,7 +165,7 @@ def rows_of_this_rank() -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_the_branch_of_nccl_has_the_same_gradients() -> None:
-    """With NCCL torch sums the gradients of gathered features by another collective, which gloo does not have: here its meaning."""
+    """With NCCL torch sums the gradients of gathered features by another collective, which gloo lacks: here its meaning."""
     for plain, pretended in on_ranks(2, rows_by_reduce_scatter):
         assert plain.keys() == pretended.keys()
         for name, value in plain.items():
