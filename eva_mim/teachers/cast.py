@@ -22,7 +22,8 @@ class CastWeights:
 
     def follow(self, device: str) -> None:
         """Brings the weights to the precision of autocast on this type of device, or to the exact one without autocast."""
-        self._bring(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        if device != "meta":  # which has neither values nor autocast
+            self._bring(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
     def exact(self) -> None:
         """Brings the exact weights back. Raises UserError if the cast ones have changed in between."""
