@@ -241,3 +241,5 @@ def _write_nearest(path: Path, kept: list[Batch], splits: dict[str, Source], k: 
         sys.stdout.writelines(f"  {where[one][2]}  {where[other][2]}\n" for one, other in pairs[:20])
         if len(pairs) > 20:
             say(f"  and {len(pairs) - 20} more")
+        if len(pairs) > len(rows):
+            say("  more pairs than images: these features hardly tell the images apart")

@@ -99,6 +99,17 @@ def test_a_clip_models_are_open_clips(images: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected.numpy(), atol=1e-5)
 
 
+def test_features_that_tell_nothing_apart(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "same").mkdir()
+    for number in range(5):
+        (tmp_path / "same" / f"{number}.png").write_bytes(png(picture(0)))
+    to = ["--to", str(tmp_path / "v.npy"), "--nearest", "4", "--workers", "0"]
+    assert main(["features", str(stage), "--on", str(tmp_path / "same"), *to]) == 0
+    captured = capsys.readouterr()
+    assert "10 pairs are alike" in captured.out
+    assert "more pairs than images: these features hardly tell the images apart" in captured.err
+
+
 def test_neighbours_and_pairs_that_are_alike(
     stage: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
