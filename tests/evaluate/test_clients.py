@@ -93,7 +93,7 @@ view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 names = json.loads((Path(folder) / "config.json").read_text())["label_names"]
 session, answers = onnxruntime.InferenceSession(graph), {}
 for path in sorted(Path(root).rglob("*.png")):
-    scores = session.run(None, {"image": view(Image.open(path).convert("RGB"))[None].numpy()})[0][0]
+    scores = session.run(["output"], {"image": view(Image.open(path).convert("RGB"))[None].numpy()})[0][0]
     answers["/".join(path.parts[-2:])] = [names[place] for place in numpy.argsort(-scores)[:5]]
 assert "eva_mim" not in sys.modules
 print(json.dumps([answers]))
@@ -304,7 +304,7 @@ def test_figures_of_a_network_of_others(lite: Path, shared: Path, tmp_path: Path
             ours = int(model.eval()(view(image, random.Random(0))[model.image_size][None]).argmax())
             pixels = transform(image)[None]
             others = [theirs(pixels), hub(**processor(image, return_tensors="pt")).logits,
-                      session.run(None, {"image": pixels.numpy()})[0]]
+                      session.run(["output"], {"image": pixels.numpy()})[0]]
         assert [int(scores.argmax()) for scores in others] == [ours] * 3
         right += ours == label
         folder = tmp_path / "v2" / names[label]
