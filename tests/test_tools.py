@@ -68,6 +68,21 @@ def test_small_measurements(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_the_check_of_a_gpu_on_a_cpu(tmp_path: Path) -> None:
+    """Its code, with small networks: here nothing waits, and the same run gives the same bits."""
+    found = {}
+    for parts in (["machine", "waits", "same_as_cpu", "speed", "optimizers", "copies"], ["repeat", "one_process"]):
+        says("gpu_check", "--tiny", "--device", "cpu", "--out", tmp_path / "gpu.json", "--only", *parts)
+        found |= json.loads((tmp_path / "gpu.json").read_text())
+    assert set(found["waits"].values()) == {"none"}
+    assert found["same_as_cpu"]["fp32"]["loss"][0] == found["same_as_cpu"]["fp32"]["loss"][1]
+    assert found["repeat"]["usual"] == found["repeat"]["deterministic"] == {"again": 0.0, "stopped and gone on": 0.0}
+    assert found["one_process"]["ZeRO 0"] < 1e-6
+    assert all(set(found[part]) for part in ("machine", "speed", "optimizers", "copies"))
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_a_small_conversion(tmp_path: Path) -> None:
     """The peak is that of the libraries. The tool starts programs of its own, which write where it writes."""
     done = started(python("tools.convert_memory", "--gigabytes", "0.4", "--bound", "99", "--folder", tmp_path))
