@@ -39,8 +39,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_arithmetic(*, tf32: bool = False, deterministic: bool = False) -> None:
-    """Sets how GPUs compute what is in fp32: matrix products and convolutions alike exactly, or in TF32 (torch
-    alone rounds those of convolutions); and whether by deterministic algorithms where torch has them: it warns where not."""
+    """Sets how GPUs compute what is in fp32: matrix products and convolutions alike exactly, or in TF32 (torch alone takes TF32
+    for convolutions); and whether by deterministic algorithms where torch has them: it warns where not."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,31 +61,8 @@ class DeepSpeedEngine(BaseEngine):
         groups = parameter_groups(student, optim)
         self._watched = build_optimizer(groups, optim)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
-        self._precision, dtype = run.precision, low_precision(run.precision)
-        config = {
-            "train_batch_size": run.global_batch,
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": run.global_batch // (micro * world_size()),
-            # With ZeRO 0 the step is ours, since DeepSpeed's neither returns the norm nor skips a step that is not finite.
-            "gradient_clipping": (optim.clip_grad or 0.0) if run.zero_stage else 0.0,
-            "zero_optimization": {
-                "stage": run.zero_stage,
-                # ZeRO allocates its buckets whole, for 5e8 values by default: 2 GB for any model.
-                "reduce_bucket_size": max(1, min(BUCKET, sum(p.numel() for group in groups for p in group["params"]))),
-                "overlap_comm": device.type == "cuda" and run.zero_stage in (1, 2),
-            },
-            # It would wait for the device before and after each micro-batch.
-            "timers": {"throughput": {"enabled": False}},
-            "zero_allow_untested_optimizer": True,
-            # Autocast as in the local engine; gradients are reduced in fp32.
-            "torch_autocast": {
-                "enabled": dtype is not None,
-                "dtype": str(dtype or torch.bfloat16).removeprefix("torch."),
-                "lower_precision_safe_modules": [],
-            },
-            "steps_per_print": 2**31,
-            "wall_clock_breakdown": False,
-        }
+        self._precision = run.precision
+        config = _configuration(run, optim, micro, sum(p.numel() for group in groups for p in group["params"]), device)
         self._network, self._optimizer, _, _ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=device.index) if device.type == "cuda" else None,  # else LOCAL_RANK is its device
             model=student.to(device), optimizer=self._watched, config=config,
@@ -147,3 +125,32 @@ class DeepSpeedEngine(BaseEngine):
             yield self._plain
         finally:
             functional.linear = wrapped
+
+
+def _configuration(run: RunSettings, optim: OptimSettings, micro: int, trained: int, device: torch.device) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration for micro-batches of `micro` images and so many trained values."""
+    dtype = low_precision(run.precision)
+    return {
+        "train_batch_size": run.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": run.global_batch // (micro * world_size()),
+        # With ZeRO 0 the step is ours, since DeepSpeed's neither returns the norm nor skips a step that is not finite.
+        "gradient_clipping": (optim.clip_grad or 0.0) if run.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": run.zero_stage,
+            # ZeRO allocates its buckets whole, for 5e8 values by default: 2 GB for any model.
+            "reduce_bucket_size": max(1, min(BUCKET, trained)),
+            "overlap_comm": device.type == "cuda" and run.zero_stage in (1, 2),
+        },
+        # It would wait for the device before and after each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+        "zero_allow_untested_optimizer": True,
+        # Autocast as in the local engine; gradients are reduced in fp32.
+        "torch_autocast": {
+            "enabled": dtype is not None,
+            "dtype": str(dtype or torch.bfloat16).removeprefix("torch."),
+            "lower_precision_safe_modules": [],
+        },
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

@@ -109,8 +109,7 @@ def test_devices_that_do_not_fit_together(told: list[dict[str, Any]], said: str)
 TOGETHER = """
 import os, sys, torch
 from eva_mim.core import distributed
-from eva_mim.core.distributed import detect_lost_processes
-from eva_mim.core.errors import LostProcess, UserError
+from eva_mim.core.errors import UserError
 if os.environ["SLURM_PROCID"] == sys.argv[1]:
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     torch.cuda.get_device_properties = lambda device: type("Card", (), {"uuid": "GPU-7"})
