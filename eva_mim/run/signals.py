@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def caught_signals() -> Iterator[list[int]]:
             return
         caught.append(number)
         if is_main():
-            say(f"  {signal.Signals(number).name}: ending this step, then writing a checkpoint")
+            _tell(f"  {signal.Signals(number).name}: ending this step, then writing a checkpoint")
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if WAITING and world_size() == 1:
@@ -75,6 +76,14 @@ def caught_signals() -> Iterator[list[int]]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell(text: str) -> None:
+    """Prints a line from a signal handler, which may have come into a write of the same stream: that is not entered twice."""
+    try:
+        say(text)
+    except RuntimeError:  # "reentrant call"
+        os.write(2, f"{text}\n".encode())
 
 
 class Agreement:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim.cli import main
+from eva_mim.core.log import say
 from eva_mim.core.run_folder import MANIFEST, RunFolder
+from eva_mim.run.signals import caught_signals
 from tests.conftest import make_folder, picture, png
 from tests.ranks import Launched, ends
 from tests.tiny import (
@@ -100,6 +104,28 @@ def test_ctrl_c_writes_a_checkpoint_and_says_so(tmp_path: Path) -> None:
     found = RunFolder(tmp_path / "run").latest()
     assert found is not None
     assert found[0] == records(tmp_path / "run")[-1]["step"]
+
+
+def test_a_signal_may_come_while_a_line_is_printed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python refuses a second write inside the first, which ended runs without a checkpoint."""
+
+    class Raw(io.RawIOBase):
+        signals = 0
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if not self.signals:
+                self.signals = 1
+                os.kill(os.getpid(), signal.SIGTERM)
+            return os.write(2, data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True))
+    with caught_signals() as caught:
+        say("step 7")
+    assert caught == [signal.SIGTERM]
+    assert capfd.readouterr().err == "  SIGTERM: ending this step, then writing a checkpoint\nstep 7\n"
 
 
 @pytest.fixture(scope="module")
