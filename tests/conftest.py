@@ -6,8 +6,9 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No test touches the user's cache, and none sees another one's. It lies outside `tmp_path`, where it would be a class."""
-    folder = tmp_path_factory.mktemp("home") / "cache"
-    monkeypatch.setenv("EVA_MIM_CACHE", str(folder))
-    return folder
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EVA_MIM_CACHE", str(home / "cache"))
+    yield home / "cache"
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
