@@ -44,6 +44,22 @@ def permuted(samples: int, generator: np.random.Generator, blocks: Blocks | None
     return order
 
 
+def cut_batch(global_batch: int, micro_batch: int | None, world: int) -> tuple[int, int]:
+    """Returns (images of a micro-batch, micro-batches of a step) for each of `world` processes; without `micro_batch` a step is
+    one. Raises UserError, with the nearest sizes that would do, for a batch that cannot be cut so."""
+    unit = (micro_batch or 1) * world
+    if global_batch % unit:
+        below = global_batch // unit * unit
+        ways = [f"run.global_batch={batch}" for batch in (below, below + unit) if batch]
+        if micro_batch and not global_batch % world:
+            own = global_batch // world
+            ways.append(f"run.micro_batch={max(size for size in range(1, min(own, micro_batch) + 1) if not own % size)}")
+        by = f"run.micro_batch={micro_batch} x {world} processes = {unit}" if micro_batch else f"{world} processes"
+        raise UserError(f"run.global_batch={global_batch} is not a multiple of {by}; nearest: {' or '.join(ways)}")
+    micro = micro_batch or global_batch // world
+    return micro, global_batch // (micro * world)
+
+
 class GlobalOrder:
     """Order of the samples of all steps; a position in the data is a step. The last, incomplete global batch of an epoch is
     left out.
@@ -59,14 +75,10 @@ class GlobalOrder:
         self.samples, self.seed, self.blocks = samples, seed, blocks
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world = rank, world
-        if global_batch % (micro_batch * world):
-            raise UserError(
-                f"run.global_batch={global_batch} is not a multiple of run.micro_batch={micro_batch} x {world} processes"
-            )
+        self.micro_batches = cut_batch(global_batch, micro_batch, world)[1]
         self.steps_per_epoch = samples // global_batch
         if not self.steps_per_epoch:
             raise UserError(f"run.global_batch={global_batch} is more than the {samples} training images")
-        self.micro_batches = global_batch // (micro_batch * world)
         self._epoch, self._order = -1, np.empty(0, dtype=np.uint32)
 
     def global_step(self, step: int) -> list[Place]:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from eva_mim.core.contracts import Batch, Rates, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, set_timeout, world_size
 from eva_mim.core.losses import StepOutput
+from eva_mim.data.sampler import cut_batch
 from eva_mim.engine import RunSettings
 from eva_mim.engine.base import BaseEngine
 from eva_mim.engine.loss_scale import LossScale
@@ -54,7 +55,6 @@ class DeepSpeedEngine(BaseEngine):
         os.environ.setdefault("LOCAL_RANK", str(local_rank()))
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, rank=rank(), world_size=world_size())
-        micro = run.micro_batch or run.global_batch // world_size()
         # ZeRO 3 gathers parameters when a module is called; evaluation also calls submodules, so it gets an unsharded copy.
         self._plain = copy.deepcopy(student).to(device) if run.zero_stage == 3 else None
         self._linear = functional.linear  # ZeRO 3 replaces it by a function that rounds differently; evaluation uses torch's
@@ -62,7 +62,7 @@ class DeepSpeedEngine(BaseEngine):
         self._watched = build_optimizer(groups, optim)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
         self._precision = run.precision
-        config = _configuration(run, optim, micro, sum(p.numel() for group in groups for p in group["params"]), device)
+        config = _configuration(run, sum(p.numel() for group in groups for p in group["params"]), device)
         self._network, self._optimizer, _, _ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=device.index) if device.type == "cuda" else None,  # else LOCAL_RANK is its device
             model=student.to(device), optimizer=self._watched, config=config,
@@ -74,6 +74,8 @@ class DeepSpeedEngine(BaseEngine):
         self._network.torch_autocast_z0_gradscaler = None
         self._optimizer.torch_autocast_gradscaler = None
         self._sharded, self._device = run.zero_stage > 0, device
+        if self._sharded and self._clip is not None:
+            self._watched.register_step_pre_hook(lambda *_: self._limit())
         self.module: nn.Module = self._network.module
         from eva_mim.engine.sharded_state import ShardedState
 
@@ -91,6 +93,15 @@ class DeepSpeedEngine(BaseEngine):
         # DeepSpeed divides by the number of micro-batches, and reduces over ranks after the last.
         self._network.backward(scaled_loss(output, shares, 1.0 if self._sharded else self._scale.value, 1))
 
+    def _limit(self) -> None:
+        """Clips the gradient of a parameter group that DeepSpeed is about to update: the optimizer divides by this."""
+        assert self._clip is not None
+        self._watched.grad_scale = ((self._norm() + 1e-6) / self._clip).clamp(min=1.0)
+
+    def _norm(self) -> Tensor:
+        """Returns the norm of the unscaled gradient over all ranks (a scalar), with ZeRO 1 to 3."""
+        return torch.as_tensor(self._optimizer._global_grad_norm, dtype=torch.float32, device=self._device).detach()
+
     def _update(self, last: bool) -> Tensor | None:
         """See `BaseEngine`. DeepSpeed counts micro-batches by the calls of its own `step`."""
         if not last:
@@ -98,7 +109,7 @@ class DeepSpeedEngine(BaseEngine):
             return None
         if self._sharded:
             self._network.step()  # skips the update on all ranks if the gradient is not finite
-            return torch.as_tensor(self._network.get_global_grad_norm(), dtype=torch.float32, device=self._device).detach()
+            return self._norm()
         norm = clip_and_step(self._watched, self.module.parameters(), self._clip, self._scale)
         self._watched.zero_grad(set_to_none=True)  # without gradients DeepSpeed's own step only counts
         self._network.step()
@@ -127,15 +138,16 @@ class DeepSpeedEngine(BaseEngine):
             functional.linear = wrapped
 
 
-def _configuration(run: RunSettings, optim: OptimSettings, micro: int, trained: int, device: torch.device) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration for micro-batches of `micro` images and so many trained values."""
+def _configuration(run: RunSettings, trained: int, device: torch.device) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration for so many trained values."""
+    micro, count = cut_batch(run.global_batch, run.micro_batch, world_size())
     dtype = low_precision(run.precision)
     return {
         "train_batch_size": run.global_batch,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": run.global_batch // (micro * world_size()),
-        # With ZeRO 0 the step is ours, since DeepSpeed's neither returns the norm nor skips a step that is not finite.
-        "gradient_clipping": (optim.clip_grad or 0.0) if run.zero_stage else 0.0,
+        "gradient_accumulation_steps": count,
+        # Ours: with ZeRO 1 and 2 DeepSpeed would wait for the device before it updates each parameter group.
+        "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": run.zero_stage,
             # ZeRO allocates its buckets whole, for 5e8 values by default: 2 GB for any model.

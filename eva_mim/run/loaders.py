@@ -13,6 +13,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import Preparation
+from eva_mim.data.sampler import cut_batch
 from eva_mim.data.subset import order_of
 from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.engine import RunSettings
@@ -22,8 +23,8 @@ from eva_mim.weights.handover import read_parent, seed_trunk
 
 
 def batch_cut(run: RunSettings) -> dict[str, int]:
-    """Returns the arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches."""
-    micro = run.micro_batch or max(1, run.global_batch // world_size())
+    """Returns the arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches. Raises UserError."""
+    micro, _ = cut_batch(run.global_batch, run.micro_batch, world_size())
     return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
 
 

@@ -27,13 +27,12 @@ from eva_mim.trunks import pixels
 from finetune import classify
 from pretrain import clip, mim
 from tests.engine.test_lamb import Line, Squares
+from tests.pretended import ASKED
 from tests.ranks import on_ranks
 from tests.tiny import CLASSIFY, CLIP, MIM
 
 pytestmark = pytest.mark.slow
 CUDA = torch.device("cuda:0")
-ASKED = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
-"""Operators whose result the host needs: a value, or a size that depends on values."""
 COPIES = {"aten::_to_copy": 0, "aten::copy_": 1}
 """Operators that can copy between devices -> place of the source."""
 SIX = {"run.micro_batch": 6}

@@ -233,7 +233,7 @@ def test_a_pipeline_keeps_the_names_of_the_sections() -> None:
 def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     recipe = parse(StageRecipe, CLIP | {"run": CLIP["run"] | {"global_batch": 2}}, "r.yaml")
-    with pytest.raises(UserError, match=r"run.global_batch=2 is not a multiple of run.micro_batch=1 x 4 processes"):
+    with pytest.raises(UserError, match=r"run.global_batch=2 is not a multiple of 4 processes; nearest: run.global_batch=4"):
         train_loader(recipe, open_splits(recipe.data).train, [32], recipe.view, ImageTextPreparation)
 
 
