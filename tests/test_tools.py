@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import save_file
 
 from eva_mim.core.registry import PROGRAMS, lookup
-from eva_mim.pipeline import run as pipeline
 from eva_mim.pipeline.plan import plan
+from eva_mim.pipeline.preview import as_table
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import pool
 from tests.tiny import python, started
@@ -105,7 +105,7 @@ def figures(out: Path, tree: dict[str, Any]) -> None:
     """Look at a pipeline as a user does before it runs, and write what its stages would have found."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "pipeline.yaml").write_text(yaml.safe_dump(tree))
-    assert pipeline.describe(str(out / "pipeline.yaml"), [], out)
+    assert as_table(str(out / "pipeline.yaml"), [], out)
     _, planned = plan(str(out / "pipeline.yaml"), [], out)
     for number, stage in enumerate(planned):
         folder = stage.out

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from eva_mim.commands.data import positive
+from eva_mim.commands import positive
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress, say
 from eva_mim.run.program import guard

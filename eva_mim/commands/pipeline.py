@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eva_mim.commands import positive
 from eva_mim.run.program import guard
 
 
@@ -20,12 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print what would run and why")
     mode.add_argument("--print-shell", action="store_true", help="print the stages as plain commands")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="for --dry-run and --print-shell: nodes, default 1")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="G", help="likewise: GPUs of a node, default 1")
     options = parser.parse_intermixed_args(argv)
-    from eva_mim.pipeline import run as pipeline
+    call, sizes = (options.pipeline, options.overrides, options.out), (options.nodes, options.gpus_per_node)
+    if not (options.dry_run or options.print_shell):
+        if any(sizes):
+            parser.error("--nodes and --gpus-per-node only say how --print-shell starts the stages, and --dry-run counts")
+        from eva_mim.pipeline.run import run_pipeline
 
-    call = options.pipeline, options.overrides, options.out
-    if options.dry_run:
-        return guard(lambda: sys.stdout.write(pipeline.describe(*call) + "\n"))
-    if options.print_shell:
-        return guard(lambda: sys.stdout.write(pipeline.as_shell(*call) + "\n"))
-    return guard(lambda: pipeline.run_pipeline(*call))
+        return guard(lambda: run_pipeline(*call))
+    from eva_mim.pipeline.preview import Cluster, as_shell, as_table
+
+    cluster = Cluster(*(size or 1 for size in sizes)) if any(sizes) else None
+    show = as_table if options.dry_run else as_shell
+    return guard(lambda: sys.stdout.write(show(*call, cluster) + "\n"))

@@ -108,9 +108,9 @@ class PlannedStage:
     """Overrides that distinguish its settings from the recipe file."""
     out: Path
 
-    def shell(self) -> str:
-        """Returns the plain command that runs this stage alone."""
-        return shlex.join(["eva-mim", self.entry.program, self.entry.recipe, *self.assignments, "--out", str(self.out)])
+    def shell(self, start: str = "eva-mim") -> str:
+        """Returns the plain command that runs this stage alone; `start` stands in place of "eva-mim"."""
+        return shlex.join([start, self.entry.program, self.entry.recipe, *self.assignments, "--out", str(self.out)])
 
 
 def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list[PlannedStage]]:

@@ -23,7 +23,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
     setup(first.device, first.timeout_minutes)  # the ranks inspect the stages' folders together
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(out)))
-        _run(planned, run_on_main(partial(_checked, planned)))
+        _run(planned, run_on_main(partial(checked, planned)))
         if is_main():
             write_summary(out, planned, file.compare)
 
@@ -42,8 +42,8 @@ def _finished(planned: list[PlannedStage]) -> dict[str, StageState]:
     return found
 
 
-def _checked(planned: list[PlannedStage]) -> dict[str, StageState]:
-    """Returns the finished stages, after the networks of all others were checked. Raises UserError."""
+def checked(planned: list[PlannedStage]) -> dict[str, StageState]:
+    """Returns the state of each finished stage by name, after the networks of all others were checked. Raises UserError."""
     from eva_mim.pipeline.networks import check_networks
 
     finished = _finished(planned)
@@ -83,27 +83,3 @@ def put_aside(folder: Path) -> None:
             path.unlink()
     for path in (target / "tensorboard").glob("*tfevents*"):
         path.rename(path.with_name(path.name.replace("tfevents", "aside")))
-
-
-def describe(path: str, overrides: list[str], out: Path) -> str:
-    """Returns the plan as text, for --dry-run. Raises UserError for a stage whose networks cannot be built."""
-    _, planned = plan(path, overrides, out)
-    _checked(planned)
-    lines, stale = [], set()
-    for stage in planned:
-        entry = stage.entry
-        parents = list(entry.parents.values())
-        waits = [name for name in parents if name in stale]
-        state = f"runs, after {', '.join(waits)}" if waits else state_of(entry.program, stage.recipe, stage.out).plan()
-        if not state.startswith("finished"):
-            stale.add(entry.name)
-        run = stage.recipe.run
-        lines.append(f"{entry.name:<16} {entry.program:<9} {run.length:>20} in {run.global_batch:<6} "
-                     f"{'<- ' + ', '.join(parents) if parents else '':<24} {state}")
-    return "\n".join(lines)
-
-
-def as_shell(path: str, overrides: list[str], out: Path) -> str:
-    """Returns the stages as a shell script of plain commands, for a cluster."""
-    _, planned = plan(path, overrides, out)
-    return "\n".join(["#!/bin/sh", "set -e", *(stage.shell() for stage in planned)])

@@ -10,7 +10,8 @@ import pytest
 from eva_mim.core.errors import UserError
 from eva_mim.pipeline.networks import check_networks
 from eva_mim.pipeline.plan import plan
-from eva_mim.pipeline.run import describe, run_pipeline
+from eva_mim.pipeline.preview import as_table
+from eva_mim.pipeline.run import run_pipeline
 from tests.conftest import REPOSITORY
 from tests.tiny import CLASSIFY, CLIP, MIM, write_recipe
 
@@ -37,7 +38,7 @@ def chain(folder: Path, stages: list[dict[str, Any]] = CHAIN) -> str:
 def refused(folder: Path, *overrides: str, stages: list[dict[str, Any]] = CHAIN) -> str:
     """Of a dry run and of a real one, which leaves nothing behind."""
     said = []
-    for command in (describe, run_pipeline):
+    for command in (as_table, run_pipeline):
         with pytest.raises(UserError) as error:
             command(chain(folder, stages), list(overrides), folder / "out")
         said.append(str(error.value))
@@ -48,8 +49,8 @@ def refused(folder: Path, *overrides: str, stages: list[dict[str, Any]] = CHAIN)
 
 def test_a_chain_that_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without a warning of open_clip that a planned parent has no weights."""
-    lines = describe(chain(tmp_path), [], tmp_path / "out").splitlines()
-    assert [line.split()[0] for line in lines] == ["first", "masked", "tower", "target"]
+    table = as_table(chain(tmp_path), [], tmp_path / "out").splitlines()
+    assert [line.split()[0] for line in table[1:5]] == ["first", "masked", "tower", "target"]
     assert caplog.records == []
 
 
@@ -77,7 +78,7 @@ def test_a_teacher_with_another_grid_and_a_student_of_another_kind(tmp_path: Pat
 def test_sizes_that_are_resized_fit(tmp_path: Path) -> None:
     """Positions and the patch kernel of a later stage are made from those of the planned one."""
     words = ["target.student.image_size=64", "target.student.patch_size=8"]
-    assert "target" in describe(chain(tmp_path), words, tmp_path / "out")
+    assert "target" in as_table(chain(tmp_path), words, tmp_path / "out")
 
 
 def test_a_text_tower_of_another_size(tmp_path: Path) -> None:
@@ -107,4 +108,4 @@ def test_the_shipped_pipelines_fit(name: str, tmp_path: Path) -> None:
 
 def test_a_pipeline_that_begins_with_a_released_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"init_from: weights/EVA02_E_psz14\.pt does not exist"):
-        describe(str(REPOSITORY / "configs" / "pipelines" / "eva02_e.yaml"), [], tmp_path)
+        as_table(str(REPOSITORY / "configs" / "pipelines" / "eva02_e.yaml"), [], tmp_path)

@@ -82,7 +82,7 @@ def test_changed_stage_and_all_after_it_run_again(finished: Path, tmp_path: Path
     out = copy_of(finished, tmp_path)
     # Parents are known by content, so a moved folder stays finished.
     text = pipeline(finished / "pipeline.yaml", out, "run.epochs=1", "broad.optim.lr=0.001", "--dry-run")
-    states = {line.split()[0]: line for line in text.splitlines()}
+    states = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     assert "runs again: optim.lr: 0.002 -> 0.001" in states["broad"]
     assert "runs, after broad" in states["target"]
     assert all("finished, is skipped" in states[name] for name in ("first", "masked", "tower", "scratch"))

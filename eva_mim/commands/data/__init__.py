@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from eva_mim.commands import positive
 from eva_mim.core.registry import Command, lookup, sentence
 from eva_mim.run.program import guard
 
@@ -38,13 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     home.add_options(parser)
     options = parser.parse_intermixed_args(list(sys.argv[1:] if argv is None else argv)[1:])
     return guard(lambda: home.run(options))
-
-
-def positive(text: str) -> int:
-    """Returns an option's integer. Raises ArgumentTypeError for less than 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

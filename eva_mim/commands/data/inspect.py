@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eva_mim.commands.data import add_processes, positive
+from eva_mim.commands import positive
+from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.commands.sheet import write_sheet

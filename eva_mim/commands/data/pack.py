@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eva_mim.commands.data import add_processes, positive
+from eva_mim.commands import positive
+from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import CLASSES, every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool
 from eva_mim.core.errors import UserError

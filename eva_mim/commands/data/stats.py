@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eva_mim.commands.data import add_processes, positive
+from eva_mim.commands import positive
+from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.bands import Bands
