@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import shlex
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from eva_mim import cli
+from eva_mim.commands.pipeline import pipeline_parser
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.resolve import resolve
@@ -61,15 +61,9 @@ def test_a_command_would_start(page: str, words: list[str], monkeypatch: pytest.
         if not options.recipe.startswith(PLACEHOLDERS):
             resolve(lookup(PROGRAMS, stage[0], "program").recipe, read_yaml(options.recipe), options.overrides, options.recipe)
     elif words[:2] == ["eva-mim", "pipeline"]:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("file")
-        parser.add_argument("overrides", nargs="*")
-        parser.add_argument("--out", type=Path, required=True)
-        parser.add_argument("--dry-run", action="store_true")
-        parser.add_argument("--print-shell", action="store_true")
-        found = parser.parse_intermixed_args(words[2:])
-        if not found.file.startswith(PLACEHOLDERS):
-            assert plan(found.file, found.overrides, found.out)[1]
+        found = pipeline_parser().parse_intermixed_args(words[2:])
+        if not found.pipeline.startswith(PLACEHOLDERS):
+            assert plan(found.pipeline, found.overrides, found.out)[1]
     elif words[0] == "eva-mim":
         asked: list[Any] = []
 

@@ -32,6 +32,7 @@ import eva_mim.trunks.small  # noqa: F401  registers the small architectures
 from eva_mim.core.contracts import Rates
 from eva_mim.core.devices import set_arithmetic
 from eva_mim.core.files import write_json
+from eva_mim.core.host_copy import to_host
 from eva_mim.core.rng import seed_all
 from eva_mim.core.settings import parse
 from eva_mim.engine import build_engine
@@ -265,17 +266,15 @@ def optimizers(device: torch.device, tiny: bool) -> Found:
 
 
 def copies(device: torch.device, tiny: bool) -> Found:
-    """Gigabytes a second from the device to the host: into usual memory, and into pinned memory."""
-    value = torch.zeros(2**20 if tiny else 2**28, device=device)
+    """Gigabytes a second from the device to the host: tensor by tensor, and as a checkpoint is copied, through pinned memory."""
+    values = [torch.zeros(2**18 if tiny else 2**24, device=device) for _ in range(16)]
+    ways = {"each": lambda: [value.to("cpu", copy=True) for value in values], "pinned": lambda: to_host(values)}
     found: Found = {}
-    places = {"usual": torch.empty(value.shape)}
-    if value.is_cuda:
-        places["pinned"] = torch.empty(value.shape, pin_memory=True)
-    for name, place in places.items():
-        place.copy_(value)
+    for name, copy in ways.items():
+        copy()
         began = finished(device)
-        place.copy_(value)
-        found[name] = round(value.nbytes / 2**30 / (finished(device) - began), 2)
+        copy()
+        found[name] = round(sum(value.nbytes for value in values) / 2**30 / (finished(device) - began), 2)
     return found
 
 

@@ -12,8 +12,8 @@ from eva_mim.commands import positive
 from eva_mim.run.program import guard
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
+def pipeline_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's line."""
     parser = argparse.ArgumentParser(prog="eva-mim pipeline", description="All stages of a pipeline file, in order.")
     parser.add_argument("pipeline", help="YAML file, or the name of one that ships with eva-mim (configs/pipelines/...)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="for all stages; STAGE.a.b=c for one")
@@ -23,6 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode.add_argument("--print-shell", action="store_true", help="print the stages as plain commands")
     parser.add_argument("--nodes", type=positive, metavar="N", help="for --dry-run and --print-shell: nodes, default 1")
     parser.add_argument("--gpus-per-node", type=positive, metavar="G", help="likewise: GPUs of a node, default 1")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = pipeline_parser()
     options = parser.parse_intermixed_args(argv)
     call, sizes = (options.pipeline, options.overrides, options.out), (options.nodes, options.gpus_per_node)
     if not (options.dry_run or options.print_shell):

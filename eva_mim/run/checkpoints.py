@@ -23,6 +23,7 @@ from eva_mim.core.contracts import StateGroup
 from eva_mim.core.distributed import is_main, run_on_main, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, sha256, write_json
+from eva_mim.core.host_copy import to_host
 from eva_mim.core.log import say
 from eva_mim.core.run_folder import MANIFEST, RunFolder, file_of, read_manifest, step_of
 from eva_mim.core.settings import few
@@ -71,7 +72,7 @@ class Writer:
         copied = run_on_main(partial(self._fits, sum(map(bytes_of, kinds.values()))))
         if is_main():
             if copied:
-                values = {name: [value.to("cpu", copy=True) for value in tensors] for name, tensors in values.items()}
+                values = {name: to_host(tensors) for name, tensors in values.items()}
             self._end = self._thread.submit(work, values) if copied else _at_once(work, values)
         for tensors in values.values():  # every rank must read, even if the main rank has stopped writing
             deque(tensors, maxlen=0)
@@ -146,7 +147,7 @@ def load(folder: Path, parts: Mapping[str, StateGroup], *, alone: bool = False) 
     """Loads a checkpoint on all ranks; returns its facts. `alone`: only these state groups are loaded, for a module that is not
     trained further. Raises UserError if names, types or shapes differ, or if the norm of a loaded group differs from the saved
     one, so that no run continues from an incomplete load."""
-    manifest = read_manifest(folder)
+    manifest = run_on_main(partial(read_manifest, folder))
     if not (set(manifest["norms"]) >= set(parts) if alone else set(manifest["norms"]) == set(parts)):
         raise UserError(f"{folder} holds {', '.join(sorted(manifest['norms']))}, but this run keeps {', '.join(sorted(parts))}")
     opened = {name: open_checkpoint(folder / file_of(name)) for name in parts}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eva_mim.core.contracts import Batch, TrainData
+from eva_mim.core.distributed import run_on_main
 from eva_mim.core.files import write_json
 from eva_mim.core.run_folder import RunFolder
 
@@ -81,9 +82,10 @@ class SkippedData:
         """First and last data step of each detour, rising."""
 
     def load(self) -> None:
-        """Reads the data steps that an earlier process of the run left out."""
-        if self._file.is_file():
-            record = json.loads(self._file.read_text())
+        """Loads the data steps that an earlier process of the run left out. The main rank reads them and tells the others, whose
+        hosts may not see a new file of a network disk yet. Every rank must call."""
+        record = run_on_main(lambda: json.loads(self._file.read_text()) if self._file.is_file() else None)
+        if record is not None:
             self.rewinds, self.left_out = record["rewinds"], [(first, last) for first, last in record["left_out"]]
 
     def forget(self) -> None:

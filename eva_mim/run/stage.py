@@ -140,28 +140,32 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     if faults := run_on_main(partial(_not_finite, trained, weights)):
         raise Diverged(f"after the last step {faults}; nothing is exported. Start again with a lower optim.lr={recipe.optim.lr}, "
                        f"or from an earlier one of {RunFolder(out).checkpoints}: --out ANOTHER init_from=CHECKPOINT")
-    if is_main():
-        built.export(out, weights)
-        if trained.ema is not None:
-            built.export(_subfolder(out, EMA), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
-        steps = recipe.run.steps(built.parts.train.steps_per_epoch)
-        record = begun | {
-            "finished": True,
-            "headline": built.parts.evaluator.headline,
-            "metrics": trained.metrics,
-            "seconds": round(RunFolder(out).seconds_at_work(), 1),
-            "steps": steps,
-            "samples_seen": steps * recipe.run.global_batch,
-            "weights_sha256": sha256(RunFolder(out).weights),
-            "classes": list(built.classes) if built.classes else None,
-            "grid": built.grid,
-            "teachers": taught,
-            "seeded": built.seeded.as_dict() if built.seeded else None,
-        }
-        write_json(RunFolder(out).lineage, record)
-    barrier()
-    record = RunFolder(out).record()
+    record = run_on_main(partial(_finish, begun | {"teachers": taught}, recipe, built, trained, weights, out))
     say(wrapped(f"finished in {duration(trained.seconds)}:", record["metrics"]))
+    return record
+
+
+def _finish(
+    begun: dict[str, Any], recipe: Recipe, built: Built, trained: Trained, weights: Weights, out: Path
+) -> dict[str, Any]:
+    """Exports the result; returns the lineage record of the finished run. Others wait meanwhile, and are told of a full disk."""
+    built.export(out, weights)
+    if trained.ema is not None:
+        built.export(_subfolder(out, EMA), {n: v.cpu() for n, v in trained.ema.module.state_dict().items()})
+    steps = recipe.run.steps(built.parts.train.steps_per_epoch)
+    record = begun | {
+        "finished": True,
+        "headline": built.parts.evaluator.headline,
+        "metrics": trained.metrics,
+        "seconds": round(RunFolder(out).seconds_at_work(), 1),
+        "steps": steps,
+        "samples_seen": steps * recipe.run.global_batch,
+        "weights_sha256": sha256(RunFolder(out).weights),
+        "classes": list(built.classes) if built.classes else None,
+        "grid": built.grid,
+        "seeded": built.seeded.as_dict() if built.seeded else None,
+    }
+    write_json(RunFolder(out).lineage, record)
     return record
 
 

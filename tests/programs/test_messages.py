@@ -128,7 +128,7 @@ def test_mistakes_of_the_clip_stage(tmp_path: Path) -> None:
     assert "student.text.width=64: the text tower of ViT-B-32 has 512; leave it out" in text
     few = ("run.engine=deepspeed", "run.global_batch=1")
     done = run("clip", write_recipe(tmp_path, CLIP), tmp_path / "run", *few, processes=2, code=2)
-    said = "error: run.global_batch=1 is not a multiple of run.micro_batch=1 x 2 processes"
+    said = "error: run.global_batch=1 is not a multiple of 2 processes; nearest: run.global_batch=2"
     assert done.stderr.count(said) == 2  # on every rank
     assert "Traceback" not in done.stderr
 

@@ -10,9 +10,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,12 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eva_mim.core.contracts import StateGroup
+from eva_mim.core.distributed import is_main, rank
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import MANIFEST, RunFolder, is_complete, read_manifest
 from eva_mim.run import checkpoints as snapshot
+from eva_mim.run.stability import SkippedData
 from eva_mim.weights.files.write import stream_safetensors
 from tests import tiny
+from tests.ranks import on_ranks
 
 GENERATOR = torch.Generator().manual_seed(0)
 MODULE = {"weight": torch.randn(4, 5, generator=GENERATOR), "count": torch.tensor(7), "bias": torch.randn(4, generator=GENERATOR)}
@@ -265,8 +269,8 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk: P
     tiny.run("mim", recipe, tmp_path / "straight", *settings, processes=processes)
     # torchrun has a code of its own for a failed rank
     stopped = tiny.run("mim", recipe, small_disk / "run", *settings, processes=processes, code=2)
-    for rank in range(processes):
-        assert f"error: {'rank 0: ' if rank else ''}step 3 was not saved: it needs 5," in stopped.stderr
+    for number in range(processes):
+        assert f"error: {'rank 0: ' if number else ''}step 3 was not saved: it needs 5," in stopped.stderr
     assert stopped.stderr.count("the checkpoint of step 2 is complete; the same command goes on from there") == processes
     names = sorted(path.name for path in (small_disk / "run" / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002"]
@@ -275,3 +279,28 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk: P
     assert tiny.losses(small_disk / "run") == tiny.losses(tmp_path / "straight")
     found, wanted = (load_file(out / "model.safetensors") for out in (small_disk / "run", tmp_path / "straight"))
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def seen_by_one_host(out: Path) -> tuple[Any, ...]:
+    """On a rank: what it goes on with. The host of rank 1 sees the tensors, but no new file beside them yet."""
+
+    def unseen(*_: Any) -> None:
+        raise FileNotFoundError
+
+    parts, held = fresh()
+    detours = SkippedData(out if rank() == 0 else out / "stale", is_main())
+    with patch.object(snapshot, "read_manifest", unseen) if rank() else nullcontext():
+        found = snapshot.newest(out)
+        assert found is not None
+        facts = snapshot.load(found[1], parts)
+    detours.load()
+    return found[0], facts, detours.rewinds, detours.left_out, held[0]["weight"].tolist()
+
+
+@pytest.mark.slow
+def test_rank_0_reads_and_tells(tmp_path: Path) -> None:
+    """Hosts may see the files of a network disk late, and ranks that went on from other places would train apart."""
+    write(tmp_path, 3)
+    SkippedData(tmp_path, main=True).add(1, 2)
+    wanted = 3, {"step": 3}, 1, [(1, 2)], MODULE["weight"].tolist()
+    assert on_ranks(2, seen_by_one_host, tmp_path) == [wanted, wanted]
