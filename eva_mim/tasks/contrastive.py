@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from open_clip.loss import gather_features
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -37,11 +37,12 @@ class Contrastive:
         return _output(loss, metrics).with_metrics(logit_bias=None if bias is None else bias.detach().float())
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        images, texts = image, text
-        if world_size() > 1:
-            images, texts = gather_features(image, text, gather_with_grad=True, world_size=world_size())
         siglip = self.settings.kind == "siglip"
         part = _sigmoid if siglip else _softmax
+        images, texts = image, text
+        if world_size() > 1:
+            texts = _gathered(text)
+            images = images if siglip else _gathered(image)
         own = torch.arange(len(image), device=image.device) + rank() * len(image)
         chunk = self.settings.chunk or len(image)
         total = image.new_zeros(())
@@ -52,6 +53,11 @@ class Contrastive:
                 total = total + (part(*given) if chunk >= len(side) else
                                  checkpoint(part, *given, use_reentrant=False, preserve_rng_state=False))
         return total / len(image) / (1 if siglip else 2)
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """Returns the rows of all ranks [B, C]; their gradients come back summed over the ranks."""
+    return torch.cat(all_gather(rows))  # type: ignore[no-untyped-call]
 
 
 def _softmax(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, partners: Tensor) -> Tensor:
