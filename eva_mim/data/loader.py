@@ -117,10 +117,23 @@ def _gone(error: Exception) -> str:
     return f"; {missing[-1]} does not exist: is its disk mounted?" if missing else ""
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+"""Signals that terminals and schedulers send to the whole process group. The main process alone decides when to stop; a worker
+whose parent is gone ends by itself (torch watches for that)."""
+
+
+def _started(loader: DataLoader[Any]) -> Any:
+    """Returns the iterator of a loader, whose workers start in it: with signals blocked, since they have the main process's
+    handlers until they ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(reasons: Any, worker: int) -> None:
-    # Terminals and schedulers signal the whole process group; the main process alone decides when to stop. A worker whose
-    # parent is gone ends by itself (torch watches for that).
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     # multiprocessing prints a batch that cannot be sent and drops it; the main process would wait for it for ever.
     Queue._on_queue_feeder_error = staticmethod(partial(_cannot_send, reasons))  # type: ignore[attr-defined]
@@ -175,7 +188,7 @@ def _batches(
         worker_init_fn=partial(_begin_worker, reasons),
         pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]  # networks are on the GPU before batches are read
     )
-    loaded = iter(loader)
+    loaded = _started(loader)
     try:
         while True:
             try:

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import make_folder, picture, png
@@ -38,6 +39,16 @@ SHORT_PATIENCE = """
 import sys
 from eva_mim.run import loop, signals
 signals.PATIENCE = loop.PATIENCE = 2.0
+from eva_mim.run.program import leave
+from finetune.classify import main
+leave(main(sys.argv[1:]))
+"""
+
+SLOW_TO_BEGIN = """
+import sys, time
+from eva_mim.data import loader
+begin = loader._begin_worker
+loader._begin_worker = lambda *arguments: (time.sleep(1.0), begin(*arguments))
 from eva_mim.run.program import leave
 from finetune.classify import main
 leave(main(sys.argv[1:]))
@@ -157,3 +168,15 @@ def test_a_killed_loader_process_is_a_lost_one(tmp_path: Path, number: int) -> N
     said = ended(process, log, 69)
     assert "a loader process (pid" in said
     assert "fewer data.workers or smaller images help" in said
+
+
+def test_a_signal_may_come_while_loader_processes_begin(tmp_path: Path) -> None:
+    """To all processes, as a terminal sends it: a loader process that has not begun takes it neither for its own nor dies."""
+    recipe, log = write_recipe(tmp_path, CLASSIFY | {"run": RUN | {"epochs": 50}}), tmp_path / "log"
+    process = Launched(script, SLOW_TO_BEGIN, str(recipe), "data.workers=2", "--out", str(tmp_path / "run"), log=log)
+    end = time.monotonic() + 60
+    while len(psutil.Process(process.pid).children()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(process, log, 130).count("SIGINT: ending this step") == 1
