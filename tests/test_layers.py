@@ -25,7 +25,7 @@ ROOT = {"eva_mim"}
 LIBRARIES = {
     "deepspeed": {"eva_mim.engine.deepspeed", "eva_mim.engine.sharded_state"},
     "open_clip": {
-        "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.tasks.contrastive", "eva_mim.convert.architecture",
+        "eva_mim.students.clip", "eva_mim.teachers.open_clip", "eva_mim.convert.architecture",
         "eva_mim.data.prompts", "eva_mim.evaluate.zeroshot",
     },
 }

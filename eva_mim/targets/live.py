@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from eva_mim.core.contracts import Features, MaskedBatch, Teacher
+from eva_mim.core.timing import phase
 
 
 class LiveTargets:
@@ -15,4 +16,8 @@ class LiveTargets:
 
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
         """Returns each teacher's features of the batch by the teacher's name: summary [B, C], spatial [B, N, C]."""
-        return {name: teacher(batch.views[teacher.image_size]) for name, teacher in self.teachers.items()}
+        found = {}
+        for name, teacher in self.teachers.items():
+            with phase("teacher" if len(self.teachers) == 1 else f"teacher {name}"):
+                found[name] = teacher(batch.views[teacher.image_size])
+        return found
