@@ -40,11 +40,21 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _step_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="measured steps (default 5)")
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="RECIPE", help="YAML file of a stage")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
     parser.add_argument("--program", metavar="NAME", help="the stage's program; default the name of the recipe's folder")
-    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="measured steps (default 5)")
     parser.add_argument("--to", type=Path, metavar="FILE", help="write the figures as JSON")
+
+
+def _resume_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="where the checkpoints are written, which are removed at the "
+                        "end; default the system's temporary folder")
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +68,23 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _step(options: argparse.Namespace) -> None:
-    if options.to is not None and not options.to.absolute().parent.is_dir():
-        raise UserError(f"--to {options.to}: {options.to.absolute().parent} is not a folder")
+    _check_to(options)
     from eva_mim.commands.step_speed import measure_step
 
     measure_step(options.program, options.what, options.overrides, options.steps, options.to)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    _check_to(options)
+    from eva_mim.commands.resume_speed import measure_resume
+
+    measure_resume(options.program, options.what, options.overrides, options.disk, options.to)
+
+
+def _check_to(options: argparse.Namespace) -> None:
+    for option, path in (("--to", options.to and options.to.absolute().parent), ("--disk", getattr(options, "disk", None))):
+        if path is not None and not path.is_dir():
+            raise UserError(f"{option}: {path} is not a folder")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -88,5 +110,6 @@ class Part(NamedTuple):
 PARTS = {
     "data": Part("images a second of a loader worker, and where its time goes; no network is built", _data_options, _data),
     "step": Part("where the time of a training step goes, and which setting would change it", _step_options, _step),
+    "resume": Part("what a checkpoint costs a run, and how long it takes to go on from one", _resume_options, _resume),
     "compare": Part("two files of `bench step --to` side by side", _compare_options, _compare),
 }

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from eva_mim.commands import program_of
 from eva_mim.core.contracts import Batch, MaskedBatch
 from eva_mim.core.distributed import is_main, world_size
-from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_text
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
@@ -161,9 +161,7 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
 
 def measure_step(program: str | None, path: str, overrides: Sequence[str], steps: int, to: Path | None) -> None:
     """Trains a few steps of a recipe and prints where their time goes. Raises UserError for a recipe that cannot run."""
-    program = program or Path(path).absolute().parent.name
-    if program not in PROGRAMS:
-        raise UserError(f"{path} does not lie in a folder of its program's name; add --program {'|'.join(PROGRAMS)}")
+    program = program_of(path, program)
     stage = lookup(PROGRAMS, program, "--program")
     recipe: Recipe = resolve(stage.recipe, read_yaml(path), overrides, path)
     device, built = prepare(recipe, stage.build)

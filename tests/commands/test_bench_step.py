@@ -85,3 +85,29 @@ def test_what_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for file in (tmp_path / "bad.json", tmp_path / "none.json"):
         assert main(["bench", "compare", str(file), str(file)]) == 2
         assert f"{file} is no file of `eva-mim bench step --to`" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_run_is_saved_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The size is that of weights and two moments; nothing is left of it; a run that ends too early is told."""
+    recipe, out = write_recipe(tmp_path / "classify", CLASSIFY), tmp_path / "resume.json"
+    (tmp_path / "disk").mkdir()
+    line = ["bench", "resume", str(recipe), "--disk", str(tmp_path / "disk"), "--to", str(out)]
+    assert main([*line, "run.epochs=100"]) == 0
+    assert "training held for" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    weights = sum(p.numel() for p in timm.create_model("vit_nano_patch4_32", patch_size=8, num_classes=6).parameters())
+    assert found["bytes_saved"] == pytest.approx(12 * weights, rel=0.02)
+    assert 0 < found["step"] < found["first_step"]
+    assert not any((tmp_path / "disk").iterdir())
+    assert main([*line, "run.epochs=1"]) == 2
+    assert "the run ends after 4 steps, and more than 7 are measured; raise run.epochs" in capsys.readouterr().err
+    assert main([*line, "run.epochs=x"]) == 2
+    assert "the run ended with exit code 2:" in capsys.readouterr().err
+    assert not any((tmp_path / "disk").iterdir())
+
+
+def test_places_that_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "classify", CLASSIFY)
+    assert main(["bench", "resume", str(recipe), "--disk", str(tmp_path / "no")]) == 2
+    assert f"--disk: {tmp_path / 'no'} is not a folder" in capsys.readouterr().err
