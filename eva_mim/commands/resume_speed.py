@@ -47,7 +47,8 @@ class ResumeSpeed(BaseModel, extra="forbid", frozen=True):
         """Returns the figures as text of 80 columns."""
         steps = self.held / OFTEN / self.step
         return (f"a checkpoint: {self.bytes_saved / 1e6:.4g} MB, training held for {self.held:.3g} s, "
-                f"{self.held / self.step:.2g} steps\nfrom the start of the program to the end of its first step: {self.first_step:.3g} s\n\n"
+                f"{self.held / self.step:.2g} steps\n"
+                f"from the start of the program to the end of its first step: {self.first_step:.3g} s\n\n"
                 f"With run.checkpoint_every={max(1, round(steps))} and more, saving takes less than {OFTEN:.0%} of the time.\n")
 
 

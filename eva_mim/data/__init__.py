@@ -262,6 +262,11 @@ class DataSettings(SourceSettings):
 class ViewSettings(Settings):
     """Augmentations of a training image, in this order; held-out images are resized and cropped at the centre."""
 
+    seed: int | None = None
+    """Seed of the views alone, so that runs of several seeds see the same ones; null: `run.seed`."""
+    count: int | None = Field(None, ge=1)
+    """Number of different views of an image: epoch e shows view e mod count, with a mask of its own; null: a new one in each
+    epoch."""
     crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random crop, as a share of the image."""
     crop_ratio: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (3 / 4, 4 / 3)

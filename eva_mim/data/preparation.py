@@ -52,6 +52,8 @@ class Preparation(ABC, Generic[B]):
     seed: int
     training: bool = field(default=True, kw_only=True)
     """False for held-out data, whose random streams differ from those of every training run."""
+    view_seed: int | None = field(default=None, kw_only=True)
+    """Seed of the views of training; None: `seed`."""
     views: int | None = field(default=None, kw_only=True)
     """Number of different views of a sample before the first is used again, with another mask and caption; None: a new view in
     each epoch."""
@@ -69,7 +71,8 @@ class Preparation(ABC, Generic[B]):
 
     def draws(self, purpose: str, number: int, index: int) -> random.Random:
         """Returns the random generator of a purpose ("view", "mask", "caption") for one sample."""
-        return random.Random(derive(self.seed, purpose if self.training else f"held-out {purpose}", number, index))
+        seed = self.view_seed if purpose == "view" and self.view_seed is not None else self.seed
+        return random.Random(derive(seed, purpose if self.training else f"held-out {purpose}", number, index))
 
     def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
         """Returns the views of a sample, {side in pixels: [channels, side, side]}."""

@@ -36,7 +36,8 @@ def train_loader(
     `pixels` are mean and std by channel, for `view.erase`. Raises UserError if global_batch is no multiple of micro_batch x
     processes, or is larger than the data."""
     order = order_of(source, **batch_cut(recipe.run))
-    return TrainLoader(source, kind(TrainView(view, sizes, pixels), recipe.run.seed), order, recipe.data.workers)
+    made = kind(TrainView(view, sizes, pixels), recipe.run.seed, view_seed=view.seed, views=view.count)
+    return TrainLoader(source, made, order, recipe.data.workers)
 
 
 def eval_loader(

@@ -10,6 +10,7 @@ import torch
 
 from eva_mim.core.contracts import MaskedBatch, Sample
 from eva_mim.core.rng import derive
+from eva_mim.core.settings import parse
 from eva_mim.data import MaskSettings, SceneSettings, ViewSettings
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.masking import make_mask
@@ -17,6 +18,8 @@ from eva_mim.data.preparation import ImageTextPreparation, MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView, TrainView
+from pretrain import mim
+from tests.tiny import MIM
 
 SIZES = [16, 24]
 IMAGES, EPOCHS = 8, 4
@@ -87,6 +90,17 @@ def test_views_come_again_with_other_masks() -> None:
     assert sum(torch.equal(again[0][index][1], again[2][index][1]) for index in range(IMAGES)) < IMAGES // 2
 
 
+def test_a_seed_of_their_own() -> None:
+    """Runs of several seeds see the same views, with masks of their own."""
+    view, mask = TrainView(ViewSettings(), SIZES), make_mask((4, 4), MaskSettings(**BLOCKS))
+    first, second = (by_epoch(MaskedPreparation(view, seed, mask, view_seed=5)) for seed in (1, 2))
+    for ours, theirs, usual in zip(first, second, by_epoch(MaskedPreparation(view, 5, mask)), strict=True):
+        for index in range(IMAGES):
+            assert views_equal(ours[index], theirs[index])
+            assert views_equal(ours[index], usual[index])
+        assert not all(torch.equal(ours[index][1], theirs[index][1]) for index in range(IMAGES))
+
+
 def test_the_crop_of_a_size_does_not_depend_on_the_others() -> None:
     both, alone = by_epoch(masked(BLOCKS)), by_epoch(masked(BLOCKS, sizes=[24, 24]))
     for ours, theirs in zip(both, alone, strict=True):
@@ -125,3 +139,16 @@ def test_streams_are_functions_of_seed_purpose_number_and_index() -> None:
     made = masked(BLOCKS)
     for purpose in ("view", "mask", "caption"):
         assert made.draws(purpose, 3, 11).random() == random.Random(derive(7, purpose, 3, 11)).random()
+
+
+def test_a_recipe_says_how_many_views() -> None:
+    """`view.count` and `view.seed`, in the loader of a stage."""
+    tree = MIM | {"view": {"count": 2, "seed": 3}}
+    recipes = [parse(mim.StageRecipe, tree | {"run": MIM["run"] | {"seed": seed}}, "r.yaml") for seed in (0, 1)]
+    loaders = [mim.build(recipe, torch.device("cpu")).parts.train for recipe in recipes]
+    ours, theirs = ([rows_of(batch for step in loader.steps(start, start + 4) for batch in step) for start in (0, 4, 8)]
+                    for loader in loaders)
+    for index in range(96):
+        assert views_equal(ours[0][index], ours[2][index])
+        assert not views_equal(ours[0][index], ours[1][index])
+        assert views_equal(ours[1][index], theirs[1][index])
