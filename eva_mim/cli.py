@@ -18,6 +18,7 @@ COMMANDS = PROGRAMS | {
     "bench": Command("eva_mim.commands.bench", "how fast the data loader is, and where its time goes"),
     "labels": Command("eva_mim.commands.labels", "name the class list of a dataset or a checkpoint"),
     "evaluate": Command("eva_mim.commands.evaluate", "measure a checkpoint again, or on ImageNet's variants"),
+    "cache": Command("pretrain.cache", "compute the targets of a masked stage once, for runs without a teacher"),
     "features": Command("eva_mim.commands.features", "write features of images, for search, duplicates and clusters"),
     "replay": Command("eva_mim.commands.replay", "run the last step of a diverged run again"),
     "inspect": Command("eva_mim.commands.inspect", "look at a checkpoint without running anything in it"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
+from eva_mim.core.files import sha256
+from eva_mim.core.run_folder import store_index
 from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.run.program import Stage, leave
@@ -22,10 +24,18 @@ from eva_mim.teachers import TeacherSettings
 if TYPE_CHECKING:
     import torch
 
+    from eva_mim.core.contracts import Targets, Teacher
     from eva_mim.run.stage import Built, Networks
 
 
 TeacherName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+
+class TargetSettings(Settings):
+    """Where the targets come from."""
+
+    cached: Path | None = None
+    """Folder that `eva-mim cache` made of this recipe: no teacher is in memory. null: the teachers compute them in each step."""
 
 
 class EvaluateSettings(Settings):
@@ -45,6 +55,7 @@ class StageRecipe(Recipe):
     teachers: dict[TeacherName, TeacherSettings] = {}
     """Several teachers by name; the student gets a head for each."""
     student: MaskedSettings
+    targets: TargetSettings = TargetSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     mask: MaskSettings = MaskSettings()
     view: ViewSettings = ViewSettings()
@@ -79,6 +90,8 @@ class StageRecipe(Recipe):
     def parents(self) -> dict[str, Path]:
         """Returns the parents of every recipe, and each teacher that is a stage's folder or a local file."""
         found = super().parents()
+        if self.targets.cached is not None:
+            return found | {"targets.cached": self.targets.cached}
         for teacher in self.all_teachers.values():
             if teacher.kind == "stage":
                 found[f"{teacher.path}.name"] = Path(teacher.name)
@@ -86,18 +99,27 @@ class StageRecipe(Recipe):
                 found[f"{teacher.path}.weights"] = Path(teacher.weights)
         return found
 
+    def parent_hash(self, name: str, path: Path) -> str:
+        """See `Recipe`; of a cache of targets the hash of its index, which has those of all files."""
+        return sha256(store_index(path)) if name == "targets.cached" else super().parent_hash(name, path)
+
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
     """Returns the student, with a head for each teacher, and the teachers. Raises UserError if their patch grids differ."""
+    from eva_mim.core.rng import derive, isolated
     from eva_mim.run.stage import Networks
     from eva_mim.students.initialise import initialise
     from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import check_grids
     from eva_mim.teachers import build_teacher
+    from pretrain.mim_targets import stored_teachers
 
-    teachers = {}
-    for name, settings in recipe.all_teachers.items():
-        teachers[name] = build_teacher(settings, recipe.data.channels_of_all, weights=weights)
+    teachers: dict[str, Teacher] = {}
+    if recipe.targets.cached is not None:
+        teachers |= stored_teachers(recipe)
+    with isolated(derive(recipe.run.seed, "teachers")):  # the student begins with the same weights, whoever teaches it
+        for name, settings in recipe.all_teachers.items() if not teachers else ():
+            teachers[name] = build_teacher(settings, recipe.data.channels_of_all, weights=weights)
     widths = {name: teacher.width for name, teacher in teachers.items()}
     student = MaskedStudent(recipe.student, widths["teacher"] if recipe.teacher else widths, recipe.mask)
     initialise(student, recipe.student.init)
@@ -121,25 +143,31 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
+    from eva_mim.targets.cached import CachedTargets
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
+    from pretrain.mim_targets import open_store
 
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
+    store = open_store(recipe, splits)
     made = networks(recipe)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
     weights = {name: settings.weight for name, settings in recipe.all_teachers.items()}
-    task = MaskedFeatures(student, LiveTargets(teachers), objective, weights)
-    sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values())]
-    masked = partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask))
+    targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
+    task = MaskedFeatures(student, targets, objective, weights)
+    sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
+    view = recipe.view.model_copy(update={"count": store.facts.views}) if store else recipe.view
+    masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
+                             stored=partial(store.row, split) if store else None) for split in ("train", "val")}
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
     if labelled and (without := splits.without_labels()):
         say(f"  {'; '.join(without)}: no k-NN and ridge figures")
         labelled = False
     evaluator = MaskedFeatureEvaluator(
         task,
-        eval_loader(recipe, splits.val, sizes, recipe.view, masked, recipe.evaluate.images),
+        eval_loader(recipe, splits.val, sizes, recipe.view, masked["val"], recipe.evaluate.images),
         eval_loader(recipe, splits.train, sizes[:1], recipe.view, LabelledPreparation, recipe.evaluate.bank),
         labelled=labelled,
         device=device,
@@ -150,7 +178,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
                    crop_pct=recipe.view.crop_pct)
         write_weights(out / HEAD, {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
-    train = train_loader(recipe, splits.train, sizes, recipe.view, masked)
+    train = train_loader(recipe, splits.train, sizes, view, masked["train"])
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,

@@ -124,6 +124,8 @@ class MaskedBatch(Batch):
     unlike a boolean mask. None if `masked` is None: every patch is predicted."""
     labels: Tensor | None = field(default=None, kw_only=True)
     """[B] int64, None if the images have no labels; held-out figures read them, the loss does not."""
+    stored: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """Targets from a store, [B, ...] by their names in its files; empty where teachers compute them."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +26,7 @@ from eva_mim.core.log import say
 from eva_mim.core.rng import derive
 from eva_mim.data.preparation import Item, Preparation
 from eva_mim.data.quarantine import Quarantined
-from eva_mim.data.sampler import GlobalOrder, Place
+from eva_mim.data.sampler import GlobalOrder, Place, evenly
 
 REPLACEMENTS = 20
 """Number of broken records in a row at which the run stops; in training each is replaced by another sample."""
@@ -174,9 +173,11 @@ def _reap() -> None:
         child.kill()
 
 
-def _batches(
+def load(
     reader: Reader[B], places: Sequence[list[Place]] | Iterator[list[Place]], workers: int
 ) -> Iterator[B | list[str]]:
+    """Yields the batches of `places`, read by so many processes, in order; for a batch of which no image can be read its faults.
+    Raises UserError for what concerns more than one record."""
     _reap_at_exit()
     reasons: Any = multiprocessing.SimpleQueue()
     loader: DataLoader[Item | str | Failure] = DataLoader(
@@ -218,7 +219,7 @@ class TrainLoader(Generic[B]):
     def steps(self, first: int, last: int) -> Iterator[list[B]]:
         """Yields the micro-batches of each step from `first` to `last` - 1. Loading continues across epochs without a pause."""
         step: list[B] = []
-        for batch in _batches(self._reader, self._order.micro_steps(first, last), self._workers):
+        for batch in load(self._reader, self._order.micro_steps(first, last), self._workers):
             assert not isinstance(batch, list)  # a broken training image is replaced
             step.append(batch)
             if len(step) == self._order.micro_batches:
@@ -241,18 +242,17 @@ class EvalLoader(Generic[B]):
     def __init__(self, source: Source, preparation: Preparation[B], batch: int, workers: int, limit: int | None = None):
         assert not preparation.training
         self._reader, self._batch, self._workers = Reader(source, preparation), batch, workers
-        count = min(len(source), limit or len(source))
-        if count < world_size():
+        chosen = evenly(len(source), limit or len(source))
+        if (count := len(chosen)) < world_size():
             raise UserError(f"{count} held-out images are too few for {world_size()} processes")
         self._named: dict[str, None] = {}
-        chosen = np.linspace(0, len(source) - 1, count).round().astype(int)  # evenly spread, since a folder is sorted by class
-        self._indices = [int(index) for index in chosen[rank() :: world_size()]]
+        self._indices = chosen[rank() :: world_size()]
 
     def __iter__(self) -> Iterator[B]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
         whole, lost = False, 0
-        for batch in _batches(self._reader, places, self._workers):
+        for batch in load(self._reader, places, self._workers):
             faults = list(batch.broken) if isinstance(batch, Batch) else batch
             for fault in sorted(set(faults) - self._named.keys())[: max(0, MAX_NAMED - len(self._named))]:
                 say(f"  broken held-out image left out: {fault}")

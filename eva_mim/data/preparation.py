@@ -26,6 +26,8 @@ View = Callable[["Image | Bands", random.Random], dict[int, Tensor]]
 """Function of an image and a random generator that returns {side in pixels: [channels, side, side]}."""
 Tokenize = Callable[[list[str]], Tensor]
 """Function of T texts that returns [T, L] int64 token ids."""
+Stored = Callable[[int, int], dict[str, Tensor]]
+"""Function of view number and position in the source that returns the stored targets of an image."""
 Classes = Sequence[str] | None
 """Class names by label; None if the images have no labels."""
 
@@ -91,17 +93,18 @@ class MaskedPreparation(Preparation[MaskedBatch]):
 
     mask: Mask | None = None
     """Mask of the patches; None: the student sees every patch."""
+    stored: Stored | None = None
 
-    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[dict[int, Tensor], Tensor | None, int | None]:
-        """Returns views by side, [N] bool mask (None without masking) and label."""
+    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
+        """Returns views by side, [N] bool mask (None without masking), label, and stored targets."""
         views = self.views_of(sample, place)
         with phase("mask"):
             masked = torch.from_numpy(self.mask(self.draws("mask", place.epoch, place.index))) if self.mask else None
-        return views, masked, sample.label
+        return views, masked, sample.label, self.stored(place.epoch, place.index) if self.stored else {}
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
         """Returns the batch; see `Preparation.batch`."""
-        views, masks, labels = zip(*contents, strict=True)
+        views, masks, labels, stored = zip(*contents, strict=True)
         masked = torch.stack(masks) if self.mask else None
         return MaskedBatch(
             index,
@@ -109,6 +112,7 @@ class MaskedPreparation(Preparation[MaskedBatch]):
             masked,
             None if masked is None else masked.flatten().nonzero()[:, 0],
             labels=_labels(labels),
+            stored={name: torch.stack([each[name] for each in stored]) for name in stored[0]},
             broken=broken,
         )
 

@@ -44,6 +44,12 @@ def permuted(samples: int, generator: np.random.Generator, blocks: Blocks | None
     return order
 
 
+def evenly(images: int, limit: int) -> list[int]:
+    """Returns the positions of at most `limit` images, evenly spread, since a folder is sorted by class."""
+    found: list[int] = np.linspace(0, images - 1, min(images, limit)).round().astype(int).tolist()
+    return found
+
+
 def cut_batch(global_batch: int, micro_batch: int | None, world: int) -> tuple[int, int]:
     """Returns (images of a micro-batch, micro-batches of a step) for each of `world` processes; without `micro_batch` a step is
     one. Raises UserError, with the nearest sizes that would do, for a batch that cannot be cut so."""

@@ -13,6 +13,7 @@ from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.trunks import TrunkSettings
 from eva_mim.weights import HandOverSettings
+from eva_mim.weights.files.read import content_hash
 
 
 class Recipe(Settings):
@@ -51,6 +52,10 @@ class Recipe(Settings):
     def parents(self) -> dict[str, Path]:
         """Returns the files or folders that this stage's result depends on, by setting."""
         return {} if self.init_from is None else {"init_from": Path(self.init_from)}
+
+    def parent_hash(self, name: str, path: Path) -> str:
+        """Returns the SHA-256 of what a parent holds; `name` is its setting. Raises UserError."""
+        return content_hash(path, self.hand_over.container if name == "init_from" else None)
 
     def identity_tree(self) -> dict[str, Any]:
         """Returns the settings that a result depends on, without the paths of parents, whose content is hashed elsewhere."""

@@ -11,7 +11,6 @@ from eva_mim.core.run_folder import RunFolder
 from eva_mim.core.settings import differences, digest
 from eva_mim.run.console import wrapped
 from eva_mim.run.recipe import Recipe
-from eva_mim.weights.files.read import content_hash
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,11 @@ def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
     _refuse_occupied(recipe, out)
     parents = {}
     for name, path in recipe.parents().items():
-        container = recipe.hand_over.container if name == "init_from" else None
         if not path.exists():
             raise UserError(f"{name}: {path} does not exist; where it is the result of another stage, run that first, else name "
                             "what is there")
         try:
-            parents[name] = {"path": str(path), "sha256": content_hash(path, container)}
+            parents[name] = {"path": str(path), "sha256": recipe.parent_hash(name, path)}
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     return _in_folder(StageIdentity(program, recipe.identity_tree(), parents, recipe.places()), out)

@@ -1,0 +1,57 @@
+"""Targets from a store: no teacher is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from eva_mim.core.contracts import Features, Grid, MaskedBatch
+from eva_mim.core.errors import UserError
+from eva_mim.targets.store import TargetStore, unpacked
+
+
+class StoredTeacher:
+    """What is known of a teacher whose features are stored; see `contracts.Teacher`."""
+
+    def __init__(self, facts: Mapping[str, Any]):
+        self._facts = facts
+        self.image_size: int = facts["image_size"]
+        self.grid: Grid = (facts["grid"][0], facts["grid"][1])
+        self.width: int = facts["width"]
+        self.mean, self.std = tuple(facts["mean"]), tuple(facts["std"])
+        self.resizing: dict[str, Any] = {}
+
+    def __call__(self, images: Tensor) -> Features:
+        """Raises UserError: there is no network."""
+        raise UserError("the teacher's features come from a cache, which has none of other images")
+
+    def to(self, device: Any) -> StoredTeacher:
+        """Returns itself."""
+        return self
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the weights when the store was made."""
+        return str(self._facts["sha256"])
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the teacher when the store was made."""
+        return {name: value for name, value in self._facts.items() if name != "sha256"}
+
+
+class CachedTargets:
+    """Targets that came with the batch from a store; see `contracts.Targets`."""
+
+    def __init__(self, store: TargetStore):
+        self.teachers = {name: StoredTeacher(facts) for name, facts in store.facts.teachers.items()}
+
+    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
+        """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give."""
+        found = {}
+        for name, teacher in self.teachers.items():
+            spatial, scale, summary = (batch.stored.get(f"{name}.{kind}") for kind in ("spatial", "scale", "summary"))
+            assert spatial is not None
+            assert summary is not None
+            found[name] = Features(summary, unpacked(spatial, scale), teacher.grid)
+        return found

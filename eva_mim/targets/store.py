@@ -1,0 +1,148 @@
+"""Files of stored targets: features of frozen teachers for numbered views of every image. `write.py` makes them.
+
+    DIR/store.json                          what the targets depend on, and how they are stored
+    DIR/train/view-0003/000012.safetensors  rows 12 * SHARD and following, of view 3: for each teacher "NAME.spatial" [S, N, C],
+                                            "NAME.summary" [S, C], for int8 "NAME.scale" [S, N]; and "present" [S]
+    DIR/val/view-0000/...                   held-out images, in their one view
+    DIR/index.json                          size and SHA-256 of every file; written last: without it the store is not whole
+
+Nothing of a crop is stored: a view is a function of seed, number and image.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256
+from eva_mim.core.run_folder import STORE, STORE_INDEX, store_index
+
+SHARD = 256
+"""Rows of a file."""
+OPEN_FILES = 512
+"""Files that a process keeps open."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+"""Types of stored spatial features; int8 has a scale for each patch. Summaries are fp32."""
+Dtype = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+class StoreFacts(BaseModel, extra="forbid", frozen=True):
+    """What stored targets depend on, and how they are stored."""
+
+    format: Literal[1] = 1
+    teachers: dict[str, dict[str, Any]]
+    """By name: `Teacher.facts`, and the SHA-256 of the weights."""
+    precision: str
+    """Precision of the teachers' forward passes."""
+    view: dict[str, Any]
+    """Settings of the views, with their seed."""
+    data: dict[str, Any]
+    """`Splits.facts`, and the settings that make pixels of records."""
+    views: int
+    """Number of views of a training image."""
+    val: list[int]
+    """Positions of the held-out images that are stored, rising."""
+    dtype: Dtype
+
+    def rows(self, split: str) -> int:
+        """Returns the number of rows of a view of "train" or "val"."""
+        return int(self.data["train"]) if split == "train" else len(self.val)
+
+    def bytes_of_row(self) -> int:
+        """Returns the bytes of the targets of one view of one image."""
+        width = DTYPES[self.dtype].itemsize
+        total = 1
+        for teacher in self.teachers.values():
+            patches = int(np.prod(teacher["grid"]))
+            total += patches * (teacher["width"] * width + (4 if self.dtype == "int8" else 0)) + 4 * teacher["summary_width"]
+        return total
+
+    def bytes(self) -> int:
+        """Returns the bytes of all targets."""
+        return self.bytes_of_row() * (self.rows("train") * self.views + self.rows("val"))
+
+
+def packed(spatial: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
+    """Returns features [B, N, C] as they are stored, and for int8 the scale of each patch [B, N]: its largest value is 127."""
+    if dtype != "int8":
+        return spatial.to(DTYPES[dtype]), None
+    exact = spatial.float()
+    scale = exact.abs().amax(-1) / 127
+    return (exact / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8), scale
+
+
+def unpacked(spatial: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns stored features [B, N, C]: of int8 in fp32, else as they are stored."""
+    return spatial if scale is None else spatial.float() * scale[..., None]
+
+
+class TargetStore:
+    """A whole store, open for reading. Any number of processes may read it."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError for a folder that is no store, one that is not whole, and a file of another size."""
+        index = store_index(folder)
+        self.folder, self.facts = folder, read_facts(folder)
+        try:
+            self.files: dict[str, dict[str, Any]] = json.loads(index.read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: {error}") from None
+        for name, known in self.files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != known["size"]:
+                raise UserError(f"{path} is missing or has another size than {index} says")
+        self._val = {index: row for row, index in enumerate(self.facts.val)}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the index, which has the hash of every file."""
+        return sha256(self.folder / STORE_INDEX)
+
+    def row(self, split: str, number: int, index: int) -> dict[str, Tensor]:
+        """Returns the tensors of one image, without the first dimension, by the names in a file. `number`: that of an epoch.
+        Raises UserError for an image without targets."""
+        row = index if split == "train" else self._val[index]
+        file = _opened(str(self.folder / shard_name(split, number % self.facts.views if split == "train" else 0, row // SHARD)))
+        try:
+            found = {name: file.get_slice(name)[row % SHARD] for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder}: row {row} of {split}: {error}") from None
+        if not found.pop("present"):
+            raise UserError(f"{self.folder}: image {index} of {split} could not be read when the cache was made")
+        return found
+
+    def damaged(self) -> list[str]:
+        """Returns the files whose bytes are not those that were written."""
+        return [name for name, known in self.files.items() if sha256(self.folder / name) != known["sha256"]]
+
+
+@lru_cache(OPEN_FILES)
+def _opened(path: str) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def shard_name(split: str, view: int, shard: int) -> str:
+    """Returns the path of a file in a store."""
+    return f"{split}/view-{view:04d}/{shard:06d}.safetensors"
+
+
+def read_facts(folder: Path) -> StoreFacts:
+    """Returns the facts of a store, whole or not. Raises UserError."""
+    try:
+        return StoreFacts.model_validate_json((folder / STORE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no cache of targets: it has no {STORE}") from None
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{folder / STORE}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,158 @@
+"""Writes stores of targets: all ranks together, file by file, so that a killed command goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from eva_mim.core.contracts import MaskedBatch, Source, Teacher
+from eva_mim.core.distributed import rank, run_on, run_on_main, world_size
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import flush_folder, fsync, sha256, write_json, write_text
+from eva_mim.core.log import Progress, duration, say
+from eva_mim.core.run_folder import STORE, STORE_INDEX
+from eva_mim.core.settings import differences, few
+from eva_mim.data.loader import Reader, load
+from eva_mim.data.preparation import MaskedPreparation
+from eva_mim.data.sampler import Place
+from eva_mim.targets.store import SHARD, Dtype, StoreFacts, packed, read_facts, shard_name, unpacked
+
+COSINES = "cosines"
+"""Key of a file's metadata: by teacher the sum of cosines of stored and exact features, and their number."""
+SPARE = 1.02
+"""Factor on the forecast of bytes that has to be free: headers and folders."""
+
+
+class Work(NamedTuple):
+    """A file that is to be written."""
+
+    split: str
+    view: int
+    shard: int
+    places: list[Place]
+
+
+class Pair(NamedTuple):
+    """Source and preparation of a split."""
+
+    source: Source
+    preparation: MaskedPreparation
+
+
+def begin(folder: Path, facts: StoreFacts) -> int:
+    """Makes the folder of a store, or goes on with an unfinished one; returns the bytes that are still to be written. Raises
+    UserError for a store of other targets, one that is whole, and a disk that is too small."""
+    if (folder / STORE).exists():
+        if changed := differences(read_facts(folder).model_dump(mode="json"), facts.model_dump(mode="json")):
+            raise UserError(f"{folder} holds other targets; choose another --out. What differs: {few(changed, 5)}")
+        if (folder / STORE_INDEX).exists():
+            raise UserError(f"{folder} is finished; remove it to make it anew")
+    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    left = max(0, facts.bytes() - there)
+    free = shutil.disk_usage(folder).free
+    if left * SPARE > free:
+        raise UserError(f"the targets have {left / 1e9:.4g} GB, and {free / 1e9:.4g} GB are free in {folder}: fewer --views, "
+                        "--dtype int8, or another disk")
+    write_text(folder / STORE, facts.model_dump_json(indent=1) + "\n")
+    return left
+
+
+def write(
+    folder: Path, facts: StoreFacts, pairs: dict[str, Pair], teachers: dict[str, Teacher], *, batch: int, workers: int,
+    device: torch.device, autocast: Callable[[], Any],
+) -> dict[str, float]:
+    """Writes all files that are missing, and the index; returns the mean cosine of the stored features with the exact ones, by
+    teacher. Every rank must call, after `begin` on the main rank. Raises UserError."""
+    own = [work for number, work in enumerate(_works(facts)) if number % world_size() == rank()]
+    todo = [work for work in own if not (folder / shard_name(*work[:3])).exists()]
+    rows, left = (sum(len(work.places) for work in works) for works in (own, todo))
+    progress = Progress("targets, views of images", rows * world_size(), (rows - left) * world_size())
+    for split, pair in pairs.items():
+        works = [work for work in todo if work.split == split]
+        cut = [work.places[start : start + batch] for work in works for start in range(0, len(work.places), batch)]
+        batches = load(Reader(pair.source, pair.preparation), cut, workers)
+        for work in works:
+            began = time.monotonic()
+            mine = [next(batches) for _ in range(0, len(work.places), batch)]
+            tensors, cosines = _targets(work, mine, teachers, facts.dtype, device, autocast)
+            _save(folder / shard_name(*work[:3]), tensors, cosines)
+            progress.advance(len(work.places) * world_size())
+            if work is todo[0]:
+                say(f"  about {duration((time.monotonic() - began) / len(work.places) * left)} for all")
+    every = run_on(lambda: {name: _entry(folder / name) for name in (shard_name(*work[:3]) for work in own)}, True)
+    return run_on_main(lambda: _finish(folder, {name: entry for each in every.values() for name, entry in each.items()}))
+
+
+def _works(facts: StoreFacts) -> Iterator[Work]:
+    for split, views in (("train", facts.views), ("val", 1)):
+        positions = range(facts.rows("train")) if split == "train" else facts.val
+        for view in range(views):
+            for shard in range(0, len(positions), SHARD):
+                yield Work(split, view, shard // SHARD, [Place(view, index) for index in positions[shard : shard + SHARD]])
+
+
+def _targets(
+    work: Work, batches: list[Any], teachers: dict[str, Teacher], dtype: Dtype, device: torch.device, autocast: Callable[[], Any]
+) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Returns the tensors of a file, and by teacher the sum of cosines of stored and exact features, and their number."""
+    made: dict[str, Tensor] = {"present": torch.zeros(len(work.places), dtype=torch.uint8)}
+    row_of = {place.index: row for row, place in enumerate(work.places)}
+    cosines = {name: [0.0, 0.0] for name in teachers}
+    for images in batches:
+        if not isinstance(images, MaskedBatch):  # no image of the batch can be read
+            continue
+        # A broken image of training is replaced by another one, which has its targets in a place of its own.
+        index = images.index.tolist()
+        taken = [number for number, place in enumerate(index) if place in row_of]
+        rows = [row_of[index[number]] for number in taken]
+        made["present"][rows] = 1
+        for name, teacher in teachers.items():
+            with torch.no_grad(), autocast():
+                found = teacher(images.views[teacher.image_size].to(device, non_blocking=True))
+            spatial, scale = packed(found.spatial, dtype)
+            cosine = F.cosine_similarity(unpacked(spatial, scale).float(), found.spatial.float(), dim=-1).double()
+            cosines[name] = [cosines[name][0] + float(cosine.sum()), cosines[name][1] + cosine.numel()]
+            values = {"spatial": spatial, "summary": found.summary.float()} | ({} if scale is None else {"scale": scale})
+            for kind, value in values.items():
+                whole = made.setdefault(f"{name}.{kind}", torch.zeros(len(work.places), *value.shape[1:], dtype=value.dtype))
+                whole[rows] = value.cpu()[taken]
+    if len(made) == 1:
+        raise UserError(f"none of the images {work.places[0].index} to {work.places[-1].index} of {work.split} can be read")
+    return made, cosines
+
+
+def _save(path: Path, tensors: dict[str, Tensor], cosines: dict[str, list[float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"tmp-{path.name}")
+    try:
+        save_file(tensors, temporary, {COSINES: json.dumps(cosines)})
+        fsync(temporary)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error}; what was written before stays, and the same command goes on with it") from None
+    temporary.rename(path)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        cosines = json.loads(file.metadata()[COSINES])
+    return {"size": path.stat().st_size, "sha256": sha256(path), COSINES: cosines}
+
+
+def _finish(folder: Path, entries: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Writes the index; returns the mean cosines by teacher."""
+    every = [entry.pop(COSINES) for entry in entries.values()]
+    cosines = {name: sum(each[name][0] for each in every) / max(1.0, sum(each[name][1] for each in every)) for name in every[0]}
+    flush_folder(folder)
+    write_json(folder / STORE_INDEX, {"files": dict(sorted(entries.items())), "cosines": cosines})
+    return cosines

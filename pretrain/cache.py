@@ -1,0 +1,77 @@
+"""`eva-mim cache`: computes the targets of a masked stage once, for training runs that then need no teacher. Light to import."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from eva_mim.commands import positive
+from eva_mim.core.errors import UserError
+from eva_mim.run.program import guard
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="eva-mim cache", description="Compute the teachers' features of numbered views of "
+                                     "every image once, for runs with targets.cached=DIR. A command that was stopped goes on.")
+    parser.add_argument("recipe", help="YAML file of a masked stage, with its teacher or teachers")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
+    parser.add_argument("--views", type=positive, required=True, metavar="K", help="views of an image; epoch e of a run takes "
+                        "view e mod K")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cache")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], default="int8", help="of patch features; int8 has a "
+                        "scale for each patch (default)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="images in one forward pass; default that of the recipe")
+    options = parser.parse_intermixed_args(argv)
+    return guard(lambda: cache(options))
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Writes the cache of a recipe. Raises UserError."""
+    from eva_mim.core.recipe_files import read_yaml
+    from eva_mim.core.resolve import resolve
+    from pretrain.mim import StageRecipe
+
+    recipe = resolve(StageRecipe, read_yaml(options.recipe), options.overrides, options.recipe)
+    if recipe.targets.cached is not None:
+        raise UserError("targets.cached: a cache is made from teachers; leave it out")
+    from contextlib import ExitStack
+
+    from eva_mim.core.devices import set_arithmetic
+    from eva_mim.core.distributed import run_on_main, setup, world_size
+    from eva_mim.core.lock import locked
+    from eva_mim.core.log import say
+    from eva_mim.data.preparation import MaskedPreparation
+    from eva_mim.data.sampler import cut_batch
+    from eva_mim.data.splits import open_splits
+    from eva_mim.data.views import EvalView, TrainView
+    from eva_mim.engine.step import autocast
+    from eva_mim.targets.write import Pair, begin, write
+    from pretrain.mim import networks
+    from pretrain.mim_targets import facts_of
+
+    device = setup(recipe.run.device, recipe.run.timeout_minutes)
+    set_arithmetic(tf32=recipe.run.tf32, deterministic=recipe.run.deterministic)
+    splits = open_splits(recipe.data)
+    teachers = {name: teacher.to(device) for name, teacher in networks(recipe).teachers.items()}
+    facts = facts_of(recipe, splits, teachers, options.views, options.dtype, device)
+    sizes = [teacher.image_size for teacher in teachers.values()]
+    seed = recipe.run.seed
+    pairs = {
+        "train": Pair(splits.train, MaskedPreparation(TrainView(recipe.view, sizes), seed, view_seed=recipe.view.seed)),
+        "val": Pair(splits.val, MaskedPreparation(EvalView(sizes, recipe.view.crop_pct), 0, training=False)),
+    }
+    batch = options.batch or cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())[0]
+    with ExitStack() as held:
+        run_on_main(lambda: held.enter_context(locked(options.out)))
+        left = run_on_main(partial(begin, options.out, facts))
+        say(f"{facts.rows('train')} images x {facts.views} views + {facts.rows('val')} held out: {facts.bytes() / 1e9:.4g} GB, "
+            f"{facts.bytes_of_row():,} bytes each; {left / 1e9:.4g} GB to write to {options.out}")
+        cosines = write(options.out, facts, pairs, teachers, batch=batch, workers=recipe.data.workers, device=device,
+                        autocast=partial(autocast, device, recipe.run.precision))
+    for name, cosine in cosines.items():
+        sys.stdout.write(f"{name}: cosine of stored and exact features {cosine:.6f}\n")
+    sys.stdout.write(f"train with it: targets.cached={options.out} view.seed={facts.view['seed']}\n")

@@ -1,0 +1,121 @@
+"""Targets of a masked stage: what they depend on, and whether a cache has those of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eva_mim.core.contracts import Teacher
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.settings import differences, few
+from eva_mim.data.sampler import evenly
+from eva_mim.data.splits import Splits
+from eva_mim.targets.cached import StoredTeacher
+from eva_mim.targets.store import Dtype, StoreFacts, TargetStore, read_facts
+from eva_mim.weights.files.read import content_hash
+
+if TYPE_CHECKING:
+    from pretrain.mim import StageRecipe
+
+
+def facts_of(
+    recipe: StageRecipe, splits: Splits, teachers: dict[str, Teacher], views: int, dtype: Dtype, device: torch.device
+) -> StoreFacts:
+    """Returns what the targets of a recipe depend on. Every rank must call."""
+    described = {}
+    for name, teacher in teachers.items():
+        blank = torch.zeros(1, len(teacher.mean), teacher.image_size, teacher.image_size, dtype=torch.uint8, device=device)
+        with torch.no_grad():
+            summary = teacher(blank).summary
+        described[name] = teacher.facts() | {
+            "sha256": teacher.fingerprint(), "summary_width": summary.shape[-1], "settings": _settings(recipe, name),
+            "file": _file_hash(recipe, name),
+        }
+    return StoreFacts(
+        teachers=described, precision=recipe.run.precision, view=_view(recipe), data=_data(recipe, splits), views=views,
+        val=evenly(len(splits.val), recipe.evaluate.images), dtype=dtype,
+    )
+
+
+def stored_teachers(recipe: StageRecipe) -> dict[str, StoredTeacher]:
+    """Returns the teachers whose features are in the recipe's cache, by name. Raises UserError for a cache of other teachers."""
+    assert recipe.targets.cached is not None
+    facts = read_facts(recipe.targets.cached)
+    wanted = {name: _settings(recipe, name) for name in recipe.all_teachers}
+    _refuse(recipe, {name: known["settings"] for name, known in facts.teachers.items()}, wanted, "teachers")
+    for name, known in facts.teachers.items():
+        if (now := _file_hash(recipe, name)) not in (None, known["file"]):
+            raise UserError(f"{_cache(recipe)} was made with other weights of {recipe.all_teachers[name].path} (sha256 "
+                            f"{str(known['file'])[:12]}, now {now[:12]}); make another one")
+    return {name: StoredTeacher(known) for name, known in facts.teachers.items()}
+
+
+def open_store(recipe: StageRecipe, splits: Splits) -> TargetStore | None:
+    """Returns the recipe's cache of targets; None without one. Every rank must call. Raises UserError for a cache of other
+    images, views or teachers, which are named."""
+    if recipe.targets.cached is None:
+        return None
+    store = TargetStore(recipe.targets.cached)
+    stored_teachers(recipe)
+    facts = store.facts
+    wanted = {"view": _view(recipe), "data": _data(recipe, splits), "precision": recipe.run.precision}
+    _refuse(recipe, {name: getattr(facts, name) for name in wanted}, wanted, "")
+    if recipe.view.count not in (None, facts.views):
+        raise UserError(f"view.count={recipe.view.count}: {_cache(recipe)} has {facts.views} views; leave it out")
+    if missing := set(evenly(len(splits.val), recipe.evaluate.images)) - set(facts.val):
+        raise UserError(f"evaluate.images={recipe.evaluate.images}: {_cache(recipe)} has {len(facts.val)} held-out images, and "
+                        f"lacks {len(missing)} of these")
+    if recipe.run.epochs is not None and recipe.run.epochs > facts.views:
+        say(f"  targets.cached: {recipe.run.epochs} epochs take turns with {facts.views} views of each image")
+    return store
+
+
+def _cache(recipe: StageRecipe) -> str:
+    return f"targets.cached={recipe.targets.cached}"
+
+
+def _refuse(recipe: StageRecipe, found: dict[str, Any], wanted: dict[str, Any], prefix: str) -> None:
+    if changed := differences(found, wanted, f"{prefix}." if prefix else ""):
+        raise UserError(f"{_cache(recipe)} has other targets (cache -> recipe): {few(changed, 5)}"
+                        + ("; view.seed is run.seed unless it is set" if any("view.seed" in line for line in changed) else ""))
+
+
+def _settings(recipe: StageRecipe, name: str) -> dict[str, Any]:
+    """Returns the settings of a teacher that its features depend on, without places of files."""
+    settings = recipe.all_teachers[name]
+    kept: dict[str, Any] = settings.model_dump(mode="json", exclude={"weight"})
+    if settings.kind == "stage":
+        kept.pop("name")
+    if _file(recipe, name) is not None:
+        kept.pop("weights")
+    return kept
+
+
+def _file(recipe: StageRecipe, name: str) -> Path | None:
+    """Returns the local file or folder of a teacher's weights; None if it has none."""
+    settings = recipe.all_teachers[name]
+    place = settings.name if settings.kind == "stage" else settings.weights
+    looks = settings.kind == "stage" or (place is not None and ("/" in place or Path(place).suffix != ""))
+    return Path(place) if place is not None and looks else None
+
+
+def _file_hash(recipe: StageRecipe, name: str) -> str | None:
+    """Returns the SHA-256 of a teacher's local weights; None if they are not here."""
+    path = _file(recipe, name)
+    return content_hash(path) if path is not None and path.exists() else None
+
+
+def _view(recipe: StageRecipe) -> dict[str, Any]:
+    """Returns the settings of the views, with their seed."""
+    seed = recipe.run.seed if recipe.view.seed is None else recipe.view.seed
+    kept: dict[str, Any] = recipe.view.model_dump(mode="json", exclude={"count", "seed"})
+    return kept | {"seed": seed}
+
+
+def _data(recipe: StageRecipe, splits: Splits) -> dict[str, Any]:
+    """Returns what decides the images and their pixels, in JSON's types."""
+    pixels = [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()]
+    return splits.facts() | {"records": pixels}

@@ -1,0 +1,222 @@
+"""Caches of targets: training from one is training with the teachers; what it was not made for is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import eva_mim.trunks.small  # noqa: F401
+from eva_mim.cli import main
+from eva_mim.core.errors import UserError
+from eva_mim.core.settings import parse
+from eva_mim.targets.store import TargetStore, packed, unpacked
+from pretrain import mim
+from tests.conftest import picture
+from tests.tiny import MIM, losses, run, same_weights, stopped_after, write_recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with a teacher of a file, and caches of two views of it: cache-fp32, cache-int8."""
+    folder = tmp_path_factory.mktemp("cached") / "mim"
+    folder.mkdir()
+    torch.manual_seed(5)
+    save_file(timm.create_model("vit_nano_patch4_32", num_classes=0, img_size=16).state_dict(), folder / "teacher.safetensors")
+    tree = MIM | {"teacher": MIM["teacher"] | {"weights": str(folder / "teacher.safetensors")}, "view": {"seed": 3},
+                  "run": MIM["run"] | {"epochs": 3, "checkpoint_every": 2}}
+    recipe = write_recipe(folder, tree)
+    for dtype in ("fp32", "int8"):
+        assert main(["cache", str(recipe), "--views", "2", "--out", str(folder / f"cache-{dtype}"), "--dtype", dtype]) == 0
+    return folder
+
+
+def test_training_from_it_is_training_with_the_teacher(home: Path, tmp_path: Path) -> None:
+    """Bit for bit: losses, held-out figures and weights, with a third epoch that sees the first view again; also resumed in the
+    middle of an epoch, and with another cache in another place."""
+    recipe, cached = home / "recipe.yaml", f"targets.cached={home / 'cache-fp32'}"
+    run("mim", recipe, tmp_path / "live", "view.count=2")
+    run("mim", recipe, tmp_path / "cached", cached)
+    assert losses(tmp_path / "cached") == losses(tmp_path / "live")
+    same_weights(tmp_path / "cached" / "model.safetensors", tmp_path / "live" / "model.safetensors")
+    same_weights(tmp_path / "cached" / "head.safetensors", tmp_path / "live" / "head.safetensors")
+    first, second = (json.loads((tmp_path / name / "lineage.json").read_text()) for name in ("live", "cached"))
+    assert first["metrics"] == second["metrics"]
+    assert second["teachers"]["teacher"]["sha256"] == first["teachers"]["teacher"]["sha256"]
+    shutil.copytree(home / "cache-fp32", tmp_path / "moved")
+    stopped_after(6, tmp_path / "cached", tmp_path / "resumed")
+    run("mim", recipe, tmp_path / "resumed", f"targets.cached={tmp_path / 'moved'}")
+    same_weights(tmp_path / "resumed" / "model.safetensors", tmp_path / "live" / "model.safetensors")
+
+
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.long)])
+def test_two_processes_follow(zero_stage: int, home: Path, tmp_path: Path) -> None:
+    """DeepSpeed's two ranks, each with its rows of the cache, against the teacher in one process."""
+    run("mim", home / "recipe.yaml", tmp_path / "live", "view.count=2")
+    few = ("run.engine=deepspeed", f"run.zero_stage={zero_stage}", f"targets.cached={home / 'cache-fp32'}")
+    run("mim", home / "recipe.yaml", tmp_path / "two", *few, processes=2)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "live"), rtol=2e-5)
+
+
+def test_a_command_that_was_killed_goes_on(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that are there are kept, half a file is not believed; the end is the same. Two processes write the same."""
+    out = tmp_path / "cache"
+    shutil.copytree(home / "cache-int8", out)
+    (out / "index.json").unlink()
+    (out / "train/view-0001/000000.safetensors").rename(out / "train/view-0001/tmp-000000.safetensors")
+    kept = (out / "train/view-0000/000000.safetensors").stat().st_mtime_ns
+    line = ["cache", str(home / "recipe.yaml"), "--views", "2", "--out", str(out), "--dtype", "int8"]
+    assert main(line) == 0
+    assert (out / "train/view-0000/000000.safetensors").stat().st_mtime_ns == kept
+    assert json.loads((out / "index.json").read_text()) == json.loads((home / "cache-int8/index.json").read_text())
+    capsys.readouterr()
+    assert main(line) == 2
+    assert f"{out} is finished; remove it to make it anew" in capsys.readouterr().err
+
+
+def test_bytes_are_those_of_the_forecast(home: Path) -> None:
+    """Within the 2 % that headers take, and the cosine of int8 is recorded."""
+    for dtype in ("fp32", "int8"):
+        store = TargetStore(home / f"cache-{dtype}")
+        written = sum(file.stat().st_size for file in store.folder.rglob("*.safetensors"))
+        assert store.facts.bytes() == pytest.approx(written, rel=0.02)
+    cosine = json.loads((home / "cache-int8/index.json").read_text())["cosines"]["teacher"]
+    assert 0.999 < cosine < 1
+    assert store.damaged() == []
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+def test_packing(dtype: Any) -> None:
+    """int8 against its definition; a patch of zeros stays one."""
+    exact = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    exact[0, 0] = 0
+    found = unpacked(*packed(exact, dtype)).float()
+    step = exact.abs().amax(-1, keepdim=True) / 127 if dtype == "int8" else exact.abs() * 2**-8
+    assert bool(((found - exact).abs() <= step * 0.5 + 1e-7).all()) or dtype != "int8"
+    torch.testing.assert_close(found, exact, atol=float(step.max()), rtol=0)
+    assert found[0, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["run.seed=1", "view.seed=null"], "view.seed: 3 -> 1; view.seed is run.seed unless it is set"),
+    (["view.crop_scale=[0.5,1.0]"], "view.crop_scale: [0.2, 1.0] -> [0.5, 1.0]"),
+    (["teacher.layer=1"], "teachers.teacher.layer: -1 -> 1"),
+    (["data.scenes.train=48"], "data.train: 96 -> 48"),
+    (["run.precision=bf16"], "precision: fp32 -> bf16"),
+    (["view.count=3"], "view.count=3: targets.cached="),
+    (["student.image_size=64"], "student grid 8x8 (64 px) does not match teacher grid 4x4 (16 px)"),
+])
+def test_what_it_was_not_made_for_is_refused(words: list[str], said: str, home: Path, tmp_path: Path) -> None:
+    refused = run("mim", home / "recipe.yaml", tmp_path / "run", f"targets.cached={home / 'cache-fp32'}", *words, code=2)
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def read(home: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((home / "recipe.yaml").read_text())
+    return found
+
+
+def test_a_seed_of_the_run_may_differ(home: Path) -> None:
+    """Another order of the same images with the same targets."""
+    rows = []
+    for seed in (0, 1):
+        tree = read(home) | {"run": read(home)["run"] | {"seed": seed}, "targets": {"cached": str(home / "cache-fp32")}}
+        built = mim.build(parse(mim.StageRecipe, tree, "r"), torch.device("cpu"))
+        batches = [batch for step in built.parts.train.steps(0, 4) for batch in step]
+        rows.append({index: batch.stored["teacher.summary"][row] for batch in batches
+                     for row, index in enumerate(batch.index.tolist())})
+    assert list(rows[0]) != list(rows[1])
+    assert all(torch.equal(rows[0][index], rows[1][index]) for index in range(96))
+
+
+def test_a_teacher_that_changed_under_its_name(home: Path, tmp_path: Path) -> None:
+    """And one that is no longer there is no fault: the cache knows what it was."""
+    shutil.copytree(home, tmp_path / "mim")
+    tree = read(home)
+    tree["teacher"]["weights"] = str(tmp_path / "mim" / "teacher.safetensors")
+    recipe = write_recipe(tmp_path / "mim", tree)
+    cached = f"targets.cached={tmp_path / 'mim' / 'cache-fp32'}"
+    weights = load_file(tmp_path / "mim" / "teacher.safetensors")
+    weights["norm.bias"][0] += 1
+    save_file(weights, tmp_path / "mim" / "teacher.safetensors")
+    assert "was made with other weights of teacher" in run("mim", recipe, tmp_path / "run", cached, code=2).stderr
+    (tmp_path / "mim" / "teacher.safetensors").unlink()
+    run("mim", recipe, tmp_path / "run", cached, "run.epochs=1")
+
+
+def spoiled(home: Path, folder: Path, how: str) -> Path:
+    """A copy of a cache with a fault."""
+    shutil.copytree(home / "cache-fp32", folder)
+    shard = folder / "train/view-0000/000000.safetensors"
+    if how == "cut":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    elif how == "no shard":
+        shard.unlink()
+    elif how == "no index":
+        (folder / "index.json").unlink()
+    elif how == "no facts":
+        (folder / "store.json").unlink()
+    elif how == "facts":
+        (folder / "store.json").write_text("{}")
+    elif how == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    ("cut", "is missing or has another size than"), ("no shard", "is missing or has another size than"),
+    ("no index", "the cache is not finished; the same `eva-mim cache` command goes on with it"),
+    ("no facts", "is no cache of targets: it has no store.json"), ("facts", "store.json: "),
+])
+def test_a_spoiled_cache(how: str, said: str, home: Path, tmp_path: Path) -> None:
+    folder = spoiled(home, tmp_path / "cache", how)
+    refused = run("mim", home / "recipe.yaml", tmp_path / "run", f"targets.cached={folder}", code=2)
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_flipped_bit_is_found(home: Path, tmp_path: Path) -> None:
+    assert TargetStore(spoiled(home, tmp_path / "cache", "flipped")).damaged() == ["train/view-0000/000000.safetensors"]
+
+
+def test_an_image_that_could_not_be_read(tmp_path: Path) -> None:
+    """It has no targets; a run replaces it, as it does with the teacher there."""
+    home, images = tmp_path / "mim", tmp_path / "images"
+    for number in range(12):
+        (images / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        picture(number).save(images / f"class{number % 2}" / f"{number:02d}.png")
+    (images / "class1" / "05.png").write_bytes(b"no image")
+    data = {"source": "folder", "root": str(images), "val_share": 0.34, "workers": 0, "max_broken": 1.0}
+    recipe = write_recipe(home, MIM | {"data": data, "run": MIM["run"] | {"global_batch": 4}})
+    assert main(["cache", str(recipe), "--views", "2", "--out", str(home / "cache"), "--dtype", "fp32"]) == 0
+    run("mim", recipe, tmp_path / "live", "view.count=2")
+    run("mim", recipe, tmp_path / "cached", f"targets.cached={home / 'cache'}")
+    assert losses(tmp_path / "cached") == losses(tmp_path / "live")
+
+
+def test_a_disk_that_is_too_small(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert main(["cache", str(home / "recipe.yaml"), "--views", "3", "--out", str(tmp_path / "cache")]) == 2
+    assert "and 1e-06 GB are free in" in capsys.readouterr().err
+
+
+def test_views_and_places(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["cache", str(home / "recipe.yaml"), "--views", "0", "--out", str(tmp_path / "cache")])
+    with pytest.raises(UserError, match="is no cache of targets"):
+        TargetStore(tmp_path / "cache")
