@@ -43,13 +43,13 @@ def cache(options: argparse.Namespace) -> None:
     from eva_mim.core.devices import set_arithmetic
     from eva_mim.core.distributed import run_on_main, setup, world_size
     from eva_mim.core.lock import locked
-    from eva_mim.core.log import say
+    from eva_mim.core.log import duration, say
     from eva_mim.data.preparation import MaskedPreparation
     from eva_mim.data.sampler import cut_batch
     from eva_mim.data.splits import open_splits
     from eva_mim.data.views import EvalView, TrainView
     from eva_mim.engine.step import autocast
-    from eva_mim.targets.write import Pair, begin, write
+    from eva_mim.targets.write import Pair, begin, seconds_of_image, write
     from pretrain.mim import networks
     from pretrain.mim_targets import facts_of
 
@@ -68,10 +68,13 @@ def cache(options: argparse.Namespace) -> None:
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(options.out)))
         left = run_on_main(partial(begin, options.out, facts))
-        say(f"{facts.rows('train')} images x {facts.views} views + {facts.rows('val')} held out: {facts.bytes() / 1e9:.4g} GB, "
-            f"{facts.bytes_of_row():,} bytes each; {left / 1e9:.4g} GB to write to {options.out}")
+        precision = partial(autocast, device, recipe.run.precision)
+        seconds = seconds_of_image(teachers, batch, device, precision) * left / facts.bytes_of_row() / world_size()
+        say(f"{facts.rows('train')} images x {facts.views} views + {facts.rows('val')} held out, {facts.bytes_of_row():,} bytes "
+            f"each: {facts.bytes() / 1e9:.4g} GB")
+        say(f"to write to {options.out}: {left / 1e9:.4g} GB, about {duration(seconds)} if the teachers are what takes longest")
         cosines = write(options.out, facts, pairs, teachers, batch=batch, workers=recipe.data.workers, device=device,
-                        autocast=partial(autocast, device, recipe.run.precision))
+                        autocast=precision)
     for name, cosine in cosines.items():
         sys.stdout.write(f"{name}: cosine of stored and exact features {cosine:.6f}\n")
     sys.stdout.write(f"train with it: targets.cached={options.out} view.seed={facts.view['seed']}\n")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
+from eva_mim.core.log import Progress
 from eva_mim.core.run_folder import STORE, STORE_INDEX, store_index
 
 SHARD = 256
@@ -120,9 +121,15 @@ class TargetStore:
             raise UserError(f"{self.folder}: image {index} of {split} could not be read when the cache was made")
         return found
 
-    def damaged(self) -> list[str]:
-        """Returns the files whose bytes are not those that were written."""
-        return [name for name, known in self.files.items() if sha256(self.folder / name) != known["sha256"]]
+    def damaged(self, progress: Progress | None = None) -> list[str]:
+        """Returns the files whose bytes are not those that were written. It reads all."""
+        found = []
+        for name, known in self.files.items():
+            if sha256(self.folder / name) != known["sha256"]:
+                found.append(name)
+            if progress is not None:
+                progress.advance()
+        return found
 
 
 @lru_cache(OPEN_FILES)

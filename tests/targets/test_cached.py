@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import eva_mim.trunks.small  # noqa: F401
 from eva_mim.cli import main
 from eva_mim.core.errors import UserError
+from eva_mim.core.lock import locked
 from eva_mim.core.settings import parse
 from eva_mim.targets.store import TargetStore, packed, unpacked
 from pretrain import mim
@@ -188,8 +189,17 @@ def test_a_spoiled_cache(how: str, said: str, home: Path, tmp_path: Path) -> Non
     assert "Traceback" not in refused.stderr
 
 
-def test_a_flipped_bit_is_found(home: Path, tmp_path: Path) -> None:
-    assert TargetStore(spoiled(home, tmp_path / "cache", "flipped")).damaged() == ["train/view-0000/000000.safetensors"]
+def test_a_flipped_bit_is_found(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `data verify`; what it says makes the cache whole again."""
+    folder = spoiled(home, tmp_path / "cache", "flipped")
+    assert main(["data", "verify", str(folder)]) == 2
+    said = "1 of 3 files are not as they were written: train/view-0000/000000.safetensors; remove them and index.json"
+    assert said in capsys.readouterr().err
+    (folder / "train/view-0000/000000.safetensors").unlink()
+    (folder / "index.json").unlink()
+    assert main(["cache", str(home / "recipe.yaml"), "--views", "2", "--out", str(folder), "--dtype", "fp32"]) == 0
+    assert main(["data", "verify", str(folder)]) == 0
+    assert "3 files of targets are as they were written" in capsys.readouterr().out
 
 
 def test_an_image_that_could_not_be_read(tmp_path: Path) -> None:
@@ -213,6 +223,12 @@ def test_a_disk_that_is_too_small(home: Path, tmp_path: Path, capsys: pytest.Cap
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     assert main(["cache", str(home / "recipe.yaml"), "--views", "3", "--out", str(tmp_path / "cache")]) == 2
     assert "and 1e-06 GB are free in" in capsys.readouterr().err
+
+
+def test_two_writers(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path / "cache"):
+        assert main(["cache", str(home / "recipe.yaml"), "--views", "2", "--out", str(tmp_path / "cache")]) == 2
+    assert f"{tmp_path / 'cache'} is in use by process" in capsys.readouterr().err
 
 
 def test_views_and_places(home: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`eva-mim data verify`: decodes every image of a data set and lists the broken ones."""
+"""`eva-mim data verify`: decodes every image of a data set and lists the broken ones, or reads a cache of targets whole."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from eva_mim.commands.data.parallel import RecordPool, chunks
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress, duration, say
+from eva_mim.core.run_folder import STORE, STORE_INDEX
+from eva_mim.core.settings import few
 from eva_mim.data.quarantine import Checked, Quarantine, read_quarantine
 
 CHUNK = 64
@@ -32,7 +34,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the command. Raises UserError."""
+    if (Path(options.what) / STORE).is_file():
+        return verify_store(Path(options.what))
     verify(options.what, options.overrides, options.out, options.processes)
+
+
+def verify_store(folder: Path) -> None:
+    """Reads all files of a cache of targets. Raises UserError for files whose bytes are not those that were written."""
+    from eva_mim.targets.store import TargetStore
+
+    store = TargetStore(folder)
+    damaged = store.damaged(Progress("files of the cache", len(store.files)))
+    if damaged:
+        raise UserError(f"{folder}: {len(damaged)} of {len(store.files)} files are not as they were written: {few(damaged, 5)}; "
+                        f"remove them and {STORE_INDEX}, and the same `eva-mim cache` command makes them anew")
+    sys.stdout.write(f"{folder}: {len(store.files)} files of targets are as they were written\n")
 
 
 def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None = None) -> None:
