@@ -27,7 +27,8 @@ ELSEWHERE = {
     "RECIPE": "a recipe of the reader's", "recipe.yaml": "a recipe of the reader's", "eurosat": "data of 13 channels",
     "imagenet21k/train": "a large data set", "pytest": "tests", "tools.": "a tool", "bench data cifar": "made by a tool",
     "bench data photos": "made by a tool", "pack photos": "made by a tool", "data shards": "made by a tool",
-    "/cifar10 ": "the tests' own shards have its form",
+    "/cifar10 ": "the tests' own shards have its form", "eva02_b.yaml": "run in tests/pipeline/test_preview.py",
+    "bench resume": "starts programs; run in tests/commands/test_bench_step.py",
 }
 """Part of a command that is not run here -> reason. All of them are parsed in `test_docs.py`."""
 TINY = ["run.epochs=1", "run.log_every=1", "data.workers=0"]
@@ -54,7 +55,7 @@ def run(home: Path, words: list[str]) -> None:
     """A command of a page: absolute paths lie below `home`, and what trains does so for a few steps."""
     words = [word.replace("=/", f"={home}/") if "=/" in word else f"{home}{word}" if word.startswith("/") else word
              for word in words]
-    if words[1] in (*PROGRAMS, "pipeline") or "-m" in words:
+    if words[1] in (*PROGRAMS, "pipeline", "cache") or "-m" in words or words[1:3] == ["bench", "step"]:
         drawn = any("scenes" in word or "demo" in word for word in words)
         words += [*TINY, *(SCENES if drawn else FOLDER), *(["mim.run.epochs=1"] if words[1] == "pipeline" else [])]
     if words[0] == "torchrun":
@@ -78,7 +79,8 @@ def test_what_is_not_run_is_named_for_a_reason() -> None:
     pages = ["README.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
     every = [f"{' '.join(words)} " for page in pages for words in commands(REPOSITORY / page)]
     assert not [part for part in ELSEWHERE if not any(part in line for line in every)]
-    assert {page for page in pages if runs(page)} == {"README.md", "docs/pipeline.md", "docs/data.md", "docs/features.md"}
+    assert {page for page in pages if runs(page)} == {
+        "README.md", "docs/pipeline.md", "docs/data.md", "docs/features.md", "docs/performance.md"}
 
 
 def test_readme(home: Path, shared: Path) -> None:
@@ -97,6 +99,19 @@ def test_readme(home: Path, shared: Path) -> None:
     assert np.load(home / "vectors.npy").shape == (60, 96)
     assert (home / "vectors.nearest.png").is_file()
     assert (home / "eva02_b.safetensors").is_file()
+
+
+def test_performance(home: Path, shared: Path) -> None:
+    """Two measurements and their comparison; a cache, a run from it, its check."""
+    network = shared / "models" / "tf_efficientnet_lite0.safetensors"
+    if not network.exists():
+        pytest.skip(f"no network: {network} does not exist")
+    (home / "models").mkdir()
+    (home / "models" / network.name).symlink_to(network)
+    for words in runs("docs/performance.md"):
+        run(home, words)
+    assert (home / "before.json").is_file()
+    assert (home / "runs" / "photos_cached" / "model.safetensors").is_file()
 
 
 def test_a_chain_by_hand(home: Path) -> None:
