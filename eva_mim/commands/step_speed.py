@@ -137,8 +137,8 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
             return (f"{waits:.0%} of the step waits for data: more loader processes than data.workers={self.workers} help while "
                     "processors are free, then smaller images (eva-mim bench data says where their time goes).")
         if (teaching := self.share("teacher")) > TEACHES:
-            return (f"{teaching:.0%} of the step is the teacher's forward pass: a smaller teacher or teacher.image_size makes it "
-                    "faster; no setting of the student does.")
+            return (f"{teaching:.0%} of the step is the teacher's forward pass, which a cache of its features takes away (eva-mim "
+                    "cache, targets.cached); a smaller teacher or teacher.image_size makes it shorter.")
         share = self.products / self.seconds
         if share > FAST:
             ways = "a smaller student, or student.form=visible" if self.program == "mim" else "a smaller student or image"
@@ -215,7 +215,7 @@ def _forward(built: Built, engine: Any, batch: Any, device: torch.device) -> dic
     if images is not None:
         names = [name for name in ("features", "encode_image", "forward") if hasattr(student, name)]
         networks["the student"] = partial(getattr(student, names[0]), images)
-    for name, teacher in built.teachers.items():
+    for name, teacher in built.teachers.items() if not getattr(batch, "stored", None) else ():
         called = f"teacher {name}" if len(built.teachers) > 1 else "the teacher"
         networks[called] = partial(teacher, batch.views[teacher.image_size])
     with torch.no_grad(), engine.autocast():

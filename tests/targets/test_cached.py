@@ -22,7 +22,7 @@ from eva_mim.core.settings import parse
 from eva_mim.targets.store import TargetStore, packed, unpacked
 from pretrain import mim
 from tests.conftest import picture
-from tests.tiny import MIM, losses, run, same_weights, stopped_after, write_recipe
+from tests.tiny import MIM, finish, losses, python, run, same_weights, stopped_after, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +67,21 @@ def test_two_processes_follow(zero_stage: int, home: Path, tmp_path: Path) -> No
     few = ("run.engine=deepspeed", f"run.zero_stage={zero_stage}", f"targets.cached={home / 'cache-fp32'}")
     run("mim", home / "recipe.yaml", tmp_path / "two", *few, processes=2)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "live"), rtol=2e-5)
+
+
+def test_several_teachers_and_writers(tmp_path: Path) -> None:
+    """A head and stored features for each teacher. Two processes write what one writes."""
+    teachers = {"a": MIM["teacher"], "b": {"kind": "pixels", "name": "patch8", "image_size": 32}}
+    tree = {name: value for name, value in MIM.items() if name != "teacher"} | {"teachers": teachers}
+    recipe = write_recipe(tmp_path / "mim", tree)
+    line = ["eva_mim.cli", "cache", str(recipe), "--views", "1", "--dtype", "fp32", "--batch", "12", "--out"]
+    for count in (1, 2):
+        finish(python(*line, tmp_path / f"cache{count}", processes=count))
+    indices = [json.loads((tmp_path / f"cache{count}" / "index.json").read_text()) for count in (1, 2)]
+    assert indices[0] == indices[1]
+    run("mim", recipe, tmp_path / "live", "view.count=1", "run.micro_batch=12")
+    run("mim", recipe, tmp_path / "cached", f"targets.cached={tmp_path / 'cache2'}", "run.micro_batch=12")
+    assert losses(tmp_path / "cached") == losses(tmp_path / "live")
 
 
 def test_a_command_that_was_killed_goes_on(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +230,15 @@ def test_an_image_that_could_not_be_read(tmp_path: Path) -> None:
     run("mim", recipe, tmp_path / "live", "view.count=2")
     run("mim", recipe, tmp_path / "cached", f"targets.cached={home / 'cache'}")
     assert losses(tmp_path / "cached") == losses(tmp_path / "live")
+
+
+def test_a_step_from_it_has_no_teacher(home: Path, tmp_path: Path) -> None:
+    """In `bench step`: neither a phase nor a forward pass."""
+    line = ["bench", "step", str(home / "recipe.yaml"), f"targets.cached={home / 'cache-int8'}", "--to", str(tmp_path / "s.json")]
+    assert main(line) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert set(found["phases"]) == {"data", "student", "backward", "optimizer", "rest"}
+    assert set(found["forward"]) == {"the student"}
 
 
 def test_a_disk_that_is_too_small(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
