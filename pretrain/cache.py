@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--views", type=positive, required=True, metavar="K", help="views of an image; epoch e of a run takes "
                         "view e mod K")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cache")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], default="int8", help="of patch features; int8 has a "
-                        "scale for each patch (default)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8", "int8"], default="int8", help="of patch features; fp8 "
+                        "and int8 (default) have a scale for each patch")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in one forward pass; default that of the recipe")
     options = parser.parse_intermixed_args(argv)
     return guard(lambda: cache(options))

@@ -2,7 +2,7 @@
 
     DIR/store.json                          what the targets depend on, and how they are stored
     DIR/train/view-0003/000012.safetensors  rows 12 * SHARD and following, of view 3: for each teacher "NAME.spatial" [S, N, C],
-                                            "NAME.summary" [S, C], for int8 "NAME.scale" [S, N]; and "present" [S]
+                                            "NAME.summary" [S, C], perhaps "NAME.scale" [S, N]; and "present" [S]
     DIR/val/view-0000/...                   held-out images, in their one view
     DIR/index.json                          size and SHA-256 of every file; written last: without it the store is not whole
 
@@ -31,9 +31,11 @@ SHARD = 256
 """Rows of a file."""
 OPEN_FILES = 512
 """Files that a process keeps open."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-"""Types of stored spatial features; int8 has a scale for each patch. Summaries are fp32."""
-Dtype = Literal["fp32", "bf16", "fp16", "int8"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Types of stored spatial features; fp8 and int8 have a scale for each patch. Summaries are fp32."""
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+"""Largest value of the types with a scale, which a patch's largest value becomes."""
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 
 class StoreFacts(BaseModel, extra="forbid", frozen=True):
@@ -64,7 +66,7 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
         total = 1
         for teacher in self.teachers.values():
             patches = int(np.prod(teacher["grid"]))
-            total += patches * (teacher["width"] * width + (4 if self.dtype == "int8" else 0)) + 4 * teacher["summary_width"]
+            total += patches * (teacher["width"] * width + (4 if self.dtype in LARGEST else 0)) + 4 * teacher["summary_width"]
         return total
 
     def bytes(self) -> int:
@@ -73,16 +75,17 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
 
 
 def packed(spatial: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns features [B, N, C] as they are stored, and for int8 the scale of each patch [B, N]: its largest value is 127."""
-    if dtype != "int8":
+    """Returns features [B, N, C] as they are stored, and for fp8 and int8 the scale of each patch [B, N]."""
+    if dtype not in LARGEST:
         return spatial.to(DTYPES[dtype]), None
     exact = spatial.float()
-    scale = exact.abs().amax(-1) / 127
-    return (exact / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8), scale
+    scale = exact.abs().amax(-1) / LARGEST[dtype]
+    scaled = exact / scale.clamp(min=1e-30)[..., None]
+    return (scaled.round() if dtype == "int8" else scaled).to(DTYPES[dtype]), scale
 
 
 def unpacked(spatial: Tensor, scale: Tensor | None) -> Tensor:
-    """Returns stored features [B, N, C]: of int8 in fp32, else as they are stored."""
+    """Returns stored features [B, N, C]: with a scale in fp32, else as they are stored."""
     return spatial if scale is None else spatial.float() * scale[..., None]
 
 
