@@ -68,6 +68,8 @@ def cache(options: argparse.Namespace) -> None:
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(options.out)))
         left = run_on_main(partial(begin, options.out, facts))
+        if not left:
+            return say(f"{options.out}: finished before, nothing to do")
         precision = partial(autocast, device, recipe.run.precision)
         seconds = seconds_of_image(teachers, batch, device, precision) * left / facts.bytes_of_row() / world_size()
         say(f"{facts.rows('train')} images x {facts.views} views + {facts.rows('val')} held out, {facts.bytes_of_row():,} bytes "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eva_mim.core.contracts import Teacher
+from eva_mim.core.distributed import run_on_main
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.settings import differences, few
@@ -30,10 +32,9 @@ def facts_of(
         blank = torch.zeros(1, len(teacher.mean), teacher.image_size, teacher.image_size, dtype=torch.uint8, device=device)
         with torch.no_grad():
             summary = teacher(blank).summary
-        described[name] = teacher.facts() | {
-            "sha256": teacher.fingerprint(), "summary_width": summary.shape[-1], "settings": _settings(recipe, name),
-            "file": _file_hash(recipe, name),
-        }
+        file = run_on_main(partial(_file_hash, recipe, name))
+        described[name] = teacher.facts() | {"sha256": teacher.fingerprint(), "summary_width": summary.shape[-1], "file": file,
+                                             "settings": _settings(recipe, name, in_file=file is not None)}
     return StoreFacts(
         teachers=described, precision=recipe.run.precision, view=_view(recipe), data=_data(recipe, splits), views=views,
         val=evenly(len(splits.val), recipe.evaluate.images), dtype=dtype,
@@ -44,12 +45,9 @@ def stored_teachers(recipe: StageRecipe) -> dict[str, StoredTeacher]:
     """Returns the teachers whose features are in the recipe's cache, by name. Raises UserError for a cache of other teachers."""
     assert recipe.targets.cached is not None
     facts = read_facts(recipe.targets.cached)
-    wanted = {name: _settings(recipe, name) for name in recipe.all_teachers}
+    wanted = {name: _settings(recipe, name, in_file=facts.teachers.get(name, {}).get("file") is not None)
+              for name in recipe.all_teachers}
     _refuse(recipe, {name: known["settings"] for name, known in facts.teachers.items()}, wanted, "teachers")
-    for name, known in facts.teachers.items():
-        if (now := _file_hash(recipe, name)) not in (None, known["file"]):
-            raise UserError(f"{_cache(recipe)} was made with other weights of {recipe.all_teachers[name].path} (sha256 "
-                            f"{str(known['file'])[:12]}, now {now[:12]}); make another one")
     return {name: StoredTeacher(known) for name, known in facts.teachers.items()}
 
 
@@ -59,8 +57,12 @@ def open_store(recipe: StageRecipe, splits: Splits) -> TargetStore | None:
     if recipe.targets.cached is None:
         return None
     store = TargetStore(recipe.targets.cached)
-    stored_teachers(recipe)
     facts = store.facts
+    stored_teachers(recipe)
+    for name, known in facts.teachers.items():
+        if (now := run_on_main(partial(_file_hash, recipe, name))) not in (None, known["file"]):
+            raise UserError(f"{_cache(recipe)} was made with other weights of {recipe.all_teachers[name].path} (sha256 "
+                            f"{str(known['file'])[:12]}, now {now[:12]}); make another one")
     wanted = {"view": _view(recipe), "data": _data(recipe, splits), "precision": recipe.run.precision}
     _refuse(recipe, {name: getattr(facts, name) for name in wanted}, wanted, "")
     if recipe.view.count not in (None, facts.views):
@@ -83,29 +85,18 @@ def _refuse(recipe: StageRecipe, found: dict[str, Any], wanted: dict[str, Any], 
                         + ("; view.seed is run.seed unless it is set" if any("view.seed" in line for line in changed) else ""))
 
 
-def _settings(recipe: StageRecipe, name: str) -> dict[str, Any]:
-    """Returns the settings of a teacher that its features depend on, without places of files."""
+def _settings(recipe: StageRecipe, name: str, *, in_file: bool) -> dict[str, Any]:
+    """Returns the settings of a teacher that its features depend on; of weights in a file (`in_file`) not the place."""
     settings = recipe.all_teachers[name]
-    kept: dict[str, Any] = settings.model_dump(mode="json", exclude={"weight"})
-    if settings.kind == "stage":
-        kept.pop("name")
-    if _file(recipe, name) is not None:
-        kept.pop("weights")
-    return kept
-
-
-def _file(recipe: StageRecipe, name: str) -> Path | None:
-    """Returns the local file or folder of a teacher's weights; None if it has none."""
-    settings = recipe.all_teachers[name]
-    place = settings.name if settings.kind == "stage" else settings.weights
-    looks = settings.kind == "stage" or (place is not None and ("/" in place or Path(place).suffix != ""))
-    return Path(place) if place is not None and looks else None
+    place = {"name"} if settings.kind == "stage" else {"weights"}
+    return settings.model_dump(mode="json", exclude={"weight", *(place if in_file else ())})
 
 
 def _file_hash(recipe: StageRecipe, name: str) -> str | None:
-    """Returns the SHA-256 of a teacher's local weights; None if they are not here."""
-    path = _file(recipe, name)
-    return content_hash(path) if path is not None and path.exists() else None
+    """Returns the SHA-256 of a teacher's weights in a local file or folder; None if they are in none, or not here."""
+    settings = recipe.all_teachers[name]
+    place = settings.name if settings.kind == "stage" else settings.weights
+    return content_hash(place) if place is not None and Path(place).exists() else None
 
 
 def _view(recipe: StageRecipe) -> dict[str, Any]:

@@ -137,8 +137,8 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
             return (f"{waits:.0%} of the step waits for data: more loader processes than data.workers={self.workers} help while "
                     "processors are free, then smaller images (eva-mim bench data says where their time goes).")
         if (teaching := self.share("teacher")) > TEACHES:
-            return (f"{teaching:.0%} of the step is the teacher's forward pass: a cache of its features takes it away (eva-mim cache, "
-                    "targets.cached); a smaller teacher or teacher.image_size makes it shorter.")
+            return (f"{teaching:.0%} of the step is the teacher's forward pass: a cache of its features takes it away (eva-mim "
+                    "cache, targets.cached); a smaller teacher or teacher.image_size makes it shorter.")
         share = self.products / self.seconds
         if share > FAST:
             ways = "a smaller student, or student.form=visible" if self.program == "mim" else "a smaller student or image"

@@ -25,7 +25,7 @@ from torch import Tensor
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.log import Progress
-from eva_mim.core.run_folder import STORE, STORE_INDEX, store_index
+from eva_mim.core.run_folder import STORE, store_index
 
 SHARD = 256
 """Rows of a file."""
@@ -60,14 +60,20 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
         """Returns the number of rows of a view of "train" or "val"."""
         return int(self.data["train"]) if split == "train" else len(self.val)
 
+    def empty(self, rows: int) -> dict[str, Tensor]:
+        """Returns the tensors of a file of so many rows, all zeros."""
+        made = {"present": torch.zeros(rows, dtype=torch.uint8)}
+        for name, teacher in self.teachers.items():
+            patches = int(np.prod(teacher["grid"]))
+            made[f"{name}.spatial"] = torch.zeros(rows, patches, teacher["width"], dtype=DTYPES[self.dtype])
+            made[f"{name}.summary"] = torch.zeros(rows, teacher["summary_width"])
+            if self.dtype in LARGEST:
+                made[f"{name}.scale"] = torch.zeros(rows, patches)
+        return made
+
     def bytes_of_row(self) -> int:
         """Returns the bytes of the targets of one view of one image."""
-        width = DTYPES[self.dtype].itemsize
-        total = 1
-        for teacher in self.teachers.values():
-            patches = int(np.prod(teacher["grid"]))
-            total += patches * (teacher["width"] * width + (4 if self.dtype in LARGEST else 0)) + 4 * teacher["summary_width"]
-        return total
+        return sum(tensor.nbytes for tensor in self.empty(1).values())
 
     def bytes(self) -> int:
         """Returns the bytes of all targets."""
@@ -105,11 +111,6 @@ class TargetStore:
             if not path.is_file() or path.stat().st_size != known["size"]:
                 raise UserError(f"{path} is missing or has another size than {index} says")
         self._val = {index: row for row, index in enumerate(self.facts.val)}
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the index, which has the hash of every file."""
-        return sha256(self.folder / STORE_INDEX)
 
     def row(self, split: str, number: int, index: int) -> dict[str, Tensor]:
         """Returns the tensors of one image, without the first dimension, by the names in a file. `number`: that of an epoch.

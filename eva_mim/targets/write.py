@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from eva_mim.core.settings import differences, few
 from eva_mim.data.loader import Reader, load
 from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sampler import Place
-from eva_mim.targets.store import SHARD, Dtype, StoreFacts, packed, read_facts, shard_name, unpacked
+from eva_mim.targets.store import SHARD, StoreFacts, packed, read_facts, shard_name, unpacked
 
 COSINES = "cosines"
 """Key of a file's metadata: by teacher the sum of cosines of stored and exact features, and their number."""
@@ -39,7 +39,12 @@ class Work(NamedTuple):
     split: str
     view: int
     shard: int
-    places: list[Place]
+    positions: Sequence[int]
+    """Of the images in the source."""
+
+    def places(self) -> list[Place]:
+        """Returns what the loader reads."""
+        return [Place(self.view, index) for index in self.positions]
 
 
 class Pair(NamedTuple):
@@ -50,15 +55,15 @@ class Pair(NamedTuple):
 
 
 def begin(folder: Path, facts: StoreFacts) -> int:
-    """Makes the folder of a store, or goes on with an unfinished one; returns the bytes that are still to be written. Raises
-    UserError for a store of other targets, one that is whole, and a disk that is too small."""
+    """Makes the folder of a store, or goes on with an unfinished one; returns the bytes that are still to be written, 0 for one
+    that is whole. Raises UserError for a store of other targets, and a disk that is too small."""
     if (folder / STORE).exists():
         if changed := differences(read_facts(folder).model_dump(mode="json"), facts.model_dump(mode="json")):
             raise UserError(f"{folder} holds other targets; choose another --out. What differs: {few(changed, 5)}")
         if (folder / STORE_INDEX).exists():
-            raise UserError(f"{folder} is finished; remove it to make it anew")
+            return 0
     there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    left = max(0, facts.bytes() - there)
+    left = max(1, facts.bytes() - there)
     free = shutil.disk_usage(folder).free
     if left * SPARE > free:
         raise UserError(f"the targets have {left / 1e9:.4g} GB, and {free / 1e9:.4g} GB are free in {folder}: fewer --views, "
@@ -90,35 +95,35 @@ def write(
     teacher. Every rank must call, after `begin` on the main rank. Raises UserError."""
     own = [work for number, work in enumerate(_works(facts)) if number % world_size() == rank()]
     todo = [work for work in own if not (folder / shard_name(*work[:3])).exists()]
-    rows, left = (sum(len(work.places) for work in works) for works in (own, todo))
+    rows, left = (sum(len(work.positions) for work in works) for works in (own, todo))
     progress = Progress("targets, views of images", rows * world_size(), (rows - left) * world_size())
     for split, pair in pairs.items():
         works = [work for work in todo if work.split == split]
-        cut = [work.places[start : start + batch] for work in works for start in range(0, len(work.places), batch)]
+        cut = (work.places()[start : start + batch] for work in works for start in range(0, len(work.positions), batch))
         batches = load(Reader(pair.source, pair.preparation), cut, workers)
         for work in works:
-            mine = [next(batches) for _ in range(0, len(work.places), batch)]
-            tensors, cosines = _targets(work, mine, teachers, facts.dtype, device, autocast)
+            mine = [next(batches) for _ in range(0, len(work.positions), batch)]
+            tensors, cosines = _targets(work, mine, teachers, facts, device, autocast)
             _save(folder / shard_name(*work[:3]), tensors, cosines)
-            progress.advance(len(work.places) * world_size())
+            progress.advance(len(work.positions) * world_size())
     every = run_on(lambda: {name: _entry(folder / name) for name in (shard_name(*work[:3]) for work in own)}, True)
     return run_on_main(lambda: _finish(folder, {name: entry for each in every.values() for name, entry in each.items()}))
 
 
 def _works(facts: StoreFacts) -> Iterator[Work]:
     for split, views in (("train", facts.views), ("val", 1)):
-        positions = range(facts.rows("train")) if split == "train" else facts.val
+        positions: Sequence[int] = range(facts.rows("train")) if split == "train" else facts.val
         for view in range(views):
             for shard in range(0, len(positions), SHARD):
-                yield Work(split, view, shard // SHARD, [Place(view, index) for index in positions[shard : shard + SHARD]])
+                yield Work(split, view, shard // SHARD, positions[shard : shard + SHARD])
 
 
 def _targets(
-    work: Work, batches: list[Any], teachers: dict[str, Teacher], dtype: Dtype, device: torch.device, autocast: Callable[[], Any]
+    work: Work, batches: list[Any], teachers: dict[str, Teacher], facts: StoreFacts, device: torch.device,
+    autocast: Callable[[], Any],
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """Returns the tensors of a file, and by teacher the sum of cosines of stored and exact features, and their number."""
-    made: dict[str, Tensor] = {"present": torch.zeros(len(work.places), dtype=torch.uint8)}
-    row_of = {place.index: row for row, place in enumerate(work.places)}
+    made, row_of = facts.empty(len(work.positions)), {index: row for row, index in enumerate(work.positions)}
     cosines = {name: [0.0, 0.0] for name in teachers}
     for images in batches:
         if not isinstance(images, MaskedBatch):  # no image of the batch can be read
@@ -131,15 +136,12 @@ def _targets(
         for name, teacher in teachers.items():
             with torch.no_grad(), autocast():
                 found = teacher(images.views[teacher.image_size].to(device, non_blocking=True))
-            spatial, scale = packed(found.spatial, dtype)
+            spatial, scale = packed(found.spatial, facts.dtype)
             cosine = F.cosine_similarity(unpacked(spatial, scale).float(), found.spatial.float(), dim=-1).double()
             cosines[name] = [cosines[name][0] + float(cosine.sum()), cosines[name][1] + cosine.numel()]
             values = {"spatial": spatial, "summary": found.summary.float()} | ({} if scale is None else {"scale": scale})
             for kind, value in values.items():
-                whole = made.setdefault(f"{name}.{kind}", torch.zeros(len(work.places), *value.shape[1:], dtype=value.dtype))
-                whole[rows] = value.cpu()[taken]
-    if len(made) == 1:
-        raise UserError(f"none of the images {work.places[0].index} to {work.places[-1].index} of {work.split} can be read")
+                made[f"{name}.{kind}"][rows] = value.cpu()[taken]
     return made, cosines
 
 

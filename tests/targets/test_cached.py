@@ -96,8 +96,10 @@ def test_a_command_that_was_killed_goes_on(home: Path, tmp_path: Path, capsys: p
     assert (out / "train/view-0000/000000.safetensors").stat().st_mtime_ns == kept
     assert json.loads((out / "index.json").read_text()) == json.loads((home / "cache-int8/index.json").read_text())
     capsys.readouterr()
-    assert main(line) == 2
-    assert f"{out} is finished; remove it to make it anew" in capsys.readouterr().err
+    assert main(line) == 0
+    assert f"{out}: finished before, nothing to do" in capsys.readouterr().err
+    assert main([*line, "view.flip=0.1"]) == 2
+    assert f"{out} holds other targets; choose another --out. What differs: view.flip: 0.5 -> 0.1" in capsys.readouterr().err
 
 
 def test_bytes_are_those_of_the_forecast(home: Path) -> None:
