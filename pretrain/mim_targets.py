@@ -65,13 +65,14 @@ def open_store(recipe: StageRecipe, splits: Splits) -> TargetStore | None:
                             f"{str(known['file'])[:12]}, now {now[:12]}); make another one")
     wanted = {"view": _view(recipe), "data": _data(recipe, splits), "precision": recipe.run.precision}
     _refuse(recipe, {name: getattr(facts, name) for name in wanted}, wanted, "")
-    if recipe.view.count not in (None, facts.views):
-        raise UserError(f"view.count={recipe.view.count}: {_cache(recipe)} has {facts.views} views; leave it out")
+    if (recipe.view.count or 1) > facts.views:
+        raise UserError(f"view.count={recipe.view.count}: {_cache(recipe)} has {facts.views} views; leave it out, or take fewer")
     if missing := set(evenly(len(splits.val), recipe.evaluate.images)) - set(facts.val):
         raise UserError(f"evaluate.images={recipe.evaluate.images}: {_cache(recipe)} has {len(facts.val)} held-out images, and "
                         f"lacks {len(missing)} of these")
-    if recipe.run.epochs is not None and recipe.run.epochs > facts.views:
-        say(f"  targets.cached: {recipe.run.epochs} epochs take turns with {facts.views} views of each image")
+    count = recipe.view.count or facts.views
+    if recipe.run.epochs is not None and recipe.run.epochs > count:
+        say(f"  targets.cached: {recipe.run.epochs} epochs take turns with {count} views of each image")
     return store
 
 

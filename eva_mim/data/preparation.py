@@ -78,8 +78,11 @@ class Preparation(ABC, Generic[B]):
 
     def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
         """Returns the views of a sample, {side in pixels: [channels, side, side]}."""
-        number = place.epoch if self.views is None else place.epoch % self.views
-        return self.view(sample.image, self.draws("view", number, place.index))
+        return self.view(sample.image, self.draws("view", self.view_of(place), place.index))
+
+    def view_of(self, place: Place) -> int:
+        """Returns the number of the view that is shown at a place."""
+        return place.epoch if self.views is None else place.epoch % self.views
 
     def image_of(self, sample: Sample, place: Place) -> Tensor:
         """Returns the only view of a sample, [channels, side, side]."""
@@ -100,7 +103,7 @@ class MaskedPreparation(Preparation[MaskedBatch]):
         views = self.views_of(sample, place)
         with phase("mask"):
             masked = torch.from_numpy(self.mask(self.draws("mask", place.epoch, place.index))) if self.mask else None
-        return views, masked, sample.label, self.stored(place.epoch, place.index) if self.stored else {}
+        return views, masked, sample.label, self.stored(self.view_of(place), place.index) if self.stored else {}
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
         """Returns the batch; see `Preparation.batch`."""

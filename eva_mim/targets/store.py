@@ -112,11 +112,11 @@ class TargetStore:
                 raise UserError(f"{path} is missing or has another size than {index} says")
         self._val = {index: row for row, index in enumerate(self.facts.val)}
 
-    def row(self, split: str, number: int, index: int) -> dict[str, Tensor]:
-        """Returns the tensors of one image, without the first dimension, by the names in a file. `number`: that of an epoch.
-        Raises UserError for an image without targets."""
+    def row(self, split: str, view: int, index: int) -> dict[str, Tensor]:
+        """Returns the tensors of one image, without the first dimension, by the names in a file. Raises UserError for an image
+        without targets."""
         row = index if split == "train" else self._val[index]
-        file = _opened(str(self.folder / shard_name(split, number % self.facts.views if split == "train" else 0, row // SHARD)))
+        file = _opened(str(self.folder / shard_name(split, view, row // SHARD)))
         try:
             found = {name: file.get_slice(name)[row % SHARD] for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:

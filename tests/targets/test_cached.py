@@ -60,6 +60,13 @@ def test_training_from_it_is_training_with_the_teacher(home: Path, tmp_path: Pat
     same_weights(tmp_path / "resumed" / "model.safetensors", tmp_path / "live" / "model.safetensors")
 
 
+def test_fewer_views_than_it_has(home: Path, tmp_path: Path) -> None:
+    run("mim", home / "recipe.yaml", tmp_path / "live", "view.count=1")
+    said = run("mim", home / "recipe.yaml", tmp_path / "cached", "view.count=1", f"targets.cached={home / 'cache-fp32'}").stderr
+    assert "3 epochs take turns with 1 views of each image" in said
+    assert losses(tmp_path / "cached") == losses(tmp_path / "live")
+
+
 @pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_two_processes_follow(zero_stage: int, home: Path, tmp_path: Path) -> None:
     """DeepSpeed's two ranks, each with its rows of the cache, against the teacher in one process."""
@@ -131,7 +138,7 @@ def test_packing(dtype: Any) -> None:
     (["teacher.layer=1"], "teachers.teacher.layer: -1 -> 1"),
     (["data.scenes.train=48"], "data.train: 96 -> 48"),
     (["run.precision=bf16"], "precision: fp32 -> bf16"),
-    (["view.count=3"], "view.count=3: targets.cached="),
+    (["view.count=3"], "has 2 views; leave it out, or take fewer"),
     (["student.image_size=64"], "student grid 8x8 (64 px) does not match teacher grid 4x4 (16 px)"),
 ])
 def test_what_it_was_not_made_for_is_refused(words: list[str], said: str, home: Path, tmp_path: Path) -> None:
