@@ -92,21 +92,25 @@ def write(
     device: torch.device, autocast: Callable[[], Any],
 ) -> dict[str, float]:
     """Writes all files that are missing, and the index; returns the mean cosine of the stored features with the exact ones, by
-    teacher. Every rank must call, after `begin` on the main rank. Raises UserError."""
+    teacher. Every rank must call, after `begin` on the main rank; one that has done its files waits for the others. Raises
+    UserError."""
     own = [work for number, work in enumerate(_works(facts)) if number % world_size() == rank()]
     todo = [work for work in own if not (folder / shard_name(*work[:3])).exists()]
     rows, left = (sum(len(work.positions) for work in works) for works in (own, todo))
     progress = Progress("targets, views of images", rows * world_size(), (rows - left) * world_size())
-    for split, pair in pairs.items():
-        works = [work for work in todo if work.split == split]
-        cut = (work.places()[start : start + batch] for work in works for start in range(0, len(work.positions), batch))
-        batches = load(Reader(pair.source, pair.preparation), cut, workers)
-        for work in works:
-            mine = [next(batches) for _ in range(0, len(work.positions), batch)]
-            tensors, cosines = _targets(work, mine, teachers, facts, device, autocast)
-            _save(folder / shard_name(*work[:3]), tensors, cosines)
-            progress.advance(len(work.positions) * world_size())
-    every = run_on(lambda: {name: _entry(folder / name) for name in (shard_name(*work[:3]) for work in own)}, True)
+
+    def entries() -> dict[str, dict[str, Any]]:
+        for split, pair in pairs.items():
+            works = [work for work in todo if work.split == split]
+            cut = (work.places()[start : start + batch] for work in works for start in range(0, len(work.positions), batch))
+            batches = load(Reader(pair.source, pair.preparation), cut, workers)
+            for work in works:
+                mine = [next(batches) for _ in range(0, len(work.positions), batch)]
+                _save(folder / shard_name(*work[:3]), *_targets(work, mine, teachers, facts, device, autocast))
+                progress.advance(len(work.positions) * world_size())
+        return {name: _entry(folder / name) for name in (shard_name(*work[:3]) for work in own)}
+
+    every = run_on(entries, True)
     return run_on_main(lambda: _finish(folder, {name: entry for each in every.values() for name, entry in each.items()}))
 
 
