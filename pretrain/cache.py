@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cache")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8", "int8"], default="int8", help="of patch features; fp8 "
                         "and int8 (default) have a scale for each patch")
+    parser.add_argument("--pca", type=positive, metavar="C", help="store C principal components of the patch features")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in one forward pass; default that of the recipe")
     options = parser.parse_intermixed_args(argv)
     return guard(lambda: cache(options))
@@ -49,7 +50,7 @@ def cache(options: argparse.Namespace) -> None:
     from eva_mim.data.splits import open_splits
     from eva_mim.data.views import EvalView, TrainView
     from eva_mim.engine.step import autocast
-    from eva_mim.targets.write import Pair, begin, seconds_of_image, write
+    from eva_mim.targets.write import Pair, begin, fit_once, seconds_of_image, write
     from pretrain.mim import networks
     from pretrain.mim_targets import facts_of
 
@@ -57,7 +58,6 @@ def cache(options: argparse.Namespace) -> None:
     set_arithmetic(tf32=recipe.run.tf32, deterministic=recipe.run.deterministic)
     splits = open_splits(recipe.data)
     teachers = {name: teacher.to(device) for name, teacher in networks(recipe).teachers.items()}
-    facts = facts_of(recipe, splits, teachers, options.views, options.dtype, device)
     sizes = [teacher.image_size for teacher in teachers.values()]
     seed = recipe.run.seed
     pairs = {
@@ -65,18 +65,21 @@ def cache(options: argparse.Namespace) -> None:
         "val": Pair(splits.val, MaskedPreparation(EvalView(sizes, recipe.view.crop_pct), 0, training=False)),
     }
     batch = options.batch or cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())[0]
+    precision = partial(autocast, device, recipe.run.precision)
+    how = {"batch": batch, "workers": recipe.data.workers, "device": device, "autocast": precision}
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(options.out)))
+        found = run_on_main(lambda: fit_once(options.out, pairs["train"], teachers, options.pca, **how)) if options.pca else {}
+        facts = facts_of(recipe, splits, teachers, options.views, options.dtype, device, options.pca, found)
         left = run_on_main(partial(begin, options.out, facts))
         if not left:
             return say(f"{options.out}: finished before, nothing to do")
-        precision = partial(autocast, device, recipe.run.precision)
         seconds = seconds_of_image(teachers, batch, device, precision) * left / facts.bytes_of_row() / world_size()
         say(f"{facts.rows('train')} images x {facts.views} views + {facts.rows('val')} held out, {facts.bytes_of_row():,} bytes "
             f"each: {facts.bytes() / 1e9:.4g} GB")
         say(f"to write to {options.out}: {left / 1e9:.4g} GB, about {duration(seconds)} if the teachers are what takes longest")
-        cosines = write(options.out, facts, pairs, teachers, batch=batch, workers=recipe.data.workers, device=device,
-                        autocast=precision)
+        cosines = write(options.out, facts, pairs, teachers, **how)
     for name, cosine in cosines.items():
-        sys.stdout.write(f"{name}: cosine of stored and exact features {cosine:.6f}\n")
+        kept = f", {facts.variance[name]:.2%} of the variance in {options.pca} components" if options.pca else ""
+        sys.stdout.write(f"{name}: cosine of stored and exact features {cosine:.6f}{kept}\n")
     sys.stdout.write(f"train with it: targets.cached={options.out} view.seed={facts.view['seed']}\n")

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def facts_of(
-    recipe: StageRecipe, splits: Splits, teachers: dict[str, Teacher], views: int, dtype: Dtype, device: torch.device
+    recipe: StageRecipe, splits: Splits, teachers: dict[str, Teacher], views: int, dtype: Dtype, device: torch.device,
+    components: int | None, variance: dict[str, float],
 ) -> StoreFacts:
-    """Returns what the targets of a recipe depend on. Every rank must call."""
+    """Returns what the targets of a recipe depend on, and how they are stored. Every rank must call."""
     described = {}
     for name, teacher in teachers.items():
         blank = torch.zeros(1, len(teacher.mean), teacher.image_size, teacher.image_size, dtype=torch.uint8, device=device)
@@ -37,7 +38,7 @@ def facts_of(
                                              "settings": _settings(recipe, name, in_file=file is not None)}
     return StoreFacts(
         teachers=described, precision=recipe.run.precision, view=_view(recipe), data=_data(recipe, splits), views=views,
-        val=evenly(len(splits.val), recipe.evaluate.images), dtype=dtype,
+        val=evenly(len(splits.val), recipe.evaluate.images), dtype=dtype, components=components, variance=variance,
     )
 
 

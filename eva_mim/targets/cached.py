@@ -45,6 +45,7 @@ class CachedTargets:
 
     def __init__(self, store: TargetStore):
         self.teachers = {name: StoredTeacher(facts) for name, facts in store.facts.teachers.items()}
+        self._bases = store.bases
 
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
         """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give."""
@@ -53,5 +54,9 @@ class CachedTargets:
             spatial, scale, summary = (batch.stored.get(f"{name}.{kind}") for kind in ("spatial", "scale", "summary"))
             assert spatial is not None
             assert summary is not None
-            found[name] = Features(summary, unpacked(spatial, scale), teacher.grid)
+            exact = unpacked(spatial, scale)
+            if name in self._bases:
+                basis = self._bases[name] = self._bases[name].to(exact.device)
+                exact = basis.up(exact)
+            found[name] = Features(summary, exact, teacher.grid)
         return found

@@ -4,6 +4,7 @@
     DIR/train/view-0003/000012.safetensors  rows 12 * SHARD and following, of view 3: for each teacher "NAME.spatial" [S, N, C],
                                             "NAME.summary" [S, C], perhaps "NAME.scale" [S, N]; and "present" [S]
     DIR/val/view-0000/...                   held-out images, in their one view
+    DIR/pca.safetensors                     with principal components: "NAME.mean" [C], "NAME.components" [P, C]; above P for C
     DIR/index.json                          size and SHA-256 of every file; written last: without it the store is not whole
 
 Nothing of a crop is stored: a view is a function of seed, number and image.
@@ -14,12 +15,13 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eva_mim.core.errors import UserError
@@ -27,6 +29,7 @@ from eva_mim.core.files import sha256
 from eva_mim.core.log import Progress
 from eva_mim.core.run_folder import STORE, store_index
 
+PCA = "pca.safetensors"
 SHARD = 256
 """Rows of a file."""
 OPEN_FILES = 512
@@ -55,6 +58,10 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
     val: list[int]
     """Positions of the held-out images that are stored, rising."""
     dtype: Dtype
+    components: int | None = None
+    """Number of principal components that are stored of spatial features; None: the features themselves."""
+    variance: dict[str, float] = {}
+    """Share of the variance that these keep, by teacher, on the images of which they were found."""
 
     def rows(self, split: str) -> int:
         """Returns the number of rows of a view of "train" or "val"."""
@@ -65,7 +72,7 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
         made = {"present": torch.zeros(rows, dtype=torch.uint8)}
         for name, teacher in self.teachers.items():
             patches = int(np.prod(teacher["grid"]))
-            made[f"{name}.spatial"] = torch.zeros(rows, patches, teacher["width"], dtype=DTYPES[self.dtype])
+            made[f"{name}.spatial"] = torch.zeros(rows, patches, self.components or teacher["width"], dtype=DTYPES[self.dtype])
             made[f"{name}.summary"] = torch.zeros(rows, teacher["summary_width"])
             if self.dtype in LARGEST:
                 made[f"{name}.scale"] = torch.zeros(rows, patches)
@@ -78,6 +85,38 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
     def bytes(self) -> int:
         """Returns the bytes of all targets."""
         return self.bytes_of_row() * (self.rows("train") * self.views + self.rows("val"))
+
+
+class Basis(NamedTuple):
+    """Principal components of a teacher's spatial features."""
+
+    mean: Tensor
+    """[C]."""
+    components: Tensor
+    """[P, C] orthonormal rows."""
+
+    def to(self, device: Any) -> Basis:
+        """Returns the basis on the device."""
+        return Basis(self.mean.to(device), self.components.to(device))
+
+    def down(self, spatial: Tensor) -> Tensor:
+        """Returns the coordinates [B, N, P] of features [B, N, C], in fp32."""
+        return (spatial.float() - self.mean) @ self.components.T
+
+    def up(self, coordinates: Tensor) -> Tensor:
+        """Returns the features [B, N, C] of coordinates, in fp32."""
+        return coordinates.float() @ self.components + self.mean
+
+
+def read_bases(folder: Path, facts: StoreFacts) -> dict[str, Basis]:
+    """Returns the principal components of each teacher; none if the features themselves are stored. Raises UserError."""
+    if facts.components is None:
+        return {}
+    try:
+        found = load_file(folder / PCA)
+        return {name: Basis(found[f"{name}.mean"], found[f"{name}.components"]) for name in facts.teachers}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{folder / PCA}: {error}") from None
 
 
 def packed(spatial: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
@@ -110,6 +149,7 @@ class TargetStore:
             path = folder / name
             if not path.is_file() or path.stat().st_size != known["size"]:
                 raise UserError(f"{path} is missing or has another size than {index} says")
+        self.bases = read_bases(folder, self.facts)
         self._val = {index: row for row, index in enumerate(self.facts.val)}
 
     def row(self, split: str, view: int, index: int) -> dict[str, Tensor]:

@@ -24,11 +24,13 @@ from eva_mim.core.run_folder import STORE, STORE_INDEX
 from eva_mim.core.settings import differences, few
 from eva_mim.data.loader import Reader, load
 from eva_mim.data.preparation import MaskedPreparation
-from eva_mim.data.sampler import Place
-from eva_mim.targets.store import SHARD, StoreFacts, packed, read_facts, shard_name, unpacked
+from eva_mim.data.sampler import Place, evenly
+from eva_mim.targets.store import PCA, SHARD, Basis, StoreFacts, packed, read_bases, read_facts, shard_name, unpacked
 
 COSINES = "cosines"
 """Key of a file's metadata: by teacher the sum of cosines of stored and exact features, and their number."""
+FITTED = 512
+"""Images on which principal components are found."""
 SPARE = 1.02
 """Factor on the forecast of bytes that has to be free: headers and folders."""
 
@@ -72,6 +74,44 @@ def begin(folder: Path, facts: StoreFacts) -> int:
     return left
 
 
+def fit_once(folder: Path, pair: Pair, teachers: dict[str, Teacher], components: int, **how: Any) -> dict[str, float]:
+    """As `fit`, unless an unfinished store of as many components has them."""
+    if (folder / STORE).exists() and (known := read_facts(folder)).components == components:
+        return known.variance
+    return fit(folder, pair, teachers, components, **how)
+
+
+def fit(
+    folder: Path, pair: Pair, teachers: dict[str, Teacher], components: int, *, batch: int, workers: int, device: torch.device,
+    autocast: Callable[[], Any],
+) -> dict[str, float]:
+    """Finds the principal components of each teacher's patches, on some images in their first view, and writes them; returns the
+    share of the variance that they keep. One rank calls. Raises UserError for more components than a teacher has channels."""
+    for name, teacher in teachers.items():
+        if components > teacher.width:
+            raise UserError(f"--pca {components}: teacher {name} has {teacher.width} channels")
+    places = [Place(0, index) for index in evenly(len(pair.source), FITTED)]
+    cut = [places[start : start + batch] for start in range(0, len(places), batch)]
+    sums = {name: torch.zeros(teacher.width + 1, teacher.width, dtype=torch.float64) for name, teacher in teachers.items()}
+    patches = dict.fromkeys(teachers, 0)
+    for images in load(Reader(pair.source, pair.preparation), cut, workers):
+        if not isinstance(images, MaskedBatch):
+            continue
+        for name, teacher in teachers.items():
+            with torch.no_grad(), autocast():
+                rows = teacher(images.views[teacher.image_size].to(device)).spatial.flatten(0, 1).double().cpu()
+            sums[name] += torch.cat([rows.T @ rows, rows.sum(0, keepdim=True)])
+            patches[name] += len(rows)
+    made, kept = dict[str, Tensor](), dict[str, float]()
+    for name, total in sums.items():
+        mean = total[-1] / patches[name]
+        values, vectors = torch.linalg.eigh(total[:-1] / patches[name] - mean.outer(mean))
+        made |= {f"{name}.mean": mean.float(), f"{name}.components": vectors[:, -components:].T.flip(0).float().contiguous()}
+        kept[name] = float(values[-components:].sum() / values.sum())
+    _save(folder / PCA, made, {})
+    return kept
+
+
 def seconds_of_image(
     teachers: dict[str, Teacher], batch: int, device: torch.device, autocast: Callable[[], Any]
 ) -> float:
@@ -94,6 +134,7 @@ def write(
     """Writes all files that are missing, and the index; returns the mean cosine of the stored features with the exact ones, by
     teacher. Every rank must call, after `begin` on the main rank; one that has done its files waits for the others. Raises
     UserError."""
+    bases = {name: basis.to(device) for name, basis in read_bases(folder, facts).items()}
     own = [work for number, work in enumerate(_works(facts)) if number % world_size() == rank()]
     todo = [work for work in own if not (folder / shard_name(*work[:3])).exists()]
     rows, left = (sum(len(work.positions) for work in works) for works in (own, todo))
@@ -106,12 +147,12 @@ def write(
             batches = load(Reader(pair.source, pair.preparation), cut, workers)
             for work in works:
                 mine = [next(batches) for _ in range(0, len(work.positions), batch)]
-                _save(folder / shard_name(*work[:3]), *_targets(work, mine, teachers, facts, device, autocast))
+                _save(folder / shard_name(*work[:3]), *_targets(work, mine, teachers, facts, bases, device, autocast))
                 progress.advance(len(work.positions) * world_size())
         return {name: _entry(folder / name) for name in (shard_name(*work[:3]) for work in own)}
 
     every = run_on(entries, True)
-    return run_on_main(lambda: _finish(folder, {name: entry for each in every.values() for name, entry in each.items()}))
+    return run_on_main(lambda: _finish(folder, facts, {name: entry for each in every.values() for name, entry in each.items()}))
 
 
 def _works(facts: StoreFacts) -> Iterator[Work]:
@@ -123,8 +164,8 @@ def _works(facts: StoreFacts) -> Iterator[Work]:
 
 
 def _targets(
-    work: Work, batches: list[Any], teachers: dict[str, Teacher], facts: StoreFacts, device: torch.device,
-    autocast: Callable[[], Any],
+    work: Work, batches: list[Any], teachers: dict[str, Teacher], facts: StoreFacts, bases: dict[str, Basis],
+    device: torch.device, autocast: Callable[[], Any],
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """Returns the tensors of a file, and by teacher the sum of cosines of stored and exact features, and their number."""
     made, row_of = facts.empty(len(work.positions)), {index: row for row, index in enumerate(work.positions)}
@@ -140,8 +181,10 @@ def _targets(
         for name, teacher in teachers.items():
             with torch.no_grad(), autocast():
                 found = teacher(images.views[teacher.image_size].to(device, non_blocking=True))
-            spatial, scale = packed(found.spatial, facts.dtype)
-            cosine = F.cosine_similarity(unpacked(spatial, scale).float(), found.spatial.float(), dim=-1).double()
+            basis = bases.get(name)
+            spatial, scale = packed(basis.down(found.spatial) if basis else found.spatial, facts.dtype)
+            stored = basis.up(unpacked(spatial, scale)) if basis else unpacked(spatial, scale)
+            cosine = F.cosine_similarity(stored.float(), found.spatial.float(), dim=-1).double()
             cosines[name] = [cosines[name][0] + float(cosine.sum()), cosines[name][1] + cosine.numel()]
             values = {"spatial": spatial, "summary": found.summary.float()} | ({} if scale is None else {"scale": scale})
             for kind, value in values.items():
@@ -167,9 +210,11 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path), COSINES: cosines}
 
 
-def _finish(folder: Path, entries: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _finish(folder: Path, facts: StoreFacts, entries: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Writes the index; returns the mean cosines by teacher."""
-    every = [entry.pop(COSINES) for entry in entries.values()]
+    if facts.components is not None:
+        entries[PCA] = _entry(folder / PCA)
+    every = [cosines for entry in entries.values() if (cosines := entry.pop(COSINES))]
     cosines = {name: sum(each[name][0] for each in every) / max(1.0, sum(each[name][1] for each in every)) for name in every[0]}
     flush_folder(folder)
     write_json(folder / STORE_INDEX, {"files": dict(sorted(entries.items())), "cosines": cosines})

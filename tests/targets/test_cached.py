@@ -76,6 +76,29 @@ def test_two_processes_follow(zero_stage: int, home: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "live"), rtol=2e-5)
 
 
+def test_principal_components(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them are the features themselves; a few keep the variance that they keep in NumPy's decomposition."""
+    line = ["cache", str(home / "recipe.yaml"), "--views", "1", "--dtype", "fp32"]
+    for count in (96, 8):
+        assert main([*line, "--pca", str(count), "--out", str(tmp_path / f"pca{count}")]) == 0
+    assert "teacher: cosine of stored and exact features 1.000000, 100.00% of the variance in 96" in capsys.readouterr().out
+    whole, few, exact = (TargetStore(folder) for folder in (tmp_path / "pca96", tmp_path / "pca8", home / "cache-fp32"))
+    features = torch.stack([exact.row("train", 0, index)["teacher.spatial"] for index in range(96)])
+    for store, atol in ((whole, 1e-5), (few, 10.0)):
+        rows = torch.stack([store.row("train", 0, index)["teacher.spatial"] for index in range(96)])
+        torch.testing.assert_close(store.bases["teacher"].up(rows), features, atol=atol, rtol=0)
+    rows = features.flatten(0, 1).double().numpy()
+    values = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
+    assert few.facts.variance["teacher"] == pytest.approx(values[:8].sum() / values.sum(), rel=1e-6)
+    assert few.facts.bytes_of_row() < exact.facts.bytes_of_row() / 6
+    run("mim", home / "recipe.yaml", tmp_path / "run", f"targets.cached={tmp_path / 'pca8'}", "run.epochs=1")
+    (tmp_path / "pca8" / "index.json").unlink()
+    assert main([*line, "--pca", "8", "--out", str(tmp_path / "pca8")]) == 0
+    assert main(["data", "verify", str(tmp_path / "pca8")]) == 0
+    assert main([*line, "--pca", "97", "--out", str(tmp_path / "pca97")]) == 2
+    assert "--pca 97: teacher teacher has 96 channels" in capsys.readouterr().err
+
+
 def test_several_teachers_and_writers(tmp_path: Path) -> None:
     """A head and stored features for each teacher. Two processes write what one writes."""
     teachers = {"a": MIM["teacher"], "b": {"kind": "pixels", "name": "patch8", "image_size": 32}}
