@@ -31,6 +31,7 @@ from eva_mim.data.sampler import cut_batch
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import slowdown
 from eva_mim.optim.schedule import rates_at
+from eva_mim.run.meter import Meter
 from eva_mim.run.recipe import Recipe
 from eva_mim.run.stage import Built, prepare
 
@@ -104,6 +105,8 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
     """Of a step."""
     phases: dict[str, float]
     """Seconds of a step by phase, of the main process; "rest" is what no phase covers."""
+    logging: float
+    """Seconds of reading the figures for a log line, divided among the steps between two lines; beside the step."""
     peak_memory: int
     """Bytes: of tensors on a GPU, of the process on a CPU, the main process's."""
     gflop: float
@@ -153,6 +156,7 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
                  f"{self.device} x {self.processes}, {self.precision}; peak memory {self.peak_memory / 1e9:.3g} GB", ""]
         for name, spent in sorted(self.phases.items(), key=lambda item: -item[1]):
             lines.append(f"  {name:<20} {1000 * spent:>9.1f} ms {spent / self.seconds:>6.1%}")
+        lines.append(f"  {'log lines, beside it':<20} {1000 * self.logging:>9.1f} ms {self.logging / self.seconds:>6.1%}")
         each, share = self.gflop * self.processes / self.batch, self.products / self.seconds
         lines += ["", f"matrix products: {each:.3g} GFLOP an image; alone, at {self.rate:.0f} GFLOP/s, {share:.0%} of the step"]
         lines += [f"forward pass of {name}: {rate:.4g} images/s" for name, rate in self.forward.items()]
@@ -178,29 +182,31 @@ def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) ->
     engine.module.train()
     data = iter(built.parts.train.steps(0, WARM_UP + steps))
     rates = rates_at(0, recipe.optim, steps_per_epoch=built.parts.train.steps_per_epoch, epochs=1.0)
-    products, stopwatch = Products(), Stopwatch(device.type == "cuda")
+    products, stopwatch, meter = Products(), Stopwatch(device.type == "cuda"), Meter(Stopwatch())
 
     def step() -> Batch:
         with phase("data"), measuring(Stopwatch()):  # without loader processes, phases of the loader are within this one
             batches: list[Batch] = [batch.to(device) for batch in next(data)]
-        engine.step(built.parts.task, batches, rates)
+        meter.outputs.append(engine.step(built.parts.task, batches, rates))
         return batches[0]
 
     for number in range(WARM_UP):
         with products if number == WARM_UP - 1 else nullcontext():
             batch = step()
+    meter.outputs.clear()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with measuring(stopwatch):
         seconds = _seconds(lambda: [step() for _ in range(steps)], device) / steps
     phases = {name: spent / steps for name, spent in stopwatch.take().items()}
+    logging = _seconds(lambda: meter.read(device), device) / recipe.run.log_every
     micro, _ = cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processes": world_size(), "threads": torch.get_num_threads(), "workers": recipe.data.workers,
         "precision": recipe.run.precision, "slowdown": slowdown(recipe.run.precision, device),
         "batch": recipe.run.global_batch, "micro_batch": micro, "steps": steps, "seconds": seconds,
-        "phases": phases | {"rest": max(0.0, seconds - sum(phases.values()))},
+        "phases": phases | {"rest": max(0.0, seconds - sum(phases.values()))}, "logging": logging,
         "peak_memory": _peak_memory(device),
         "gflop": products.operations / 1e9, "products": products.seconds_alone(device),
         "forward": _forward(built, engine, batch, device),
