@@ -17,7 +17,8 @@ from tests.tiny import CLASSIFY, MIM, write_recipe
 
 MEASURED: dict[str, Any] = {
     "recipe": "r.yaml", "program": "mim", "overrides": [], "device": "cpu", "processes": 1, "threads": 2, "precision": "fp32",
-    "slowdown": 1.0, "workers": 2, "batch": 100, "micro_batch": 50, "steps": 5, "seconds": 2.0, "peak_memory": 10**9, "logging": 0.01,
+    "slowdown": 1.0, "workers": 2, "batch": 100, "micro_batch": 50, "steps": 5, "seconds": 2.0, "peak_memory": 10**9,
+    "logging": 0.01,
     "phases": {"data": 0.1, "teacher": 0.4, "student": 0.5, "backward": 0.8, "optimizer": 0.1, "rest": 0.1},
     "gflop": 100.0, "products": 1.0, "forward": {},
 }
