@@ -235,7 +235,8 @@ def compare(first: StepSpeed, second: StepSpeed) -> str:
         before, after = (1000 * one.phases.get(name, 0.0) / one.batch for one in (first, second))
         rows.append((f"{name}, ms an image", before, after, before / after if after else float("inf")))
     lines = [f"{'':<26} {'first':>10} {'second':>10} {'faster':>8}"]
-    lines += [f"{name:<26} {before:>10.4g} {after:>10.4g} {ratio:>7.2f}x" for name, before, after, ratio in rows]
+    for name, before, after, ratio in rows:
+        lines.append(f"{name:<26} {before:>10.4g} {after:>10.4g} {'gone' if ratio == float('inf') else f'{ratio:.2f}x':>8}")
     told = ("recipe", "overrides", "device", "processes", "threads", "precision", "workers", "batch", "micro_batch")
     lines += [f"{name}: {one} -> {other}" for name in told for one, other in [(getattr(first, name), getattr(second, name))]
               if one != other]
