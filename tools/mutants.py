@@ -56,7 +56,7 @@ NAMED = [
     ("off by one", "eva_mim/data/sampler.py", "range(first, last):", "range(first + 1, last + 1):"),
     ("off by one", "eva_mim/teachers/frozen.py", "return settings.layer % blocks", "return (settings.layer + 1) % blocks"),
     ("dropped seed", "eva_mim/data/sampler.py", 'derive(self.seed, "order", epoch)', 'derive(0, "order", epoch)'),
-    ("dropped seed", "eva_mim/data/preparation.py", "derive(self.seed, purpose", "derive(0, purpose"),
+    ("dropped seed", "eva_mim/data/preparation.py", "derive(seed, purpose", "derive(0, purpose"),
     ("dropped seed", "eva_mim/run/loop.py", 'seed_all(derive(self.run.seed, "step", self.step, rank()))', "pass"),
     ("no flush", "eva_mim/core/files.py", "        fsync(temporary)\n", ""),
     ("no flush", "eva_mim/run/checkpoints.py", "    flush_folder(temporary)\n", ""),

@@ -68,20 +68,20 @@ def test_a_finished_stage_is_answered_without_torch(tmp_path: Path) -> None:
 def reads_of(recipe: dict[str, Any], out: Path) -> int:
     """How often this rank hashes a parent for a stage that is finished."""
     from eva_mim.core.registry import PROGRAMS, lookup
-    from eva_mim.run import state
+    from eva_mim.run import recipe as recipes
     from eva_mim.run.stage import run_stage
 
-    count, whole = [0], state.content_hash
+    count, whole = [0], recipes.content_hash
 
     def counted(path: Path, container: str | None = None) -> str:
         count[0] += 1
         return whole(path, container)
 
-    state.content_hash = counted
+    recipes.content_hash = counted
     try:
         run_stage(lookup(PROGRAMS, "classify", "program"), parse(StageRecipe, recipe, "recipe"), out)
     finally:
-        state.content_hash = whole
+        recipes.content_hash = whole
     return count[0]
 
 
