@@ -17,15 +17,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from eva_mim.commands import program_of
-from eva_mim.core.errors import UserError
+from eva_mim.core.errors import REQUEUE, UserError
 from eva_mim.core.files import write_text
+from eva_mim.core.log import say
 from eva_mim.core.run_folder import RunFolder
 
 SAVES, EVERY = 3, 2
 """Checkpoints of the first run, and steps between them."""
 OFTEN = 0.05
 """Share of a run's time that its checkpoints should not exceed."""
-STOPPED = 75
 
 
 class ResumeSpeed(BaseModel, extra="forbid", frozen=True):
@@ -58,6 +58,7 @@ def measure_resume(program: str | None, path: str, overrides: Sequence[str], fol
     home = Path(tempfile.mkdtemp(prefix="eva-mim-bench-", dir=folder))
     line = [sys.executable, "-m", "eva_mim.cli", program, path, *overrides, "run.log_every=1", f"run.checkpoint_every={EVERY}",
             "run.keep_last=1", "--out", str(home / "run")]
+    say(f"  {SAVES * EVERY} steps with checkpoints in {home}, then from the last of them")
     try:
         _until(line, home, SAVES * EVERY + 1)
         rows = _rows(home)
@@ -94,14 +95,12 @@ def _until(line: list[str], home: Path, count: int) -> float:
             process.kill()
     if code == 0:
         raise UserError(f"the run ends after {len(_rows(home))} steps, and more than {count} are measured; raise run.epochs")
-    if code != STOPPED:
+    if code != REQUEUE:
         last = (home / "said").read_text().strip().splitlines()[-5:]
         raise UserError(f"the run ended with exit code {code}:\n  " + "\n  ".join(last))
     return took
 
 
 def _rows(home: Path) -> list[dict[str, Any]]:
-    """Returns the log lines of all steps, up to the last whole one."""
-    file = RunFolder(home / "run").metrics
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    """Returns the log lines of all steps."""
+    return [row for row in map(json.loads, RunFolder(home / "run").log_lines()) if row["kind"] == "train"]

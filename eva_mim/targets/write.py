@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from eva_mim.core.contracts import MaskedBatch, Source, Teacher
 from eva_mim.core.distributed import rank, run_on, run_on_main, world_size
 from eva_mim.core.errors import UserError
-from eva_mim.core.files import flush_folder, fsync, sha256, write_json, write_text
+from eva_mim.core.files import flush_folder, replacing, sha256, write_json, write_text
 from eva_mim.core.log import Progress
 from eva_mim.core.run_folder import STORE, STORE_INDEX
 from eva_mim.core.settings import differences, few
@@ -75,7 +75,7 @@ def begin(folder: Path, facts: StoreFacts) -> int:
 
 
 def fit_once(folder: Path, pair: Pair, teachers: dict[str, Teacher], components: int, **how: Any) -> dict[str, float]:
-    """As `fit`, unless an unfinished store of as many components has them."""
+    """Returns what `fit` returns; an unfinished store with as many principal components keeps those that it has."""
     if (folder / STORE).exists() and (known := read_facts(folder)).components == components:
         return known.variance
     return fit(folder, pair, teachers, components, **how)
@@ -194,14 +194,11 @@ def _targets(
 
 def _save(path: Path, tensors: dict[str, Tensor], cosines: dict[str, list[float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"tmp-{path.name}")
     try:
-        save_file(tensors, temporary, {COSINES: json.dumps(cosines)})
-        fsync(temporary)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {COSINES: json.dumps(cosines)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: {error}; what was written before stays, and the same command goes on with it") from None
-    temporary.rename(path)
 
 
 def _entry(path: Path) -> dict[str, Any]:
