@@ -33,7 +33,10 @@ GRACE = 2.0
 
 def guard(work: Callable[[], Any]) -> int:
     """Runs `work`; returns the exit code: 0, 2 (mistake of the user, printed without traceback), 3 (diverged), 69 (another
-    process is lost), 75 (requeue), 130 (Ctrl-C) or 141 (nobody reads the output any more, as after `| head`)."""
+    process is lost), 75 (requeue), 130 (Ctrl-C) or 141 (nobody reads the output any more, as after `| head`).
+
+    torch's tensors on the CPU lie on huge pages from here on, unless the environment decides: see docs/performance.md."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch, read at its first tensor
     try:
         with detect_lost_processes():
             work()
