@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,21 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import FeatureBatch, LabelledBatch, Source, TrainData
-from eva_mim.core.distributed import all_reduce_sum, rank, world_size
+from eva_mim.core.contracts import FeatureBatch, Features, LabelledBatch, TrainData
+from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.log import say
 from eva_mim.core.rng import derive
+from eva_mim.core.settings import digest
 from eva_mim.data import too_many
-from eva_mim.data.feature_store import EvalRows, Positions, RowLoader, Rows, cached_features
-from eva_mim.data.preparation import LabelledPreparation
+from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder
+from eva_mim.data.sources.index import cache_folder
 from eva_mim.data.splits import HOLD_OUT_SEED, Splits
+from eva_mim.data.store.files import FeatureStore, NetworkFacts, SplitFacts, StoreFacts
+from eva_mim.data.store.rows import EvalRows, Positions, RowLoader, Rows
+from eva_mim.data.store.write import Pair, store_of
 from eva_mim.data.subset import Subset
+from eva_mim.data.views import EvalView
 from eva_mim.evaluate.features import ridge_accuracy
 from eva_mim.evaluate.probe import ProbeEvaluator
-from eva_mim.run.loaders import batch_cut, eval_loader, train_loader
+from eva_mim.run.loaders import batch_cut, eval_batch, eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.students.classifier import LinearProbe
 from eva_mim.tasks.probe import ProbeTask
@@ -32,6 +38,9 @@ from eva_mim.trunks.kernels import tune
 
 if TYPE_CHECKING:
     from finetune.probe import StageRecipe
+
+TRUNK = "trunk"
+"""Name of the network in the store of its features."""
 
 
 def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device) -> Parts:
@@ -65,12 +74,26 @@ def set_aside(images: int, share: float) -> tuple[Positions, Positions]:
     return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
 
+class _Trunk:
+    """The frozen trunk of a probe, as a network of which summaries are stored."""
+
+    def __init__(self, student: LinearProbe):
+        self._student, self.image_size = student, student.image_size
+
+    def __call__(self, images: Tensor) -> Features:
+        """Returns the pooled features of [B, channels, S, S] uint8 images, in fp32 as in whoever measures the exported
+        classifier."""
+        summary = self._student.features(images)
+        return Features(summary, summary.new_empty(len(summary), 0, 0), (0, 0))
+
+
 def _from_features(
     recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device
 ) -> tuple[RowLoader, EvalRows, EvalRows, dict[str, float]]:
     """Returns training rows, held-out rows, rows for the choice of a layer, and the figure of the ridge probe by its name. Raises
     UserError if too many images are broken."""
-    train, val = (_features(recipe, student, source, device) for source in splits)
+    store = _stored(recipe, student, splits, device)
+    train, val = (Rows.of(store, split, TRUNK) for split in ("train", "val"))
     missing = len(splits.train) - len(train.places)
     if too_many(missing, len(splits.train), recipe.data.max_broken):
         raise UserError(f"{missing} of {len(splits.train)} training images are broken, more than data.max_broken="
@@ -84,35 +107,41 @@ def _from_features(
     return loader, EvalRows(val, np.arange(len(val.places))), EvalRows(train, aside), {"ridge_top1": ridge}
 
 
-def _features(recipe: StageRecipe, student: LinearProbe, source: Source, device: torch.device) -> Rows:
-    """Returns the features of all images of a source, with the held-out view."""
+def _stored(recipe: StageRecipe, student: LinearProbe, splits: Splits, device: torch.device) -> FeatureStore:
+    """Returns the features of all images with the held-out view: in the cache folder, under a hash of all that they depend on, so
+    that its content is never stale. Unused folders stay until the user removes them."""
     student.to(device).eval()
     tune(student, device)
     roots = [part.root for part in (recipe.data, recipe.data.held_out) if part is not None and part.root is not None]
-    facts = {
-        "weights": student.fingerprint(),
-        "images": source.fingerprint,
+    inputs = {
+        "images": [source.fingerprint for source in splits],
         "quarantine": None if recipe.data.quarantine is None else sha256(recipe.data.quarantine),
         # Two folders may have files of the same names.
         "roots": [str(Path(root).resolve()) for root in roots],
-        "pixels": [part.pixels for part in recipe.data.sources.values()],
-        "student": recipe.student.model_dump(
-            mode="json", include={"name", "image_size", "patch_size", "global_pool", "mean", "std"}
-        ),
+        "pixels": [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()],
         "crop_pct": recipe.view.crop_pct,
         "device": device.type,
     }
-
-    def features(images: Tensor) -> Tensor:
-        return student.features(images)  # in fp32, as in whoever measures the exported classifier
-
-    batches = eval_loader(recipe, source, [student.image_size], recipe.view, LabelledPreparation)
-    return cached_features(facts, batches, features, len(source), device)
+    settings = recipe.student.model_dump(
+        mode="json", include={"name", "image_size", "patch_size", "global_pool", "mean", "std"}
+    )
+    width: int = student.trunk.num_features  # type: ignore[assignment]
+    trunk = NetworkFacts(patches=0, width=0, summary=width, network=settings | {"sha256": student.fingerprint()})
+    facts = StoreFacts(networks={TRUNK: trunk}, inputs=inputs, labels=True,
+                       splits={"train": SplitFacts(images=len(splits.train)), "val": SplitFacts(images=len(splits.val))})
+    preparation = MaskedPreparation(EvalView([student.image_size], recipe.view.crop_pct), 0, training=False)
+    store = store_of(
+        cache_folder() / "features" / digest(facts.identity())[:24], facts,
+        {"train": Pair(splits.train, preparation), "val": Pair(splits.val, preparation)}, {TRUNK: _Trunk(student)},
+        batch=eval_batch(recipe), workers=recipe.data.workers, device=device, autocast=nullcontext, wait=True,
+    )
+    say(f"  features: {facts.rows()} images x {width}, {facts.bytes() / 1e9:.3g} GB in {store.folder}")
+    return store
 
 
 def _ridge(train: Rows, val: Rows, classes: int, device: torch.device) -> float:
     """Returns the held-out accuracy of a ridge probe; each rank computes with its share of the rows."""
-    train, val = (Rows(*(part[rank() :: world_size()] for part in rows)) for rows in (train, val))
+    train, val = train.share(), val.share()
     return ridge_accuracy(
         val.features, val.labels, train.features, train.labels, classes=classes, device=device, total=all_reduce_sum
     )

@@ -48,9 +48,9 @@ def cache(options: argparse.Namespace) -> None:
     from eva_mim.data.preparation import MaskedPreparation
     from eva_mim.data.sampler import cut_batch
     from eva_mim.data.splits import open_splits
+    from eva_mim.data.store.write import Pair, begin, fit_once, seconds_of_image, write
     from eva_mim.data.views import EvalView, TrainView
     from eva_mim.engine.step import autocast
-    from eva_mim.targets.write import Pair, begin, fit_once, seconds_of_image, write
     from pretrain.mim import networks
     from pretrain.mim_targets import facts_of
 
@@ -74,12 +74,15 @@ def cache(options: argparse.Namespace) -> None:
         left = run_on_main(partial(begin, options.out, facts))
         if not left:
             return say(f"{options.out}: finished before, nothing to do")
-        seconds = seconds_of_image(teachers, batch, device, precision) * left / facts.bytes_of_row() / world_size()
-        say(f"{facts.rows('train')} images x {facts.views} views + {facts.rows('val')} held out, {facts.bytes_of_row():,} bytes "
-            f"each: {facts.bytes() / 1e9:.4g} GB")
+        channels = recipe.data.channels_of_all
+        seconds = seconds_of_image(teachers, channels, batch, device, precision) * left / facts.bytes_of_row() / world_size()
+        say(f"{len(splits.train)} images x {options.views} views + {len(facts.splits['val'].positions)} held out, "
+            f"{facts.bytes_of_row():,} bytes each: {facts.bytes() / 1e9:.4g} GB")
         say(f"to write to {options.out}: {left / 1e9:.4g} GB, about {duration(seconds)} if the teachers are what takes longest")
-        cosines = write(options.out, facts, pairs, teachers, **how)
-    for name, cosine in cosines.items():
+        made = write(options.out, facts, pairs, teachers, **how)
+    if missing := facts.rows() - made.images:
+        sys.stdout.write(f"{missing} of {facts.rows()} views are of images that cannot be read: they have no targets\n")
+    for name in teachers:
         kept = f", {facts.variance[name]:.2%} of the variance in {options.pca} components" if options.pca else ""
-        sys.stdout.write(f"{name}: cosine of stored and exact features {cosine:.6f}{kept}\n")
-    sys.stdout.write(f"train with it: targets.cached={options.out} view.seed={facts.view['seed']}\n")
+        sys.stdout.write(f"{name}: cosine of stored and exact features {made.cosine(name):.6f}{kept}\n")
+    sys.stdout.write(f"train with it: targets.cached={options.out} view.seed={facts.inputs['view']['seed']}\n")

@@ -158,7 +158,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, objective, weights)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
-    view = recipe.view.model_copy(update={"count": recipe.view.count or store.facts.views}) if store else recipe.view
+    count = recipe.view.count or (store.facts.splits["train"].views if store else None)
+    view = recipe.view.model_copy(update={"count": count})
     masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
                              stored=partial(store.row, split) if store else None) for split in ("train", "val")}
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes

@@ -15,8 +15,9 @@ from eva_mim.core.log import say
 from eva_mim.core.settings import differences, few
 from eva_mim.data.sampler import evenly
 from eva_mim.data.splits import Splits
+from eva_mim.data.store.files import Dtype, FeatureStore, SplitFacts, StoreFacts, read_facts
+from eva_mim.data.store.write import described
 from eva_mim.targets.cached import StoredTeacher
-from eva_mim.targets.store import Dtype, StoreFacts, TargetStore, read_facts
 from eva_mim.weights.files.read import content_hash
 
 if TYPE_CHECKING:
@@ -28,17 +29,16 @@ def facts_of(
     components: int | None, variance: dict[str, float],
 ) -> StoreFacts:
     """Returns what the targets of a recipe depend on, and how they are stored. Every rank must call."""
-    described = {}
+    networks = {}
     for name, teacher in teachers.items():
-        blank = torch.zeros(1, len(teacher.mean), teacher.image_size, teacher.image_size, dtype=torch.uint8, device=device)
-        with torch.no_grad():
-            summary = teacher(blank).summary
         file = run_on_main(partial(_file_hash, recipe, name))
-        described[name] = teacher.facts() | {"sha256": teacher.fingerprint(), "summary_width": summary.shape[-1], "file": file,
-                                             "settings": _settings(recipe, name, in_file=file is not None)}
+        settings = _settings(recipe, name, in_file=file is not None)
+        networks[name] = described(teacher, len(teacher.mean), device, file=file, settings=settings)
     return StoreFacts(
-        teachers=described, precision=recipe.run.precision, view=_view(recipe), data=_data(recipe, splits), views=views,
-        val=evenly(len(splits.val), recipe.evaluate.images), dtype=dtype, components=components, variance=variance,
+        networks=networks, inputs={"precision": recipe.run.precision, "view": _view(recipe), "data": _data(recipe, splits)},
+        splits={"train": SplitFacts(images=len(splits.train), views=views),
+                "val": SplitFacts(images=evenly(len(splits.val), recipe.evaluate.images))},
+        dtype=dtype, components=components, variance=variance,
     )
 
 
@@ -46,32 +46,32 @@ def stored_teachers(recipe: StageRecipe) -> dict[str, StoredTeacher]:
     """Returns the teachers whose features are in the recipe's cache, by name. Raises UserError for a cache of other teachers."""
     assert recipe.targets.cached is not None
     facts = read_facts(recipe.targets.cached)
-    wanted = {name: _settings(recipe, name, in_file=facts.teachers.get(name, {}).get("file") is not None)
-              for name in recipe.all_teachers}
-    _refuse(recipe, {name: known["settings"] for name, known in facts.teachers.items()}, wanted, "teachers")
-    return {name: StoredTeacher(known) for name, known in facts.teachers.items()}
+    known = {name: one.network for name, one in facts.networks.items()}
+    wanted = {name: _settings(recipe, name, in_file=known.get(name, {}).get("file") is not None) for name in recipe.all_teachers}
+    _refuse(recipe, {name: one.get("settings") for name, one in known.items()}, wanted, "teachers")
+    return {name: StoredTeacher(one) for name, one in known.items()}
 
 
-def open_store(recipe: StageRecipe, splits: Splits) -> TargetStore | None:
+def open_store(recipe: StageRecipe, splits: Splits) -> FeatureStore | None:
     """Returns the recipe's cache of targets; None without one. Every rank must call. Raises UserError for a cache of other
     images, views or teachers, which are named."""
     if recipe.targets.cached is None:
         return None
-    store = TargetStore(recipe.targets.cached)
+    store = FeatureStore(recipe.targets.cached)
     facts = store.facts
     stored_teachers(recipe)
-    for name, known in facts.teachers.items():
-        if (now := run_on_main(partial(_file_hash, recipe, name))) not in (None, known["file"]):
+    for name, one in facts.networks.items():
+        if (now := run_on_main(partial(_file_hash, recipe, name))) not in (None, one.network["file"]):
             raise UserError(f"{_cache(recipe)} was made with other weights of {recipe.all_teachers[name].path} (sha256 "
-                            f"{str(known['file'])[:12]}, now {now[:12]}); make another one")
-    wanted = {"view": _view(recipe), "data": _data(recipe, splits), "precision": recipe.run.precision}
-    _refuse(recipe, {name: getattr(facts, name) for name in wanted}, wanted, "")
-    if (recipe.view.count or 1) > facts.views:
-        raise UserError(f"view.count={recipe.view.count}: {_cache(recipe)} has {facts.views} views; leave it out, or take fewer")
-    if missing := set(evenly(len(splits.val), recipe.evaluate.images)) - set(facts.val):
-        raise UserError(f"evaluate.images={recipe.evaluate.images}: {_cache(recipe)} has {len(facts.val)} held-out images, and "
+                            f"{str(one.network['file'])[:12]}, now {now[:12]}); make another one")
+    _refuse(recipe, facts.inputs, {"view": _view(recipe), "data": _data(recipe, splits), "precision": recipe.run.precision}, "")
+    views, val = facts.splits["train"].views, facts.splits["val"].positions
+    if (recipe.view.count or 1) > views:
+        raise UserError(f"view.count={recipe.view.count}: {_cache(recipe)} has {views} views; leave it out, or take fewer")
+    if missing := set(evenly(len(splits.val), recipe.evaluate.images)) - set(val):
+        raise UserError(f"evaluate.images={recipe.evaluate.images}: {_cache(recipe)} has {len(val)} held-out images, and "
                         f"lacks {len(missing)} of these")
-    count = recipe.view.count or facts.views
+    count = recipe.view.count or views
     if recipe.run.epochs is not None and recipe.run.epochs > count:
         say(f"  targets.cached: {recipe.run.epochs} epochs take turns with {count} views of each image")
     return store

@@ -60,7 +60,7 @@ NAMED = [
     ("dropped seed", "eva_mim/run/loop.py", 'seed_all(derive(self.run.seed, "step", self.step, rank()))', "pass"),
     ("no flush", "eva_mim/core/files.py", "        fsync(temporary)\n", ""),
     ("no flush", "eva_mim/run/checkpoints.py", "    flush_folder(temporary)\n", ""),
-    ("no flush", "eva_mim/data/feature_store.py", "        fsync(file)\n", "        pass\n"),
+    ("no flush", "eva_mim/data/store/write.py", "        flush_folder(parent)\n", "        pass\n"),
 ]
 """(kind, file, old text, new text); the old text is in the file once."""
 

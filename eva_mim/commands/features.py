@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ import numpy as np
 
 from eva_mim.commands import positive
 from eva_mim.core.errors import UserError
-from eva_mim.core.log import Progress, say
+from eva_mim.core.log import say
 from eva_mim.run.program import guard
 
 if TYPE_CHECKING:
-    from eva_mim.core.contracts import Source
+    from torch import Tensor
+
+    from eva_mim.core.contracts import Features, Source, Teacher
+    from eva_mim.data.store.files import FeatureStore
 
 MAX_NPY = 2**33
 """Largest size in bytes of features that are kept in memory for a .npy file."""
@@ -27,6 +31,8 @@ KEYS, PATCHES, NEAREST = ".keys.txt", ".patches.npy", ".nearest.png"
 """In the place of a file's suffix: keys and patches beside .npy, and the sheet of neighbours."""
 CHUNK = 256
 """Images that are compared with all others at once."""
+MODEL = "model"
+"""Name of the network in the store."""
 ALIKE = 0.98
 """Cosine from which two images are named as alike."""
 Array = np.ndarray[Any, Any]
@@ -67,12 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def features(options: argparse.Namespace) -> None:
-    """Writes the features of all splits. Raises UserError for a model, data or a file that cannot be used."""
-    from eva_mim.commands.data.index import every_split, read_data
-    from eva_mim.core.distributed import world_size
+    """Writes the features of all splits. They are stored in FILE.partial first, so that a command that was stopped goes on; the
+    folder is removed at the end. Raises UserError for a model, data or a file that cannot be used."""
+    from contextlib import nullcontext
 
-    if world_size() > 1:
-        raise UserError("eva-mim features runs in one process; give each process a part of the data")
+    from eva_mim.commands.data.index import every_split, read_data
+    from eva_mim.core.distributed import run_on_main, setup
+    from eva_mim.data.preparation import MaskedPreparation
+    from eva_mim.data.store.files import SplitFacts, StoreFacts
+    from eva_mim.data.store.write import Pair, described, store_of
+    from eva_mim.data.views import EvalView
+
     if options.to.suffix not in (".parquet", ".npy"):
         raise UserError(f"--to {options.to}: must end in .parquet or .npy")
     if not options.to.absolute().parent.is_dir():
@@ -86,28 +97,49 @@ def features(options: argparse.Namespace) -> None:
     images = sum(map(len, splits.values()))
     if options.nearest and images > MOST_COMPARED:
         raise UserError(f"--nearest: {images} images are too many to compare with each other (at most {MOST_COMPARED})")
-    teacher = _opened(options.model, settings.channels_of_all)
-    batches = _batches(teacher, splits, options)
-    kept: list[Batch] = []
+    device = setup()
+    teacher = _opened(options.model, settings.channels_of_all).to(device)
+    network = MeanOfPatches(teacher) if options.pool == "mean" else teacher
+    facts = StoreFacts(
+        networks={MODEL: described(network, len(teacher.mean), device, patches=options.patches, pool=options.pool)},
+        inputs={"images": {name: source.fingerprint for name, source in splits.items()}, "resizing": teacher.resizing,
+                "pixels": [[part.channels, part.window and list(part.window), part.exif] for part in settings.sources.values()]},
+        splits={name: SplitFacts(images=len(source)) for name, source in splits.items()},
+    )
+    if options.to.suffix == ".npy" and facts.bytes() > MAX_NPY:
+        raise UserError(f"--to {options.to}: {facts.bytes() / 1e9:.3g} GB of features do not fit into memory; write .parquet")
+    preparation = MaskedPreparation(EvalView([teacher.image_size], **teacher.resizing), 0, training=False)
+    pairs = {name: Pair(source, preparation) for name, source in splits.items()}
+    store = store_of(options.to.with_name(f"{options.to.name}.partial"), facts, pairs, {MODEL: network}, batch=options.batch,
+                     workers=options.workers, device=device, autocast=nullcontext)
+    run_on_main(lambda: _write(store, splits, options))
 
-    def seen() -> Iterator[Batch]:
-        progress = Progress("features", images)
-        for batch in batches:
-            if options.nearest:
-                kept.append(batch._replace(patches=None))
-            progress.advance(len(batch.keys))
-            yield batch
 
+class MeanOfPatches:
+    """A network whose summary is the mean of its patches."""
+
+    def __init__(self, teacher: Teacher):
+        self._teacher, self.image_size = teacher, teacher.image_size
+        self.facts, self.fingerprint = teacher.facts, teacher.fingerprint
+
+    def __call__(self, images: Tensor) -> Features:
+        """Returns the features of [B, channels, S, S] pixels."""
+        found = self._teacher(images)
+        return found._replace(summary=found.spatial.mean(1))
+
+
+def _write(store: FeatureStore, splits: dict[str, Source], options: argparse.Namespace) -> None:
+    """Writes the file that was asked for, and removes the store. Raises UserError."""
+    write = _write_parquet if options.to.suffix == ".parquet" else _write_npy
     try:
-        if options.to.suffix == ".parquet":
-            count, width = _write_parquet(options.to, seen())
-        else:
-            count, width = _write_npy(options.to, seen(), images)
+        count, width = write(options.to, _batches(store, splits))
     except OSError as error:
         raise UserError(f"--to {options.to}: {error.strerror or error}") from None
+    images = store.facts.rows()
     sys.stdout.write(f"{options.to}: {count} images x {width}{f', {images - count} left out' if count < images else ''}\n")
     if options.nearest:
-        _write_nearest(options.to.with_suffix(NEAREST), kept, splits, options.nearest)
+        _write_nearest(options.to.with_suffix(NEAREST), list(_batches(store, splits)), splits, options.nearest)
+    shutil.rmtree(store.folder)
 
 
 def _made(options: argparse.Namespace) -> list[Path]:
@@ -121,7 +153,6 @@ def _made(options: argparse.Namespace) -> list[Path]:
 def _opened(model: str, channels: int) -> Any:
     """Returns the network in a folder, or that of KIND:NAME[:WEIGHTS], as a teacher. Raises UserError."""
     from eva_mim.commands.teacher import teacher_settings
-    from eva_mim.core.devices import pick_device
     from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG
     from eva_mim.teachers import TeacherSettings, build_teacher
 
@@ -135,28 +166,20 @@ def _opened(model: str, channels: int) -> Any:
     else:
         settings = teacher_settings(model, [])
     settings.stand_at(model)
-    return build_teacher(settings, channels).to(pick_device("auto"))
+    return build_teacher(settings, channels)
 
 
-def _batches(teacher: Any, splits: dict[str, Source], options: argparse.Namespace) -> Iterator[Batch]:
-    import torch
-
-    from eva_mim.core.devices import pick_device
-    from eva_mim.data.loader import EvalLoader
-    from eva_mim.data.preparation import MaskedPreparation
-    from eva_mim.data.views import EvalView
-
-    device, size = pick_device("auto"), teacher.image_size
-    view = EvalView([size], **teacher.resizing)
+def _batches(store: FeatureStore, splits: dict[str, Source]) -> Iterator[Batch]:
+    """Yields the stored features, file by file."""
     for name, source in splits.items():
-        loader = EvalLoader(source, MaskedPreparation(view, 0, training=False), options.batch, options.workers)
-        for batch in loader:
-            with torch.inference_mode():
-                found = teacher(batch.views[size].to(device))
-            pooled = found.spatial.mean(1) if options.pool == "mean" else found.summary
-            places = batch.index.tolist()
-            patches = found.spatial.float().cpu().numpy() if options.patches else None
-            yield Batch(name, places, [source.key(place) for place in places], pooled.float().cpu().numpy(), patches)
+        first = 0
+        for file in store.mapped(name):
+            kept = file["present"].nonzero()[:, 0]
+            places, patches = (first + kept).tolist(), file.get(f"{MODEL}.spatial")
+            first += len(file["present"])
+            if places:
+                yield Batch(name, places, [source.key(place) for place in places], file[f"{MODEL}.summary"][kept].numpy(),
+                            None if patches is None else patches[kept].numpy())
 
 
 def _write_parquet(path: Path, batches: Iterator[Batch]) -> tuple[int, int]:
@@ -188,16 +211,11 @@ def _write_parquet(path: Path, batches: Iterator[Batch]) -> tuple[int, int]:
     return count, width
 
 
-def _write_npy(path: Path, batches: Iterator[Batch], images: int) -> tuple[int, int]:
-    """Writes PATH [I, D], its keys, and [I, N, C] patches if there are any; returns I and D. `images`: at most this I."""
+def _write_npy(path: Path, batches: Iterator[Batch]) -> tuple[int, int]:
+    """Writes PATH [I, D], its keys, and [I, N, C] patches if there are any; returns I and D."""
     from eva_mim.core.files import replacing, write_text
 
-    kept: list[Batch] = []
-    for batch in batches:
-        size = sum(part.nbytes for part in (batch.summary, batch.patches) if part is not None) / len(batch.keys) * images
-        if size > MAX_NPY:
-            raise UserError(f"--to {path}: {size / 1e9:.3g} GB of features do not fit into memory; write .parquet")
-        kept.append(batch)
+    kept = list(batches)
     arrays = {path: [batch.summary for batch in kept]}
     if patches := [batch.patches for batch in kept if batch.patches is not None]:
         arrays[path.with_suffix(PATCHES)] = patches

@@ -37,16 +37,16 @@ def lease(path: Path, **options: Any) -> SoftFileLease:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds the folder, which is made if it is missing and removed again if it stays empty. Raises UserError with host, process
-    and time if a live process holds it; waits up to 90 s to see whether a process on another host lives. A requeued job of Slurm
-    takes the folder of its former start at once."""
+    and time if a live process holds it, unless it is to `wait` for that one's end; waits up to 90 s to see whether a process on
+    another host lives. A requeued job of Slurm takes the folder of its former start at once."""
     made = not folder.is_dir()
     held = lease(folder / LOCK, on_compromise=lambda lost: _lost(folder, lost.reason))
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _acquire(held, folder)
+            _acquire(held, folder, wait=wait)
             write_json(folder / OWNER, _owner())
         except OSError as error:
             raise UserError(f"--out {folder}: {error.strerror or error}; choose another folder") from None
@@ -65,9 +65,10 @@ def is_lock(name: str) -> bool:
     return name.startswith(LOCK)
 
 
-def _acquire(held: SoftFileLease, folder: Path) -> None:
-    """Raises UserError if another process lives and holds the lease."""
+def _acquire(held: SoftFileLease, folder: Path, *, wait: bool) -> None:
+    """Raises UserError if another process lives and holds the lease, unless it is to wait."""
     first: int | None = None
+    said = False
     while True:
         with suppress(Timeout):
             held.acquire(timeout=0)
@@ -77,6 +78,12 @@ def _acquire(held: SoftFileLease, folder: Path) -> None:
             held.force_break()
             continue
         if (owner is not None and _is_here(owner)) or first not in (None, renewed):
+            if wait:
+                if not said:
+                    say(f"  {folder} is being made by {_named(owner)}; waiting for it")
+                said = True
+                time.sleep(RENEWED / 15)
+                continue
             raise UserError(f"{folder} is in use by {_named(owner)}; wait until that has ended, or choose another --out")
         if first is None and renewed is not None:
             first = renewed

@@ -16,15 +16,15 @@ TIMM_CONFIG = "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 LINEAGE = "lineage.json"
 STORE, STORE_INDEX = "store.json", "index.json"
-"""Files of a cache of targets: what they depend on; sizes and hashes of its files, written last."""
+"""Files of stored features: what they depend on; sizes and hashes of its files, written last."""
 MANIFEST = "manifest.json"
 """Manifest of a checkpoint, written last: a folder without it, or with a file of another size, is not a checkpoint."""
 
 
 def store_index(folder: Path) -> Path:
-    """Returns the index of a cache of targets. Raises UserError for a folder that is none, and for one that is not whole."""
+    """Returns the index of a cache of features. Raises UserError for a folder that is none, and for one that is not whole."""
     if not (folder / STORE).is_file():
-        raise UserError(f"{folder} is no cache of targets: it has no {STORE}")
+        raise UserError(f"{folder} is no cache of features: it has no {STORE}")
     if not (folder / STORE_INDEX).is_file():
         raise UserError(f"{folder}: the cache is not finished; the same `eva-mim cache` command goes on with it")
     return folder / STORE_INDEX

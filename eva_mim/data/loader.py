@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeGuard
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -245,24 +245,41 @@ class EvalLoader(Generic[B]):
         chosen = evenly(len(source), limit or len(source))
         if (count := len(chosen)) < world_size():
             raise UserError(f"{count} held-out images are too few for {world_size()} processes")
-        self._named: dict[str, None] = {}
         self._indices = chosen[rank() :: world_size()]
+        self._faults = Faults("held-out image")
 
     def __iter__(self) -> Iterator[B]:
         starts = range(0, len(self._indices), self._batch)
         places = [[Place(0, index) for index in self._indices[start : start + self._batch]] for start in starts]
-        whole, lost = False, 0
+        whole = False
         for batch in load(self._reader, places, self._workers):
-            faults = list(batch.broken) if isinstance(batch, Batch) else batch
-            for fault in sorted(set(faults) - self._named.keys())[: max(0, MAX_NAMED - len(self._named))]:
-                say(f"  broken held-out image left out: {fault}")
-            self._named |= dict.fromkeys(faults)
-            lost = 0 if isinstance(batch, Batch) else lost + len(batch)
-            if lost >= REPLACEMENTS:
-                raise UserError(f"{lost} broken held-out images in a row; the last: {faults[-1]}")
-            if isinstance(batch, Batch):
+            if self._faults.readable(batch):
                 whole = True
                 yield batch
         if not whole:
-            raise UserError(f"none of {len(self._indices)} held-out images can be used; the first: "
-                            f"{next(iter(self._named), 'in quarantine')}")
+            raise UserError(f"none of {len(self._indices)} held-out images can be used; the first: {self._faults.first}")
+
+
+class Faults:
+    """Broken images that are left out: each is named once, up to a limit."""
+
+    def __init__(self, what: str):
+        self._what, self._lost = what, 0
+        self._named: dict[str, None] = {}
+
+    @property
+    def first(self) -> str:
+        """The first fault."""
+        return next(iter(self._named), "in quarantine")
+
+    def readable(self, batch: B | list[str]) -> TypeGuard[B]:
+        """Names new faults; returns whether an image of the batch can be read. Raises UserError after many broken ones in a
+        row."""
+        faults = list(batch.broken) if isinstance(batch, Batch) else batch
+        for fault in sorted(set(faults) - self._named.keys())[: max(0, MAX_NAMED - len(self._named))]:
+            say(f"  broken {self._what} left out: {fault}")
+        self._named |= dict.fromkeys(faults)
+        self._lost = 0 if isinstance(batch, Batch) else self._lost + len(batch)
+        if self._lost >= REPLACEMENTS:
+            raise UserError(f"{self._lost} broken {self._what}s in a row; the last: {faults[-1]}")
+        return isinstance(batch, Batch)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eva_mim.data.store.rows import Stacked
+
 KNN_TEMPERATURE = 0.07
 """Temperature of the votes: a neighbour's weight is exp(cosine / 0.07) (Wu et al. 2018, section 3.4; used by DINO and RADIO
 alike)."""
@@ -70,9 +72,9 @@ class LinearMap(NamedTuple):
 
 
 def ridge_accuracy(
-    queries: Tensor,
+    queries: Tensor | Stacked,
     labels: Tensor,
-    bank: Tensor,
+    bank: Tensor | Stacked,
     bank_labels: Tensor,
     *,
     classes: int | None = None,
@@ -82,7 +84,7 @@ def ridge_accuracy(
     """Returns the percentage of queries [Q, D] that `fit_ridge` on the bank [R, D] classifies correctly. `classes`: number of
     classes, default the largest label + 1; `device`: where to compute, default the bank's."""
     classes = int(torch.cat([labels, bank_labels]).max()) + 1 if classes is None else classes
-    device = bank.device if device is None else device
+    device = bank_labels.device if device is None else device
     centre, weights, offset = fit_ridge(bank, bank_labels, classes, device=device, total=total)
     right = torch.zeros(2, dtype=torch.float64, device=device)
     for rows, truth in _chunks(queries, labels, device):
@@ -91,7 +93,7 @@ def ridge_accuracy(
     return float(100.0 * hits / count)
 
 
-def fit_ridge(bank: Tensor, labels: Tensor, classes: int, *, device: torch.device, total: Total) -> LinearMap:
+def fit_ridge(bank: Tensor | Stacked, labels: Tensor, classes: int, *, device: torch.device, total: Total) -> LinearMap:
     """Returns the ridge regression on one-hot labels, solved in closed form.
 
     The penalty is the one of `RIDGES` with the best leave-one-out accuracy on the bank (residuals divided by one minus the
@@ -125,6 +127,7 @@ def fit_ridge(bank: Tensor, labels: Tensor, classes: int, *, device: torch.devic
     return LinearMap(centre, vectors @ maps[scores.index(max(scores))], offset)
 
 
-def _chunks(rows: Tensor, labels: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for part, truth in zip(torch.split(rows, CHUNK), torch.split(labels, CHUNK), strict=True):
-        yield part.to(device, torch.float64), truth.to(device)
+def _chunks(rows: Tensor | Stacked, labels: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(labels), CHUNK):
+        chosen = slice(start, start + CHUNK)
+        yield rows[chosen].to(device, torch.float64), labels[chosen].to(device)

@@ -47,8 +47,12 @@ def eval_loader(
     """Returns the loader of this rank's held-out batches, with fixed views and masks (the same for every run seed). `limit`:
     largest number of images, spread evenly over the source; None for all."""
     made = kind(EvalView(sizes, view.crop_pct), 0, training=False)
-    batch = min(250, recipe.run.micro_batch or recipe.run.global_batch)
-    return EvalLoader(source, made, batch, recipe.data.workers, limit)
+    return EvalLoader(source, made, eval_batch(recipe), recipe.data.workers, limit)
+
+
+def eval_batch(recipe: Recipe) -> int:
+    """Returns the number of images in a held-out batch of one process."""
+    return min(250, recipe.run.micro_batch or recipe.run.global_batch)
 
 
 def seed_from(recipe: Recipe, trunk: nn.Module, classes: tuple[str, ...] | None = None) -> KeyReport | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Features, Grid, MaskedBatch
 from eva_mim.core.errors import UserError
-from eva_mim.targets.store import TargetStore, unpacked
+from eva_mim.data.store.files import FeatureStore, unpacked
 
 
 class StoredTeacher:
@@ -43,8 +43,8 @@ class StoredTeacher:
 class CachedTargets:
     """Targets that came with the batch from a store; see `contracts.Targets`."""
 
-    def __init__(self, store: TargetStore):
-        self.teachers = {name: StoredTeacher(facts) for name, facts in store.facts.teachers.items()}
+    def __init__(self, store: FeatureStore):
+        self.teachers = {name: StoredTeacher(one.network) for name, one in store.facts.networks.items()}
         self._bases = store.bases
 
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:

@@ -20,6 +20,7 @@ from eva_mim.students.clip import ClipStudent
 from eva_mim.weights.export import write_timm
 from tests.conftest import make_folder, picture, png
 from tests.students.tiny_towers import clip_folder
+from tests.tiny import finish, python
 
 NAMES = [f"{name}/{number:05d}.png" for name in "ab" for number in range(6)]
 
@@ -60,6 +61,24 @@ def test_summaries_are_timms(stage: Path, images: Path, tmp_path: Path, capsys: 
     np.testing.assert_allclose(patches, cells, atol=1e-5)
     assert main(["features", str(stage), "--on", str(images), "--to", str(tmp_path / "m.npy"), "--pool", "mean"]) == 0
     np.testing.assert_allclose(np.load(tmp_path / "m.npy"), cells.mean(1), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_and_what_was_left(stage: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same file; what a killed command left is for the same features alone."""
+    line = ["features", str(stage), "--on", str(images), "--patches", "--to"]
+    assert main([*line, str(tmp_path / "one.npy")]) == 0
+    finish(python("eva_mim.cli", *line, tmp_path / "two.npy", processes=2))
+    for name in ("npy", "patches.npy", "keys.txt"):
+        assert (tmp_path / f"two.{name}").read_bytes() == (tmp_path / f"one.{name}").read_bytes()
+    left = tmp_path / "three.npy.partial"
+    left.mkdir()
+    (left / "store.json").write_text('{"format": 2, "networks": {}, "inputs": {}, "splits": {}}')
+    capsys.readouterr()
+    assert main([*line, str(tmp_path / "three.npy")]) == 2
+    assert f"{left} holds other features; remove it, or choose another folder" in capsys.readouterr().err
+    shutil.rmtree(left)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_grey_images_have_the_view_of_the_network(stage: Path, images: Path, tmp_path: Path) -> None:

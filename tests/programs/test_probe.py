@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import FeatureBatch, LabelledBatch, Rates
+from eva_mim.core.contracts import FeatureBatch, Rates
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
-from eva_mim.data.feature_store import ABANDONED, EvalRows, RowLoader, Rows, cached_features
 from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.splits import open_splits
+from eva_mim.data.store.rows import EvalRows, RowLoader, Rows, Stacked
 from eva_mim.data.subset import Subset
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
@@ -154,7 +152,8 @@ def test_the_layer_is_chosen_without_the_held_out_images() -> None:
     for number, head in enumerate(student.heads):
         head.weight.data.zero_()
         head.bias.data.copy_(F.one_hot(torch.tensor(number), 7) * 3.0)
-    rows = Rows(torch.randn(40, student.trunk.num_features), torch.tensor([0] * 27 + [1] * 9 + [6] * 4), torch.arange(40))
+    features, labels = torch.randn(40, student.trunk.num_features), torch.tensor([0] * 27 + [1] * 9 + [6] * 4)
+    rows = Rows(stacked(features), labels, torch.arange(40))
     val, select = EvalRows(rows, np.arange(30)), EvalRows(rows, np.arange(27, 40))
     evaluator = ProbeEvaluator(val, select, ["a", "b", "c"], fixed={"ridge_top1": 1.5}, device=CPU)
     found = evaluator(student, nullcontext)
@@ -171,67 +170,9 @@ def test_the_layer_is_chosen_without_the_held_out_images() -> None:
     assert set(ProbeEvaluator(val, [], ["a"], fixed={}, device=CPU)(one, nullcontext)) == {"top1", "top5", "loss"}
 
 
-def some_batches() -> list[LabelledBatch]:
-    """Images 3, 7, 1, 0, 2 of 8, in this order; the others were broken."""
-    images = torch.arange(8).float()[:, None] * torch.ones(8, 5)
-    return [LabelledBatch(torch.tensor(own), images[own], torch.tensor(own) % 3) for own in ([3, 7], [1, 0, 2])]
-
-
-def test_features_are_made_once_and_lie_in_the_sources_order(cache: Path) -> None:
-    asked = []
-
-    def features(images: Tensor) -> Tensor:
-        asked.append(len(images))
-        return images[:, :4].half() * 10
-
-    old = cache / "features" / "x.1.tmp"
-    old.mkdir(parents=True)
-    first = cached_features({"weights": "a"}, some_batches(), features, 8, CPU)
-    assert asked == [2, 3]
-    assert first.places.tolist() == [0, 1, 2, 3, 7]
-    assert first.labels.tolist() == [0, 1, 2, 0, 1]
-    assert torch.equal(first.features, torch.tensor([0.0, 10, 20, 30, 70])[:, None].expand(-1, 4))
-    assert first.features.dtype == torch.float32
-    again = cached_features({"weights": "a"}, [], features, 8, CPU)
-    assert asked == [2, 3]
-    assert torch.equal(again.features, first.features)
-    again.features.zero_()  # reaches no file
-    assert torch.equal(cached_features({"weights": "a"}, [], features, 8, CPU).features, first.features)
-    cached_features({"weights": "b"}, some_batches(), features, 8, CPU)
-    assert asked == [2, 3, 2, 3]
-    made = [path for path in (cache / "features").iterdir() if path != old]
-    assert len(made) == 2
-    assert all(sorted(file.name for file in path.iterdir()) == ["facts.json", "features.npy", "labels.npy", "places.npy"]
-               for path in made)
-
-
-def test_what_a_killed_run_left_is_removed_in_time(cache: Path) -> None:
-    """Half-made features of the same name: an hour after the last write."""
-    def broken(images: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached_features({}, some_batches(), broken, 8, CPU)
-    (left,) = (cache / "features").iterdir()
-    assert left.name.endswith(".tmp")
-    mine = left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", ".999999999.")))
-    cached_features({}, some_batches(), lambda images: images, 8, CPU)
-    assert mine.exists()
-    (finished,) = (path for path in (cache / "features").iterdir() if path != mine)
-    finished.rename(cache / "elsewhere")
-    for file in mine.iterdir():
-        os.utime(file, (time.time() - ABANDONED - 60,) * 2)
-    cached_features({}, some_batches(), lambda images: images, 8, CPU)
-    assert not mine.exists()
-    assert finished.exists()
-
-
-def test_a_cache_that_machines_do_not_share_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 of another machine: what rank 0 has made is not there."""
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match=r"rank 1 does not see .* set EVA_MIM_CACHE to a folder that all machines share"):
-        cached_features({}, some_batches(), lambda images: images, 8, CPU)
-    assert not list(cache.rglob("*.rows"))
+def stacked(rows: Tensor) -> Stacked:
+    """Rows in files of seven."""
+    return Stacked(rows.split(7), torch.arange(len(rows)))
 
 
 def pictures(folder: Path, images: int) -> None:
@@ -262,18 +203,18 @@ def test_broken_images_are_left_out_and_counted(tmp_path: Path, probe: dict[str,
 
 
 def test_what_features_depend_on_makes_others(tmp_path: Path, probe: dict[str, Any], cache: Path) -> None:
-    """Held-out view and weights do, each for two sources; learning rates, seeds, batches and precision (always fp32) do not."""
+    """Held-out view and weights do; learning rates, seeds, batches and precision (always fp32) do not."""
     def count(**changes: Any) -> int:
         prepare(parse(StageRecipe, probe | changes, "recipe"), build)
         return len(list((cache / "features").iterdir()))
 
-    assert count() == 2
-    assert count(probe={"cached": True}, run=RUN | {"global_batch": 12, "seed": 5}, optim=OPTIM | {"lr": 1.0}) == 2
-    assert count(view={"crop_pct": 0.5}) == 4
-    assert count(run=RUN | {"precision": "bf16"}) == 4
+    assert count() == 1
+    assert count(probe={"cached": True}, run=RUN | {"global_batch": 12, "seed": 5}, optim=OPTIM | {"lr": 1.0}) == 1
+    assert count(view={"crop_pct": 0.5}) == 2
+    assert count(run=RUN | {"precision": "bf16"}) == 2
     weights = load_file(tmp_path / "trunk" / "model.safetensors")
     save_file(weights | {"norm.bias": weights["norm.bias"] + 1}, tmp_path / "trunk" / "model.safetensors")
-    assert count() == 6
+    assert count() == 3
 
 
 def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> None:
@@ -281,7 +222,7 @@ def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> Non
     recipe = parse(StageRecipe, probe | {"run": RUN | {"micro_batch": 6}}, "recipe")
     source = open_splits(recipe.data).train
     kept, _ = set_aside(len(source), 0.25)
-    whole = Rows(torch.randn(len(source), 5), torch.tensor([source.read(i).label for i in range(len(source))]),
+    whole = Rows(stacked(torch.randn(len(source), 5)), torch.tensor([source.read(i).label for i in range(len(source))]),
                  torch.arange(len(source)))
     images = train_loader(recipe, Subset(source, kept), [32], recipe.view, LabelledPreparation)
     order = {"seed": recipe.run.seed, "global_batch": 24, "micro_batch": 6}
@@ -291,7 +232,7 @@ def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> Non
         assert len(ours) == len(theirs) == 4
         for a, b in zip(ours, theirs, strict=True):
             assert a.index.tolist() == kept[b.index].tolist()
-            assert torch.equal(a.features, whole.features[kept[b.index]])
+            assert torch.equal(a.features, whole.features[torch.from_numpy(kept[b.index])])
             assert torch.equal(a.labels, b.labels)
     assert [sample["key"] for sample in rows.samples(4)] == [sample["key"] for sample in images.samples(4)]
     assert [sample["index"] for sample in rows.samples(4)] == [kept[sample["index"]] for sample in images.samples(4)]
@@ -374,7 +315,7 @@ def test_a_sweep_on_features_that_was_stopped_ends_bit_for_bit_like_an_undisturb
     run("probe", recipe, tmp_path / "straight")
     stopped = stopped_after(9, tmp_path / "straight", tmp_path / "stopped")
     run("probe", recipe, stopped)
-    assert len(list((cache / "features").iterdir())) == 2
+    assert len(list((cache / "features").iterdir())) == 1
     assert losses(stopped) == losses(tmp_path / "straight")
     assert len(losses(stopped)) == 18
     assert len(records(stopped, "start")) == 2

@@ -74,7 +74,8 @@ def test_a_run_goes_through_and_goes_on(
 
 def with_own_rows(words: list[str]) -> Any:
     """A probe whose cached features are those of this rank, since the others write none."""
-    with patch("eva_mim.data.feature_store.world_size", lambda: 1):
+    alone = "eva_mim.data.store.write"
+    with patch(f"{alone}.world_size", lambda: 1), patch(f"{alone}.run_on", lambda work, mine: {0: work()} if mine else {}):
         return as_rank_of_eight("finetune.probe", words)
 
 

@@ -19,7 +19,7 @@ from eva_mim.cli import main
 from eva_mim.core.errors import UserError
 from eva_mim.core.lock import locked
 from eva_mim.core.settings import parse
-from eva_mim.targets.store import TargetStore, packed, unpacked
+from eva_mim.data.store.files import FeatureStore, packed, unpacked
 from pretrain import mim
 from tests.conftest import picture
 from tests.tiny import MIM, finish, losses, python, run, same_weights, stopped_after, write_recipe
@@ -82,7 +82,7 @@ def test_principal_components(home: Path, tmp_path: Path, capsys: pytest.Capture
     for count in (96, 8):
         assert main([*line, "--pca", str(count), "--out", str(tmp_path / f"pca{count}")]) == 0
     assert "teacher: cosine of stored and exact features 1.000000, 100.00% of the variance in 96" in capsys.readouterr().out
-    whole, few, exact = (TargetStore(folder) for folder in (tmp_path / "pca96", tmp_path / "pca8", home / "cache-fp32"))
+    whole, few, exact = (FeatureStore(folder) for folder in (tmp_path / "pca96", tmp_path / "pca8", home / "cache-fp32"))
     features = torch.stack([exact.row("train", 0, index)["teacher.spatial"] for index in range(96)])
     for store, atol in ((whole, 1e-5), (few, 10.0)):
         rows = torch.stack([store.row("train", 0, index)["teacher.spatial"] for index in range(96)])
@@ -129,13 +129,14 @@ def test_a_command_that_was_killed_goes_on(home: Path, tmp_path: Path, capsys: p
     assert main(line) == 0
     assert f"{out}: finished before, nothing to do" in capsys.readouterr().err
     assert main([*line, "view.flip=0.1"]) == 2
-    assert f"{out} holds other targets; choose another --out. What differs: view.flip: 0.5 -> 0.1" in capsys.readouterr().err
+    said = f"{out} holds other features; remove it, or choose another folder. What differs: view.flip: 0.5 -> 0.1"
+    assert said in capsys.readouterr().err
 
 
 def test_bytes_are_those_of_the_forecast(home: Path) -> None:
     """Within the 2 % that headers take, and the cosine of int8 is recorded."""
     for dtype in ("fp32", "fp8", "int8"):
-        store = TargetStore(home / f"cache-{dtype}")
+        store = FeatureStore(home / f"cache-{dtype}")
         written = sum(file.stat().st_size for file in store.folder.rglob("*.safetensors"))
         assert store.facts.bytes() == pytest.approx(written, rel=0.02)
     cosine = json.loads((home / "cache-int8/index.json").read_text())["cosines"]["teacher"]
@@ -227,7 +228,7 @@ def spoiled(home: Path, folder: Path, how: str) -> Path:
 @pytest.mark.parametrize(("how", "said"), [
     ("cut", "is missing or has another size than"), ("no shard", "is missing or has another size than"),
     ("no index", "the cache is not finished; the same `eva-mim cache` command goes on with it"),
-    ("no facts", "is no cache of targets: it has no store.json"), ("facts", "store.json: "),
+    ("no facts", "is no cache of features: it has no store.json"), ("facts", "store.json: "),
 ])
 def test_a_spoiled_cache(how: str, said: str, home: Path, tmp_path: Path) -> None:
     folder = spoiled(home, tmp_path / "cache", how)
@@ -246,7 +247,7 @@ def test_a_flipped_bit_is_found(home: Path, tmp_path: Path, capsys: pytest.Captu
     (folder / "index.json").unlink()
     assert main(["cache", str(home / "recipe.yaml"), "--views", "2", "--out", str(folder), "--dtype", "fp32"]) == 0
     assert main(["data", "verify", str(folder)]) == 0
-    assert "3 files of targets are as they were written" in capsys.readouterr().out
+    assert "3 files of features are as they were written" in capsys.readouterr().out
 
 
 def test_an_image_that_could_not_be_read(tmp_path: Path) -> None:
@@ -290,5 +291,5 @@ def test_two_writers(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_views_and_places(home: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["cache", str(home / "recipe.yaml"), "--views", "0", "--out", str(tmp_path / "cache")])
-    with pytest.raises(UserError, match="is no cache of targets"):
-        TargetStore(tmp_path / "cache")
+    with pytest.raises(UserError, match="is no cache of features"):
+        FeatureStore(tmp_path / "cache")

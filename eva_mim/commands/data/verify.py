@@ -41,14 +41,14 @@ def run(options: argparse.Namespace) -> None:
 
 def verify_store(folder: Path) -> None:
     """Reads all files of a cache of targets. Raises UserError for files whose bytes are not those that were written."""
-    from eva_mim.targets.store import TargetStore
+    from eva_mim.data.store.files import FeatureStore
 
-    store = TargetStore(folder)
+    store = FeatureStore(folder)
     damaged = store.damaged(Progress("files of the cache", len(store.files)))
     if damaged:
         raise UserError(f"{folder}: {len(damaged)} of {len(store.files)} files are not as they were written: {few(damaged, 5)}; "
                         f"remove them and {STORE_INDEX}, and the same `eva-mim cache` command makes them anew")
-    sys.stdout.write(f"{folder}: {len(store.files)} files of targets are as they were written\n")
+    sys.stdout.write(f"{folder}: {len(store.files)} files of features are as they were written\n")
 
 
 def verify(what: str, overrides: Sequence[str], out: Path, processes: int | None = None) -> None:

@@ -1,8 +1,8 @@
-"""Files of stored targets: features of frozen teachers for numbered views of every image. `write.py` makes them.
+"""Files of stored features: of frozen networks, for numbered views of images. `write.py` makes them.
 
-    DIR/store.json                          what the targets depend on, and how they are stored
-    DIR/train/view-0003/000012.safetensors  rows 12 * SHARD and following, of view 3: for each teacher "NAME.spatial" [S, N, C],
-                                            "NAME.summary" [S, C], perhaps "NAME.scale" [S, N]; and "present" [S]
+    DIR/store.json                          what the features depend on, and how they are stored
+    DIR/train/view-0003/000012.safetensors  rows 12 * S and following, of view 3: for each network "NAME.spatial" [S, N, C],
+                                            "NAME.summary" [S, C], perhaps "NAME.scale" [S, N]; "present" [S], perhaps "label" [S]
     DIR/val/view-0000/...                   held-out images, in their one view
     DIR/pca.safetensors                     with principal components: "NAME.mean" [C], "NAME.components" [P, C]; above P for C
     DIR/index.json                          size and SHA-256 of every file; written last: without it the store is not whole
@@ -13,11 +13,11 @@ Nothing of a crop is stored: a view is a function of seed, number and image.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -30,8 +30,8 @@ from eva_mim.core.log import Progress
 from eva_mim.core.run_folder import STORE, store_index
 
 PCA = "pca.safetensors"
-SHARD = 256
-"""Rows of a file."""
+ROWS, SUMMARIES = 256, 1024
+"""Rows of a file with spatial features, and of one with summaries alone."""
 OPEN_FILES = 512
 """Files that a process keeps open."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -41,54 +41,87 @@ LARGEST = {"fp8": 448.0, "int8": 127.0}
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 
-class StoreFacts(BaseModel, extra="forbid", frozen=True):
-    """What stored targets depend on, and how they are stored."""
+class SplitFacts(BaseModel, extra="forbid", frozen=True):
+    """The images of a split that are stored."""
 
-    format: Literal[1] = 1
-    teachers: dict[str, dict[str, Any]]
-    """By name: `Teacher.facts`, and the SHA-256 of the weights."""
-    precision: str
-    """Precision of the teachers' forward passes."""
-    view: dict[str, Any]
-    """Settings of the views, with their seed."""
-    data: dict[str, Any]
-    """`Splits.facts`, and the settings that make pixels of records."""
-    views: int
-    """Number of views of a training image."""
-    val: list[int]
-    """Positions of the held-out images that are stored, rising."""
-    dtype: Dtype
+    images: int | list[int]
+    """Number of the first ones, or positions in the source, rising."""
+    views: int = 1
+    """Of each image."""
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Positions in the source, one a row."""
+        return range(self.images) if isinstance(self.images, int) else self.images
+
+
+class NetworkFacts(BaseModel, extra="forbid", frozen=True):
+    """What is stored of a network."""
+
+    patches: int
+    """N, 0 if only summaries are stored."""
+    width: int
+    """C of spatial features."""
+    summary: int
+    """Width of a summary."""
+    network: dict[str, Any]
+    """What its features depend on, with the SHA-256 of its weights."""
+
+
+class StoreFacts(BaseModel, extra="forbid", frozen=True):
+    """What stored features depend on, and how they are stored."""
+
+    format: Literal[2] = 2
+    networks: dict[str, NetworkFacts]
+    inputs: dict[str, Any]
+    """All else that the features depend on: images, views, precision."""
+    splits: dict[str, SplitFacts]
+    labels: bool = False
+    """True if each row has the label of its image."""
+    dtype: Dtype = "fp32"
     components: int | None = None
     """Number of principal components that are stored of spatial features; None: the features themselves."""
     variance: dict[str, float] = {}
-    """Share of the variance that these keep, by teacher, on the images of which they were found."""
+    """Share of the variance that these keep, by network, on the images of which they were found."""
 
-    def rows(self, split: str) -> int:
-        """Returns the number of rows of a view of "train" or "val"."""
-        return int(self.data["train"]) if split == "train" else len(self.val)
+    @property
+    def file_rows(self) -> int:
+        """S, rows of a file."""
+        return ROWS if any(one.patches for one in self.networks.values()) else SUMMARIES
 
     def empty(self, rows: int) -> dict[str, Tensor]:
         """Returns the tensors of a file of so many rows, all zeros."""
         made = {"present": torch.zeros(rows, dtype=torch.uint8)}
-        for name, teacher in self.teachers.items():
-            patches = int(np.prod(teacher["grid"]))
-            made[f"{name}.spatial"] = torch.zeros(rows, patches, self.components or teacher["width"], dtype=DTYPES[self.dtype])
-            made[f"{name}.summary"] = torch.zeros(rows, teacher["summary_width"])
-            if self.dtype in LARGEST:
-                made[f"{name}.scale"] = torch.zeros(rows, patches)
+        if self.labels:
+            made["label"] = torch.zeros(rows, dtype=torch.int64)
+        for name, one in self.networks.items():
+            made[f"{name}.summary"] = torch.zeros(rows, one.summary)
+            if one.patches:
+                made[f"{name}.spatial"] = torch.zeros(rows, one.patches, self.components or one.width, dtype=DTYPES[self.dtype])
+            if one.patches and self.dtype in LARGEST:
+                made[f"{name}.scale"] = torch.zeros(rows, one.patches)
         return made
 
     def bytes_of_row(self) -> int:
-        """Returns the bytes of the targets of one view of one image."""
+        """Returns the bytes of the features of one view of one image."""
         return sum(tensor.nbytes for tensor in self.empty(1).values())
 
+    def rows(self) -> int:
+        """Returns the number of rows of all files."""
+        return sum(len(split.positions) * split.views for split in self.splits.values())
+
     def bytes(self) -> int:
-        """Returns the bytes of all targets."""
-        return self.bytes_of_row() * (self.rows("train") * self.views + self.rows("val"))
+        """Returns the bytes of all features."""
+        return self.bytes_of_row() * self.rows()
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all facts in JSON's types, those of `inputs` beside the others."""
+        facts = self.model_dump(mode="json")
+        return {**facts.pop("inputs"), **facts}
 
 
 class Basis(NamedTuple):
-    """Principal components of a teacher's spatial features."""
+    """Principal components of a network's spatial features."""
 
     mean: Tensor
     """[C]."""
@@ -109,12 +142,12 @@ class Basis(NamedTuple):
 
 
 def read_bases(folder: Path, facts: StoreFacts) -> dict[str, Basis]:
-    """Returns the principal components of each teacher; none if the features themselves are stored. Raises UserError."""
+    """Returns the principal components of each network; none if the features themselves are stored. Raises UserError."""
     if facts.components is None:
         return {}
     try:
         found = load_file(folder / PCA)
-        return {name: Basis(found[f"{name}.mean"], found[f"{name}.components"]) for name in facts.teachers}
+        return {name: Basis(found[f"{name}.mean"], found[f"{name}.components"]) for name in facts.networks}
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{folder / PCA}: {error}") from None
 
@@ -134,7 +167,7 @@ def unpacked(spatial: Tensor, scale: Tensor | None) -> Tensor:
     return spatial if scale is None else spatial.float() * scale[..., None]
 
 
-class TargetStore:
+class FeatureStore:
     """A whole store, open for reading. Any number of processes may read it."""
 
     def __init__(self, folder: Path):
@@ -150,20 +183,30 @@ class TargetStore:
             if not path.is_file() or path.stat().st_size != known["size"]:
                 raise UserError(f"{path} is missing or has another size than {index} says")
         self.bases = read_bases(folder, self.facts)
-        self._val = {index: row for row, index in enumerate(self.facts.val)}
+        self._rows = {name: _row_numbers(split) for name, split in self.facts.splits.items()}
 
     def row(self, split: str, view: int, index: int) -> dict[str, Tensor]:
         """Returns the tensors of one image, without the first dimension, by the names in a file. Raises UserError for an image
-        without targets."""
-        row = index if split == "train" else self._val[index]
-        file = _opened(str(self.folder / shard_name(split, view, row // SHARD)))
+        without features."""
+        number, row = divmod(self._rows[split][index], self.facts.file_rows)
+        file = _opened(str(self.folder / file_name(split, view, number)))
         try:
-            found = {name: file.get_slice(name)[row % SHARD] for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder}: row {row} of {split}: {error}") from None
         if not found.pop("present"):
             raise UserError(f"{self.folder}: image {index} of {split} could not be read when the cache was made")
         return found
+
+    def mapped(self, split: str, view: int = 0) -> list[dict[str, Tensor]]:
+        """Returns the tensors of each file of a view, in order, by their names in it: mapped into memory, so that they are read
+        when they are looked at. What is written into them reaches no file. Raises UserError."""
+        count = -(-len(self.facts.splits[split].positions) // self.facts.file_rows)
+        paths = [self.folder / file_name(split, view, number) for number in range(count)]
+        try:
+            return [load_file(path) for path in paths]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder}: {error}") from None
 
     def damaged(self, progress: Progress | None = None) -> list[str]:
         """Returns the files whose bytes are not those that were written. It reads all."""
@@ -176,6 +219,11 @@ class TargetStore:
         return found
 
 
+def _row_numbers(split: SplitFacts) -> Mapping[int, int] | Sequence[int]:
+    """Returns the row of each stored position."""
+    return range(split.images) if isinstance(split.images, int) else {place: row for row, place in enumerate(split.images)}
+
+
 @lru_cache(OPEN_FILES)
 def _opened(path: str) -> Any:
     try:
@@ -184,9 +232,9 @@ def _opened(path: str) -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
-def shard_name(split: str, view: int, shard: int) -> str:
+def file_name(split: str, view: int, number: int) -> str:
     """Returns the path of a file in a store."""
-    return f"{split}/view-{view:04d}/{shard:06d}.safetensors"
+    return f"{split}/view-{view:04d}/{number:06d}.safetensors"
 
 
 def read_facts(folder: Path) -> StoreFacts:
@@ -194,6 +242,6 @@ def read_facts(folder: Path) -> StoreFacts:
     try:
         return StoreFacts.model_validate_json((folder / STORE).read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder} is no cache of targets: it has no {STORE}") from None
+        raise UserError(f"{folder} is no cache of features: it has no {STORE}") from None
     except (OSError, ValidationError) as error:
         raise UserError(f"{folder / STORE}: {str(error).splitlines()[0]}") from None
