@@ -8,23 +8,28 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from eva_mim.commands import positive
+from eva_mim.commands import positive, program_of
 from eva_mim.core.errors import UserError
 from eva_mim.run.program import guard
+
+DTYPE = "int8"
+"""Default type of patch features."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="eva-mim cache", description="Compute the teachers' features of numbered views of "
-                                     "every image once, for runs with targets.cached=DIR. A command that was stopped goes on.")
-    parser.add_argument("recipe", help="YAML file of a masked stage, with its teacher or teachers")
+                                     "every image once, for runs with targets.cached=DIR (mim) or contrastive.distill.cached=DIR "
+                                     "(clip). A command that was stopped goes on.")
+    parser.add_argument("recipe", help="YAML file of a mim or clip stage, with its teacher or teachers")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
     parser.add_argument("--views", type=positive, required=True, metavar="K", help="views of an image; epoch e of a run takes "
                         "view e mod K")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cache")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8", "int8"], default="int8", help="of patch features; fp8 "
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8", "int8"], default=DTYPE, help="of patch features; fp8 "
                         "and int8 (default) have a scale for each patch")
     parser.add_argument("--pca", type=positive, metavar="C", help="store C principal components of the patch features")
+    parser.add_argument("--program", choices=["mim", "clip"], help="the stage's program; default the name of the recipe's folder")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in one forward pass; default that of the recipe")
     options = parser.parse_intermixed_args(argv)
     return guard(lambda: cache(options))
@@ -34,11 +39,24 @@ def cache(options: argparse.Namespace) -> None:
     """Writes the cache of a recipe. Raises UserError."""
     from eva_mim.core.recipe_files import read_yaml
     from eva_mim.core.resolve import resolve
-    from pretrain.mim import StageRecipe
+    from pretrain import clip, mim
 
-    recipe = resolve(StageRecipe, read_yaml(options.recipe), options.overrides, options.recipe)
-    if recipe.targets.cached is not None:
-        raise UserError("targets.cached: a cache is made from teachers; leave it out")
+    program = program_of(options.recipe, options.program)
+    if program not in ("mim", "clip"):
+        raise UserError(f"{options.recipe} is of {program}, which has no teacher: a cache is for mim and clip")
+    tree, wanted = read_yaml(options.recipe), None
+    if program == "mim":
+        wanted = mim.targets_of(resolve(mim.StageRecipe, tree, options.overrides, options.recipe))
+    else:
+        wanted = clip.targets_of(resolve(clip.StageRecipe, tree, options.overrides, options.recipe))
+    if wanted is None:
+        raise UserError("contrastive.distill.teacher must be given: a cache of a clip stage has that teacher's embeddings")
+    if wanted.folder is not None:
+        raise UserError(f"{wanted.setting}: a cache is made from teachers; leave it out")
+    if not wanted.patches and (options.pca or options.dtype != DTYPE):
+        raise UserError("--dtype and --pca are for features of patches; a clip stage has summaries alone, in fp32: leave them "
+                        "out")
+    recipe = wanted.recipe
     from contextlib import ExitStack
 
     from eva_mim.core.devices import set_arithmetic
@@ -51,13 +69,14 @@ def cache(options: argparse.Namespace) -> None:
     from eva_mim.data.store.write import Pair, begin, fit_once, seconds_of_image, write
     from eva_mim.data.views import EvalView, TrainView
     from eva_mim.engine.step import autocast
-    from pretrain.mim import networks
-    from pretrain.mim_targets import facts_of
+    from pretrain.targets import facts_of
 
     device = setup(recipe.run.device, recipe.run.timeout_minutes)
     set_arithmetic(tf32=recipe.run.tf32, deterministic=recipe.run.deterministic)
     splits = open_splits(recipe.data)
-    teachers = {name: teacher.to(device) for name, teacher in networks(recipe).teachers.items()}
+    if wanted.patches:
+        mim.STAGE.on_meta(recipe)  # refuses a teacher whose grid is not the student's
+    teachers = {name: teacher.to(device) for name, teacher in wanted.teacher_networks().items()}
     sizes = [teacher.image_size for teacher in teachers.values()]
     seed = recipe.run.seed
     pairs = {
@@ -70,19 +89,19 @@ def cache(options: argparse.Namespace) -> None:
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(options.out)))
         found = run_on_main(lambda: fit_once(options.out, pairs["train"], teachers, options.pca, **how)) if options.pca else {}
-        facts = facts_of(recipe, splits, teachers, options.views, options.dtype, device, options.pca, found)
+        facts = facts_of(wanted, splits, teachers, options.views, options.dtype, device, options.pca, found)
         left = run_on_main(partial(begin, options.out, facts))
         if not left:
             return say(f"{options.out}: finished before, nothing to do")
         channels = recipe.data.channels_of_all
         seconds = seconds_of_image(teachers, channels, batch, device, precision) * left / facts.bytes_of_row() / world_size()
-        say(f"{len(splits.train)} images x {options.views} views + {len(facts.splits['val'].positions)} held out, "
+        say(f"{len(splits.train)} images x {options.views} views + {len(wanted.positions(splits))} held out, "
             f"{facts.bytes_of_row():,} bytes each: {facts.bytes() / 1e9:.4g} GB")
         say(f"to write to {options.out}: {left / 1e9:.4g} GB, about {duration(seconds)} if the teachers are what takes longest")
         made = write(options.out, facts, pairs, teachers, **how)
     if missing := facts.rows() - made.images:
         sys.stdout.write(f"{missing} of {facts.rows()} views are of images that cannot be read: they have no targets\n")
-    for name in teachers:
+    for name in teachers if wanted.patches else ():
         kept = f", {facts.variance[name]:.2%} of the variance in {options.pca} components" if options.pca else ""
         sys.stdout.write(f"{name}: cosine of stored and exact features {made.cosine(name):.6f}{kept}\n")
-    sys.stdout.write(f"train with it: targets.cached={options.out} view.seed={facts.inputs['view']['seed']}\n")
+    sys.stdout.write(f"train with it: {wanted.setting}={options.out} view.seed={facts.inputs['view']['seed']}\n")

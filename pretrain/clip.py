@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
+from eva_mim.core.errors import UserError
+from eva_mim.core.files import sha256
+from eva_mim.core.run_folder import store_index
 from eva_mim.data import ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
@@ -19,11 +22,14 @@ from eva_mim.tasks import ContrastiveSettings
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.core.contracts import Source
+    from eva_mim.core.contracts import Source, Teacher
     from eva_mim.run.stage import Built, Networks
     from eva_mim.students.clip import ClipStudent
+    from pretrain.targets import Wanted
 
 
+TEACHER = "teacher"
+"""Name of the only teacher in a store."""
 CAPTIONS_LOOKED_AT = 64
 """Records whose captions are measured at the start."""
 
@@ -77,7 +83,23 @@ class StageRecipe(Recipe):
             found["init_from"] = clip_file(self.init_from)
         if self.student.text.init_from is not None and Path(self.student.text.init_from).is_dir():
             found["student.text.init_from"] = Path(self.student.text.init_from)
+        if self.contrastive.distill is not None and self.contrastive.distill.cached is not None:
+            found["contrastive.distill.cached"] = self.contrastive.distill.cached
         return found
+
+    def parent_hash(self, name: str, path: Path) -> str:
+        """See `Recipe`; of a store of targets the hash of its index, which has those of all files."""
+        return sha256(store_index(path)) if name == "contrastive.distill.cached" else super().parent_hash(name, path)
+
+
+def targets_of(recipe: StageRecipe) -> Wanted | None:
+    """Returns what the stage wants of a store of targets; None without distillation."""
+    from pretrain.targets import Wanted
+
+    distill = recipe.contrastive.distill
+    if distill is None:
+        return None
+    return Wanted(recipe, {TEACHER: distill.teacher}, "contrastive.distill.cached", distill.cached, 0, patches=False)
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
@@ -87,13 +109,23 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
     from eva_mim.students.clip import ClipStudent
     from eva_mim.weights.clip import with_text_of
 
+    teachers: dict[str, Teacher] = {}
+    width = None
+    if (wanted := targets_of(recipe)) is not None:
+        from eva_mim.data.store.files import read_facts
+        from pretrain.targets import stored_teachers
+
+        if wanted.folder is None:
+            raise UserError(f"{wanted.setting} must be given: `eva-mim cache RECIPE --views K --out DIR` makes it")
+        teachers |= stored_teachers(wanted)
+        width = read_facts(wanted.folder).networks[TEACHER].summary
     settings = recipe.student
     if not weights:
         text = settings.text.model_copy(update={"weights": None, "projection": None})
         settings = settings.model_copy(update={"text": text, "lock_text": False})
     elif settings.init == "clip" and recipe.init_from is not None:
         settings = with_text_of(settings, recipe.init_from)
-    return Networks(ClipStudent(settings, weights=weights))
+    return Networks(ClipStudent(settings, weights=weights, distilled=width), teachers)
 
 
 def say_cut_captions(student: ClipStudent, source: Source) -> None:
@@ -129,12 +161,15 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
     from eva_mim.students.clip import as_open_clip
+    from eva_mim.targets.cached import CachedTargets
     from eva_mim.tasks.contrastive import Contrastive, ImageText
     from eva_mim.weights.clip import init_clip_from_clip
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
+    from pretrain.targets import open_store, view_of
 
-    splits = open_splits(recipe.data)
-    student = networks(recipe).student
+    splits, wanted = open_splits(recipe.data), targets_of(recipe)
+    made = networks(recipe)
+    student, store = made.student, open_store(wanted, splits) if wanted else None
     tokenize = student.tokenizer()
     sizes = [student.image_size]
     paired = partial(ImageTextPreparation, tokenize=tokenize, templates=prompt_templates(recipe.data.templates))
@@ -159,7 +194,10 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_json(out / CLIP_CONFIG, student.open_clip_config())
 
     say_cut_captions(student, splits.train)
-    train = train_loader(recipe, splits.train, sizes, recipe.view, paired)
+    with_targets = partial(paired, stored=partial(store.row, "train") if store else None)
+    train = train_loader(recipe, splits.train, sizes, view_of(recipe, store), with_targets)
+    task = ImageText(student, Contrastive(recipe.contrastive), CachedTargets(store) if store else None,
+                     recipe.contrastive.distill.teacher.weight if recipe.contrastive.distill else 1.0)
     if recipe.student.init == "clip" and recipe.init_from is not None:
         seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, recipe.student, recipe.hand_over)
     else:
@@ -169,12 +207,13 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     if student.text_report is not None:
         seeded = (seeded or KeyReport()).beside(student.text_report)
     return Built(
-        Parts(ImageText(student, Contrastive(recipe.contrastive)), train, evaluator, recipe.data.max_broken),
+        Parts(task, train, evaluator, recipe.data.max_broken),
         export,
         splits.facts(),
         classes=splits.train.classes,
         grid=grid_of(student.trunk),
         seeded=seeded,
+        teachers=made.teachers,
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from eva_mim.core.contracts import Targets, Teacher
     from eva_mim.run.stage import Built, Networks
+    from pretrain.targets import Wanted
 
 
 TeacherName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
@@ -104,22 +105,24 @@ class StageRecipe(Recipe):
         return sha256(store_index(path)) if name == "targets.cached" else super().parent_hash(name, path)
 
 
+def targets_of(recipe: StageRecipe) -> Wanted:
+    """Returns what the stage wants of a store of targets."""
+    from pretrain.targets import Wanted
+
+    return Wanted(recipe, recipe.all_teachers, "targets.cached", recipe.targets.cached, recipe.evaluate.images, patches=True)
+
+
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
     """Returns the student, with a head for each teacher, and the teachers. Raises UserError if their patch grids differ."""
-    from eva_mim.core.rng import derive, isolated
     from eva_mim.run.stage import Networks
     from eva_mim.students.initialise import initialise
     from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import check_grids
-    from eva_mim.teachers import build_teacher
-    from pretrain.mim_targets import stored_teachers
+    from pretrain.targets import stored_teachers
 
+    wanted = targets_of(recipe)
     teachers: dict[str, Teacher] = {}
-    if recipe.targets.cached is not None:
-        teachers |= stored_teachers(recipe)
-    with isolated(derive(recipe.run.seed, "teachers")):  # the student begins with the same weights, whoever teaches it
-        for name, settings in recipe.all_teachers.items() if not teachers else ():
-            teachers[name] = build_teacher(settings, recipe.data.channels_of_all, weights=weights)
+    teachers |= wanted.teacher_networks(weights=weights) if wanted.folder is None else stored_teachers(wanted)
     widths = {name: teacher.width for name, teacher in teachers.items()}
     student = MaskedStudent(recipe.student, widths["teacher"] if recipe.teacher else widths, recipe.mask)
     initialise(student, recipe.student.init)
@@ -147,19 +150,17 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
-    from pretrain.mim_targets import open_store
+    from pretrain.targets import open_store, view_of
 
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
-    store = open_store(recipe, splits)
+    store = open_store(targets_of(recipe), splits)
     made = networks(recipe)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
     weights = {name: settings.weight for name, settings in recipe.all_teachers.items()}
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, objective, weights)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
-    count = recipe.view.count or (store.facts.splits["train"].views if store else None)
-    view = recipe.view.model_copy(update={"count": count})
     masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
                              stored=partial(store.row, split) if store else None) for split in ("train", "val")}
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
@@ -179,7 +180,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
                    crop_pct=recipe.view.crop_pct)
         write_weights(out / HEAD, {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
-    train = train_loader(recipe, splits.train, sizes, view, masked["train"])
+    train = train_loader(recipe, splits.train, sizes, view_of(recipe, store), masked["train"])
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,

@@ -140,6 +140,8 @@ class ImageTextBatch(Batch):
     """[T] int64, row of the image that each text belongs to."""
     labels: Tensor | None = field(default=None, kw_only=True)
     """[B] int64, None if the images have no labels; zero-shot figures read them, the loss does not."""
+    stored: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """A teacher's features from a store, [B, ...] by their names in its files; empty without distillation."""
     grad_cache: GradCacheStep | None = field(default=None, kw_only=True)
     """Loss of all micro-batches together and this one's gradients, from `Task.prepare`; None if each has its own loss."""
 
@@ -177,7 +179,8 @@ class Features(NamedTuple):
 class Targets(Protocol):
     """Function that returns the features which a student learns to predict, for example those of live teachers."""
 
-    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
+    # `Any` stands for the batch class of the task.
+    def __call__(self, batch: Any) -> dict[str, Features]:
         """Returns the features of the batch by the teacher's name."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import read_text
@@ -53,6 +53,21 @@ class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_section_keeps_its_own_defaults(cls, tree: Any) -> Any:
+        """A section that sets some of its settings leaves the others at the defaults of this place: `view: {seed: 1}` does not
+        change the crops of a stage whose `view` has crops of its own."""
+        if not isinstance(tree, dict):
+            return tree
+        filled = {}
+        for name, section in tree.items():
+            default = cls.model_fields[name].default if name in cls.model_fields else None
+            if isinstance(default, Settings) and isinstance(section, dict):
+                own = {key: getattr(default, key) for key in default.model_fields_set}
+                filled[name] = own | section
+        return {**tree, **filled}
 
     @classmethod
     def chosen_in(cls, tree: Mapping[str, Any], setting: str) -> Any:

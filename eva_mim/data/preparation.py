@@ -59,6 +59,8 @@ class Preparation(ABC, Generic[B]):
     views: int | None = field(default=None, kw_only=True)
     """Number of different views of a sample before the first is used again, with another mask and caption; None: a new view in
     each epoch."""
+    stored: Stored | None = field(default=None, kw_only=True)
+    """Features that go along with each view; None: there are none."""
 
     def check(self, sample: Sample, classes: Classes) -> None:
         """Raises ValueError for a record that cannot be used although its image is readable."""
@@ -84,6 +86,10 @@ class Preparation(ABC, Generic[B]):
         """Returns the number of the view that is shown at a place."""
         return place.epoch if self.views is None else place.epoch % self.views
 
+    def stored_at(self, place: Place) -> dict[str, Tensor]:
+        """Returns the stored features of the view that is shown at a place, by name."""
+        return self.stored(self.view_of(place), place.index) if self.stored else {}
+
     def image_of(self, sample: Sample, place: Place) -> Tensor:
         """Returns the only view of a sample, [channels, side, side]."""
         (image,) = self.views_of(sample, place).values()
@@ -96,14 +102,13 @@ class MaskedPreparation(Preparation[MaskedBatch]):
 
     mask: Mask | None = None
     """Mask of the patches; None: the student sees every patch."""
-    stored: Stored | None = None
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
         """Returns views by side, [N] bool mask (None without masking), label, and stored targets."""
         views = self.views_of(sample, place)
         with phase("mask"):
             masked = torch.from_numpy(self.mask(self.draws("mask", place.epoch, place.index))) if self.mask else None
-        return views, masked, sample.label, self.stored(self.view_of(place), place.index) if self.stored else {}
+        return views, masked, sample.label, self.stored_at(place)
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
         """Returns the batch; see `Preparation.batch`."""
@@ -115,7 +120,7 @@ class MaskedPreparation(Preparation[MaskedBatch]):
             masked,
             None if masked is None else masked.flatten().nonzero()[:, 0],
             labels=_labels(labels),
-            stored={name: torch.stack([each[name] for each in stored]) for name in stored[0]},
+            stored=_stacked(stored),
             broken=broken,
         )
 
@@ -135,9 +140,10 @@ class ImageTextPreparation(Preparation[ImageTextBatch]):
         if "" in sample.captions:
             raise ValueError("an empty caption")
 
-    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Tensor, Tensor, int | None]:
-        """Returns image, [T, L] token ids of the sample's texts, and label."""
-        return self.image_of(sample, place), self.tokenize(self._texts(sample, place, classes)), sample.label
+    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
+        """Returns image, [T, L] token ids of the sample's texts, label, and stored features."""
+        texts = self.tokenize(self._texts(sample, place, classes))
+        return self.image_of(sample, place), texts, sample.label, self.stored_at(place)
 
     def _texts(self, sample: Sample, place: Place, classes: Classes) -> list[str]:
         texts = list(sample.captions)
@@ -150,9 +156,10 @@ class ImageTextPreparation(Preparation[ImageTextBatch]):
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> ImageTextBatch:
         """Returns the batch; see `Preparation.batch`."""
-        images, texts, labels = zip(*contents, strict=True)
+        images, texts, labels, stored = zip(*contents, strict=True)
         owner = torch.tensor([row for row, rows in enumerate(texts) for _ in rows])
-        return ImageTextBatch(index, torch.stack(images), torch.cat(texts), owner, labels=_labels(labels), broken=broken)
+        return ImageTextBatch(index, torch.stack(images), torch.cat(texts), owner, labels=_labels(labels),
+                              stored=_stacked(stored), broken=broken)
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,10 @@ class LabelledPreparation(Preparation[LabelledBatch]):
         """Returns the batch; see `Preparation.batch`."""
         images, labels = zip(*contents, strict=True)
         return LabelledBatch(index, torch.stack(images), torch.tensor(labels), broken=broken)
+
+
+def _stacked(stored: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in stored]) for name in stored[0]}
 
 
 def _labels(labels: Sequence[int | None]) -> Tensor | None:

@@ -34,8 +34,8 @@ FOREIGN = ("hf_model_name", "hf_tokenizer_name", "embed_cls", "output_tokens")
 class ClipStudent(nn.Module):
     """A CLIP model with an image tower and a text tower; `config` has the arguments with which open_clip builds the model."""
 
-    def __init__(self, settings: ClipSettings, *, weights: bool = True):
-        """Without `weights` no file of weights is read."""
+    def __init__(self, settings: ClipSettings, *, weights: bool = True, distilled: int | None = None):
+        """Without `weights` no file is read. `distilled`: width of a teacher's image embedding, if one is predicted."""
         super().__init__()
         probe = build_trunk(settings.model_copy(update={"drop_path": 0.0}))
         own = int(probe.pretrained_cfg["input_size"][-1])  # type: ignore[index]
@@ -74,6 +74,10 @@ class ClipStudent(nn.Module):
             self.model.set_grad_checkpointing()
         scale_patch_gradient(self.trunk, settings)
         self._lock(settings)
+        self._distills = distilled is not None
+        same = distilled in (None, settings.embed_dim)
+        self.distilled = nn.Identity() if distilled is None or same else nn.Linear(settings.embed_dim, distilled, bias=False)
+        """From the shared space to a teacher's; no part of the result."""
 
     def _lock(self, settings: ClipSettings) -> None:
         """Locks the towers as the settings ask. Raises UserError if a locked text tower has no trained weights, if the trunk's
@@ -121,14 +125,15 @@ class ClipStudent(nn.Module):
         return tokenizer
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        """Returns unit image features [B, C], unit text features [B, C], the logit scale (not its logarithm), and the logit bias
-        if there is one."""
+        """Returns unit image features [B, C], unit text features [B, C], the logit scale (not its logarithm), the logit bias
+        if there is one, and the prediction of a teacher's image embedding [B, Ct] if there is one."""
         image, text, *_ = self.model(normalise(images, self.mean, self.std), texts)
         raw = self.model.logit_scale.reshape(())
         # The gradient ignores the clamp, which is applied here because with ZeRO the stored value cannot be clamped.
         scale = (raw + (raw.clamp(0, MAX_LOGIT_SCALE) - raw).detach()).exp()
         bias = self.model.logit_bias
-        return (image, text, scale) if bias is None else (image, text, scale, bias.reshape(()))
+        found = (image, text, scale) if bias is None else (image, text, scale, bias.reshape(()))
+        return (*found, self.distilled(image)) if self._distills else found
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Returns [B, C] unit features of uint8 images."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, Grid, MaskedBatch
+from eva_mim.core.contracts import Features, Grid, ImageTextBatch, MaskedBatch
 from eva_mim.core.errors import UserError
 from eva_mim.data.store.files import FeatureStore, unpacked
 
@@ -47,13 +47,16 @@ class CachedTargets:
         self.teachers = {name: StoredTeacher(one.network) for name, one in store.facts.networks.items()}
         self._bases = store.bases
 
-    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give."""
+    def __call__(self, batch: MaskedBatch | ImageTextBatch) -> dict[str, Features]:
+        """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give; of a store of
+        summaries no patches."""
         found = {}
         for name, teacher in self.teachers.items():
             spatial, scale, summary = (batch.stored.get(f"{name}.{kind}") for kind in ("spatial", "scale", "summary"))
-            assert spatial is not None
             assert summary is not None
+            if spatial is None:
+                found[name] = Features(summary, summary.new_empty(len(summary), 0, 0), (0, 0))
+                continue
             exact = unpacked(spatial, scale)
             if name in self._bases:
                 basis = self._bases[name] = self._bases[name].to(exact.device)

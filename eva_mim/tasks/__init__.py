@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eva_mim.core.settings import RUNTIME, Settings
+from eva_mim.teachers import TeacherSettings
 
 
 class ObjectiveSettings(Settings):
@@ -14,6 +16,20 @@ class ObjectiveSettings(Settings):
 
     kind: str = "cosine"
     """"cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE's, for pixel targets)."""
+
+
+class DistillSettings(Settings):
+    """Distillation of a CLIP model's image embeddings, beside the contrastive loss: its weight is `teacher.weight`."""
+
+    teacher: TeacherSettings
+    """The network whose summary of an image is the target."""
+    cached: Path | None = None
+    """Folder that `eva-mim cache` made of this recipe; it must be given for training."""
+
+    @model_validator(mode="after")
+    def _teacher_has_a_path(self) -> DistillSettings:
+        self.teacher.stand_at("contrastive.distill.teacher")
+        return self
 
 
 class ContrastiveSettings(Settings):
@@ -24,6 +40,9 @@ class ContrastiveSettings(Settings):
     chunk: Annotated[int | None, RUNTIME] = Field(None, ge=1)
     """Rows of logits computed at once, and recomputed in the backward pass: chunk x global_batch logits are in memory at a time,
     not micro_batch x global_batch (with accumulation: all rows of the process). Results are the same. Default all rows."""
+    distill: DistillSettings | None = None
+    """A second loss: 1 - cosine of the student's image embedding, through a linear layer where the widths differ, and a
+    teacher's (CLIP-KD, Yang et al. 2024, has the mean squared error)."""
 
 
 class MixSettings(Settings):

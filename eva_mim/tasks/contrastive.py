@@ -12,7 +12,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import ImageTextBatch, Task
+from eva_mim.core.contracts import ImageTextBatch, Targets, Task
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.losses import GradCacheStep, LossTerm, StepOutput
 from eva_mim.core.timing import phase
@@ -83,10 +83,12 @@ def _logits(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 
 class ImageText(Task):
-    """Contrastive training of both towers: each image is matched with its text among the pairs of the global batch."""
+    """Contrastive training of both towers: each image is matched with its text among the pairs of the global batch. With targets
+    the student's prediction of a teacher's image embedding has a second loss, 1 - cosine, in each micro-batch."""
 
-    def __init__(self, student: nn.Module, objective: Objective):
-        self.student, self.objective = student, objective
+    def __init__(self, student: nn.Module, objective: Objective, targets: Targets | None = None, weight: float = 1.0):
+        """`targets`: of one teacher, whose summary is the embedding; `weight`: factor on the second loss."""
+        self.student, self.objective, self.targets, self.weight = student, objective, targets, weight
 
     def prepare(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[ImageTextBatch]:
         """Returns the micro-batches; several of them get a `grad_cache`. A first pass without gradients computes the features of
@@ -114,18 +116,30 @@ class ImageText(Task):
         device = batches[0].images.device
         before = [buffer.clone() for buffer in self.student.buffers()]
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            said = [student(batch.images, batch.texts) for batch in batches]
+            said = [self._said(student, batch)[0] for batch in batches]
         for buffer, old in zip(self.student.buffers(), before, strict=True):
             buffer.copy_(old)
         return said
 
     def loss(self, student: Callable[..., Any], batch: ImageTextBatch) -> StepOutput:
-        """Returns the contrastive loss of this pass. With a `grad_cache` its value is the loss of the step, and its gradient is
-        this micro-batch's part."""
+        """Returns the loss of this pass. With a `grad_cache` the value of its contrastive term is that of the step, and its
+        gradient is this micro-batch's part."""
         with phase("student"):
-            said = student(batch.images, batch.texts)
+            said, distilled = self._said(student, batch)
             if batch.grad_cache is None:
-                return self.objective(*said)
-            whole, gradients = batch.grad_cache
-            inner = sum((one.float() * gradient).sum() for one, gradient in zip(said, gradients, strict=True))
-            return _output(whole.loss + (inner - inner.detach()), whole.metrics)
+                found = self.objective(*said)
+            else:
+                whole, gradients = batch.grad_cache
+                inner = torch.stack([(one.float() * slope).sum() for one, slope in zip(said, gradients, strict=True)]).sum()
+                found = _output(whole.loss + (inner - inner.detach()), whole.metrics)
+            if distilled is None or self.targets is None:
+                return found
+            (target,) = self.targets(batch).values()
+            cosine = F.cosine_similarity(distilled.float(), target.summary.float(), dim=-1).mean()
+            term = LossTerm(1 - cosine, self.weight, {"distill_cosine": cosine.detach()})
+            return StepOutput(found.terms | {"distill": term}, found.metrics)
+
+    def _said(self, student: Callable[..., Any], batch: ImageTextBatch) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Returns what the contrastive loss is made of, and the prediction of a teacher's embedding if there are targets."""
+        said = student(batch.images, batch.texts)
+        return (said, None) if self.targets is None else (said[:-1], said[-1])

@@ -131,6 +131,16 @@ def test_setting_names_are_the_dotted_paths_of_the_tree() -> None:
 # ---- overrides
 
 
+def test_a_section_keeps_the_defaults_of_its_place() -> None:
+    """A view's seed alone leaves the crops of a clip stage as they are, which are not those of every stage."""
+    tree = {"data": {"source": "scenes"}, "student": {"name": "vit_nano_patch4_32"}, "run": {"epochs": 1, "global_batch": 2},
+            "optim": {"lr": 1.0}}
+    alone, seeded, flipped = (parse(ClipRecipe, tree | more, "recipe").view
+                              for more in ({}, {"view": {"seed": 1}}, {"view": {"flip": 0.25}}))
+    assert (alone.crop_scale, alone.flip) == (seeded.crop_scale, seeded.flip) == ((0.9, 1.0), 0.0)
+    assert (flipped.crop_scale, flipped.flip) == ((0.9, 1.0), 0.25)
+
+
 def test_overrides_are_yaml_values_at_dotted_names() -> None:
     tree = {"run": {"epochs": 1}, "view": None}
     changed = override(

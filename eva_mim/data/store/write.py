@@ -212,7 +212,8 @@ def write(
                             "(--out, or EVA_MIM_CACHE for features of a probe)")
         bases = {name: basis.to(device) for name, basis in read_bases(folder, facts).items()}
         for split, pair in pairs.items():
-            works = [work for work in todo if work.split == split]
+            if not (works := [work for work in todo if work.split == split]):
+                continue
             cut = (work.places()[start : start + batch] for work in works for start in range(0, len(work.positions), batch))
             batches = load(Reader(pair.source, pair.preparation), cut, workers)
             for work in works:

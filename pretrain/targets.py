@@ -1,0 +1,150 @@
+"""Targets of a pretraining stage: what they depend on, and whether a store has those of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from eva_mim.core.contracts import Teacher
+from eva_mim.core.distributed import run_on_main
+from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
+from eva_mim.core.rng import derive, isolated
+from eva_mim.core.settings import differences, few
+from eva_mim.data import ViewSettings
+from eva_mim.data.sampler import evenly
+from eva_mim.data.splits import Splits
+from eva_mim.data.store.files import Dtype, FeatureStore, SplitFacts, StoreFacts, read_facts
+from eva_mim.data.store.write import described
+from eva_mim.targets.cached import StoredTeacher
+from eva_mim.teachers import TeacherSettings, build_teacher
+from eva_mim.weights.files.read import content_hash
+
+if TYPE_CHECKING:
+    from eva_mim.run.recipe import Recipe
+
+
+class Wanted(NamedTuple):
+    """What a recipe wants of a store of targets."""
+
+    recipe: Recipe
+    teachers: Mapping[str, TeacherSettings]
+    """By name."""
+    setting: str
+    """Path of the setting with the store's folder."""
+    folder: Path | None
+    """None: there is none."""
+    held_out: int
+    """Most held-out images that have targets."""
+    patches: bool
+    """True for spatial features and summaries, False for summaries alone."""
+
+    @property
+    def called(self) -> str:
+        """The setting with its value, for messages."""
+        return f"{self.setting}={self.folder}"
+
+    def teacher_networks(self, *, weights: bool = True) -> dict[str, Teacher]:
+        """Returns the teachers by name. Raises UserError."""
+        with isolated(derive(self.recipe.run.seed, "teachers")):  # the student begins with the same weights, whoever teaches it
+            channels = self.recipe.data.channels_of_all
+            return {name: build_teacher(one, channels, weights=weights) for name, one in self.teachers.items()}
+
+    def positions(self, splits: Splits) -> list[int]:
+        """Returns the held-out images that have targets."""
+        return evenly(len(splits.val), self.held_out) if self.held_out else []
+
+
+def facts_of(
+    wanted: Wanted, splits: Splits, teachers: Mapping[str, Teacher], views: int, dtype: Dtype, device: torch.device,
+    components: int | None, variance: dict[str, float],
+) -> StoreFacts:
+    """Returns what the targets of a recipe depend on, and how they are stored. Every rank must call."""
+    networks = {}
+    for name, teacher in teachers.items():
+        file = run_on_main(partial(_file_hash, wanted.teachers[name]))
+        settings = _settings(wanted.teachers[name], in_file=file is not None)
+        networks[name] = described(teacher, len(teacher.mean), device, patches=wanted.patches, file=file, settings=settings)
+    held_out = wanted.positions(splits)
+    return StoreFacts(
+        networks=networks, inputs=_inputs(wanted.recipe, splits),
+        splits={"train": SplitFacts(images=len(splits.train), views=views)}
+        | ({"val": SplitFacts(images=held_out)} if held_out else {}),
+        dtype=dtype, components=components, variance=variance,
+    )
+
+
+def stored_teachers(wanted: Wanted) -> dict[str, StoredTeacher]:
+    """Returns the teachers whose features are in a recipe's store, by name. Raises UserError for a store of other teachers."""
+    assert wanted.folder is not None
+    networks = read_facts(wanted.folder).networks
+    known = {name: one.network for name, one in networks.items()}
+    settings = {name: _settings(one, in_file=known.get(name, {}).get("file") is not None)
+                for name, one in wanted.teachers.items()}
+    _refuse(wanted, {name: one.get("settings") for name, one in known.items()}, settings, "teachers")
+    if wanted.patches and (without := [name for name, one in networks.items() if not one.patches]):
+        raise UserError(f"{wanted.called} has summaries of {few(without, 3)} alone, no features of patches; make another one")
+    return {name: StoredTeacher(one) for name, one in known.items()}
+
+
+def open_store(wanted: Wanted, splits: Splits) -> FeatureStore | None:
+    """Returns a recipe's store of targets; None without one. Every rank must call. Raises UserError for a store of other images,
+    views or teachers, which are named."""
+    if wanted.folder is None:
+        return None
+    store, recipe = FeatureStore(wanted.folder), wanted.recipe
+    facts = store.facts
+    stored_teachers(wanted)
+    for name, one in facts.networks.items():
+        settings = wanted.teachers[name]
+        if (now := run_on_main(partial(_file_hash, settings))) not in (None, one.network["file"]):
+            raise UserError(f"{wanted.called} was made with other weights of {settings.path} (sha256 "
+                            f"{str(one.network['file'])[:12]}, now {now[:12]}); make another one")
+    _refuse(wanted, facts.inputs, _inputs(recipe, splits), "")
+    views = facts.splits["train"].views
+    if (recipe.view.count or 1) > views:
+        raise UserError(f"view.count={recipe.view.count}: {wanted.called} has {views} views; leave it out, or take fewer")
+    known = facts.splits["val"].positions if "val" in facts.splits else ()
+    if missing := set(wanted.positions(splits)) - set(known):
+        raise UserError(f"evaluate.images={wanted.held_out}: {wanted.called} has {len(known)} held-out images, and lacks "
+                        f"{len(missing)} of these")
+    count = recipe.view.count or views
+    if recipe.run.epochs is not None and recipe.run.epochs > count:
+        say(f"  {wanted.setting}: {recipe.run.epochs} epochs take turns with {count} views of each image")
+    return store
+
+
+def view_of(recipe: Recipe, store: FeatureStore | None) -> ViewSettings:
+    """Returns the settings of a recipe's views, which come again after those that a store has."""
+    return recipe.view if store is None else recipe.view.model_copy(
+        update={"count": recipe.view.count or store.facts.splits["train"].views})
+
+
+def _refuse(wanted: Wanted, found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str) -> None:
+    if changed := differences(found, asked, f"{prefix}." if prefix else ""):
+        raise UserError(f"{wanted.called} has other targets (cache -> recipe): {few(changed, 5)}"
+                        + ("; view.seed is run.seed unless it is set" if any("view.seed" in line for line in changed) else ""))
+
+
+def _settings(settings: TeacherSettings, *, in_file: bool) -> dict[str, Any]:
+    """Returns the settings of a teacher that its features depend on; of weights in a file (`in_file`) not the place."""
+    place = {"name"} if settings.kind == "stage" else {"weights"}
+    return settings.model_dump(mode="json", exclude={"weight", *(place if in_file else ())})
+
+
+def _file_hash(settings: TeacherSettings) -> str | None:
+    """Returns the SHA-256 of a teacher's weights in a local file or folder; None if they are in none, or not here."""
+    place = settings.name if settings.kind == "stage" else settings.weights
+    return content_hash(place) if place is not None and Path(place).exists() else None
+
+
+def _inputs(recipe: Recipe, splits: Splits) -> dict[str, Any]:
+    """Returns what decides the images, their pixels and their views, and the precision, in JSON's types."""
+    pixels = [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()]
+    seed = recipe.run.seed if recipe.view.seed is None else recipe.view.seed
+    view = recipe.view.model_dump(mode="json", exclude={"count", "seed"}) | {"seed": seed}
+    return {"precision": recipe.run.precision, "view": view, "data": splits.facts() | {"records": pixels}}
