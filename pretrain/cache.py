@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from eva_mim.commands import positive, program_of
 from eva_mim.core.errors import UserError
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8", "int8"], default=DTYPE, help="of patch features; fp8 "
                         "and int8 (default) have a scale for each patch")
     parser.add_argument("--pca", type=positive, metavar="C", help="store C principal components of the patch features")
+    parser.add_argument("--hidden", action="store_true", help="store only the patches that the mask of a view hides "
+                        "(mask.replay=true)")
     parser.add_argument("--program", choices=["mim", "clip"], help="the stage's program; default the name of the recipe's folder")
     parser.add_argument("--batch", type=positive, metavar="N", help="images in one forward pass; default that of the recipe")
     options = parser.parse_intermixed_args(argv)
@@ -53,9 +57,11 @@ def cache(options: argparse.Namespace) -> None:
         raise UserError("contrastive.distill.teacher must be given: a cache of a clip stage has that teacher's embeddings")
     if wanted.folder is not None:
         raise UserError(f"{wanted.setting}: a cache is made from teachers; leave it out")
-    if not wanted.patches and (options.pca or options.dtype != DTYPE):
-        raise UserError("--dtype and --pca are for features of patches; a clip stage has summaries alone, in fp32: leave them "
-                        "out")
+    if not wanted.patches and (options.pca or options.hidden or options.dtype != DTYPE):
+        raise UserError("--dtype, --pca and --hidden are for features of patches; a clip stage has summaries alone, in fp32: "
+                        "leave them out")
+    if options.hidden and not (wanted.mask and wanted.mask.replay):
+        raise UserError("--hidden: masks are drawn anew in each epoch, so that every patch is needed; set mask.replay=true")
     recipe = wanted.recipe
     from contextlib import ExitStack
 
@@ -63,6 +69,7 @@ def cache(options: argparse.Namespace) -> None:
     from eva_mim.core.distributed import run_on_main, setup, world_size
     from eva_mim.core.lock import locked
     from eva_mim.core.log import duration, say
+    from eva_mim.data.masking import make_mask
     from eva_mim.data.preparation import MaskedPreparation
     from eva_mim.data.sampler import cut_batch
     from eva_mim.data.splits import open_splits
@@ -74,13 +81,17 @@ def cache(options: argparse.Namespace) -> None:
     device = setup(recipe.run.device, recipe.run.timeout_minutes)
     set_arithmetic(tf32=recipe.run.tf32, deterministic=recipe.run.deterministic)
     splits = open_splits(recipe.data)
+    mask = hidden = None
     if wanted.patches:
-        mim.STAGE.on_meta(recipe)  # refuses a teacher whose grid is not the student's
+        student: Any = mim.STAGE.on_meta(recipe).student  # refuses a teacher whose grid is not the student's
+        if options.hidden and wanted.mask:
+            mask, hidden = make_mask(student.grid, wanted.mask), wanted.mask.masked_patches(math.prod(student.grid))
     teachers = {name: teacher.to(device) for name, teacher in wanted.teacher_networks().items()}
     sizes = [teacher.image_size for teacher in teachers.values()]
     seed = recipe.run.seed
     pairs = {
-        "train": Pair(splits.train, MaskedPreparation(TrainView(recipe.view, sizes), seed, view_seed=recipe.view.seed)),
+        "train": Pair(splits.train, MaskedPreparation(TrainView(recipe.view, sizes), seed, mask, view_seed=recipe.view.seed,
+                                                      replayed=mask is not None)),
         "val": Pair(splits.val, MaskedPreparation(EvalView(sizes, recipe.view.crop_pct), 0, training=False)),
     }
     batch = options.batch or cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())[0]
@@ -89,14 +100,15 @@ def cache(options: argparse.Namespace) -> None:
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(options.out)))
         found = run_on_main(lambda: fit_once(options.out, pairs["train"], teachers, options.pca, **how)) if options.pca else {}
-        facts = facts_of(wanted, splits, teachers, options.views, options.dtype, device, options.pca, found)
+        facts = facts_of(wanted, splits, teachers, options.views, options.dtype, device, options.pca, found, hidden)
         left = run_on_main(partial(begin, options.out, facts))
         if not left:
             return say(f"{options.out}: finished before, nothing to do")
         channels = recipe.data.channels_of_all
-        seconds = seconds_of_image(teachers, channels, batch, device, precision) * left / facts.bytes_of_row() / world_size()
+        images = facts.rows() * left / facts.bytes() / world_size()
+        seconds = seconds_of_image(teachers, channels, batch, device, precision) * images
         say(f"{len(splits.train)} images x {options.views} views + {len(wanted.positions(splits))} held out, "
-            f"{facts.bytes_of_row():,} bytes each: {facts.bytes() / 1e9:.4g} GB")
+            f"{facts.bytes_of_row('train'):,} bytes each: {facts.bytes() / 1e9:.4g} GB")
         say(f"to write to {options.out}: {left / 1e9:.4g} GB, about {duration(seconds)} if the teachers are what takes longest")
         made = write(options.out, facts, pairs, teachers, **how)
     if missing := facts.rows() - made.images:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
+from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import store_index
 from eva_mim.core.settings import Settings
@@ -83,6 +84,12 @@ class StageRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _masks_come_again(self) -> StageRecipe:
+        if self.mask.replay and self.mask.ratio == 0:
+            raise ValueError("mask.replay=true has no effect with mask.ratio=0")
+        return self
+
+    @model_validator(mode="after")
     def _views_are_whole(self) -> StageRecipe:
         if self.view.erase:
             raise ValueError(f"view.erase={self.view.erase} is for classifiers: what a student does not see is up to mask")
@@ -109,7 +116,8 @@ def targets_of(recipe: StageRecipe) -> Wanted:
     """Returns what the stage wants of a store of targets."""
     from pretrain.targets import Wanted
 
-    return Wanted(recipe, recipe.all_teachers, "targets.cached", recipe.targets.cached, recipe.evaluate.images, patches=True)
+    return Wanted(recipe, recipe.all_teachers, "targets.cached", recipe.targets.cached, recipe.evaluate.images, patches=True,
+                  mask=recipe.mask)
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
@@ -155,13 +163,16 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
     store = open_store(targets_of(recipe), splits)
+    view = view_of(recipe, store)
+    if recipe.mask.replay and view.count is None:
+        raise UserError("mask.replay=true has no effect while each epoch has new views; set view.count, or targets.cached")
     made = networks(recipe)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
     weights = {name: settings.weight for name, settings in recipe.all_teachers.items()}
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, objective, weights)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
-    masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
+    masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask), replayed=recipe.mask.replay,
                              stored=partial(store.row, split) if store else None) for split in ("train", "val")}
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
     if labelled and (without := splits.without_labels()):
@@ -180,7 +191,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
                    crop_pct=recipe.view.crop_pct)
         write_weights(out / HEAD, {n: v for n, v in weights.items() if not n.startswith("trunk.")})
 
-    train = train_loader(recipe, splits.train, sizes, view_of(recipe, store), masked["train"])
+    train = train_loader(recipe, splits.train, sizes, view, masked["train"])
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,

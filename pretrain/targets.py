@@ -15,7 +15,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.rng import derive, isolated
 from eva_mim.core.settings import differences, few
-from eva_mim.data import ViewSettings
+from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.sampler import evenly
 from eva_mim.data.splits import Splits
 from eva_mim.data.store.files import Dtype, FeatureStore, SplitFacts, StoreFacts, read_facts
@@ -42,6 +42,8 @@ class Wanted(NamedTuple):
     """Most held-out images that have targets."""
     patches: bool
     """True for spatial features and summaries, False for summaries alone."""
+    mask: MaskSettings | None = None
+    """What hides patches, None if nothing does."""
 
     @property
     def called(self) -> str:
@@ -61,9 +63,10 @@ class Wanted(NamedTuple):
 
 def facts_of(
     wanted: Wanted, splits: Splits, teachers: Mapping[str, Teacher], views: int, dtype: Dtype, device: torch.device,
-    components: int | None, variance: dict[str, float],
+    components: int | None, variance: dict[str, float], hidden: int | None,
 ) -> StoreFacts:
-    """Returns what the targets of a recipe depend on, and how they are stored. Every rank must call."""
+    """Returns what the targets of a recipe depend on, and how they are stored: of training images all patches, or the at most
+    `hidden` ones that its masks hide. Every rank must call."""
     networks = {}
     for name, teacher in teachers.items():
         file = run_on_main(partial(_file_hash, wanted.teachers[name]))
@@ -71,8 +74,8 @@ def facts_of(
         networks[name] = described(teacher, len(teacher.mean), device, patches=wanted.patches, file=file, settings=settings)
     held_out = wanted.positions(splits)
     return StoreFacts(
-        networks=networks, inputs=_inputs(wanted.recipe, splits),
-        splits={"train": SplitFacts(images=len(splits.train), views=views)}
+        networks=networks, inputs=_inputs(wanted, splits, masks=hidden is not None),
+        splits={"train": SplitFacts(images=len(splits.train), views=views, hidden=hidden)}
         | ({"val": SplitFacts(images=held_out)} if held_out else {}),
         dtype=dtype, components=components, variance=variance,
     )
@@ -104,7 +107,8 @@ def open_store(wanted: Wanted, splits: Splits) -> FeatureStore | None:
         if (now := run_on_main(partial(_file_hash, settings))) not in (None, one.network["file"]):
             raise UserError(f"{wanted.called} was made with other weights of {settings.path} (sha256 "
                             f"{str(one.network['file'])[:12]}, now {now[:12]}); make another one")
-    _refuse(wanted, facts.inputs, _inputs(recipe, splits), "")
+    hidden = facts.splits["train"].hidden
+    _refuse(wanted, facts.inputs, _inputs(wanted, splits, masks=hidden is not None), "")
     views = facts.splits["train"].views
     if (recipe.view.count or 1) > views:
         raise UserError(f"view.count={recipe.view.count}: {wanted.called} has {views} views; leave it out, or take fewer")
@@ -142,9 +146,11 @@ def _file_hash(settings: TeacherSettings) -> str | None:
     return content_hash(place) if place is not None and Path(place).exists() else None
 
 
-def _inputs(recipe: Recipe, splits: Splits) -> dict[str, Any]:
-    """Returns what decides the images, their pixels and their views, and the precision, in JSON's types."""
+def _inputs(wanted: Wanted, splits: Splits, *, masks: bool) -> dict[str, Any]:
+    """Returns what decides the images, their pixels and their views, perhaps their masks, and the precision, in JSON's types."""
+    recipe = wanted.recipe
     pixels = [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()]
     seed = recipe.run.seed if recipe.view.seed is None else recipe.view.seed
     view = recipe.view.model_dump(mode="json", exclude={"count", "seed"}) | {"seed": seed}
-    return {"precision": recipe.run.precision, "view": view, "data": splits.facts() | {"records": pixels}}
+    found = {"precision": recipe.run.precision, "view": view, "data": splits.facts() | {"records": pixels}}
+    return found | {"mask": wanted.mask.model_dump(mode="json")} if masks and wanted.mask else found

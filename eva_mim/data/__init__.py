@@ -308,6 +308,9 @@ class MaskSettings(Settings):
     exact: Annotated[bool, For("kind", "block")] = False
     """True: the number of masked patches is always the maximum (fixed shapes). False: as in EVA's law, it may be slightly
     lower."""
+    replay: bool = False
+    """True: a mask belongs to its view, with the view's number and seed, and comes again with it (`view.count`); then `eva-mim
+    cache --hidden` stores the masked patches alone. False: a new mask in each epoch."""
     min_block: Annotated[int | None, For("kind", "block")] = Field(None, ge=1)
     """Smallest area of a block in patches; default N / 16 (EVA's 16 of 256)."""
     min_aspect: Annotated[float, Field(gt=0.0, le=1.0), For("kind", "block")] = 0.3

@@ -73,9 +73,14 @@ class Preparation(ABC, Generic[B]):
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> B:
         """Returns the batch of B contents. `index`: [B] int64, positions in the source; `broken`: faults of broken records."""
 
+    @property
+    def with_views(self) -> tuple[str, ...]:
+        """Purposes whose random numbers have the views' seed."""
+        return ("view",)
+
     def draws(self, purpose: str, number: int, index: int) -> random.Random:
         """Returns the random generator of a purpose ("view", "mask", "caption") for one sample."""
-        seed = self.view_seed if purpose == "view" and self.view_seed is not None else self.seed
+        seed = self.view_seed if purpose in self.with_views and self.view_seed is not None else self.seed
         return random.Random(derive(seed, purpose if self.training else f"held-out {purpose}", number, index))
 
     def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
@@ -102,12 +107,20 @@ class MaskedPreparation(Preparation[MaskedBatch]):
 
     mask: Mask | None = None
     """Mask of the patches; None: the student sees every patch."""
+    replayed: bool = field(default=False, kw_only=True)
+    """True: a view comes with the same mask each time."""
+
+    @property
+    def with_views(self) -> tuple[str, ...]:
+        """See `Preparation`."""
+        return ("view", "mask") if self.replayed else ("view",)
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
         """Returns views by side, [N] bool mask (None without masking), label, and stored targets."""
         views = self.views_of(sample, place)
         with phase("mask"):
-            masked = torch.from_numpy(self.mask(self.draws("mask", place.epoch, place.index))) if self.mask else None
+            drawn = self.draws("mask", self.view_of(place) if self.replayed else place.epoch, place.index)
+            masked = torch.from_numpy(self.mask(drawn)) if self.mask else None
         return views, masked, sample.label, self.stored_at(place)
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Features, Grid, ImageTextBatch, MaskedBatch
 from eva_mim.core.errors import UserError
-from eva_mim.data.store.files import FeatureStore, unpacked
+from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
 
 
 class StoredTeacher:
@@ -45,11 +45,12 @@ class CachedTargets:
 
     def __init__(self, store: FeatureStore):
         self.teachers = {name: StoredTeacher(one.network) for name, one in store.facts.networks.items()}
-        self._bases = store.bases
+        self._bases, self._hidden = store.bases, store.facts.splits["train"].hidden
+        self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 
     def __call__(self, batch: MaskedBatch | ImageTextBatch) -> dict[str, Features]:
         """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give; of a store of
-        summaries no patches."""
+        summaries no patches, of one of hidden patches zeros for those that are seen."""
         found = {}
         for name, teacher in self.teachers.items():
             spatial, scale, summary = (batch.stored.get(f"{name}.{kind}") for kind in ("spatial", "scale", "summary"))
@@ -61,5 +62,11 @@ class CachedTargets:
             if name in self._bases:
                 basis = self._bases[name] = self._bases[name].to(exact.device)
                 exact = basis.up(exact)
+            if self._hidden is not None and exact.shape[1] < self._patches[name]:
+                assert isinstance(batch, MaskedBatch)
+                assert batch.masked is not None
+                places, there = hidden_places(batch.masked, self._hidden)
+                whole = exact.new_zeros(len(exact), self._patches[name], exact.shape[2])
+                exact = whole.scatter_(1, places[..., None].expand_as(exact), exact * there[..., None])
             found[name] = Features(summary, exact, teacher.grid)
         return found

@@ -90,13 +90,42 @@ def test_principal_components(home: Path, tmp_path: Path, capsys: pytest.Capture
     rows = features.flatten(0, 1).double().numpy()
     values = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
     assert few.facts.variance["teacher"] == pytest.approx(values[:8].sum() / values.sum(), rel=1e-6)
-    assert few.facts.bytes_of_row() < exact.facts.bytes_of_row() / 6
+    assert few.facts.bytes_of_row("train") < exact.facts.bytes_of_row("train") / 6
     run("mim", home / "recipe.yaml", tmp_path / "run", f"targets.cached={tmp_path / 'pca8'}", "run.epochs=1")
     (tmp_path / "pca8" / "index.json").unlink()
     assert main([*line, "--pca", "8", "--out", str(tmp_path / "pca8")]) == 0
     assert main(["data", "verify", str(tmp_path / "pca8")]) == 0
     assert main([*line, "--pca", "97", "--out", str(tmp_path / "pca97")]) == 2
     assert "--pca 97: teacher teacher has 96 channels" in capsys.readouterr().err
+
+
+def test_masks_that_come_again_with_their_views(home: Path, tmp_path: Path) -> None:
+    """Only what they hide is stored: fewer bytes, and the same run bit for bit, also with another seed of the run. Other masks
+    are refused."""
+    recipe, replayed, cache = home / "recipe.yaml", ["mask.replay=true", "view.count=2"], tmp_path / "cache"
+    line = ["cache", str(recipe), "--views", "2", "--dtype", "fp32", "--hidden", "mask.replay=true", "--out"]
+    assert main([*line, str(cache)]) == 0
+    whole, few = FeatureStore(home / "cache-fp32").facts, FeatureStore(cache).facts
+    assert few.splits["train"].hidden == 7  # 0.41 of 16
+    assert few.bytes_of_row("train") == whole.bytes_of_row("train") - 9 * 96 * 4
+    assert few.bytes_of_row("val") == whole.bytes_of_row("val")
+    for seed in (0, 1):
+        run("mim", recipe, tmp_path / f"live{seed}", *replayed, f"run.seed={seed}")
+        run("mim", recipe, tmp_path / f"cached{seed}", "mask.replay=true", f"run.seed={seed}", f"targets.cached={cache}")
+        assert losses(tmp_path / f"cached{seed}") == losses(tmp_path / f"live{seed}")
+    same_weights(tmp_path / "cached1" / "model.safetensors", tmp_path / "live1" / "model.safetensors")
+    assert losses(tmp_path / "live0") != losses(tmp_path / "live1")
+    for word, said in [("mask.replay=false", "mask.replay: True -> False"), ("mask.ratio=0.3", "mask.ratio: 0.41 -> 0.3")]:
+        refused = run("mim", recipe, tmp_path / "run", *replayed, f"targets.cached={cache}", word, code=2).stderr
+        assert said in refused
+
+
+def test_what_a_replayed_mask_needs(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["cache", str(home / "recipe.yaml"), "--views", "2", "--out", str(tmp_path / "cache"), "--hidden"]
+    assert main(line) == 2
+    assert "--hidden: masks are drawn anew in each epoch" in capsys.readouterr().err
+    refused = run("mim", home / "recipe.yaml", tmp_path / "run", "mask.replay=true", code=2).stderr
+    assert "mask.replay=true has no effect while each epoch has new views; set view.count, or targets.cached" in refused
 
 
 def test_several_teachers_and_writers(tmp_path: Path) -> None:

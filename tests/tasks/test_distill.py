@@ -86,7 +86,7 @@ class Stored:
     def __call__(self, batch: ImageTextBatch) -> Any:
         return CachedTargets.__call__(self, batch)  # type: ignore[arg-type]
 
-    teachers, _bases = {"t": None}, {}
+    teachers, _bases, _hidden = {"t": None}, {}, None
 
 
 @pytest.mark.parametrize("width", [20, 32])
@@ -152,7 +152,7 @@ def test_what_is_refused(words: list[str], said: str, home: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("program", "words", "said"), [
-    ("clip", ["--pca", "8"], "--dtype and --pca are for features of patches"),
+    ("clip", ["--pca", "8"], "--dtype, --pca and --hidden are for features of patches"),
     ("clip", ["contrastive.distill=null"], "contrastive.distill.teacher must be given"),
     ("classify", [], "which has no teacher: a cache is for mim and clip"),
 ])

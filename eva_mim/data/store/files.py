@@ -48,6 +48,9 @@ class SplitFacts(BaseModel, extra="forbid", frozen=True):
     """Number of the first ones, or positions in the source, rising."""
     views: int = 1
     """Of each image."""
+    hidden: int | None = None
+    """M, if only the patches that the mask of a view hides are stored, in rising order, and zeros for the rest of M; None: all N
+    patches."""
 
     @property
     def positions(self) -> Sequence[int]:
@@ -89,22 +92,24 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
         """S, rows of a file."""
         return ROWS if any(one.patches for one in self.networks.values()) else SUMMARIES
 
-    def empty(self, rows: int) -> dict[str, Tensor]:
-        """Returns the tensors of a file of so many rows, all zeros."""
+    def empty(self, split: str, rows: int) -> dict[str, Tensor]:
+        """Returns the tensors of a file of so many rows of a split, all zeros."""
+        hidden = self.splits[split].hidden
         made = {"present": torch.zeros(rows, dtype=torch.uint8)}
         if self.labels:
             made["label"] = torch.zeros(rows, dtype=torch.int64)
         for name, one in self.networks.items():
             made[f"{name}.summary"] = torch.zeros(rows, one.summary)
-            if one.patches:
-                made[f"{name}.spatial"] = torch.zeros(rows, one.patches, self.components or one.width, dtype=DTYPES[self.dtype])
-            if one.patches and self.dtype in LARGEST:
-                made[f"{name}.scale"] = torch.zeros(rows, one.patches)
+            patches = one.patches if hidden is None else min(hidden, one.patches)
+            if patches:
+                made[f"{name}.spatial"] = torch.zeros(rows, patches, self.components or one.width, dtype=DTYPES[self.dtype])
+            if patches and self.dtype in LARGEST:
+                made[f"{name}.scale"] = torch.zeros(rows, patches)
         return made
 
-    def bytes_of_row(self) -> int:
-        """Returns the bytes of the features of one view of one image."""
-        return sum(tensor.nbytes for tensor in self.empty(1).values())
+    def bytes_of_row(self, split: str) -> int:
+        """Returns the bytes of the features of one view of one image of a split."""
+        return sum(tensor.nbytes for tensor in self.empty(split, 1).values())
 
     def rows(self) -> int:
         """Returns the number of rows of all files."""
@@ -112,7 +117,7 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
 
     def bytes(self) -> int:
         """Returns the bytes of all features."""
-        return self.bytes_of_row() * self.rows()
+        return sum(self.bytes_of_row(name) * len(one.positions) * one.views for name, one in self.splits.items())
 
     def identity(self) -> dict[str, Any]:
         """Returns all facts in JSON's types, those of `inputs` beside the others."""
@@ -217,6 +222,12 @@ class FeatureStore:
             if progress is not None:
                 progress.advance()
         return found
+
+
+def hidden_places(masked: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns of masks [B, N] the places of the hidden patches in rising order [B, count], and which of these are there."""
+    places = masked.int().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return places, masked.gather(1, places)
 
 
 def _row_numbers(split: SplitFacts) -> Mapping[int, int] | Sequence[int]:

@@ -36,6 +36,7 @@ from eva_mim.data.store.files import (
     NetworkFacts,
     StoreFacts,
     file_name,
+    hidden_places,
     packed,
     read_bases,
     read_facts,
@@ -240,7 +241,8 @@ def _computed(
     device: torch.device, autocast: Callable[[], Any],
 ) -> tuple[dict[str, Tensor], Made]:
     """Returns the tensors of a file, and what is known of it."""
-    made, row_of = facts.empty(len(work.positions)), {index: row for row, index in enumerate(work.positions)}
+    made, row_of = facts.empty(work.split, len(work.positions)), {index: row for row, index in enumerate(work.positions)}
+    hidden = facts.splits[work.split].hidden
     cosines = {name: [0.0, 0.0] for name in networks}
     for images in batches:
         # A broken image of training is replaced by another one, which has its features in a place of its own.
@@ -256,10 +258,15 @@ def _computed(
                 found = network(images.views[network.image_size].to(device, non_blocking=True))
             values = {"summary": found.summary.float()}
             if facts.networks[name].patches:
+                exact, there = found.spatial, torch.ones(found.spatial.shape[:2], dtype=torch.bool, device=device)
+                if hidden is not None:
+                    assert images.masked is not None
+                    places, there = hidden_places(images.masked.to(device), hidden)
+                    exact = exact.gather(1, places[..., None].expand(-1, -1, exact.shape[2])) * there[..., None]
                 basis = bases.get(name)
-                spatial, scale = packed(basis.down(found.spatial) if basis else found.spatial, facts.dtype)
+                spatial, scale = packed(basis.down(exact) if basis else exact, facts.dtype)
                 stored = basis.up(unpacked(spatial, scale)) if basis else unpacked(spatial, scale)
-                cosine = F.cosine_similarity(stored.float(), found.spatial.float(), dim=-1).double()
+                cosine = F.cosine_similarity(stored.float(), exact.float(), dim=-1)[there].double()
                 cosines[name] = [cosines[name][0] + float(cosine.sum()), cosines[name][1] + cosine.numel()]
                 values |= {"spatial": spatial} | ({} if scale is None else {"scale": scale})
             for kind, value in values.items():
