@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -41,8 +43,8 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv
 """Operators that do nearly all operations of a network but for its attention."""
 REPEATS = 3
 """Times that each product is computed alone; the fastest counts."""
-WAITS, TEACHES, FAST = 0.15, 0.4, 0.7
-"""Shares from which a step is called bound by its data, by its teachers, and by this machine's matrix rate."""
+WAITS, TEACHES, TALKS, FAST = 0.15, 0.4, 0.4, 0.7
+"""Shares from which a step is called bound by its data, its teachers, its collectives, and this machine's matrix rate."""
 
 
 class Shape(NamedTuple):
@@ -107,6 +109,9 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
     """Seconds of a step by phase, of the main process; "rest" is what no phase covers."""
     logging: float
     """Seconds of reading the figures for a log line, divided among the steps between two lines; beside the step."""
+    communication: float = 0.0
+    """Seconds that the collectives of a step take, of the main process, with its waiting for the others; the backward pass may go
+    on meanwhile."""
     peak_memory: int
     """Bytes: of tensors on a GPU, of the process on a CPU, the main process's."""
     gflop: float
@@ -142,6 +147,10 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
         if (teaching := self.share("teacher")) > TEACHES:
             return (f"{teaching:.0%} of the step is the teacher's forward pass: a cache of its features takes it away (eva-mim "
                     "cache, targets.cached); a smaller teacher or teacher.image_size makes it shorter.")
+        if (talking := self.communication / self.seconds) > TALKS:
+            return (f"its collectives take as long as {talking:.0%} of the step: a larger share of a step is computed if each "
+                    f"process has more images (run.global_batch={self.batch} over {self.processes} processes), a lower "
+                    "run.zero_stage sends less, and processes on one host are nearest to each other.")
         share = self.products / self.seconds
         if share > FAST:
             ways = "a smaller student, or student.form=visible" if self.program == "mim" else "a smaller student or image"
@@ -157,6 +166,9 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
         for name, spent in sorted(self.phases.items(), key=lambda item: -item[1]):
             lines.append(f"  {name:<20} {1000 * spent:>9.1f} ms {spent / self.seconds:>6.1%}")
         lines.append(f"  {'log lines, beside it':<20} {1000 * self.logging:>9.1f} ms {self.logging / self.seconds:>6.1%}")
+        if self.processes > 1:
+            share = self.communication / self.seconds
+            lines.append(f"  {'collectives, beside it':<22} {1000 * self.communication:>7.1f} ms {share:>6.1%}")
         each, share = self.gflop * self.processes / self.batch, self.products / self.seconds
         lines += ["", f"matrix products: {each:.3g} GFLOP an image; alone, at {self.rate:.0f} GFLOP/s, {share:.0%} of the step"]
         lines += [f"forward pass of {name}: {rate:.4g} images/s" for name, rate in self.forward.items()]
@@ -180,7 +192,7 @@ def measure_step(program: str | None, path: str, overrides: Sequence[str], steps
 def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) -> dict[str, Any]:
     engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
     engine.module.train()
-    data = iter(built.parts.train.steps(0, WARM_UP + steps))
+    data = iter(built.parts.train.steps(0, WARM_UP + steps + 1))
     rates = rates_at(0, recipe.optim, steps_per_epoch=built.parts.train.steps_per_epoch, epochs=1.0)
     products, stopwatch, meter = Products(), Stopwatch(device.type == "cuda"), Meter(Stopwatch())
 
@@ -199,7 +211,9 @@ def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) ->
     with measuring(stopwatch):
         seconds = _seconds(lambda: [step() for _ in range(steps)], device) / steps
     phases = {name: spent / steps for name, spent in stopwatch.take().items()}
+    peak = _peak_memory(device)
     logging = _seconds(lambda: meter.read(device), device) / recipe.run.log_every
+    communication = _collectives(step) if world_size() > 1 else 0.0
     micro, _ = cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -207,10 +221,24 @@ def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) ->
         "precision": recipe.run.precision, "slowdown": slowdown(recipe.run.precision, device),
         "batch": recipe.run.global_batch, "micro_batch": micro, "steps": steps, "seconds": seconds,
         "phases": phases | {"rest": max(0.0, seconds - sum(phases.values()))}, "logging": logging,
-        "peak_memory": _peak_memory(device),
+        "communication": communication, "peak_memory": peak,
         "gflop": products.operations / 1e9, "products": products.seconds_alone(device),
         "forward": _forward(built, engine, batch, device),
     }
+
+
+def _collectives(step: Callable[[], Any]) -> float:
+    """Returns the seconds that the collectives of a step take, by torch's profiler. Every rank must call."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells when it starts and stops
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    # Gloo's threads name what they do; of NCCL it is the kernels that count, not their launches.
+    spent = [event.time_range.elapsed_us() for event in found.events() or ()
+             if event.name.startswith("gloo:") or (event.device_type.name == "CUDA" and event.name.startswith("nccl"))]
+    return float(sum(spent)) / 1e6
 
 
 def _forward(built: Built, engine: Any, batch: Any, device: torch.device) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eva_mim.cli import main
 from eva_mim.commands.step_speed import Products, StepSpeed, compare
-from tests.tiny import CLASSIFY, MIM, write_recipe
+from tests.tiny import CLASSIFY, MIM, finish, python, write_recipe
 
 MEASURED: dict[str, Any] = {
     "recipe": "r.yaml", "program": "mim", "overrides": [], "device": "cpu", "processes": 1, "threads": 2, "precision": "fp32",
@@ -32,6 +32,7 @@ def speed(**changes: Any) -> StepSpeed:
     ({"slowdown": 52.0, "precision": "bf16"}, "run.precision=bf16 is emulated here, 52 times as slow as fp32: set"),
     ({"phases": {"data": 0.5, "student": 1.5}}, "25% of the step waits for data: more loader processes than data.workers=2"),
     ({"phases": {"teacher clip": 0.5, "teacher dino": 0.5}}, "50% of the step is the teacher's forward pass"),
+    ({"communication": 1.0, "processes": 2}, "its collectives take as long as 50% of the step"),
     ({"products": 1.5}, "75% of the step are matrix products at this machine's own rate for them (67 GFLOP/s)"),
     ({}, "50% of the step are matrix products; the rest is work between them"),
 ])
@@ -74,6 +75,18 @@ def test_a_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert max(map(len, text.splitlines())) <= 80
     assert main(["bench", "compare", str(out), str(out)]) == 0
     assert "1.00x" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_of_two_processes(tmp_path: Path) -> None:
+    """The main one is measured; the collectives of a step have a line of their own."""
+    recipe, out = write_recipe(tmp_path / "mim", MIM), tmp_path / "a.json"
+    line = ["eva_mim.cli", "bench", "step", str(recipe), "run.engine=deepspeed", "--to", str(out)]
+    finish(python(*line, processes=2))
+    found = StepSpeed.model_validate_json(out.read_text())
+    assert (found.processes, found.batch) == (2, 24)
+    assert 0 < found.communication < 2 * found.seconds
+    assert "collectives, beside it" in found.report()
 
 
 def test_what_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
