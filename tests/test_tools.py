@@ -24,7 +24,8 @@ from tests.ranks import pool
 from tests.tiny import python, started
 from tools import cifar10_smoke, cifar10_styles, flickr8k, mutants, seeds
 
-TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py") if path.stem != "__init__")
+TOOLS = sorted([path.stem for path in (REPOSITORY / "tools").glob("*.py")]
+               + [path.parent.name for path in (REPOSITORY / "tools").glob("*/__main__.py")])
 WITHOUT_WORDS = ("shuffle_cost",)
 """Three numbers are all that it takes."""
 
