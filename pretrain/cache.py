@@ -8,11 +8,18 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eva_mim.commands import positive, program_of
 from eva_mim.core.errors import UserError
 from eva_mim.run.program import guard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eva_mim.core.contracts import Features, Teacher
+    from eva_mim.teachers.open_clip import TextTower
+    from pretrain.targets import Wanted
 
 DTYPE = "int8"
 """Default type of patch features."""
@@ -39,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guard(lambda: cache(options))
 
 
-def cache(options: argparse.Namespace) -> None:
-    """Writes the cache of a recipe. Raises UserError."""
+def _wanted(options: argparse.Namespace) -> Wanted:
+    """Returns what the recipe of the command line wants of a cache. Raises UserError for a stage without teachers, and for
+    options that have no effect there."""
     from eva_mim.core.recipe_files import read_yaml
     from eva_mim.core.resolve import resolve
     from pretrain import clip, mim
@@ -62,6 +70,12 @@ def cache(options: argparse.Namespace) -> None:
                         "leave them out")
     if options.hidden and not (wanted.mask and wanted.mask.replay):
         raise UserError("--hidden: masks are drawn anew in each epoch, so that every patch is needed; set mask.replay=true")
+    return wanted
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Writes the cache of a recipe. Raises UserError."""
+    wanted = _wanted(options)
     recipe = wanted.recipe
     from contextlib import ExitStack
 
@@ -70,12 +84,15 @@ def cache(options: argparse.Namespace) -> None:
     from eva_mim.core.lock import locked
     from eva_mim.core.log import duration, say
     from eva_mim.data.masking import make_mask
-    from eva_mim.data.preparation import MaskedPreparation
+    from eva_mim.data.preparation import ImageTextPreparation, MaskedPreparation
+    from eva_mim.data.prompts import prompt_templates
     from eva_mim.data.sampler import cut_batch
     from eva_mim.data.splits import open_splits
     from eva_mim.data.store.write import Pair, begin, fit_once, seconds_of_image, write
     from eva_mim.data.views import EvalView, TrainView
     from eva_mim.engine.step import autocast
+    from eva_mim.teachers.open_clip import TextTower
+    from pretrain import clip, mim
     from pretrain.targets import facts_of
 
     device = setup(recipe.run.device, recipe.run.timeout_minutes)
@@ -89,9 +106,12 @@ def cache(options: argparse.Namespace) -> None:
     teachers = {name: teacher.to(device) for name, teacher in wanted.teacher_networks().items()}
     sizes = [teacher.image_size for teacher in teachers.values()]
     seed = recipe.run.seed
+    text = TextTower(wanted.teachers[clip.TEACHER]).to(device) if wanted.captions else None
+    view = TrainView(recipe.view, sizes)
+    shown = partial(MaskedPreparation, view, seed, mask) if text is None else partial(
+        ImageTextPreparation, view, seed, text.tokenize, prompt_templates(recipe.data.templates))
     pairs = {
-        "train": Pair(splits.train, MaskedPreparation(TrainView(recipe.view, sizes), seed, mask, view_seed=recipe.view.seed,
-                                                      replayed=mask is not None)),
+        "train": Pair(splits.train, shown(view_seed=recipe.view.seed, with_views=("view", "mask", "caption"))),
         "val": Pair(splits.val, MaskedPreparation(EvalView(sizes, recipe.view.crop_pct), 0, training=False)),
     }
     batch = options.batch or cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())[0]
@@ -100,7 +120,7 @@ def cache(options: argparse.Namespace) -> None:
     with ExitStack() as held:
         run_on_main(lambda: held.enter_context(locked(options.out)))
         found = run_on_main(lambda: fit_once(options.out, pairs["train"], teachers, options.pca, **how)) if options.pca else {}
-        facts = facts_of(wanted, splits, teachers, options.views, options.dtype, device, options.pca, found, hidden)
+        facts = facts_of(wanted, splits, teachers, options.views, options.dtype, device, options.pca, found, hidden, text)
         left = run_on_main(partial(begin, options.out, facts))
         if not left:
             return say(f"{options.out}: finished before, nothing to do")
@@ -110,10 +130,22 @@ def cache(options: argparse.Namespace) -> None:
         say(f"{len(splits.train)} images x {options.views} views + {len(wanted.positions(splits))} held out, "
             f"{facts.bytes_of_row('train'):,} bytes each: {facts.bytes() / 1e9:.4g} GB")
         say(f"to write to {options.out}: {left / 1e9:.4g} GB, about {duration(seconds)} if the teachers are what takes longest")
-        made = write(options.out, facts, pairs, teachers, **how)
+        networks = teachers if text is None else {name: ImageAndText(one, text) for name, one in teachers.items()}
+        made = write(options.out, facts, pairs, networks, **how)
     if missing := facts.rows() - made.images:
         sys.stdout.write(f"{missing} of {facts.rows()} views are of images that cannot be read: they have no targets\n")
     for name in teachers if wanted.patches else ():
         kept = f", {facts.variance[name]:.2%} of the variance in {options.pca} components" if options.pca else ""
         sys.stdout.write(f"{name}: cosine of stored and exact features {made.cosine(name):.6f}{kept}\n")
     sys.stdout.write(f"train with it: {wanted.setting}={options.out} view.seed={facts.inputs['view']['seed']}\n")
+
+
+class ImageAndText:
+    """A teacher with the text tower of the same CLIP model."""
+
+    def __init__(self, teacher: Teacher, text: TextTower):
+        self.image_size, self._teacher, self.captions = teacher.image_size, teacher, text
+
+    def __call__(self, images: Tensor) -> Features:
+        """Returns the features of [B, channels, S, S] pixels."""
+        return self._teacher(images)

@@ -5,8 +5,9 @@ Expect the loss to start near ln(global batch) and zero-shot accuracy to leave c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from eva_mim.core.contracts import Source, Teacher
+    from eva_mim.data.store.files import FeatureStore
     from eva_mim.run.stage import Built, Networks
     from eva_mim.students.clip import ClipStudent
     from pretrain.targets import Wanted
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"
 """Name of the only teacher in a store."""
+TARGETS = {"image": f"{TEACHER}.summary", "text": f"{TEACHER}.caption"}
+"""By the student's name of a prediction the name of its target in a store."""
 CAPTIONS_LOOKED_AT = 64
 """Records whose captions are measured at the start."""
 
@@ -99,7 +103,8 @@ def targets_of(recipe: StageRecipe) -> Wanted | None:
     distill = recipe.contrastive.distill
     if distill is None:
         return None
-    return Wanted(recipe, {TEACHER: distill.teacher}, "contrastive.distill.cached", distill.cached, 0, patches=False)
+    return Wanted(recipe, {TEACHER: distill.teacher}, "contrastive.distill.cached", distill.cached, 0, patches=False,
+                  captions=distill.captions)
 
 
 def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
@@ -110,7 +115,7 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
     from eva_mim.weights.clip import with_text_of
 
     teachers: dict[str, Teacher] = {}
-    width = None
+    widths: dict[str, int] = {}
     if (wanted := targets_of(recipe)) is not None:
         from eva_mim.data.store.files import read_facts
         from pretrain.targets import stored_teachers
@@ -118,14 +123,15 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
         if wanted.folder is None:
             raise UserError(f"{wanted.setting} must be given: `eva-mim cache RECIPE --views K --out DIR` makes it")
         teachers |= stored_teachers(wanted)
-        width = read_facts(wanted.folder).networks[TEACHER].summary
+        stored = read_facts(wanted.folder).networks[TEACHER]
+        widths |= {"image": stored.summary} | ({"text": stored.caption} if wanted.captions else {})
     settings = recipe.student
     if not weights:
         text = settings.text.model_copy(update={"weights": None, "projection": None})
         settings = settings.model_copy(update={"text": text, "lock_text": False})
     elif settings.init == "clip" and recipe.init_from is not None:
         settings = with_text_of(settings, recipe.init_from)
-    return Networks(ClipStudent(settings, weights=weights, distilled=width), teachers)
+    return Networks(ClipStudent(settings, weights=weights, distilled=widths), teachers)
 
 
 def say_cut_captions(student: ClipStudent, source: Source) -> None:
@@ -145,10 +151,16 @@ def say_cut_captions(student: ClipStudent, source: Source) -> None:
     run_on_main(look)
 
 
+def _along(recipe: StageRecipe, store: FeatureStore | None) -> dict[str, Any]:
+    """Returns how stored embeddings come along with training images, as arguments of a preparation."""
+    if store is None or recipe.contrastive.distill is None:
+        return {}
+    return {"stored": partial(store.row, "train"),
+            "with_views": ("view", "caption") if recipe.contrastive.distill.captions else ("view",)}
+
+
 def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Returns student, data and evaluator of a recipe."""
-    from functools import partial
-
     from eva_mim.core.files import write_json, write_weights
     from eva_mim.core.log import say
     from eva_mim.core.report import KeyReport
@@ -161,7 +173,6 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
     from eva_mim.students.clip import as_open_clip
-    from eva_mim.targets.cached import CachedTargets
     from eva_mim.tasks.contrastive import Contrastive, ImageText
     from eva_mim.weights.clip import init_clip_from_clip
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
@@ -194,10 +205,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_json(out / CLIP_CONFIG, student.open_clip_config())
 
     say_cut_captions(student, splits.train)
-    with_targets = partial(paired, stored=partial(store.row, "train") if store else None)
-    train = train_loader(recipe, splits.train, sizes, view_of(recipe, store), with_targets)
-    task = ImageText(student, Contrastive(recipe.contrastive), CachedTargets(store) if store else None,
-                     recipe.contrastive.distill.teacher.weight if recipe.contrastive.distill else 1.0)
+    train = train_loader(recipe, splits.train, sizes, view_of(recipe, store), partial(paired, **_along(recipe, store)))
+    weight = recipe.contrastive.distill.teacher.weight if recipe.contrastive.distill else 1.0
+    task = ImageText(student, Contrastive(recipe.contrastive), {name: TARGETS[name] for name in student.distilled}, weight)
     if recipe.student.init == "clip" and recipe.init_from is not None:
         seeded: KeyReport | None = init_clip_from_clip(student, recipe.init_from, recipe.student, recipe.hand_over)
     else:

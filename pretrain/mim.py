@@ -172,7 +172,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, objective, weights)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
-    masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask), replayed=recipe.mask.replay,
+    masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
+                             with_views=("view", "mask") if recipe.mask.replay else ("view",),
                              stored=partial(store.row, split) if store else None) for split in ("train", "val")}
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
     if labelled and (without := splits.without_labels()):

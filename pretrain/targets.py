@@ -26,6 +26,7 @@ from eva_mim.weights.files.read import content_hash
 
 if TYPE_CHECKING:
     from eva_mim.run.recipe import Recipe
+    from eva_mim.teachers.open_clip import TextTower
 
 
 class Wanted(NamedTuple):
@@ -44,6 +45,8 @@ class Wanted(NamedTuple):
     """True for spatial features and summaries, False for summaries alone."""
     mask: MaskSettings | None = None
     """What hides patches, None if nothing does."""
+    captions: bool = False
+    """True for embeddings of captions as well."""
 
     @property
     def called(self) -> str:
@@ -63,15 +66,17 @@ class Wanted(NamedTuple):
 
 def facts_of(
     wanted: Wanted, splits: Splits, teachers: Mapping[str, Teacher], views: int, dtype: Dtype, device: torch.device,
-    components: int | None, variance: dict[str, float], hidden: int | None,
+    components: int | None, variance: dict[str, float], hidden: int | None, text: TextTower | None,
 ) -> StoreFacts:
     """Returns what the targets of a recipe depend on, and how they are stored: of training images all patches, or the at most
-    `hidden` ones that its masks hide. Every rank must call."""
+    `hidden` ones that its masks hide; with `text` the embeddings of captions. Every rank must call."""
+    more = {} if text is None else {"caption": text.width, "text_sha256": text.fingerprint()}
     networks = {}
     for name, teacher in teachers.items():
         file = run_on_main(partial(_file_hash, wanted.teachers[name]))
         settings = _settings(wanted.teachers[name], in_file=file is not None)
-        networks[name] = described(teacher, len(teacher.mean), device, patches=wanted.patches, file=file, settings=settings)
+        networks[name] = described(teacher, len(teacher.mean), device, patches=wanted.patches, file=file, settings=settings,
+                                   **more)
     held_out = wanted.positions(splits)
     return StoreFacts(
         networks=networks, inputs=_inputs(wanted, splits, masks=hidden is not None),
@@ -89,6 +94,8 @@ def stored_teachers(wanted: Wanted) -> dict[str, StoredTeacher]:
     settings = {name: _settings(one, in_file=known.get(name, {}).get("file") is not None)
                 for name, one in wanted.teachers.items()}
     _refuse(wanted, {name: one.get("settings") for name, one in known.items()}, settings, "teachers")
+    if wanted.captions and not all(one.caption for one in networks.values()):
+        raise UserError(f"{wanted.called} has no embeddings of captions; make another one")
     if wanted.patches and (without := [name for name, one in networks.items() if not one.patches]):
         raise UserError(f"{wanted.called} has summaries of {few(without, 3)} alone, no features of patches; make another one")
     return {name: StoredTeacher(one) for name, one in known.items()}
@@ -108,7 +115,8 @@ def open_store(wanted: Wanted, splits: Splits) -> FeatureStore | None:
             raise UserError(f"{wanted.called} was made with other weights of {settings.path} (sha256 "
                             f"{str(one.network['file'])[:12]}, now {now[:12]}); make another one")
     hidden = facts.splits["train"].hidden
-    _refuse(wanted, facts.inputs, _inputs(wanted, splits, masks=hidden is not None), "")
+    found = {name: value for name, value in facts.inputs.items() if name != "templates" or wanted.captions}
+    _refuse(wanted, found, _inputs(wanted, splits, masks=hidden is not None), "")
     views = facts.splits["train"].views
     if (recipe.view.count or 1) > views:
         raise UserError(f"view.count={recipe.view.count}: {wanted.called} has {views} views; leave it out, or take fewer")
@@ -147,10 +155,13 @@ def _file_hash(settings: TeacherSettings) -> str | None:
 
 
 def _inputs(wanted: Wanted, splits: Splits, *, masks: bool) -> dict[str, Any]:
-    """Returns what decides the images, their pixels and their views, perhaps their masks, and the precision, in JSON's types."""
+    """Returns what decides the images, their pixels, their views, perhaps their masks and captions, and the precision, in JSON's
+    types."""
     recipe = wanted.recipe
     pixels = [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()]
     seed = recipe.run.seed if recipe.view.seed is None else recipe.view.seed
     view = recipe.view.model_dump(mode="json", exclude={"count", "seed"}) | {"seed": seed}
     found = {"precision": recipe.run.precision, "view": view, "data": splits.facts() | {"records": pixels}}
+    if wanted.captions:
+        found["templates"] = recipe.data.templates
     return found | {"mask": wanted.mask.model_dump(mode="json")} if masks and wanted.mask else found

@@ -179,8 +179,7 @@ class Features(NamedTuple):
 class Targets(Protocol):
     """Function that returns the features which a student learns to predict, for example those of live teachers."""
 
-    # `Any` stands for the batch class of the task.
-    def __call__(self, batch: Any) -> dict[str, Features]:
+    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
         """Returns the features of the batch by the teacher's name."""
 
 

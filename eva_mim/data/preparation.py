@@ -59,6 +59,8 @@ class Preparation(ABC, Generic[B]):
     views: int | None = field(default=None, kw_only=True)
     """Number of different views of a sample before the first is used again, with another mask and caption; None: a new view in
     each epoch."""
+    with_views: tuple[str, ...] = field(default=("view",), kw_only=True)
+    """Purposes whose draws belong to the view: they have its number and its seed, and come again with it."""
     stored: Stored | None = field(default=None, kw_only=True)
     """Features that go along with each view; None: there are none."""
 
@@ -73,19 +75,18 @@ class Preparation(ABC, Generic[B]):
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> B:
         """Returns the batch of B contents. `index`: [B] int64, positions in the source; `broken`: faults of broken records."""
 
-    @property
-    def with_views(self) -> tuple[str, ...]:
-        """Purposes whose random numbers have the views' seed."""
-        return ("view",)
-
     def draws(self, purpose: str, number: int, index: int) -> random.Random:
         """Returns the random generator of a purpose ("view", "mask", "caption") for one sample."""
         seed = self.view_seed if purpose in self.with_views and self.view_seed is not None else self.seed
         return random.Random(derive(seed, purpose if self.training else f"held-out {purpose}", number, index))
 
+    def drawn(self, purpose: str, place: Place) -> random.Random:
+        """Returns the random generator of a purpose for what is shown at a place."""
+        return self.draws(purpose, self.view_of(place) if purpose in self.with_views else place.epoch, place.index)
+
     def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
         """Returns the views of a sample, {side in pixels: [channels, side, side]}."""
-        return self.view(sample.image, self.draws("view", self.view_of(place), place.index))
+        return self.view(sample.image, self.drawn("view", place))
 
     def view_of(self, place: Place) -> int:
         """Returns the number of the view that is shown at a place."""
@@ -107,20 +108,12 @@ class MaskedPreparation(Preparation[MaskedBatch]):
 
     mask: Mask | None = None
     """Mask of the patches; None: the student sees every patch."""
-    replayed: bool = field(default=False, kw_only=True)
-    """True: a view comes with the same mask each time."""
-
-    @property
-    def with_views(self) -> tuple[str, ...]:
-        """See `Preparation`."""
-        return ("view", "mask") if self.replayed else ("view",)
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
         """Returns views by side, [N] bool mask (None without masking), label, and stored targets."""
         views = self.views_of(sample, place)
         with phase("mask"):
-            drawn = self.draws("mask", self.view_of(place) if self.replayed else place.epoch, place.index)
-            masked = torch.from_numpy(self.mask(drawn)) if self.mask else None
+            masked = torch.from_numpy(self.mask(self.drawn("mask", place))) if self.mask else None
         return views, masked, sample.label, self.stored_at(place)
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
@@ -165,7 +158,7 @@ class ImageTextPreparation(Preparation[ImageTextBatch]):
             assert classes is not None
             templates = self.templates if self.training else self.templates[:1]
             texts = [filled(template, classes[sample.label]) for template in templates]
-        return [self.draws("caption", place.epoch, place.index).choice(texts)] if self.training else texts
+        return [self.drawn("caption", place).choice(texts)] if self.training else texts
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> ImageTextBatch:
         """Returns the batch; see `Preparation.batch`."""

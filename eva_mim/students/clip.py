@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +34,9 @@ FOREIGN = ("hf_model_name", "hf_tokenizer_name", "embed_cls", "output_tokens")
 class ClipStudent(nn.Module):
     """A CLIP model with an image tower and a text tower; `config` has the arguments with which open_clip builds the model."""
 
-    def __init__(self, settings: ClipSettings, *, weights: bool = True, distilled: int | None = None):
-        """Without `weights` no file is read. `distilled`: width of a teacher's image embedding, if one is predicted."""
+    def __init__(self, settings: ClipSettings, *, weights: bool = True, distilled: Mapping[str, int] | None = None):
+        """Without `weights` no file is read. `distilled`: widths of a teacher's embeddings that are predicted, of "image" and
+        perhaps "text"."""
         super().__init__()
         probe = build_trunk(settings.model_copy(update={"drop_path": 0.0}))
         own = int(probe.pretrained_cfg["input_size"][-1])  # type: ignore[index]
@@ -74,9 +75,9 @@ class ClipStudent(nn.Module):
             self.model.set_grad_checkpointing()
         scale_patch_gradient(self.trunk, settings)
         self._lock(settings)
-        self._distills = distilled is not None
-        same = distilled in (None, settings.embed_dim)
-        self.distilled = nn.Identity() if distilled is None or same else nn.Linear(settings.embed_dim, distilled, bias=False)
+        own_width = settings.embed_dim
+        self.distilled = nn.ModuleDict({name: nn.Identity() if width == own_width else nn.Linear(own_width, width, bias=False)
+                                        for name, width in (distilled or {}).items()})
         """From the shared space to a teacher's; no part of the result."""
 
     def _lock(self, settings: ClipSettings) -> None:
@@ -126,14 +127,15 @@ class ClipStudent(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         """Returns unit image features [B, C], unit text features [B, C], the logit scale (not its logarithm), the logit bias
-        if there is one, and the prediction of a teacher's image embedding [B, Ct] if there is one."""
+        if there is one, and the predictions of a teacher's embeddings [B, Ct] in the order of `distilled`."""
         image, text, *_ = self.model(normalise(images, self.mean, self.std), texts)
         raw = self.model.logit_scale.reshape(())
         # The gradient ignores the clamp, which is applied here because with ZeRO the stored value cannot be clamped.
         scale = (raw + (raw.clamp(0, MAX_LOGIT_SCALE) - raw).detach()).exp()
         bias = self.model.logit_bias
         found = (image, text, scale) if bias is None else (image, text, scale, bias.reshape(()))
-        return (*found, self.distilled(image)) if self._distills else found
+        embeddings = {"image": image, "text": text}
+        return (*found, *(head(embeddings[name]) for name, head in self.distilled.items()))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Returns [B, C] unit features of uint8 images."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, Grid, ImageTextBatch, MaskedBatch
+from eva_mim.core.contracts import Features, Grid, MaskedBatch
 from eva_mim.core.errors import UserError
 from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
 
@@ -48,22 +48,19 @@ class CachedTargets:
         self._bases, self._hidden = store.bases, store.facts.splits["train"].hidden
         self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 
-    def __call__(self, batch: MaskedBatch | ImageTextBatch) -> dict[str, Features]:
+    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
         """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give; of a store of
-        summaries no patches, of one of hidden patches zeros for those that are seen."""
+        hidden patches zeros for those that are seen."""
         found = {}
         for name, teacher in self.teachers.items():
             spatial, scale, summary = (batch.stored.get(f"{name}.{kind}") for kind in ("spatial", "scale", "summary"))
+            assert spatial is not None
             assert summary is not None
-            if spatial is None:
-                found[name] = Features(summary, summary.new_empty(len(summary), 0, 0), (0, 0))
-                continue
             exact = unpacked(spatial, scale)
             if name in self._bases:
                 basis = self._bases[name] = self._bases[name].to(exact.device)
                 exact = basis.up(exact)
             if self._hidden is not None and exact.shape[1] < self._patches[name]:
-                assert isinstance(batch, MaskedBatch)
                 assert batch.masked is not None
                 places, there = hidden_places(batch.masked, self._hidden)
                 whole = exact.new_zeros(len(exact), self._patches[name], exact.shape[2])

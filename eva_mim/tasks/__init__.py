@@ -19,10 +19,13 @@ class ObjectiveSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """Distillation of a CLIP model's image embeddings, beside the contrastive loss: its weight is `teacher.weight`."""
+    """Distillation of a CLIP model's embeddings from a cache, beside the contrastive loss: its weight is `teacher.weight`."""
 
     teacher: TeacherSettings
     """The network whose summary of an image is the target."""
+    captions: bool = False
+    """True: the student's embedding of a caption learns the teacher's too. A caption then belongs to its view, with the view's
+    number and seed, and comes again with it."""
     cached: Path | None = None
     """Folder that `eva-mim cache` made of this recipe; it must be given for training."""
 
@@ -41,8 +44,8 @@ class ContrastiveSettings(Settings):
     """Rows of logits computed at once, and recomputed in the backward pass: chunk x global_batch logits are in memory at a time,
     not micro_batch x global_batch (with accumulation: all rows of the process). Results are the same. Default all rows."""
     distill: DistillSettings | None = None
-    """A second loss: 1 - cosine of the student's image embedding, through a linear layer where the widths differ, and a
-    teacher's (CLIP-KD, Yang et al. 2024, has the mean squared error)."""
+    """Further losses: 1 - cosine of the student's embedding, through a linear layer where the widths differ, and a teacher's
+    (CLIP-KD, Yang et al. 2024, has the mean squared error)."""
 
 
 class MixSettings(Settings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import ImageTextBatch, Targets, Task
+from eva_mim.core.contracts import ImageTextBatch, Task
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.losses import GradCacheStep, LossTerm, StepOutput
 from eva_mim.core.timing import phase
@@ -83,12 +83,13 @@ def _logits(rows: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 
 class ImageText(Task):
-    """Contrastive training of both towers: each image is matched with its text among the pairs of the global batch. With targets
-    the student's prediction of a teacher's image embedding has a second loss, 1 - cosine, in each micro-batch."""
+    """Contrastive training of both towers: each image is matched with its text among the pairs of the global batch. Each of the
+    student's predictions of a teacher's embeddings has a loss of its own, 1 - cosine, in each micro-batch."""
 
-    def __init__(self, student: nn.Module, objective: Objective, targets: Targets | None = None, weight: float = 1.0):
-        """`targets`: of one teacher, whose summary is the embedding; `weight`: factor on the second loss."""
-        self.student, self.objective, self.targets, self.weight = student, objective, targets, weight
+    def __init__(self, student: nn.Module, objective: Objective, distilled: Mapping[str, str] | None = None, weight: float = 1.0):
+        """`distilled`: by the student's name of a prediction the name of its target in `ImageTextBatch.stored`; `weight`: factor
+        on these losses."""
+        self.student, self.objective, self.distilled, self.weight = student, objective, dict(distilled or {}), weight
 
     def prepare(self, student: Callable[..., Any], batches: list[ImageTextBatch]) -> list[ImageTextBatch]:
         """Returns the micro-batches; several of them get a `grad_cache`. A first pass without gradients computes the features of
@@ -125,21 +126,21 @@ class ImageText(Task):
         """Returns the loss of this pass. With a `grad_cache` the value of its contrastive term is that of the step, and its
         gradient is this micro-batch's part."""
         with phase("student"):
-            said, distilled = self._said(student, batch)
+            said, guesses = self._said(student, batch)
             if batch.grad_cache is None:
                 found = self.objective(*said)
             else:
                 whole, gradients = batch.grad_cache
                 inner = torch.stack([(one.float() * slope).sum() for one, slope in zip(said, gradients, strict=True)]).sum()
                 found = _output(whole.loss + (inner - inner.detach()), whole.metrics)
-            if distilled is None or self.targets is None:
-                return found
-            (target,) = self.targets(batch).values()
-            cosine = F.cosine_similarity(distilled.float(), target.summary.float(), dim=-1).mean()
-            term = LossTerm(1 - cosine, self.weight, {"distill_cosine": cosine.detach()})
-            return StepOutput(found.terms | {"distill": term}, found.metrics)
+            terms = dict(found.terms)
+            for (name, target), guess in zip(self.distilled.items(), guesses, strict=True):
+                cosine = F.cosine_similarity(guess.float(), batch.stored[target].float(), dim=-1).mean()
+                terms[f"distill_{name}"] = LossTerm(1 - cosine, self.weight, {f"{name}_cosine": cosine.detach()})
+            return StepOutput(terms, found.metrics)
 
-    def _said(self, student: Callable[..., Any], batch: ImageTextBatch) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Returns what the contrastive loss is made of, and the prediction of a teacher's embedding if there are targets."""
+    def _said(self, student: Callable[..., Any], batch: ImageTextBatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Returns what the contrastive loss is made of, and the predictions of a teacher's embeddings."""
         said = student(batch.images, batch.texts)
-        return (said, None) if self.targets is None else (said[:-1], said[-1])
+        end = len(said) - len(self.distilled)
+        return said[:end], said[end:]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eva_mim.core.contracts import Features
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import weights_sha256
 from eva_mim.core.registry import nearest
 from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
@@ -47,16 +48,53 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
     return _teacher(settings, f"local-dir:{settings.name}", None)
 
 
-def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> FrozenTeacher:
-    options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
+class TextTower:
+    """The frozen text tower of a teacher that is a CLIP model."""
+
+    def __init__(self, settings: TeacherSettings):
+        """Raises UserError for a teacher of another kind, and for a tokenizer that cannot be had."""
+        if settings.kind not in ("open_clip", "stage"):
+            raise UserError(f"{settings.path}.kind={settings.kind} has no text tower for captions; take a CLIP model (open_clip, "
+                            "stage)")
+        name = settings.name if settings.kind == "open_clip" else f"local-dir:{settings.name}"
+        self._model: Any = _model(settings, name, settings.weights).eval().requires_grad_(False)
+        self._model.visual = None
+        try:
+            self.tokenize = open_clip.get_tokenizer(name)
+        except (RuntimeError, OSError, ValueError, ImportError) as error:
+            raise UserError(f"{settings.path}: the tokenizer of {settings.name}: {error}") from None
+        self.width: int = self(self.tokenize([""])).shape[1]
+
+    @torch.no_grad()
+    def __call__(self, texts: Tensor) -> Tensor:
+        """Returns the embeddings [T, C] of token ids [T, L]."""
+        found: Tensor = self._model.encode_text(texts)
+        return found
+
+    def to(self, device: Any) -> TextTower:
+        """Moves the weights to `device`."""
+        self._model.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of names and values of all weights."""
+        return weights_sha256(self._model.state_dict())
+
+
+def _model(settings: TeacherSettings, name: str, pretrained: str | None, **options: Any) -> Any:
+    """Returns open_clip's model. Raises UserError."""
     try:
         device = torch.empty(0).device  # the default device, since open_clip would move a model off the meta device
         with _quiet_if(_without_values()):  # open_clip warns that there are no weights
-            model = create(name, by=open_clip.create_model, pretrained=pretrained, load_weights=not _without_values(),
-                           weights_only=True, device=device, **options)
+            return create(name, by=open_clip.create_model, pretrained=pretrained, load_weights=not _without_values(),
+                          weights_only=True, device=device, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
-    visual = model.visual
+
+
+def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> FrozenTeacher:
+    options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
+    visual = _model(settings, name, pretrained, **options).visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     preprocess = getattr(visual, "preprocess_cfg", {})
     return FrozenTeacher(

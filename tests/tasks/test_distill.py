@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,15 +18,17 @@ import eva_mim.trunks.small  # noqa: F401
 from eva_mim.cli import main
 from eva_mim.core.contracts import ImageTextBatch
 from eva_mim.core.settings import parse
+from eva_mim.data.sampler import Place
 from eva_mim.data.splits import open_splits
 from eva_mim.data.store.files import FeatureStore
 from eva_mim.data.views import TrainView
 from eva_mim.students import ClipSettings
 from eva_mim.students.clip import ClipStudent
-from eva_mim.targets.cached import CachedTargets
 from eva_mim.tasks.contrastive import Contrastive, ImageText
 from eva_mim.teachers import build_teacher
 from pretrain import clip
+from tests.conftest import make_folder
+from tests.students.tiny_towers import clip_folder
 from tests.tiny import CLIP, losses, records, run, same_weights, stopped_after, write_recipe
 
 
@@ -80,34 +81,25 @@ def batches(count: int) -> list[ImageTextBatch]:
             for own in rows]
 
 
-class Stored:
-    """Targets of the batches above."""
-
-    def __call__(self, batch: ImageTextBatch) -> Any:
-        return CachedTargets.__call__(self, batch)  # type: ignore[arg-type]
-
-    teachers, _bases, _hidden = {"t": None}, {}, None
-
-
 @pytest.mark.parametrize("width", [20, 32])
 def test_the_second_loss(width: int) -> None:
     """One minus the mean cosine, times its weight, beside the contrastive loss; in micro-batches the same gradient."""
     torch.manual_seed(0)
-    student = ClipStudent(ClipSettings(**CLIP["student"] | {"embed_dim": 20}), distilled=width).eval()
-    assert isinstance(student.distilled, nn.Identity) == (width == 20)
+    student = ClipStudent(ClipSettings(**CLIP["student"] | {"embed_dim": 20}), distilled={"image": width}).eval()
+    assert isinstance(student.distilled["image"], nn.Identity) == (width == 20)
     whole = [replace(batch, stored={"t.summary": nn.functional.pad(batch.stored["t.summary"], (0, width - 20))})
              for batch in batches(1)]
-    task = ImageText(student, Contrastive(), Stored(), 3.0)
+    task = ImageText(student, Contrastive(), {"image": "t.summary"}, 3.0)
     found = task.loss(student, whole[0])
     image, text, scale, guess = student(whole[0].images, whole[0].texts)
     target = whole[0].stored["t.summary"]
     cosines = [float(torch.dot(a, b) / a.norm() / b.norm()) for a, b in zip(guess.detach(), target, strict=True)]
     expected = Contrastive()(image, text, scale).loss + 3.0 * (1 - sum(cosines) / 8)
-    assert float(found.loss) == pytest.approx(float(expected), rel=1e-6)
-    assert float(found.terms["distill"].metrics["distill_cosine"]) == pytest.approx(sum(cosines) / 8, rel=1e-5)
+    assert float(found.loss) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert float(found.terms["distill_image"].metrics["image_cosine"]) == pytest.approx(sum(cosines) / 8, rel=1e-5)
     found.loss.backward()
     gradient = {name: one.grad for name, one in student.named_parameters() if one.grad is not None}
-    assert ("distilled.weight" in gradient) == (width != 20)
+    assert ("distilled.image.weight" in gradient) == (width != 20)
     student.zero_grad()
     parts = [replace(batch, stored={"t.summary": nn.functional.pad(batch.stored["t.summary"], (0, width - 20))})
              for batch in batches(4)]
@@ -124,7 +116,7 @@ def test_a_run_with_it(home: Path, tmp_path: Path) -> None:
     recipe, cached = home / "recipe.yaml", f"contrastive.distill.cached={home / 'cache'}"
     said = run("clip", recipe, tmp_path / "one", cached).stderr
     assert "contrastive.distill.cached: 3 epochs take turns with 2 views of each image" in said
-    cosines = [record["distill_cosine"] for record in records(tmp_path / "one", "train")]
+    cosines = [record["image_cosine"] for record in records(tmp_path / "one", "train")]
     assert cosines[-1] > cosines[0] + 0.1
     resumed = stopped_after(6, tmp_path / "one", tmp_path / "resumed")
     run("clip", recipe, resumed, cached)
@@ -135,6 +127,47 @@ def test_a_run_with_it(home: Path, tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "one" / "open_clip_model.safetensors") if "distill" in name]
     taught = json.loads((tmp_path / "one" / "lineage.json").read_text())["teachers"]["teacher"]
     assert taught["sha256"] == FeatureStore(home / "cache").facts.networks["teacher"].network["sha256"]
+
+
+@pytest.mark.slow
+def test_captions_too(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A caption belongs to its view: open_clip's embedding of it comes along; of three epochs the third has those of the first.
+    The student's comes nearer to it. A cache without captions is refused, and a teacher without a text tower."""
+    torch.manual_seed(2)
+    folder = clip_folder(tmp_path / "teacher", ClipStudent(ClipSettings(**CLIP["student"] | {"embed_dim": 20})).eval())
+    teacher = {"kind": "stage", "name": str(folder)}
+    root = make_folder(tmp_path / "images", {"cat": 30, "dog": 30}, (24, 24))
+    data = {"root": str(root), "val_share": 0.2, "templates": ["a {}", "one {}", "{} here"], "workers": 0}
+    tree = CLIP | {"data": data, "contrastive": {"distill": {"teacher": teacher, "captions": True}}, "view": {"seed": 3},
+                   "run": CLIP["run"] | {"epochs": 3}}
+    recipe, cache = write_recipe(tmp_path / "clip", tree), tmp_path / "cache"
+    assert main(["cache", str(recipe), "--views", "2", "--out", str(cache)]) == 0
+    tree["contrastive"]["distill"]["cached"] = str(cache)
+    built = clip.build(parse(clip.StageRecipe, tree, "recipe"), torch.device("cpu"))
+    model, tokenize = open_clip.create_model(f"local-dir:{folder}").eval(), open_clip.get_tokenizer(f"local-dir:{folder}")
+    reader, steps = built.parts.train._reader, built.parts.train.steps_per_epoch  # type: ignore[attr-defined]
+    seen: dict[int, set[str]] = {}
+    for step, (batch,) in enumerate(built.parts.train.steps(0, 3 * steps)):
+        for row, index in enumerate(batch.index.tolist()):
+            place = Place(step // steps, index)
+            (text,) = reader.preparation._texts(reader.source.read(index), place, reader.source.classes)
+            seen.setdefault(index, set()).add(text)
+            if row == 0:
+                with torch.no_grad():
+                    expected = model.encode_text(tokenize([text]))[0]
+                torch.testing.assert_close(batch.stored["teacher.caption"][row], expected, atol=1e-5, rtol=1e-5)
+    assert {len(texts) for texts in seen.values()} == {1, 2}
+    run("clip", recipe, tmp_path / "run", f"contrastive.distill.cached={cache}")
+    found = records(tmp_path / "run", "train")
+    assert found[-1]["text_cosine"] > found[0]["text_cosine"] + 0.1
+    run("clip", recipe, tmp_path / "alone", f"contrastive.distill.cached={cache}", "contrastive.distill.captions=false")
+    assert "text_cosine" not in records(tmp_path / "alone", "train")[0]
+    said = run("clip", home / "recipe.yaml", tmp_path / "no", f"contrastive.distill.cached={home / 'cache'}",
+               "contrastive.distill.captions=true", code=2).stderr
+    assert "has no embeddings of captions; make another one" in said
+    line = ["cache", str(home / "recipe.yaml"), "--views", "1", "--out", str(tmp_path / "c"), "contrastive.distill.captions=true"]
+    assert main(line) == 2
+    assert "contrastive.distill.teacher.kind=timm has no text tower for captions" in capsys.readouterr().err
 
 
 @pytest.mark.slow

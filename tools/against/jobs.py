@@ -81,7 +81,7 @@ def mim(options: argparse.Namespace, work: Path) -> Job:
         mask={"kind": "block", "ratio": MASKED, "min_block": 16}, view={"seed": 0, "crop_scale": CROP, "flip": FLIP},
     )
     say("making a cache of targets")
-    cache = ["eva_mim.cli", "cache", recipe, "--views", "1", "--out", str(store), "--dtype", "int8"]
+    cache = ["eva_mim.cli", "cache", recipe, "--program", "mim", "--views", "1", "--out", str(store), "--dtype", "int8"]
     start(Side("eva-mim cache", cache), work, work)
     live = Side("eva-mim, live", ["eva_mim.cli", "mim", recipe, "--out", "run"])
     cached = Side("eva-mim, cached", [*live.program, f"targets.cached={store}"])

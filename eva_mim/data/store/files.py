@@ -2,7 +2,8 @@
 
     DIR/store.json                          what the features depend on, and how they are stored
     DIR/train/view-0003/000012.safetensors  rows 12 * S and following, of view 3: for each network "NAME.spatial" [S, N, C],
-                                            "NAME.summary" [S, C], perhaps "NAME.scale" [S, N]; "present" [S], perhaps "label" [S]
+                                            "NAME.summary" [S, C], perhaps "NAME.scale" [S, N], "NAME.caption" [S, C]; "present"
+                                            [S], perhaps "label" [S]
     DIR/val/view-0000/...                   held-out images, in their one view
     DIR/pca.safetensors                     with principal components: "NAME.mean" [C], "NAME.components" [P, C]; above P for C
     DIR/index.json                          size and SHA-256 of every file; written last: without it the store is not whole
@@ -67,6 +68,8 @@ class NetworkFacts(BaseModel, extra="forbid", frozen=True):
     """C of spatial features."""
     summary: int
     """Width of a summary."""
+    caption: int = 0
+    """Width of the embedding of a view's caption; 0 if none is stored."""
     network: dict[str, Any]
     """What its features depend on, with the SHA-256 of its weights."""
 
@@ -100,6 +103,8 @@ class StoreFacts(BaseModel, extra="forbid", frozen=True):
             made["label"] = torch.zeros(rows, dtype=torch.int64)
         for name, one in self.networks.items():
             made[f"{name}.summary"] = torch.zeros(rows, one.summary)
+            if one.caption:
+                made[f"{name}.caption"] = torch.zeros(rows, one.caption)
             patches = one.patches if hidden is None else min(hidden, one.patches)
             if patches:
                 made[f"{name}.spatial"] = torch.zeros(rows, patches, self.components or one.width, dtype=DTYPES[self.dtype])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Features, MaskedBatch, Source
+from eva_mim.core.contracts import Features, ImageTextBatch, MaskedBatch, Source
 from eva_mim.core.distributed import rank, run_on, run_on_main, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, replacing, sha256, write_json, write_text
@@ -27,7 +27,7 @@ from eva_mim.core.log import Progress
 from eva_mim.core.run_folder import STORE, STORE_INDEX
 from eva_mim.core.settings import differences, few
 from eva_mim.data.loader import Faults, Reader, load
-from eva_mim.data.preparation import MaskedPreparation
+from eva_mim.data.preparation import Preparation
 from eva_mim.data.sampler import Place, evenly
 from eva_mim.data.store.files import (
     PCA,
@@ -52,11 +52,18 @@ SPARE = 1.02
 
 
 class Network(Protocol):
-    """A frozen network whose features are stored. Without patches (N = 0) only its summary is."""
+    """A frozen network whose features are stored."""
 
     @property
     def image_size(self) -> int: ...
     def __call__(self, images: Tensor) -> Features: ...
+
+
+class ImageTextNetwork(Network, Protocol):
+    """A network with embeddings of captions as well."""
+
+    def captions(self, texts: Tensor) -> Tensor:
+        """Returns the embeddings [T, C] of token ids [T, L]."""
 
 
 class Made(NamedTuple):
@@ -95,17 +102,19 @@ class Pair(NamedTuple):
     """Source and preparation of a split."""
 
     source: Source
-    preparation: MaskedPreparation
+    preparation: Preparation[MaskedBatch] | Preparation[ImageTextBatch]
 
 
-def described(network: Any, channels: int, device: torch.device, *, patches: bool = True, **more: Any) -> NetworkFacts:
+def described(
+    network: Any, channels: int, device: torch.device, *, patches: bool = True, caption: int = 0, **more: Any
+) -> NetworkFacts:
     """Returns what is to be stored of a network that has `Teacher.facts`; `more` goes beside them. Every rank must call."""
     blank = torch.zeros(1, channels, network.image_size, network.image_size, dtype=torch.uint8, device=device)
     with torch.no_grad():
         found = network(blank)
     facts = network.facts() | {"sha256": network.fingerprint()} | more
     return NetworkFacts(patches=found.spatial.shape[1] if patches else 0, width=found.spatial.shape[2],
-                        summary=found.summary.shape[1], network=facts)
+                        summary=found.summary.shape[1], caption=caption, network=facts)
 
 
 def begin(folder: Path, facts: StoreFacts) -> int:
@@ -237,8 +246,8 @@ def _works(facts: StoreFacts) -> Iterator[Work]:
 
 
 def _computed(
-    work: Work, batches: Iterator[MaskedBatch], networks: Mapping[str, Network], facts: StoreFacts, bases: dict[str, Basis],
-    device: torch.device, autocast: Callable[[], Any],
+    work: Work, batches: Iterator[MaskedBatch | ImageTextBatch], networks: Mapping[str, Network], facts: StoreFacts,
+    bases: dict[str, Basis], device: torch.device, autocast: Callable[[], Any],
 ) -> tuple[dict[str, Tensor], Made]:
     """Returns the tensors of a file, and what is known of it."""
     made, row_of = facts.empty(work.split, len(work.positions)), {index: row for row, index in enumerate(work.positions)}
@@ -255,11 +264,17 @@ def _computed(
             made["label"][rows] = images.labels[taken]
         for name, network in networks.items():
             with torch.no_grad(), autocast():
-                found = network(images.views[network.image_size].to(device, non_blocking=True))
+                pixels = images.views[network.image_size] if isinstance(images, MaskedBatch) else images.images
+                found = network(pixels.to(device, non_blocking=True))
             values = {"summary": found.summary.float()}
+            if facts.networks[name].caption:
+                assert isinstance(images, ImageTextBatch)
+                with torch.no_grad(), autocast():
+                    values["caption"] = cast(ImageTextNetwork, network).captions(images.texts.to(device)).float()
             if facts.networks[name].patches:
                 exact, there = found.spatial, torch.ones(found.spatial.shape[:2], dtype=torch.bool, device=device)
                 if hidden is not None:
+                    assert isinstance(images, MaskedBatch)
                     assert images.masked is not None
                     places, there = hidden_places(images.masked.to(device), hidden)
                     exact = exact.gather(1, places[..., None].expand(-1, -1, exact.shape[2])) * there[..., None]
