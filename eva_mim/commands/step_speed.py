@@ -45,6 +45,8 @@ REPEATS = 3
 """Times that each product is computed alone; the fastest counts."""
 WAITS, TEACHES, TALKS, FAST = 0.15, 0.4, 0.4, 0.7
 """Shares from which a step is called bound by its data, its teachers, its collectives, and this machine's matrix rate."""
+BF16 = 0.7
+"""Time of a product in bf16 by that in fp32, below which bf16 is proposed."""
 
 
 class Shape(NamedTuple):
@@ -96,6 +98,8 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
     precision: str
     slowdown: float
     """Time of a matrix product in this precision / its time in fp32; above 2 where the processor emulates it."""
+    bf16: float = 1.0
+    """Time of a matrix product in bf16 / its time in fp32, of a step in fp32; else 1."""
     workers: int
     """Loader processes of each process."""
     batch: int
@@ -152,6 +156,9 @@ class StepSpeed(BaseModel, extra="forbid", frozen=True):
                     f"process has more images (run.global_batch={self.batch} over {self.processes} processes), a lower "
                     "run.zero_stage sends less, and processes on one host are nearest to each other.")
         share = self.products / self.seconds
+        if self.bf16 < BF16:
+            return (f"{share:.0%} of the step are matrix products in fp32, and in bf16 they are {1 / self.bf16:.1f} times as "
+                    "fast here: set run.precision=bf16.")
         if share > FAST:
             ways = "a smaller student, or student.form=visible" if self.program == "mim" else "a smaller student or image"
             return (f"{share:.0%} of the step are matrix products at this machine's own rate for them ({self.rate:.0f} GFLOP/s): "
@@ -219,6 +226,7 @@ def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) ->
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processes": world_size(), "threads": torch.get_num_threads(), "workers": recipe.data.workers,
         "precision": recipe.run.precision, "slowdown": slowdown(recipe.run.precision, device),
+        "bf16": slowdown("bf16", device) if recipe.run.precision == "fp32" else 1.0,
         "batch": recipe.run.global_batch, "micro_batch": micro, "steps": steps, "seconds": seconds,
         "phases": phases | {"rest": max(0.0, seconds - sum(phases.values()))}, "logging": logging,
         "communication": communication, "peak_memory": peak,

@@ -182,6 +182,9 @@ class Targets(Protocol):
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
         """Returns the features of the batch by the teacher's name."""
 
+    def patches(self, batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
+        """Returns the spatial features [M, C] of the patches of `index` in the flattened [B * N], by the teacher's name."""
+
 
 class Teacher(Protocol):
     """A frozen network with the size, mean and std of its input images. It is never a submodule of a module in an engine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eva_mim.core.contracts import Features, Grid, MaskedBatch
@@ -45,25 +46,37 @@ class CachedTargets:
 
     def __init__(self, store: FeatureStore):
         self.teachers = {name: StoredTeacher(one.network) for name, one in store.facts.networks.items()}
-        self._bases, self._hidden = store.bases, store.facts.splits["train"].hidden
+        self._bases = store.bases
         self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give; of a store of
-        hidden patches zeros for those that are seen."""
+        """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give."""
         found = {}
-        for name, teacher in self.teachers.items():
-            spatial, scale, summary = (batch.stored.get(f"{name}.{kind}") for kind in ("spatial", "scale", "summary"))
-            assert spatial is not None
-            assert summary is not None
-            exact = unpacked(spatial, scale)
-            if name in self._bases:
-                basis = self._bases[name] = self._bases[name].to(exact.device)
-                exact = basis.up(exact)
-            if self._hidden is not None and exact.shape[1] < self._patches[name]:
-                assert batch.masked is not None
-                places, there = hidden_places(batch.masked, self._hidden)
-                whole = exact.new_zeros(len(exact), self._patches[name], exact.shape[2])
-                exact = whole.scatter_(1, places[..., None].expand_as(exact), exact * there[..., None])
-            found[name] = Features(summary, exact, teacher.grid)
+        for name, one in self.teachers.items():
+            spatial = self._spatial(batch, name)
+            found[name] = Features(batch.stored[f"{name}.summary"], spatial.view(batch.size, -1, spatial.shape[1]), one.grid)
         return found
+
+    def patches(self, batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
+        """Returns each teacher's features of some patches [M, C]; only these are unpacked."""
+        return {name: self._spatial(batch, name, index) for name in self.teachers}
+
+    def _spatial(self, batch: MaskedBatch, name: str, index: Tensor | None = None) -> Tensor:
+        """Returns features [M, C] of the patches of `index` in the flattened [B * N], or of all."""
+        spatial, scale = batch.stored[f"{name}.spatial"], batch.stored.get(f"{name}.scale")
+        if index is not None and spatial.shape[1] < self._patches[name]:
+            index = _rows_of_hidden(batch, spatial.shape[1])[index]
+        flat = [each.flatten(0, 1) for each in (spatial, scale) if each is not None]
+        exact = unpacked(*(flat if index is None else [each[index] for each in flat]))
+        if name in self._bases:
+            basis = self._bases[name] = self._bases[name].to(exact.device)
+            exact = basis.up(exact)
+        return exact
+
+
+def _rows_of_hidden(batch: MaskedBatch, count: int) -> Tensor:
+    """Returns for each patch of the flattened [B * N] its row among the stored ones [B * M]; 0 for patches that are seen."""
+    assert batch.masked is not None
+    places, there = hidden_places(batch.masked, count)
+    rows = torch.arange(places.numel(), device=places.device).view_as(places) * there
+    return torch.zeros_like(batch.masked, dtype=torch.int64).scatter_(1, places, rows).flatten()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from eva_mim.core.contracts import Features, MaskedBatch, Teacher
 from eva_mim.core.timing import phase
 
@@ -21,3 +23,7 @@ class LiveTargets:
             with phase("teacher" if len(self.teachers) == 1 else f"teacher {name}"):
                 found[name] = teacher(batch.views[teacher.image_size])
         return found
+
+    def patches(self, batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
+        """Returns each teacher's features of some patches [M, C]."""
+        return {name: features.spatial.flatten(0, 1)[index] for name, features in self(batch).items()}

@@ -54,7 +54,7 @@ class MaskedFeatures(Task):
     def loss(self, student: Callable[..., Any], batch: MaskedBatch) -> StepOutput:
         """Returns a loss term for each teacher: the objective, a mean over the M predicted patches."""
         index = self.index(batch)
-        targets = {name: spatial[index] for name, spatial in self.spatial(batch).items()}
+        targets = self.targets.patches(batch, index)
         with phase("student"):
             predictions = self.predictions(student, batch, batch.masked, index)
             return StepOutput({name: self._term(name, predictions[name], targets[name]) for name in self.weights}, {})

@@ -33,6 +33,7 @@ def speed(**changes: Any) -> StepSpeed:
     ({"phases": {"data": 0.5, "student": 1.5}}, "25% of the step waits for data: more loader processes than data.workers=2"),
     ({"phases": {"teacher clip": 0.5, "teacher dino": 0.5}}, "50% of the step is the teacher's forward pass"),
     ({"communication": 1.0, "processes": 2}, "its collectives take as long as 50% of the step"),
+    ({"products": 1.5, "bf16": 0.5}, "75% of the step are matrix products in fp32, and in bf16 they are 2.0 times as fast here"),
     ({"products": 1.5}, "75% of the step are matrix products at this machine's own rate for them (67 GFLOP/s)"),
     ({}, "50% of the step are matrix products; the rest is work between them"),
 ])

@@ -67,13 +67,18 @@ def test_fewer_views_than_it_has(home: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "cached") == losses(tmp_path / "live")
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_two_processes_follow(zero_stage: int, home: Path, tmp_path: Path) -> None:
-    """DeepSpeed's two ranks, each with its rows of the cache, against the teacher in one process."""
+    """DeepSpeed's two ranks, each with its rows of the cache, against the teacher in one process; in the long forms they also
+    go on from a checkpoint in the middle of an epoch, bit for bit."""
     run("mim", home / "recipe.yaml", tmp_path / "live", "view.count=2")
     few = ("run.engine=deepspeed", f"run.zero_stage={zero_stage}", f"targets.cached={home / 'cache-fp32'}")
     run("mim", home / "recipe.yaml", tmp_path / "two", *few, processes=2)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "live"), rtol=2e-5)
+    if zero_stage:
+        run("mim", home / "recipe.yaml", stopped_after(6, tmp_path / "two", tmp_path / "resumed"), *few, processes=2)
+        assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
+        same_weights(tmp_path / "resumed" / "model.safetensors", tmp_path / "two" / "model.safetensors")
 
 
 def test_principal_components(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +194,7 @@ def test_packing(dtype: Any) -> None:
     (["run.seed=1", "view.seed=null"], "view.seed: 3 -> 1; view.seed is run.seed unless it is set"),
     (["view.crop_scale=[0.5,1.0]"], "view.crop_scale: [0.2, 1.0] -> [0.5, 1.0]"),
     (["teacher.layer=1"], "teachers.teacher.layer: -1 -> 1"),
+    (["teacher.image_size=32"], "teachers.teacher.image_size: 16 -> 32"),
     (["data.scenes.train=48"], "data.train: 96 -> 48"),
     (["run.precision=bf16"], "precision: fp32 -> bf16"),
     (["view.count=3"], "has 2 views; leave it out, or take fewer"),

@@ -172,7 +172,7 @@ def packed(spatial: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
     return (scaled.round() if dtype == "int8" else scaled).to(DTYPES[dtype]), scale
 
 
-def unpacked(spatial: Tensor, scale: Tensor | None) -> Tensor:
+def unpacked(spatial: Tensor, scale: Tensor | None = None) -> Tensor:
     """Returns stored features [B, N, C]: with a scale in fp32, else as they are stored."""
     return spatial if scale is None else spatial.float() * scale[..., None]
 
