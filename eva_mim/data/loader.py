@@ -10,7 +10,9 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -122,13 +124,30 @@ whose parent is gone ends by itself (torch watches for that)."""
 
 
 def _started(loader: DataLoader[Any]) -> Any:
-    """Returns the iterator of a loader, whose workers start in it: with signals blocked, since they have the main process's
-    handlers until they ignore them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
+    """Returns the iterator of a loader, whose workers start in it."""
+    with _postponed(STOPS):
         return iter(loader)
+
+
+@contextmanager
+def _postponed(numbers: set[signal.Signals]) -> Iterator[None]:
+    """In the block signals wait, and come at its end. They are blocked, since processes that start there have this one's handlers
+    until they ignore them; and noted, since another thread may take them all the same, whereupon Python calls the handler in the
+    main thread: an exception of it would leave half an iterator."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for one in came:
+            signal.raise_signal(one)
 
 
 def _begin_worker(reasons: Any, worker: int) -> None:

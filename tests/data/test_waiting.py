@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from eva_mim.data.loader import _postponed
 from tests.conftest import make_folder, picture, png
 from tests.ranks import Launched, ends, script
 from tests.tiny import CLASSIFY, RUN, VIT, records, run, write_recipe
@@ -168,6 +170,25 @@ def test_a_killed_loader_process_is_a_lost_one(tmp_path: Path, number: int) -> N
     said = ended(process, log, 69)
     assert "a loader process (pid" in said
     assert "fewer data.workers or smaller images help" in said
+
+
+def test_signals_wait_while_loader_processes_begin() -> None:
+    """Also one that another thread takes, since only the main one blocks it: the handler comes at the end, once for each."""
+    said: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: said.append("handled"))
+    idle = threading.Event()
+    other = threading.Thread(target=idle.wait)
+    other.start()
+    try:
+        with _postponed({signal.SIGUSR1}):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)
+            said.append("block ends")
+        assert said == ["block ends", "handled"]
+    finally:
+        idle.set()
+        other.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_signal_may_come_while_loader_processes_begin(tmp_path: Path) -> None:
