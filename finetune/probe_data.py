@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,7 @@ from eva_mim.data import too_many
 from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.sources.index import cache_folder
-from eva_mim.data.splits import HOLD_OUT_SEED, Splits
+from eva_mim.data.splits import HOLD_OUT_SEED, Splits, pixels_of, roots_of
 from eva_mim.data.store.files import FeatureStore, NetworkFacts, SplitFacts, StoreFacts
 from eva_mim.data.store.rows import EvalRows, Positions, RowLoader, Rows
 from eva_mim.data.store.write import Pair, store_of
@@ -112,13 +111,11 @@ def _stored(recipe: StageRecipe, student: LinearProbe, splits: Splits, device: t
     that its content is never stale. Unused folders stay until the user removes them."""
     student.to(device).eval()
     tune(student, device)
-    roots = [part.root for part in (recipe.data, recipe.data.held_out) if part is not None and part.root is not None]
     inputs = {
         "images": [source.fingerprint for source in splits],
         "quarantine": None if recipe.data.quarantine is None else sha256(recipe.data.quarantine),
-        # Two folders may have files of the same names.
-        "roots": [str(Path(root).resolve()) for root in roots],
-        "pixels": [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()],
+        "roots": roots_of(recipe.data),
+        "pixels": pixels_of(recipe.data),
         "crop_pct": recipe.view.crop_pct,
         "device": device.type,
     }

@@ -17,7 +17,7 @@ from eva_mim.core.rng import derive, isolated
 from eva_mim.core.settings import differences, few
 from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.sampler import evenly
-from eva_mim.data.splits import Splits
+from eva_mim.data.splits import Splits, pixels_of
 from eva_mim.data.store.files import Dtype, FeatureStore, SplitFacts, StoreFacts, read_facts
 from eva_mim.data.store.write import described
 from eva_mim.targets.cached import StoredTeacher
@@ -158,10 +158,9 @@ def _inputs(wanted: Wanted, splits: Splits, *, masks: bool) -> dict[str, Any]:
     """Returns what decides the images, their pixels, their views, perhaps their masks and captions, and the precision, in JSON's
     types."""
     recipe = wanted.recipe
-    pixels = [[part.channels, part.window and list(part.window), part.exif] for part in recipe.data.sources.values()]
     seed = recipe.run.seed if recipe.view.seed is None else recipe.view.seed
     view = recipe.view.model_dump(mode="json", exclude={"count", "seed"}) | {"seed": seed}
-    found = {"precision": recipe.run.precision, "view": view, "data": splits.facts() | {"records": pixels}}
+    found = {"precision": recipe.run.precision, "view": view, "data": splits.facts() | {"records": pixels_of(recipe.data)}}
     if wanted.captions:
         found["templates"] = recipe.data.templates
     return found | {"mask": wanted.mask.model_dump(mode="json")} if masks and wanted.mask else found

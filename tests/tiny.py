@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eva_mim.core.contracts import StateGroup
 from eva_mim.core.run_folder import RunFolder
@@ -45,6 +45,18 @@ def write_recipe(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def teacher_file(folder: Path) -> Path:
+    """Weights of MIM's teacher, the same for every test."""
+    import timm
+
+    import eva_mim.trunks.small  # noqa: F401
+
+    torch.manual_seed(5)
+    path = folder / "teacher.safetensors"
+    save_file(timm.create_model(NANO["name"], num_classes=0, img_size=16).state_dict(), path)
     return path
 
 

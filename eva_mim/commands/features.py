@@ -80,6 +80,7 @@ def features(options: argparse.Namespace) -> None:
     from eva_mim.commands.data.index import every_split, read_data
     from eva_mim.core.distributed import run_on_main, setup
     from eva_mim.data.preparation import MaskedPreparation
+    from eva_mim.data.splits import pixels_of, roots_of
     from eva_mim.data.store.files import SplitFacts, StoreFacts
     from eva_mim.data.store.write import Pair, described, store_of
     from eva_mim.data.views import EvalView
@@ -102,8 +103,8 @@ def features(options: argparse.Namespace) -> None:
     network = MeanOfPatches(teacher) if options.pool == "mean" else teacher
     facts = StoreFacts(
         networks={MODEL: described(network, len(teacher.mean), device, patches=options.patches, pool=options.pool)},
-        inputs={"images": {name: source.fingerprint for name, source in splits.items()}, "resizing": teacher.resizing,
-                "pixels": [[part.channels, part.window and list(part.window), part.exif] for part in settings.sources.values()]},
+        inputs={"images": {name: source.fingerprint for name, source in splits.items()}, "roots": roots_of(settings),
+                "pixels": pixels_of(settings), "resizing": teacher.resizing},
         splits={name: SplitFacts(images=len(source)) for name, source in splits.items()},
     )
     if options.to.suffix == ".npy" and facts.bytes() > MAX_NPY:

@@ -78,14 +78,12 @@ def _acquire(held: SoftFileLease, folder: Path, *, wait: bool) -> None:
             held.force_break()
             continue
         if (owner is not None and _is_here(owner)) or first not in (None, renewed):
-            if wait:
-                if not said:
-                    say(f"  {folder} is being made by {_named(owner)}; waiting for it")
-                said = True
-                time.sleep(RENEWED / 15)
-                continue
-            raise UserError(f"{folder} is in use by {_named(owner)}; wait until that has ended, or choose another --out")
-        if first is None and renewed is not None:
+            if not wait:
+                raise UserError(f"{folder} is in use by {_named(owner)}; wait until that has ended, or choose another --out")
+            if not said:
+                say(f"  {folder} is being made by {_named(owner)}; waiting for it")
+            said = True
+        elif first is None and renewed is not None:
             first = renewed
             say(f"  {folder} is held by {_named(owner)}; waiting up to {EXPIRED:.0f} s to see whether it is alive")
         time.sleep(min(1.0, RENEWED / 4))

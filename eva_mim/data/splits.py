@@ -80,6 +80,16 @@ class Opened(NamedTuple):
     images: int
 
 
+def pixels_of(settings: DataSettings) -> list[list[Any]]:
+    """Returns the pixel format of each source, in JSON's types."""
+    return [[part.channels, part.window and list(part.window), part.exif] for part in settings.sources.values()]
+
+
+def roots_of(settings: DataSettings) -> list[str]:
+    """Returns the folder of each source: two may have files of the same names."""
+    return [str(part.root.resolve()) for part in settings.sources.values() if part.root is not None]
+
+
 def open_splits(settings: DataSettings) -> Splits:
     """Returns the training and the held-out source. Raises UserError for a missing or empty folder, class lists that differ, no
     held-out images, or an unexpected number of training images."""

@@ -24,6 +24,7 @@ from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
 from eva_mim.teachers.trunk import read_trunk
 from eva_mim.trunks.create import create
+from eva_mim.trunks.kernels import tune
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -59,6 +60,7 @@ class TextTower:
         name = settings.name if settings.kind == "open_clip" else f"local-dir:{settings.name}"
         self._model: Any = _model(settings, name, settings.weights).eval().requires_grad_(False)
         self._model.visual = None
+        tune(self._model, "cpu")
         try:
             self.tokenize = open_clip.get_tokenizer(name)
         except (RuntimeError, OSError, ValueError, ImportError) as error:
@@ -74,6 +76,7 @@ class TextTower:
     def to(self, device: Any) -> TextTower:
         """Moves the weights to `device`."""
         self._model.to(device)
+        tune(self._model, device)
         return self
 
     def fingerprint(self) -> str:

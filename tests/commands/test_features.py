@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from eva_mim.cli import main
+from eva_mim.commands import features as commands_features
 from eva_mim.commands.sheet import GAP, LINE, TILE
 from eva_mim.students import ClassifierSettings, ClipSettings
 from eva_mim.students.classifier import Classifier
@@ -79,6 +80,23 @@ def test_two_processes_and_what_was_left(stage: Path, images: Path, tmp_path: Pa
     assert f"{left} holds other features; remove it, or choose another folder" in capsys.readouterr().err
     shutil.rmtree(left)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_was_left_of_another_folder(
+    stage: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files have the same names: features of the one are not taken for those of the other."""
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(images, tmp_path / "other")
+    line = ["features", str(stage), "--to", str(tmp_path / "v.npy"), "--on"]
+    with monkeypatch.context() as patched:
+        patched.setattr(commands_features, "_write", stopped)
+        assert main([*line, str(images)]) == 130
+    assert main([*line, str(tmp_path / "other")]) == 2
+    assert "v.npy.partial holds other features" in capsys.readouterr().err
+    assert main([*line, str(images)]) == 0
 
 
 def test_grey_images_have_the_view_of_the_network(stage: Path, images: Path, tmp_path: Path) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import eva_mim.trunks.small  # noqa: F401
 from eva_mim.cli import main
 from eva_mim.core.errors import UserError
 from eva_mim.core.lock import locked
@@ -22,7 +20,7 @@ from eva_mim.core.settings import parse
 from eva_mim.data.store.files import FeatureStore, packed, unpacked
 from pretrain import mim
 from tests.conftest import picture
-from tests.tiny import MIM, finish, losses, python, run, same_weights, stopped_after, write_recipe
+from tests.tiny import MIM, finish, losses, python, run, same_weights, stopped_after, teacher_file, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with a teacher of a file, and caches of two views of it: cache-fp32, cache-int8, cache-fp8."""
     folder = tmp_path_factory.mktemp("cached") / "mim"
     folder.mkdir()
-    torch.manual_seed(5)
-    save_file(timm.create_model("vit_nano_patch4_32", num_classes=0, img_size=16).state_dict(), folder / "teacher.safetensors")
-    tree = MIM | {"teacher": MIM["teacher"] | {"weights": str(folder / "teacher.safetensors")}, "view": {"seed": 3},
+    tree = MIM | {"teacher": MIM["teacher"] | {"weights": str(teacher_file(folder))}, "view": {"seed": 3},
                   "run": MIM["run"] | {"epochs": 3, "checkpoint_every": 2}}
     recipe = write_recipe(folder, tree)
     for dtype in ("fp32", "int8", "fp8"):

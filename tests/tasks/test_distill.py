@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-import eva_mim.trunks.small  # noqa: F401
 from eva_mim.cli import main
 from eva_mim.core.contracts import ImageTextBatch
 from eva_mim.core.settings import parse
@@ -29,7 +27,7 @@ from eva_mim.teachers import build_teacher
 from pretrain import clip
 from tests.conftest import make_folder
 from tests.students.tiny_towers import clip_folder
-from tests.tiny import CLIP, losses, records, run, same_weights, stopped_after, write_recipe
+from tests.tiny import CLIP, MIM, losses, records, run, same_weights, stopped_after, teacher_file, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with a teacher of width 96 in a file, and a cache of two views of it."""
     folder = tmp_path_factory.mktemp("distill") / "clip"
     folder.mkdir()
-    torch.manual_seed(5)
-    save_file(timm.create_model("vit_nano_patch4_32", num_classes=0, img_size=16).state_dict(), folder / "teacher.safetensors")
-    teacher = {"kind": "timm", "name": "vit_nano_patch4_32", "image_size": 16, "weights": str(folder / "teacher.safetensors")}
+    teacher = MIM["teacher"] | {"weights": str(teacher_file(folder))}
     recipe = write_recipe(folder, CLIP | {"contrastive": {"distill": {"teacher": teacher | {"weight": 2.0}}},
                                           "run": CLIP["run"] | {"epochs": 3, "checkpoint_every": 2}, "view": {"seed": 3}})
     assert main(["cache", str(recipe), "--views", "2", "--out", str(folder / "cache")]) == 0
