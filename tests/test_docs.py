@@ -20,7 +20,7 @@ from eva_mim.pipeline.plan import plan
 from eva_mim.run import program
 from eva_mim.run.program import stage_parser
 from tests.conftest import REPOSITORY
-from tools import styles_plot
+from tools import table_plot
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PLACEHOLDERS = ("RECIPE", "recipe.yaml", "photos.yaml")
@@ -92,7 +92,13 @@ def test_links_and_files_exist(page: Path) -> None:
         assert (REPOSITORY / path).exists(), path
 
 
-def test_the_plot_is_that_of_the_table() -> None:
-    table = styles_plot.styles((REPOSITORY / "docs" / "results.md").read_text())
-    assert [len(style.figures) for style in table] == [3, 1, 3, 1, 3]
-    assert (REPOSITORY / "docs" / "styles.svg").read_text() == styles_plot.drawn(table)
+@pytest.mark.parametrize("picture", table_plot.PICTURES, ids=lambda picture: picture.name)
+def test_a_plot_is_that_of_its_table(picture: table_plot.Picture) -> None:
+    docs = REPOSITORY / "docs"
+    assert (docs / picture.name).read_text() == table_plot.drawn(
+        table_plot.rows((docs / picture.page).read_text(), picture), picture)
+
+
+def test_a_plotted_row_has_the_figures_of_all_seeds() -> None:
+    table = table_plot.rows((REPOSITORY / "docs" / "results.md").read_text(), table_plot.PICTURES[0])
+    assert [len(row.figures) for row in table] == [3, 1, 3, 1, 3]
