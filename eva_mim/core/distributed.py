@@ -173,6 +173,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast_from_main(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrites the tensor by the main rank's and returns it; unchanged without a group."""
+    import torch.distributed as dist
+
+    if grouped():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the rows [rows of all ranks, ...] in the order of ranks; ranks may have different numbers of rows [rows, ...]."""
     import torch
