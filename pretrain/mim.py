@@ -18,9 +18,9 @@ from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
-from eva_mim.students import MaskedSettings
-from eva_mim.tasks import ObjectiveSettings
-from eva_mim.teachers import TeacherSettings
+from eva_mim.students import HeadSettings, MaskedSettings
+from eva_mim.targets import NormaliserSettings
+from eva_mim.tasks import ObjectiveSettings, TargetTeacherSettings
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +52,16 @@ class EvaluateSettings(Settings):
 class StageRecipe(Recipe):
     """Settings of a masked-feature stage."""
 
-    teacher: TeacherSettings | None = None
+    teacher: TargetTeacherSettings | None = None
     """The only teacher: the same as `teachers` with one teacher of the name "teacher"."""
-    teachers: dict[TeacherName, TeacherSettings] = {}
-    """Several teachers by name; the student gets a head for each."""
+    teachers: dict[TeacherName, TargetTeacherSettings] = {}
+    """Several teachers by name; the student gets heads for each."""
     student: MaskedSettings
     targets: TargetSettings = TargetSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    """Losses against each teacher without an `objective` of its own."""
+    normaliser: NormaliserSettings = NormaliserSettings()
+    """Normalisation of the spatial features of each teacher without a `normaliser` of its own."""
     mask: MaskSettings = MaskSettings()
     view: ViewSettings = ViewSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -73,9 +76,21 @@ class StageRecipe(Recipe):
         return self
 
     @property
-    def all_teachers(self) -> dict[str, TeacherSettings]:
+    def all_teachers(self) -> dict[str, TargetTeacherSettings]:
         """Settings of every teacher by name."""
         return self.teachers if self.teacher is None else {"teacher": self.teacher}
+
+    def objective_of(self, name: str) -> ObjectiveSettings:
+        """Returns the losses against a teacher."""
+        return self.all_teachers[name].objective or self.objective
+
+    def head_of(self, name: str) -> HeadSettings:
+        """Returns the head for a teacher."""
+        return self.all_teachers[name].head or self.student.head
+
+    def normaliser_of(self, name: str) -> NormaliserSettings:
+        """Returns the normalisation of a teacher's features."""
+        return self.all_teachers[name].normaliser or self.normaliser
 
     @model_validator(mode="after")
     def _positions_have_one_source(self) -> StageRecipe:
@@ -126,16 +141,19 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
     from eva_mim.students.initialise import initialise
     from eva_mim.students.masked import MaskedStudent
     from eva_mim.tasks.masked import check_grids
+    from pretrain.lessons import plan_of
     from pretrain.targets import stored_teachers
 
     wanted = targets_of(recipe)
     teachers: dict[str, Teacher] = {}
     teachers |= wanted.teacher_networks(weights=weights) if wanted.folder is None else stored_teachers(wanted)
-    widths = {name: teacher.width for name, teacher in teachers.items()}
-    student = MaskedStudent(recipe.student, widths["teacher"] if recipe.teacher else widths, recipe.mask)
+    plans = {name: plan_of(recipe, name, teacher) for name, teacher in teachers.items()}
+    alone = recipe.teacher is not None and not plans["teacher"].summary
+    student = MaskedStudent(recipe.student, plans["teacher"].spatial if alone else plans, recipe.mask)
     initialise(student, recipe.student.init)
     for name, teacher in teachers.items():
-        check_grids(student.grid, student.image_size, teacher, recipe.all_teachers[name].path)
+        if plans[name].spatial:
+            check_grids(student.grid, student.image_size, teacher, recipe.all_teachers[name].path, plans[name].settings.upsample)
     return Networks(student, teachers)
 
 
@@ -145,7 +163,6 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     from eva_mim.core.files import write_weights
     from eva_mim.core.log import say
-    from eva_mim.core.registry import OBJECTIVES, lookup
     from eva_mim.core.run_folder import HEAD
     from eva_mim.data.masking import make_mask
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
@@ -158,9 +175,9 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
+    from pretrain.lessons import folded, lessons_of
     from pretrain.targets import open_store, view_of
 
-    objective = lookup(OBJECTIVES, recipe.objective.kind, "objective.kind")
     splits = open_splits(recipe.data)
     store = open_store(targets_of(recipe), splits)
     view = view_of(recipe, store)
@@ -168,11 +185,12 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         raise UserError("mask.replay=true has no effect while each epoch has new views; set view.count, or targets.cached")
     made = networks(recipe)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
-    weights = {name: settings.weight for name, settings in recipe.all_teachers.items()}
+    lessons = lessons_of(recipe, teachers, device)
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
-    task = MaskedFeatures(student, targets, objective, weights)
+    task = MaskedFeatures(student, targets, lessons)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
     masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
+                             predict_visible=any(lesson.visible for lesson in lessons.values()),
                              with_views=("view", "mask") if recipe.mask.replay else ("view",),
                              stored=partial(store.row, split) if store else None) for split in ("train", "val")}
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
@@ -190,7 +208,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
                    crop_pct=recipe.view.crop_pct)
-        write_weights(out / HEAD, {n: v for n, v in weights.items() if not n.startswith("trunk.")})
+        heads = {name: value for name, value in weights.items() if not name.startswith("trunk.")}
+        write_weights(out / HEAD, folded(student, heads, lessons))
 
     train = train_loader(recipe, splits.train, sizes, view, masked["train"])
     return Built(

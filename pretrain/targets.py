@@ -98,7 +98,7 @@ def stored_teachers(wanted: Wanted) -> dict[str, StoredTeacher]:
         raise UserError(f"{wanted.called} has no embeddings of captions; make another one")
     if wanted.patches and (without := [name for name, one in networks.items() if not one.patches]):
         raise UserError(f"{wanted.called} has summaries of {few(without, 3)} alone, no features of patches; make another one")
-    return {name: StoredTeacher(one) for name, one in known.items()}
+    return {name: StoredTeacher(one.network, one.summary) for name, one in networks.items()}
 
 
 def open_store(wanted: Wanted, splits: Splits) -> FeatureStore | None:
@@ -145,7 +145,8 @@ def _refuse(wanted: Wanted, found: Mapping[str, Any], asked: Mapping[str, Any], 
 def _settings(settings: TeacherSettings, *, in_file: bool) -> dict[str, Any]:
     """Returns the settings of a teacher that its features depend on; of weights in a file (`in_file`) not the place."""
     place = {"name"} if settings.kind == "stage" else {"weights"}
-    return settings.model_dump(mode="json", exclude={"weight", *(place if in_file else ())})
+    kept = TeacherSettings.model_fields.keys() - {"weight", "micro_batch", *(place if in_file else ())}
+    return settings.model_dump(mode="json", include=kept)
 
 
 def _file_hash(settings: TeacherSettings) -> str | None:

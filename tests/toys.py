@@ -26,6 +26,7 @@ from eva_mim.run.loop import Parts
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
 from eva_mim.run.stage import Built, Networks
+from eva_mim.students import HeadSettings
 from eva_mim.teachers import TeacherSettings
 from eva_mim.trunks.create import build_trunk
 from eva_mim.weights.export import write_timm
@@ -35,7 +36,7 @@ from eva_mim.weights.files.write import write_safetensors
 class ColourTeacher:
     """A teacher: a patch's mean colour, from 0 to 1."""
 
-    width, mean, std = 3, (0.5,) * 3, (0.5,) * 3
+    width, summary_width, mean, std = 3, 3, (0.5,) * 3, (0.5,) * 3
 
     def __init__(self, settings: TeacherSettings):
         self.image_size = settings.image_size or 32
@@ -55,7 +56,7 @@ class ColourTeacher:
         return {"network": "colours", "image_size": self.image_size, "grid": list(self.grid), "width": self.width}
 
 
-def wide_head(width: int, target: int) -> nn.Module:
+def wide_head(width: int, target: int, settings: HeadSettings) -> nn.Module:
     """A head: one hidden layer."""
     return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, target))
 

@@ -120,8 +120,10 @@ class MaskedBatch(Batch):
     masked: Tensor | None = None
     """[B, N] bool, True where the patch is hidden from the student; None if it sees all patches."""
     target_index: Tensor | None = None
-    """[M] int64, positions of the predicted patches (the masked ones) in the flattened [B * N]; an index needs no host sync,
-    unlike a boolean mask. None if `masked` is None: every patch is predicted."""
+    """[M] int64, positions of the masked patches in the flattened [B * N]; an index needs no host sync, unlike a boolean mask.
+    None if `masked` is None: every patch is predicted."""
+    visible_index: Tensor | None = field(default=None, kw_only=True)
+    """[B * N - M] int64, positions of the other patches; None if they are not predicted."""
     labels: Tensor | None = field(default=None, kw_only=True)
     """[B] int64, None if the images have no labels; held-out figures read them, the loss does not."""
     stored: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
@@ -170,10 +172,19 @@ class Features(NamedTuple):
     """Features that a teacher computes for a batch."""
 
     summary: Tensor
-    """[B, C], one vector an image."""
+    """[B, C'], one vector an image; C' is 0 for a network without summaries."""
     spatial: Tensor
     """[B, N, C], one vector a patch, after the teacher's final norm (and projection where it has one)."""
     grid: Grid
+
+
+class Target(NamedTuple):
+    """What a student learns of a teacher in a batch."""
+
+    spatial: Tensor
+    """[M, C], features of the predicted patches."""
+    summary: Tensor
+    """[B, C'], see `Features`."""
 
 
 class Targets(Protocol):
@@ -182,8 +193,9 @@ class Targets(Protocol):
     def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
         """Returns the features of the batch by the teacher's name."""
 
-    def patches(self, batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
-        """Returns the spatial features [M, C] of the patches of `index` in the flattened [B * N], by the teacher's name."""
+    def patches(self, batch: MaskedBatch, index: Mapping[str, Tensor]) -> dict[str, Target]:
+        """Returns by the teacher's name its summary, and the spatial features of the cells of `index` in its flattened
+        [B * N]."""
 
 
 class Teacher(Protocol):
@@ -194,6 +206,9 @@ class Teacher(Protocol):
     """How its images are brought to size outside training: arguments of `EvalView` besides the size."""
     grid: Grid
     width: int
+    """C of spatial features."""
+    summary_width: int
+    """C' of summaries; 0 for a network that has none."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -218,6 +233,10 @@ class Task(Protocol):
     """One kind of training step: targets, student and objective. The loop and the engines use no other interface."""
 
     student: nn.Module
+
+    def state(self) -> dict[str, StateGroup]:
+        """Returns the state groups of a checkpoint that are the task's own: running statistics. Every rank must call."""
+        return {}
 
     # `Any` stands for the batch class of the task.
     def prepare(self, student: Callable[..., Any], batches: list[Any]) -> list[Any]:

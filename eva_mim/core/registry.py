@@ -31,12 +31,16 @@ TEACHERS = {
     "pixels": "eva_mim.teachers.pixels:pixel_teacher",
 }
 HEADS = {
-    "linear": "torch.nn.modules.linear:Linear",
+    "linear": "eva_mim.students.heads:linear",
+    "mlp": "eva_mim.students.heads:mlp",
+    "mlp_v2": "eva_mim.students.heads:ResidualMlp",
+    "attention": "eva_mim.students.heads:AttentionHead",
 }
-"""(D, C) -> module from [M, D] patches to [M, C] predictions."""
+"""(D, C, HeadSettings) -> module from [M, D] patches to [M, C] predictions."""
 OBJECTIVES = {
-    "cosine": "eva_mim.tasks.masked:masked_cosine",
-    "mse": "eva_mim.tasks.masked:masked_mse",
+    "cosine": "eva_mim.tasks.objectives:masked_cosine",
+    "mse": "eva_mim.tasks.objectives:masked_mse",
+    "cosine_smooth_l1": "eva_mim.tasks.objectives:cosine_smooth_l1",
 }
 """(prediction [M, C], target [M, C]) -> LossTerm."""
 ENGINES = {

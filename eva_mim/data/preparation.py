@@ -108,6 +108,8 @@ class MaskedPreparation(Preparation[MaskedBatch]):
 
     mask: Mask | None = None
     """Mask of the patches; None: the student sees every patch."""
+    predict_visible: bool = field(default=False, kw_only=True)
+    """True if the patches that the student sees are predicted, too."""
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
         """Returns views by side, [N] bool mask (None without masking), label, and stored targets."""
@@ -125,6 +127,7 @@ class MaskedPreparation(Preparation[MaskedBatch]):
             {side: torch.stack([each[side] for each in views]) for side in views[0]},
             masked,
             None if masked is None else masked.flatten().nonzero()[:, 0],
+            visible_index=(~masked).flatten().nonzero()[:, 0] if masked is not None and self.predict_visible else None,
             labels=_labels(labels),
             stored=_stacked(stored),
             broken=broken,

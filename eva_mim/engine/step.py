@@ -98,15 +98,18 @@ def reduce_outputs(
     outputs: list[StepOutput], shares: list[Shares], norm: Tensor, scale: LossScale, update_ratio: Tensor | None
 ) -> StepOutput:
     """Returns this rank's loss and metrics of the step (detached), averaged over micro-batches, and updates the loss scale; see
-    `contracts.Engine.step`. With several loss terms the metrics have the mean of each as `loss_NAME`."""
+    `contracts.Engine.step`. With several loss terms the metrics have the mean of each as `loss_NAME`, and what it adds to the
+    loss, as a share of the sum of all absolute values, as `share_NAME`."""
     used, bad = scale.value, ~norm.isfinite()
     scale.update(bad)
     terms = {name: _reduced(name, outputs, shares) for name in outputs[0].terms}
     metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
+    whole = sum(((term.mean * term.weight).abs() for term in terms.values()), torch.zeros_like(norm))
     for name, term in terms.items():
         metrics |= term.metrics
         if len(terms) > 1:
             metrics[f"loss_{name}"] = term.mean
+            metrics[f"share_{name}"] = (term.mean * term.weight).abs() / whole
     return StepOutput(terms, metrics).with_metrics(
         grad_norm=norm, skipped=bad.float(), update_ratio=update_ratio, loss_scale=used if scale.dynamic else None
     )

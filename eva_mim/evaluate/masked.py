@@ -9,48 +9,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Autocast, LabelledBatch, MaskedBatch
+from eva_mim.core.contracts import Autocast, Features, LabelledBatch, MaskedBatch
 from eva_mim.core.distributed import all_gather_rows, all_reduce_sum
 from eva_mim.core.log import say
 from eva_mim.evaluate import features
+from eva_mim.students.heads import SUMMARY
 from eva_mim.tasks.masked import MaskedFeatures
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""Prediction and target [rows, C] by the teacher's name, in its own space."""
 
 
 class MaskedFeatureEvaluator:
     """Evaluator of masked pretraining: held-out cosine of prediction and target, and figures of the features of unmasked
     images."""
 
-    headline = "cosine"
-
     def __init__(
         self, task: MaskedFeatures, val: Iterable[MaskedBatch], bank: Iterable[LabelledBatch], *, labelled: bool,
         device: torch.device,
     ):
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
+        self.headline = "cosine" if any(lesson.spatial for lesson in task.lessons.values()) else "summary_cosine"
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
         """Returns figures by name. `cosine`: mean cosine of prediction and target with the held-out masks, which are drawn by the
         law of training. `cosine_stripes`: the same with every other patch masked, as the original validates
         (EVA-01/eva/engine_for_pretraining.py), for students that accept any mask. `cosine_of_mean`: cosine of the best constant
-        prediction. `feature_std`, `effective_rank`: see `features.py`. `knn_top1`, `ridge_top1` (on the mean of the patches) and
-        `knn_class_top1` (on the class token): percent, if labels exist."""
+        prediction. `error`: squared error / variance of the targets (1: as good as their mean), where the loss fixes the scale.
+        `summary_cosine`: of summaries. Of several teachers the mean, and each one's as FIGURE_NAME. `feature_std`,
+        `effective_rank`: see `features.py`. `knn_top1`, `ridge_top1` (on the mean of the patches) and `knn_class_top1` (on the
+        class tokens): percent, if labels exist."""
         found = _Sums(self.device)
         rows, labels = [], []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
-                targets, index = self.task.spatial(batch), self.task.index(batch)
-                found.cosines("cosine", self.task.predictions(student, batch, batch.masked, index), targets, index)
+                targets, index = self.task.targets(batch), self.task.index(batch)
+                predictions = self.task.predictions(student, batch, batch.masked, index)
+                pairs = self._pairs(predictions, targets, index)
+                found.cosines("cosine", pairs)
+                found.errors({name: pair for name, pair in pairs.items() if self.task.lessons[name].scaled})
+                found.cosines("summary_cosine", self._summaries(predictions, targets))
                 if batch.masked is not None and student.any_mask:
                     stripes, striped = _stripes(batch)
-                    found.cosines("cosine_stripes", self.task.predictions(student, batch, stripes, striped), targets, striped)
+                    striped_predictions = self.task.predictions(student, batch, stripes, striped)
+                    found.cosines("cosine_stripes", self._pairs(striped_predictions, targets, striped))
                 rows.append(_both(student.features(self.task.images(batch))))
-            found.directions(targets, index)
+            found.directions(pairs)
             if batch.labels is not None:
                 labels.append(batch.labels)
         result = found.means()
         mean, token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
         assert mean is not None
-        result |= found.lengths_of_means() | {
+        result |= found.lengths_of_means() | found.relative_errors() | {
             "feature_std": features.spread(mean),
             "effective_rank": features.effective_rank(mean),
         }
@@ -60,6 +70,16 @@ class MaskedFeatureEvaluator:
         if self.labelled:
             result |= self._labelled(student, autocast, mean, token, all_gather_rows(torch.cat(labels)))
         return result
+
+    def _pairs(self, predictions: dict[str, Tensor], targets: dict[str, Features], index: Tensor) -> Pairs:
+        """Returns predictions and targets of the patches of `index`."""
+        cells = self.task.cells(index)
+        return {name: (lesson.native(predictions[name]), targets[name].spatial.flatten(0, 1)[cells[name]])
+                for name, lesson in self.task.lessons.items() if lesson.spatial is not None}
+
+    def _summaries(self, predictions: dict[str, Tensor], targets: dict[str, Features]) -> Pairs:
+        return {name: (predictions[name + SUMMARY], targets[name].summary)
+                for name, lesson in self.task.lessons.items() if lesson.summary is not None}
 
     def _labelled(
         self, student: Any, autocast: Autocast, mean: Tensor, token: Tensor | None, labels: Tensor
@@ -82,41 +102,58 @@ class MaskedFeatureEvaluator:
 
 
 class _Sums:
-    """Sums of cosines over patches, by figure and teacher; reduced over ranks when they are returned as means."""
+    """Sums over patches or images, by figure and teacher; reduced over ranks when they are returned as means."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.sums: dict[tuple[str, str], Tensor] = {}
         self._directions: dict[str, Tensor] = {}
+        self._errors: dict[str, Tensor] = {}
 
-    def cosines(self, figure: str, predictions: dict[str, Tensor], targets: dict[str, Tensor], index: Tensor) -> None:
-        """Adds the cosines of each teacher's [M, C] predictions and the rows `index` of its [B * N, C] targets to the sums of a
-        figure."""
-        for name, prediction in predictions.items():
-            cosine = F.cosine_similarity(prediction.float(), targets[name][index].float(), dim=-1).double()
+    def cosines(self, figure: str, pairs: Pairs) -> None:
+        """Adds the cosines of pairs to the sums of a figure."""
+        for name, (prediction, target) in pairs.items():
+            cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1).double()
             part = torch.stack([cosine.sum(), cosine.new_tensor(len(cosine))])
             self.sums[figure, name] = self.sums.get((figure, name), 0) + part
 
-    def directions(self, targets: dict[str, Tensor], index: Tensor) -> None:
-        """Adds the unit vectors of the rows `index` of each teacher's [B * N, C] targets to their sum."""
-        for name, target in targets.items():
-            part = F.normalize(target[index].float(), dim=-1).double().sum(0)
+    def errors(self, pairs: Pairs) -> None:
+        """Adds squared errors, and what gives the variance of the targets: number, squares and sums."""
+        for name, (prediction, target) in pairs.items():
+            exact = target.double()
+            error = (prediction.double() - exact).square().sum()
+            part = torch.cat([torch.stack([error, exact.new_tensor(len(exact)), exact.square().sum()]), exact.sum(0)])
+            self._errors[name] = self._errors.get(name, 0) + part
+
+    def directions(self, pairs: Pairs) -> None:
+        """Adds the unit vectors of each teacher's targets to their sum."""
+        for name, (_, target) in pairs.items():
+            part = F.normalize(target.float(), dim=-1).double().sum(0)
             self._directions[name] = self._directions[name] + part if name in self._directions else part
+
+    def relative_errors(self) -> dict[str, float]:
+        """Returns `error`, over all ranks."""
+        found = {}
+        for name, part in sorted(self._errors.items()):
+            error, count, squares, *_ = total = all_reduce_sum(part)
+            found[name] = float(error / (squares - total[3:].square().sum() / count))
+        return _by_teacher("error", found) if found else {}
 
     def means(self) -> dict[str, float]:
         """Returns the mean cosines by figure, over all ranks."""
         keys = sorted(self.sums)
         total = all_reduce_sum(torch.stack([self.sums[key] for key in keys]))
         found = {key: float(row[0] / row[1]) for key, row in zip(keys, total, strict=True)}
-        self._count = float(total[[figure for figure, _ in keys].index("cosine"), 1])
+        self._counts = {name: float(row[1]) for (figure, name), row in zip(keys, total, strict=True) if figure == "cosine"}
         figures = {figure: {name: value for (of, name), value in found.items() if of == figure} for figure, _ in keys}
         return {name: value for figure, each in figures.items() for name, value in _by_teacher(figure, each).items()}
 
     def lengths_of_means(self) -> dict[str, float]:
         """Returns `cosine_of_mean`, over all ranks: the best constant prediction is the mean unit target, and its mean cosine is
         the length of that vector."""
-        lengths = {name: float(all_reduce_sum(one).norm() / self._count) for name, one in sorted(self._directions.items())}
-        return _by_teacher("cosine_of_mean", lengths)
+        lengths = {name: float(all_reduce_sum(one).norm() / self._counts[name])
+                   for name, one in sorted(self._directions.items())}
+        return _by_teacher("cosine_of_mean", lengths) if lengths else {}
 
 
 def _by_teacher(figure: str, values: dict[str, float]) -> dict[str, float]:

@@ -290,7 +290,8 @@ class Loop:
             self.writer.save(self.step, self._parts(), kept._asdict())
 
     def _parts(self) -> dict[str, StateGroup]:
-        return self.engine.state() | ({} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())})
+        average = {} if self.ema is None else {EMA: snapshot.kept_here(self.ema.module.state_dict())}
+        return self.engine.state() | self.parts.task.state() | average
 
     def _resume(self) -> int:
         found = snapshot.newest(self.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,6 +40,25 @@ class DecoderSettings(Settings):
         return self
 
 
+class HeadSettings(Settings):
+    """A head of a masked student. `head: mlp` is read as `head: {kind: mlp}`."""
+
+    kind: str = "linear"
+    """"linear", "mlp" (AM-RADIO), "mlp_v2" (RADIOv2.5: residual blocks), "attention" (C-RADIOv4: two transformer blocks before
+    these, for patches), or another name in `HEADS` (`core/registry.py`)."""
+    width: Annotated[int | None, Field(ge=1), For("kind", "mlp", "mlp_v2", "attention")] = None
+    """Width of the hidden layers; default the largest width among the teachers' features."""
+    blocks: Annotated[int, Field(ge=0), For("kind", "mlp_v2", "attention")] = 1
+    """Number of residual blocks."""
+    upsample: Annotated[int, Field(ge=1), For("kind", "linear", "mlp", "mlp_v2", "attention")] = 1
+    """u: each patch predicts u x u cells of a teacher whose grid is u times as fine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, tree: Any) -> Any:
+        return {"kind": tree} if isinstance(tree, str) else tree
+
+
 class MaskedSettings(TrunkSettings):
     """A trunk that predicts the features of masked patches."""
 
@@ -49,8 +68,11 @@ class MaskedSettings(TrunkSettings):
     positions: Literal["learned", "sincos"] = "learned"
     """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L)."""
     init: InitSettings = InitSettings()
-    head: str = "linear"
-    """Kind of the head that predicts a target from a patch: a name in `HEADS` (`core/registry.py`)."""
+    head: HeadSettings = HeadSettings()
+    """Head that predicts a target from a patch. `teachers.NAME.head` has precedence."""
+    class_tokens: Literal["shared", "per_teacher", "none"] = "shared"
+    """What teachers' summaries are predicted from. "shared": the class token; "per_teacher": a class token for each teacher with
+    a summary, in their order: the class token and the first of the `registers`; "none": the mean of the patches."""
     decoder: Annotated[DecoderSettings, For("form", "visible")] = DecoderSettings()
 
 

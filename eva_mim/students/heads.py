@@ -1,28 +1,133 @@
-"""Heads of a masked student: one for each target."""
+"""Heads of a masked student: from its patches to a teacher's spatial features, and from its summary to a teacher's summary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import HEADS, lookup
+from eva_mim.students import HeadSettings
 
-TargetWidths = int | Mapping[str, int]
-"""Target width C: of the only target, or of several targets by name."""
+SUMMARY = "_summary"
+"""A teacher's prediction is called by the teacher's name, its summary's by the name with this ending."""
+MIXING_HEADS, MIXING_DEPTH, MIXING_SCALE = 16, 2, 1e-5
+"""Attention heads, number and initial layer scale of the blocks before an attention head (C-RADIOv4's configuration)."""
 
 
-def build_head(kind: str, width: int, targets: TargetWidths) -> nn.Module:
-    """Returns a head of a kind in `HEADS`, from the student's width to the target's; for several targets a ModuleDict with one
-    head each. Raises UserError for an unknown kind, and for a target's name that torch does not allow."""
-    build: Callable[[int, int], nn.Module] = lookup(HEADS, kind, "student.head")
+class HeadPlan(NamedTuple):
+    """What a student predicts of a teacher, and with which kind of head."""
+
+    spatial: int = 0
+    """C, width of its spatial features; 0: they are not predicted."""
+    summary: int = 0
+    """Width of its summary; 0: it is not predicted."""
+    settings: HeadSettings = HeadSettings()
+    path: str = "student.head"
+    """Path of the head's settings, for messages."""
+
+
+Targets = int | Mapping[str, HeadPlan]
+"""C of the only target, spatial features; or the plans of teachers by name."""
+
+
+def linear(width: int, target: int, settings: HeadSettings) -> nn.Module:
+    """Returns one linear layer from [M, D] to [M, C]."""
+    return nn.Linear(width, target)
+
+
+def mlp(width: int, target: int, settings: HeadSettings) -> nn.Module:
+    """Returns a head with one hidden layer (AM-RADIO, section 3.2)."""
+    hidden = settings.width or target
+    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, target))
+
+
+class ResidualMlp(nn.Module):
+    """A head with residual blocks between its first and its last layer (the second version of RADIO's heads)."""
+
+    def __init__(self, width: int, target: int, settings: HeadSettings):
+        super().__init__()
+        hidden = settings.width or target
+        self.first = nn.Linear(width, hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden)) for _ in range(settings.blocks))
+        self.last = nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, target))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Returns [M, C] of [M, D]."""
+        x: Tensor = self.first(rows)
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.last(x)
+        return out
+
+
+class AttentionHead(nn.Module):
+    """A head with transformer blocks of its own on all tokens, before the layers of `ResidualMlp` (C-RADIOv4, spatial)."""
+
+    def __init__(self, width: int, target: int, settings: HeadSettings):
+        super().__init__()
+        if width % MIXING_HEADS:
+            raise UserError(f"a head of kind attention has {MIXING_HEADS} attention heads, which {width}, the student's width, "
+                            "is no multiple of; take mlp_v2")
+        self.mixing = nn.Sequential(*(Block(width, MIXING_HEADS, qkv_bias=True, init_values=MIXING_SCALE)
+                                      for _ in range(MIXING_DEPTH)))
+        self.rows = ResidualMlp(width, target, settings)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Returns [M, C] of [M, D] rows of mixed tokens."""
+        out: Tensor = self.rows(rows)
+        return out
+
+
+class Heads(NamedTuple):
+    """Heads by the name of what they predict."""
+
+    spatial: nn.Module
+    """A ModuleDict, or the head of the only target."""
+    summary: nn.ModuleDict
+    cells: dict[str, int]
+    """u^2, cells of the target in a patch, by the target's name ("" for the only one)."""
+
+
+def build_heads(width: int, summary: int, targets: Targets, settings: HeadSettings) -> Heads:
+    """Returns the heads of a student whose patches have width `width` and whose summary has width `summary`: for one unnamed
+    target a single head, else a ModuleDict. Raises UserError for an unknown kind, and for a teacher's name that torch does not
+    allow."""
     if isinstance(targets, int):
-        return build(width, targets)
+        only = _build(settings, width, targets * settings.upsample**2, "student.head")
+        return Heads(only, nn.ModuleDict(), {"": settings.upsample**2})
     for name in targets:
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise UserError(f"teachers.{name}: torch does not allow this name; choose another")
-    return nn.ModuleDict({name: build(width, target) for name, target in targets.items()})
+    hidden = max(max(plan.spatial, plan.summary) for plan in targets.values())
+    spatial, summaries, cells = nn.ModuleDict(), nn.ModuleDict(), dict[str, int]()
+    for name, plan in targets.items():
+        own = plan.settings if plan.settings.width else plan.settings.model_copy(update={"width": hidden})
+        if plan.spatial:
+            cells[name] = own.upsample**2
+            spatial[name] = _build(own, width, plan.spatial * cells[name], plan.path)
+        if plan.summary:  # one vector has nothing to mix
+            flat = own.model_copy(update={"kind": "mlp_v2"}) if own.kind == "attention" else own
+            summaries[name] = _build(flat, summary, plan.summary, plan.path)
+    return Heads(spatial, summaries, cells)
+
+
+def _build(settings: HeadSettings, width: int, target: int, path: str) -> nn.Module:
+    build: Callable[[int, int, HeadSettings], nn.Module] = lookup(HEADS, settings.kind, f"{path}.kind")
+    try:
+        return build(width, target, settings)
+    except UserError as error:
+        raise UserError(f"{path}.kind: {error}") from None
+
+
+def last_layer(head: nn.Module) -> nn.Linear:
+    """Returns the last linear layer of a head, into which a normaliser is folded."""
+    *_, last = (module for module in head.modules() if isinstance(module, nn.Linear))
+    return last
 
 
 def draw_linear(*modules: nn.Module) -> None:
@@ -34,9 +139,20 @@ def draw_linear(*modules: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def predict(head: nn.Module, patches: Tensor) -> Tensor | dict[str, Tensor]:
-    """Returns [M, C] predictions from [M, D] patches; for several heads by the target's name."""
+def predict(
+    head: nn.Module, cells: Mapping[str, int], tokens: Tensor, prefix: int, index: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Returns [M, C] predictions from [B, prefix + N, D] tokens for the patches of `index` in the flattened [B * N]; for several
+    heads by the target's name. Of a head that is finer than the patches [M * u^2, C], the cells of a patch together, row by row.
+    `head`, `cells`: see `Heads`."""
     if isinstance(head, nn.ModuleDict):
-        return {name: one(patches) for name, one in head.items()}
-    prediction: Tensor = head(patches)
-    return prediction
+        return {name: _predict(one, cells[name], tokens, prefix, index) for name, one in head.items()}
+    return _predict(head, cells[""], tokens, prefix, index)
+
+
+def _predict(head: nn.Module, cells: int, tokens: Tensor, prefix: int, index: Tensor) -> Tensor:
+    if isinstance(head, AttentionHead):
+        tokens = head.mixing(tokens)
+    patches = tokens[:, prefix:]
+    prediction: Tensor = head(patches.reshape(-1, patches.shape[-1])[index])
+    return prediction.reshape(len(prediction) * cells, -1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.students import MaskedSettings
-from eva_mim.students.heads import TargetWidths, build_head, draw_linear, predict
+from eva_mim.students.heads import SUMMARY, Targets, build_heads, draw_linear, predict
 from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
 from eva_mim.students.positions import POSITIONS
 from eva_mim.trunks import facts
@@ -18,13 +18,13 @@ from eva_mim.trunks.pixels import normalise
 
 
 class MaskedStudent(nn.Module):
-    """A timm ViT without its head, a way to hide patches from it (`settings.form`), and heads on its patches.
+    """A timm ViT without its head, a way to hide patches from it (`settings.form`), and heads on its patches and its summary.
 
     The trunk keeps timm's forward and key names. Raises UserError for a trunk or masks that do not fit the form.
     """
 
-    def __init__(self, settings: MaskedSettings, targets: TargetWidths, mask: MaskCounts | None = None):
-        """`mask`: numbers of masked patches; None for any number."""
+    def __init__(self, settings: MaskedSettings, targets: Targets, mask: MaskCounts | None = None):
+        """`targets`: what is predicted; `mask`: numbers of masked patches, None for any number."""
         super().__init__()
         self._hidings = HIDINGS[settings.form]
         self.stem_parameters = tuple(name for hiding in self._hidings for name in hiding.stem_parameters)
@@ -44,12 +44,30 @@ class MaskedStudent(nn.Module):
         for hiding in self._hidings:
             hiding.build(self, settings, mask)
             width = hiding.width(settings, width)
-        self.head = build_head(settings.head, width, targets)
+        self.class_tokens = self._class_tokens(settings, targets)
+        encoded: int = self.trunk.embed_dim  # type: ignore[assignment]
+        self.head, self.summary_head, self._cells = build_heads(width, encoded, targets, settings.head)
         for hiding in self._hidings:
             hiding.draw(self)
-        draw_linear(self.head)
+        draw_linear(self.head, self.summary_head)
         if mask is not None and mask.masked_patches(self.patches) == 0:
             self.mask_token.requires_grad_(False)  # it is not used, so it would get no gradient
+
+    def _class_tokens(self, settings: MaskedSettings, targets: Targets) -> dict[str, int]:
+        """Returns the position among the tokens of what each teacher's summary is predicted from; -1: the mean of the patches."""
+        names = [] if isinstance(targets, int) else [name for name, plan in targets.items() if plan.summary]
+        if settings.class_tokens == "none" or not names:
+            return dict.fromkeys(names, -1)
+        if self.trunk.cls_token is None:
+            raise UserError(f"student.class_tokens={settings.class_tokens}: {settings.name} has no class token; set it to none, "
+                            "for the mean of the patches")
+        if settings.class_tokens == "shared":
+            return dict.fromkeys(names, 0)
+        if len(names) > self.prefix:
+            raise UserError(f"student.class_tokens=per_teacher: {', '.join(names)} need {len(names)} class tokens, and "
+                            f"{settings.name} has {self.prefix} with its registers; set student.registers={len(names) - 1}, or "
+                            "more")
+        return {name: place for place, name in enumerate(names)}
 
     def tokens(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """Returns [B, T, D] class token, register tokens and patches after the final norm, of uint8 images. The patches of
@@ -63,19 +81,27 @@ class MaskedStudent(nn.Module):
         return tokens
 
     def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor | dict[str, Tensor]:
-        """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name. The
-        patches of `masked` are hidden; None hides no patch."""
-        tokens = self.tokens(images, masked)
+        """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name, those of
+        summaries [B, C] as NAME_summary. The patches of `masked` are hidden; None hides no patch."""
+        encoded = tokens = self.tokens(images, masked)
         for hiding in self._hidings:
             tokens = hiding.patches(self, tokens, masked)
-        patches = tokens[:, self.prefix :]
-        return predict(self.head, patches.reshape(-1, patches.shape[-1])[target_index])
+        found = predict(self.head, self._cells, tokens, self.prefix, target_index)
+        if isinstance(found, Tensor):
+            return found
+        return found | {name + SUMMARY: head(self._summary(encoded, self.class_tokens[name]))
+                        for name, head in self.summary_head.items()}
+
+    def _summary(self, tokens: Tensor, place: int) -> Tensor:
+        return tokens[:, self.prefix :].mean(dim=1) if place < 0 else tokens[:, place]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the mean of the patches and the class token (None if the trunk has none) of unmasked images, [B, D] each."""
+        """Returns of unmasked images the mean of the patches [B, D], and the class token [B, D] (None if the trunk has none); of
+        several class tokens one after the other."""
         tokens = self.tokens(images)
-        class_token = tokens[:, 0] if self.trunk.cls_token is not None else None
-        return tokens[:, self.prefix :].mean(dim=1), class_token
+        count = max(self.class_tokens.values(), default=0) + 1
+        class_token = tokens[:, : max(1, count)].flatten(1) if self.trunk.cls_token is not None else None
+        return self._summary(tokens, -1), class_token
 
     def summary(self, images: Tensor) -> Tensor:
         """Returns the [B, D] mean of the patch tokens of unmasked images."""

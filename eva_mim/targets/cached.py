@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, Grid, MaskedBatch
+from eva_mim.core.contracts import Features, Grid, MaskedBatch, Target
 from eva_mim.core.errors import UserError
 from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
 
@@ -16,8 +16,8 @@ from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
 class StoredTeacher:
     """What is known of a teacher whose features are stored; see `contracts.Teacher`."""
 
-    def __init__(self, facts: Mapping[str, Any]):
-        self._facts = facts
+    def __init__(self, facts: Mapping[str, Any], summary_width: int):
+        self._facts, self.summary_width = facts, summary_width
         self.image_size: int = facts["image_size"]
         self.grid: Grid = (facts["grid"][0], facts["grid"][1])
         self.width: int = facts["width"]
@@ -45,7 +45,7 @@ class CachedTargets:
     """Targets that came with the batch from a store; see `contracts.Targets`."""
 
     def __init__(self, store: FeatureStore):
-        self.teachers = {name: StoredTeacher(one.network) for name, one in store.facts.networks.items()}
+        self.teachers = {name: StoredTeacher(one.network, one.summary) for name, one in store.facts.networks.items()}
         self._bases = store.bases
         self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 
@@ -57,9 +57,9 @@ class CachedTargets:
             found[name] = Features(batch.stored[f"{name}.summary"], spatial.view(batch.size, -1, spatial.shape[1]), one.grid)
         return found
 
-    def patches(self, batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
-        """Returns each teacher's features of some patches [M, C]; only these are unpacked."""
-        return {name: self._spatial(batch, name, index) for name in self.teachers}
+    def patches(self, batch: MaskedBatch, index: Mapping[str, Tensor]) -> dict[str, Target]:
+        """See `contracts.Targets`; only the cells of `index` are unpacked."""
+        return {name: Target(self._spatial(batch, name, index[name]), batch.stored[f"{name}.summary"]) for name in self.teachers}
 
     def _spatial(self, batch: MaskedBatch, name: str, index: Tensor | None = None) -> Tensor:
         """Returns features [M, C] of the patches of `index` in the flattened [B * N], or of all."""

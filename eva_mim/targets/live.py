@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, MaskedBatch, Teacher
+from eva_mim.core.contracts import Features, MaskedBatch, Target, Teacher
 from eva_mim.core.timing import phase
 
 
@@ -24,6 +24,7 @@ class LiveTargets:
                 found[name] = teacher(batch.views[teacher.image_size])
         return found
 
-    def patches(self, batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
-        """Returns each teacher's features of some patches [M, C]."""
-        return {name: features.spatial.flatten(0, 1)[index] for name, features in self(batch).items()}
+    def patches(self, batch: MaskedBatch, index: Mapping[str, Tensor]) -> dict[str, Target]:
+        """See `contracts.Targets`."""
+        return {name: Target(features.spatial.flatten(0, 1)[index[name]], features.summary)
+                for name, features in self(batch).items()}

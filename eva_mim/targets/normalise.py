@@ -54,13 +54,13 @@ class Normaliser:
             "mean": torch.zeros(width, dtype=torch.float64),
             "variances": torch.ones(width, dtype=torch.float64),
         }
-        """Tensors of a checkpoint: steps measured; number, sum and squares (phi_s: outer products) of the rows; and what the map is
-        made of: mean, variances of channels, or with `vectors` of the principal directions."""
+        """Tensors of a checkpoint: steps measured; number, sum and squares (phi_s: outer products) of the rows; and what the map
+        is made of: mean, variances of channels, or with `vectors` of the principal directions."""
         if self._full:
             self.state["vectors"] = torch.eye(width, dtype=torch.float64)
         self._fresh = self._nothing()
         self._steps = 0
-        self._update_map()
+        self._map: tuple[Map, Map] | None = None
 
     def _nothing(self) -> dict[str, Tensor]:
         return {name: torch.zeros_like(self.state[name]) for name in ("count", "sum", "squares")}
@@ -69,8 +69,13 @@ class Normaliser:
         """Moves all tensors to `device`."""
         self.state = {name: value.to(device) for name, value in self.state.items()}
         self._fresh = {name: value.to(device) for name, value in self._fresh.items()}
-        self._update_map()
+        self._map = None
         return self
+
+    @property
+    def started(self) -> bool:
+        """True once there are statistics."""
+        return self._steps > 0
 
     @property
     def measuring(self) -> bool:
@@ -94,13 +99,15 @@ class Normaliser:
         Every rank must call. Raises UserError for features that are the same everywhere."""
         if not self.measuring:
             return
-        self._gather()
+        self.gather()
         self._steps += 1
         self.state["steps"].fill_(self._steps)
         if self._steps == 1 or self._steps % self._settings.every == 0 or not self.measuring:
             self._update()
 
-    def _gather(self) -> None:
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Adds what all ranks have added since the last call. Every rank must call."""
         for name, value in self._fresh.items():
             self.state[name] += all_reduce_sum(value)
         self._fresh = self._nothing()
@@ -121,43 +128,48 @@ class Normaliser:
         if not float(values.mean()) > CONSTANT * float(mean.square().mean()):
             raise UserError(f"{self._path}: its features are the same everywhere, so they cannot be normalised")
         self.state["variances"] = values.clamp(min=0.0)
-        self._update_map()
+        self._map = None
 
-    def _update_map(self) -> None:
-        values = self.state["variances"]
-        if self._full:
-            scale = values.mean().sqrt()
-            turn = spreading(values) @ self.state["vectors"].T
-            self._exact = Map(self.state["mean"], turn / scale, turn.T * scale)
-        else:
-            deviation = values.clamp(min=FLOOR * float(values.mean())).sqrt()
-            self._exact = Map(self.state["mean"], 1 / deviation, deviation)
-        self._fast = self._exact.fast()
+    def _maps(self) -> tuple[Map, Map]:
+        """Returns the map in float64 and in fp32."""
+        if self._map is None:
+            values, mean = self.state["variances"], self.state["mean"]
+            if self._full:
+                scale = values.mean().sqrt()
+                turn = spreading(values) @ self.state["vectors"].T
+                exact = Map(mean, turn / scale, turn.T * scale)
+            else:
+                deviation = values.clamp(min=FLOOR * float(values.mean())).sqrt()
+                exact = Map(mean, 1 / deviation, deviation)
+            self._map = exact, exact.fast()
+        return self._map
 
     def __call__(self, features: Tensor) -> Tensor:
         """Returns normalised features [M, C] in fp32, whatever the precision around it."""
-        return _times(features.float() - self._fast.mean, self._fast.forward)
+        fast = self._maps()[1]
+        return _times(features.float() - fast.mean, fast.forward)
 
     def inverse(self, normalised: Tensor) -> Tensor:
         """Returns features [M, C] in the teacher's own space, in fp32."""
-        return _times(normalised.float(), self._fast.backward) + self._fast.mean
+        fast = self._maps()[1]
+        return _times(normalised.float(), fast.backward) + fast.mean
 
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight [C, D] and bias [C] of a linear layer with outputs in the teacher's own space, from those of a layer with
-        normalised outputs."""
-        mean, _, backward = self._exact
+        """Returns weight [C, D] and bias [C] of a linear layer with outputs in the teacher's own space, from those of a layer
+        with normalised outputs."""
+        mean, _, backward = self._maps()[0]
         return _through(weight, backward), _through(bias, backward) + mean.to(bias)
 
     @torch.no_grad()
     def unfold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weight and bias of a layer with normalised outputs; the inverse of `fold`."""
-        mean, forward, _ = self._exact
+        mean, forward, _ = self._maps()[0]
         return _through(weight, forward), _through(bias - mean.to(bias), forward)
 
     def deviations(self) -> tuple[float, float]:
         """Returns the least and the largest standard deviation of a normalised channel, by the statistics so far."""
-        forward = self._exact.forward
+        forward = self._maps()[0].forward
         count, mean = self.state["count"], self.state["mean"]
         if self._full:
             covariance = self.state["squares"] / count - mean[:, None] * mean
@@ -167,11 +179,12 @@ class Normaliser:
         deviations = variances.clamp(min=0.0).sqrt()
         return float(deviations.min()), float(deviations.max())
 
-    def restored(self) -> None:
-        """Must be called after the tensors of `state` were set."""
+    def restore(self, name: str, value: Tensor) -> None:
+        """Sets a tensor of `state`."""
+        self.state[name] = value.to(self.state[name].device)
         self._steps = int(self.state["steps"])
         self._fresh = self._nothing()
-        self._update_map()
+        self._map = None
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:

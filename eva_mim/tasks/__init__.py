@@ -7,15 +7,45 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from eva_mim.core.settings import RUNTIME, Settings
+from eva_mim.core.settings import RUNTIME, For, Settings
+from eva_mim.students import HeadSettings
+from eva_mim.targets import NormaliserSettings
 from eva_mim.teachers import TeacherSettings
 
 
 class ObjectiveSettings(Settings):
-    """Loss between prediction and target."""
+    """Losses between predictions and a teacher's features."""
 
-    kind: str = "cosine"
-    """"cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE's, for pixel targets)."""
+    kind: str | None = "cosine"
+    """Loss of patches. "cosine": minus the mean cosine (EVA); "mse": mean squared error (MAE; RADIOv2.5, of normalised features);
+    "cosine_smooth_l1": 0.9 (1 - cosine) + 0.1 smooth L1 (AM-RADIO); null: patches are not predicted."""
+    summary: Literal["cosine", "angle"] | None = None
+    """Loss of the summary. "cosine": 1 - cosine (AM-RADIO); "angle": the squared angle over the dispersion of the teacher's
+    summaries (C-RADIOv4); null: the summary is not predicted."""
+    summary_weight: Annotated[float, Field(gt=0.0), For("summary")] = 1.0
+    """Factor on the loss of the summary."""
+    masked: Annotated[float, Field(ge=0.0), For("kind")] = 1.0
+    """Factor on the loss of masked patches; with mask.ratio=0 of all patches."""
+    visible: Annotated[float, Field(ge=0.0), For("kind")] = 0.0
+    """Factor on the loss of the patches that the student sees, beside masked ones."""
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> ObjectiveSettings:
+        if (self.kind is None or not self.masked + self.visible) and self.summary is None:
+            raise ValueError("neither patches nor the summary would be predicted; set kind (with masked or visible above 0) or "
+                             "summary")
+        return self
+
+
+class TargetTeacherSettings(TeacherSettings):
+    """A teacher of a masked stage, with what the student learns from it."""
+
+    objective: ObjectiveSettings | None = None
+    """Losses against this teacher; default the recipe's `objective`."""
+    head: HeadSettings | None = None
+    """Heads for this teacher; default `student.head`."""
+    normaliser: NormaliserSettings | None = None
+    """Normalisation of its spatial features; default the recipe's `normaliser`."""
 
 
 class DistillSettings(Settings):

@@ -1,109 +1,241 @@
-"""Masked feature prediction: a student predicts teachers' features of masked patches (EVA: cosine; MAE: MSE)."""
+"""Masked feature prediction: a student predicts one or several teachers' features of patches and their summaries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from eva_mim.core.contracts import Grid, MaskedBatch, Targets, Task, Teacher
+from eva_mim.core.contracts import Grid, MaskedBatch, StateGroup, Target, Targets, Task, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
+from eva_mim.students.heads import SUMMARY
+from eva_mim.targets.normalise import Normaliser
+from eva_mim.tasks.objectives import Objective, SummaryAngle
 
-Objective = Callable[[Tensor, Tensor], LossTerm]
-
-
-def masked_cosine(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Returns minus the mean cosine of [M, C] predictions and targets (EVA-01/eva/engine_for_pretraining.py); 0 for M = 0.
-
-    It is computed in fp32, because squares of half-precision features overflow or vanish. Finite for norms from 1e-8 to 1e4.
-    """
-    cosine = _cosine(prediction, target)
-    return LossTerm(-_mean(cosine), metrics=_figures(cosine, target))
+VISIBLE = "_visible"
+"""Ending of the name of a loss term of patches that the student sees."""
+STATISTICS = "statistics"
+"""Name of the checkpoint's file of running statistics."""
 
 
-def masked_mse(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Returns the mean squared error over [M, C] (MAE, section 3, for pixel targets), in fp32; 0 for M = 0."""
-    error = F.mse_loss(prediction.float(), target.float(), reduction="mean" if len(prediction) else "sum")
-    return LossTerm(error, metrics=_figures(_cosine(prediction, target), target))
+@dataclass
+class Lesson:
+    """What a student learns from one teacher: its losses, their weights, and running statistics that they need."""
 
+    spatial: Objective | None = None
+    """Loss of patches; None: they are not predicted."""
+    masked: float = 1.0
+    """Weight of the loss of masked patches, or of all where nothing is masked."""
+    visible: float = 0.0
+    """Weight of the loss of patches that are seen."""
+    summary: Objective | SummaryAngle | None = None
+    """Loss of the summary; None: it is not predicted."""
+    summary_weight: float = 1.0
+    normaliser: Normaliser | None = None
+    """Normaliser of spatial features; None: they are predicted as they are."""
+    upsample: int = 1
+    """u: a patch of the student is u x u cells of the teacher."""
+    scaled: bool = False
+    """True if the loss of patches also fixes the length of predictions."""
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else values.sum()
+    @property
+    def running(self) -> dict[str, Normaliser | SummaryAngle]:
+        """Its running statistics, by their names in a checkpoint."""
+        kinds = {"normaliser": self.normaliser, "angle": self.summary if isinstance(self.summary, SummaryAngle) else None}
+        return {name: one for name, one in kinds.items() if one is not None}
 
+    def measure(self, target: Target) -> None:
+        """Adds the features of a batch to the statistics."""
+        if self.normaliser is not None:
+            self.normaliser.add(target.spatial)
+        if isinstance(self.summary, SummaryAngle):
+            self.summary.add(target.summary)
 
-def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    return (F.normalize(prediction.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
-
-
-def _figures(cosine: Tensor, target: Tensor) -> dict[str, Tensor]:
-    return {"cosine": _mean(cosine.detach()), "target_norm": _mean(target.detach().float().norm(dim=-1))}
+    def native(self, prediction: Tensor) -> Tensor:
+        """Returns predictions of spatial features [M, C] in the teacher's own space."""
+        return prediction if self.normaliser is None else self.normaliser.inverse(prediction)
 
 
 class MaskedFeatures(Task):
-    """Masked feature prediction: the student has a head for each teacher, which predicts its features of the masked patches."""
+    """Masked feature prediction: the student has heads for each teacher, which predict its patches and its summary."""
 
-    def __init__(self, student: nn.Module, targets: Targets, objective: Objective, weights: Mapping[str, float]):
-        """`weights`: factor on each teacher's loss, by the teacher's name."""
-        self.student, self.targets, self.objective, self.weights = student, targets, objective, dict(weights)
+    def __init__(self, student: nn.Module, targets: Targets, lessons: Mapping[str, Lesson]):
+        """`lessons`: by the teacher's name."""
+        self.student, self.targets, self.lessons = student, targets, dict(lessons)
+        self._running = {f"{teacher}.{name}": one for teacher, lesson in self.lessons.items()
+                         for name, one in lesson.running.items()}
+        self._measured = False
+        """True in the first step, whose features are in the statistics before its loss is computed."""
+
+    def prepare(self, student: Callable[..., Any], batches: list[MaskedBatch]) -> list[MaskedBatch]:
+        """Brings the running statistics of all ranks up to date; in the first step from the features of its own batches."""
+        if not self._running:
+            return batches
+        self._measured = not all(one.started for one in self._running.values())
+        if self._measured:
+            self.measure(batches)
+        else:
+            self._advance()
+        return batches
+
+    def measure(self, batches: list[MaskedBatch]) -> None:
+        """Adds the features of micro-batches to the statistics and brings these up to date. Every rank must call."""
+        summaries = []
+        for batch in batches:
+            found = self.targets.patches(batch, self.cells(self.index(batch)))
+            for name, lesson in self.lessons.items():
+                lesson.measure(found[name])
+            summaries.append({name: target.summary for name, target in found.items()})
+        self._advance()
+        for name, lesson in self.lessons.items():  # angles are measured from the mean direction
+            if isinstance(lesson.summary, SummaryAngle):
+                for each in summaries:
+                    lesson.summary.add(each[name])
+                lesson.summary.gather()
+
+    def _advance(self) -> None:
+        for one in self._running.values():
+            if isinstance(one, Normaliser):
+                one.advance()
+            else:
+                one.gather()
+
+    def state(self) -> dict[str, StateGroup]:
+        """Returns the running statistics, in one state group."""
+        if not self._running:
+            return {}
+        for one in self._running.values():
+            one.gather()
+        kinds = {f"{owner}.{name}": (str(value.dtype).removeprefix("torch."), tuple(value.shape))
+                 for owner, one in self._running.items() for name, value in one.state.items()}
+
+        def place(name: str) -> tuple[Normaliser | SummaryAngle, str]:
+            owner, _, leaf = name.rpartition(".")
+            return self._running[owner], leaf
+
+        def read(name: str) -> Tensor:
+            one, leaf = place(name)
+            return one.state[leaf]
+
+        def put(name: str, value: Tensor) -> None:
+            one, leaf = place(name)
+            one.restore(leaf, value)
+
+        return {STATISTICS: StateGroup(kinds, read, put)}
 
     def loss(self, student: Callable[..., Any], batch: MaskedBatch) -> StepOutput:
-        """Returns a loss term for each teacher: the objective, a mean over the M predicted patches."""
+        """Returns the loss terms of each teacher: NAME, a mean over the M masked patches (without masks over all), NAME_visible
+        over the patches that are seen, NAME_summary over the images."""
         index = self.index(batch)
-        targets = self.targets.patches(batch, index)
+        targets = self.targets.patches(batch, self.cells(index))
         with phase("student"):
             predictions = self.predictions(student, batch, batch.masked, index)
-            return StepOutput({name: self._term(name, predictions[name], targets[name]) for name in self.weights}, {})
+            terms: dict[str, LossTerm] = {}
+            for name, lesson in self.lessons.items():
+                if not self._measured:
+                    lesson.measure(targets[name])
+                terms |= self._terms(name, lesson, predictions, targets[name], batch)
+        return StepOutput(terms, {})
 
-    def _term(self, name: str, prediction: Tensor, target: Tensor) -> LossTerm:
-        """Returns the loss term of a teacher. With several teachers the names of its metrics end in the teacher's name."""
-        mean, _, metrics = self.objective(prediction, target)
-        if len(self.weights) > 1:
-            metrics = {f"{metric}_{name}": value for metric, value in metrics.items()}
-        return LossTerm(mean, self.weights[name], metrics)
+    def _terms(
+        self, name: str, lesson: Lesson, predictions: Mapping[str, Tensor], target: Target, batch: MaskedBatch
+    ) -> dict[str, LossTerm]:
+        found = {}
+        if lesson.spatial is not None:
+            prediction = predictions[name]
+            wanted = target.spatial if lesson.normaliser is None else lesson.normaliser(target.spatial)
+            masked = len(prediction) - self._seen(batch) * lesson.upsample**2
+            if lesson.masked:
+                found[name] = self._term(name, lesson.spatial(prediction[:masked], wanted[:masked]), lesson.masked)
+            if lesson.visible:
+                found[name + VISIBLE] = self._term(
+                    name, lesson.spatial(prediction[masked:], wanted[masked:]), lesson.visible, VISIBLE)
+        if lesson.summary is not None:
+            loss = lesson.summary(predictions[name + SUMMARY], target.summary)
+            found[name + SUMMARY] = self._term(name, loss, lesson.summary_weight)
+        return found
+
+    def _term(self, name: str, term: LossTerm, weight: float, ending: str = "") -> LossTerm:
+        """Returns a loss term with its weight. With several teachers the names of its metrics end in the teacher's name."""
+        ending += f"_{name}" if len(self.lessons) > 1 else ""
+        return LossTerm(term.mean, weight, {f"{metric}{ending}": value for metric, value in term.metrics.items()})
 
     def predictions(
         self, student: Callable[..., Any], batch: MaskedBatch, masked: Tensor | None, index: Tensor
     ) -> dict[str, Tensor]:
-        """Returns [M, C] predictions of the patches of `index` by the teacher's name; the patches of `masked` are hidden."""
+        """Returns predictions of the patches of `index`, [M, C] by the teacher's name, and of summaries, [B, C] by NAME_summary.
+        The patches of `masked` are hidden."""
         found = student(self.images(batch), masked, index)
-        return found if isinstance(found, dict) else dict.fromkeys(self.weights, found)
+        return found if isinstance(found, dict) else dict.fromkeys(self.lessons, found)
 
     def images(self, batch: MaskedBatch) -> Tensor:
         """Returns the student's view, [B, channels, H, W]."""
         return batch.views[self.student.image_size]  # type: ignore[index]
 
-    def spatial(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """Returns the [B * N, C] targets of all patches by the teacher's name."""
-        return {name: features.spatial.flatten(0, 1) for name, features in self.targets(batch).items()}
-
     def index(self, batch: MaskedBatch) -> Tensor:
-        """Returns the [M] positions of the predicted patches in the flattened [B * N]."""
-        if batch.target_index is not None:
-            return batch.target_index
-        return torch.arange(self._patches(batch), device=batch.index.device)
+        """Returns the positions of the predicted patches in the flattened [B * N]: the masked ones, then those that are seen."""
+        if batch.target_index is None:
+            return torch.arange(self._patches(batch), device=batch.index.device)
+        return batch.target_index if batch.visible_index is None else torch.cat([batch.target_index, batch.visible_index])
+
+    def cells(self, index: Tensor) -> dict[str, Tensor]:
+        """Returns the positions of the cells of patches in each teacher's flattened [B * N]."""
+        grid = cast(Grid, self.student.grid)
+        return {name: cells_of(index, grid, lesson.upsample) for name, lesson in self.lessons.items()}
 
     def counts(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """Returns M, the number of predicted patches (it may differ from batch to batch), by the teacher's name."""
-        predicted = self._patches(batch) if batch.target_index is None else len(batch.target_index)
-        return dict.fromkeys(self.weights, torch.full((), float(predicted), device=batch.index.device))
+        """Returns of each loss term the number of its patches (it may differ from batch to batch) or images."""
+        seen = self._seen(batch)
+        masked = self._patches(batch) if batch.target_index is None else len(batch.target_index)
+        found: dict[str, float] = {}
+        for name, lesson in self.lessons.items():
+            if lesson.spatial is not None and lesson.masked:
+                found[name] = masked
+            if lesson.spatial is not None and lesson.visible:
+                found[name + VISIBLE] = seen
+            if lesson.summary is not None:
+                found[name + SUMMARY] = batch.size
+        return {name: torch.full((), float(count), device=batch.index.device) for name, count in found.items()}
+
+    @staticmethod
+    def _seen(batch: MaskedBatch) -> int:
+        return 0 if batch.visible_index is None else len(batch.visible_index)
 
     def _patches(self, batch: MaskedBatch) -> int:
         rows, columns = cast(Grid, self.student.grid)
         return batch.size * rows * columns
 
 
-def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teacher") -> None:
-    """Raises UserError, with the sizes that would fit, if student and teacher have different patch grids. `path`: path of the
+def cells_of(index: Tensor, grid: Grid, fine: int) -> Tensor:
+    """Returns the positions [M * fine^2] of the cells of patches in the flattened grids of images that are `fine` times as fine,
+    those of a patch together and row by row. `index`: [M] positions of patches in the flattened [B * N] of `grid`."""
+    if fine == 1:
+        return index
+    rows, columns = grid
+    image, row, column = index // (rows * columns), index // columns % rows, index % columns
+    within = torch.arange(fine, device=index.device)
+    down = (image * rows + row)[:, None, None] * fine + within[:, None]
+    return (down * (columns * fine) + (column[:, None, None] * fine + within)).flatten()
+
+
+def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teacher", fine: int = 1) -> None:
+    """Raises UserError, with the sizes that would fit, if a teacher's grid is not `fine` times the student's. `path`: path of the
     teacher's settings in the recipe."""
-    if grid != teacher.grid:
-        raise UserError(
-            f"student grid {grid[0]}x{grid[1]} ({image_size} px) does not match {path} grid "
-            f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); set student.image_size="
-            f"{image_size // grid[0] * teacher.grid[0]}, or set {path}.image_size="
-            f"{round(teacher.image_size / teacher.grid[0] * grid[0])} where the teacher allows it"
-        )
+    wanted = grid[0] * fine, grid[1] * fine
+    if wanted == teacher.grid:
+        return
+    times = f", {fine} times as fine," if fine > 1 else ""
+    ways = [f"set student.image_size={image_size // grid[0] * teacher.grid[0] // fine}",
+            f"or set {path}.image_size={round(teacher.image_size / teacher.grid[0] * wanted[0])} where the teacher allows it"]
+    whole = teacher.grid[0] // grid[0]
+    if whole > 1 and (grid[0] * whole, grid[1] * whole) == teacher.grid:
+        ways.append(f"or set {path}.head.upsample={whole}")
+    raise UserError(
+        f"student grid {grid[0]}x{grid[1]} ({image_size} px){times} does not match {path} grid "
+        f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); {', '.join(ways)}"
+    )

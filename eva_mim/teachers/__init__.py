@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from eva_mim.core.registry import TEACHERS, lookup
-from eva_mim.core.settings import For, Settings
+from eva_mim.core.settings import RUNTIME, For, Settings
 
 if TYPE_CHECKING:
     from eva_mim.core.contracts import Teacher
@@ -29,11 +29,15 @@ class TeacherSettings(Settings):
     image_size: int | None = Field(None, ge=1)
     """Input side in pixels; default the teacher's own (pixels: must be given)."""
     layer: Annotated[int, NETWORKS] = -1
-    """Block whose patch features are the target, as a Python index; -1 is the last. The summary is the network's output."""
+    """Block whose patch features are the target, as a Python index; -1 is the last. The summary is read at the end."""
+    summary: Annotated[Literal["pooled", "class_token", "mean"] | None, NETWORKS] = None
+    """What stands for the whole image. "pooled": the network's own output, of a CLIP model its image embedding in the shared
+    space; "class_token": that after the last norm (DINO); "mean": the mean of the last patches. Default pooled; SAM has none."""
     final_norm: bool = True
     """Apply the network's last norm to the features (pixels: normalise each patch)."""
     project: Annotated[bool | None, NETWORKS] = None
-    """Apply CLIP's projection into the shared space to each patch; default true if the network has one."""
+    """Apply CLIP's projection into the shared space to each patch (EVA), or read the patches before it (RADIO); default true if
+    the network has one."""
     bands: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
     """Channels of the images that are the teacher's input, counted from 0: of the 13 of Sentinel-2, [3, 2, 1] are red, green and
     blue. Default: all channels if the numbers agree; for a teacher of 3 channels, the one channel of grey images three times."""
@@ -41,8 +45,12 @@ class TeacherSettings(Settings):
     """Mean of each channel, as `student.mean`; default ImageNet's, of RGB. Other kinds have the mean of their network."""
     std: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, For("kind", "pixels")] = None
     """Standard deviation of each channel."""
+    precision: Annotated[Literal["bf16", "fp32"] | None, NETWORKS] = None
+    """Precision of the teacher's forward pass; its weights are kept in it. Default that of the run."""
+    micro_batch: Annotated[int | None, Field(ge=1), NETWORKS, RUNTIME] = None
+    """Most images in one forward pass of the teacher; default those of the student's."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Factor on the loss against this teacher's features."""
+    """Factor on the losses against this teacher's features."""
     _path: str = PrivateAttr("teacher")
 
     @property

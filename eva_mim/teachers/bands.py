@@ -19,7 +19,8 @@ class BandTeacher:
 
     def __init__(self, teacher: Teacher, bands: tuple[int, ...]):
         self._teacher, self.bands = teacher, bands
-        self.image_size, self.grid, self.width = teacher.image_size, teacher.grid, teacher.width
+        self.image_size, self.grid = teacher.image_size, teacher.grid
+        self.width, self.summary_width = teacher.width, teacher.summary_width
         self.mean, self.std, self.resizing = teacher.mean, teacher.std, teacher.resizing
 
     def __call__(self, images: Tensor) -> Features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,7 @@ class Reading:
     """Layer, norm and projection of the features that are read from a network, with all defaults resolved."""
 
     features: Callable[[Tensor], Features]
-    """Function from normalised pixels [B, channels, S, S] to features. Layer and norm apply to the patches; the summary is always
-    the network's output."""
+    """Function from normalised pixels [B, channels, S, S] to features. Layer, norm and projection apply to the patches."""
     layer: int | None = None
     """Block whose output is read, counted from 0; None for a network of which only the final output is read."""
     blocks: int | None = None
@@ -37,7 +37,9 @@ class Reading:
     final_norm: bool = True
     """True if the network's last norm is applied to the patches (False also if it has none)."""
     project: bool = False
-    """True if the projection is applied to patches and summary."""
+    """True if the projection is applied to the patches."""
+    summary: str | None = "pooled"
+    """What the summary is, in words; None if the network has none."""
 
 
 class FrozenTeacher:
@@ -45,17 +47,17 @@ class FrozenTeacher:
 
     def __init__(
         self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...],
-        path: str = "teacher",
+        path: str = "teacher", precision: str | None = None, micro_batch: int | None = None,
     ):
-        """`path`: path of the teacher's settings in the recipe, for messages. Raises UserError for an image size that does not
-        fit the network."""
+        """`path`: path of the teacher's settings in the recipe, for messages; `precision`, `micro_batch`: see
+        `TeacherSettings`. Raises UserError for an image size that does not fit the network."""
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for name, value in network.state_dict().items():
             if not value.is_meta:
                 finite(value, name, f"{path}: its weights")
         tune(self._network, "cpu")
         self._weights = CastWeights(self._network)
-        self._reading = reading
+        self._reading, self._precision, self._micro_batch = reading, precision, micro_batch
         self.image_size, self.mean, self.std = image_size, mean, std
         config = facts.configuration(network)
         self.resizing: dict[str, Any] = {name: config.get(name) or value for name, value in RESIZING.items()}
@@ -66,6 +68,7 @@ class FrozenTeacher:
             raise UserError(f"{path}.image_size: this {self._kind} cannot take {image_size} px: {error}") from None
         self.grid: Grid = probe.grid
         self.width: int = probe.spatial.shape[-1]
+        self.summary_width: int = probe.summary.shape[-1]
         if image_size % self.grid[0]:
             raise UserError(
                 f"{path}.image_size: {image_size} px are not a whole number for each of the {self.grid[0]} patches in a row"
@@ -77,9 +80,20 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Returns the features of [B, channels, S, S] pixels, uint8 or float in 0..255; under autocast in its precision."""
-        self._weights.follow(images.device.type)
-        return self._reading.features(normalise(images, self.mean, self.std))
+        """Returns the features of [B, channels, S, S] pixels, uint8 or float in 0..255, in the teacher's own precision, or that
+        of autocast."""
+        with self._own_precision(images.device.type):
+            self._weights.follow(images.device.type)
+            parts = [self._reading.features(normalise(part, self.mean, self.std))
+                     for part in torch.split(images, self._micro_batch or max(1, len(images)))]
+        if len(parts) == 1:
+            return parts[0]
+        return Features(torch.cat([part.summary for part in parts]), torch.cat([part.spatial for part in parts]), parts[0].grid)
+
+    def _own_precision(self, device: str) -> Any:
+        if self._precision is None or device == "meta":
+            return nullcontext()
+        return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16")
 
     def to(self, device: Any) -> FrozenTeacher:
         """Moves the weights to `device`."""
@@ -108,6 +122,7 @@ class FrozenTeacher:
             "blocks": self._reading.blocks,
             "final_norm": self._reading.final_norm,
             "project": self._reading.project,
+            "summary": self._reading.summary,
         }
 
 
@@ -122,7 +137,7 @@ def block_index(settings: TeacherSettings, blocks: int) -> int:
 
 
 def with_projection(settings: TeacherSettings, available: bool) -> bool:
-    """Returns whether to project. Raises UserError if `settings.project` is true and no projection is available."""
+    """Returns whether to project patches. Raises UserError if `settings.project` is true and no projection is available."""
     if settings.project and not available:
         raise UserError(f"{settings.path}.project: {settings.name} has no projection for patches; leave it out, or set false")
     return available if settings.project is None else settings.project

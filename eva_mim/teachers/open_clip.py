@@ -22,7 +22,7 @@ from eva_mim.core.files import weights_sha256
 from eva_mim.core.registry import nearest
 from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS
 from eva_mim.teachers.frozen import FrozenTeacher, Reading, block_index, with_projection
-from eva_mim.teachers.trunk import read_trunk
+from eva_mim.teachers.trunk import EMBEDDING, read_trunk
 from eva_mim.trunks.create import create
 from eva_mim.trunks.kernels import tune
 
@@ -106,7 +106,7 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
         image_size=size,
         mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
-        path=settings.path,
+        path=settings.path, precision=settings.precision, micro_batch=settings.micro_batch,
     )
 
 
@@ -138,8 +138,10 @@ def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
         raise UserError(f"{settings.path}.name: {settings.name} has its last norm behind the pooling and no patch features")
     blocks = len(visual.transformer.resblocks)
     layer, project = block_index(settings, blocks), with_projection(settings, visual.proj is not None)
-    if not project:
-        visual.proj = None  # otherwise the summary would be projected
+
+    if settings.summary not in (None, "pooled"):
+        raise UserError(f"{settings.path}.summary={settings.summary}: the summary of {settings.name} is its image embedding; "
+                        "leave it out")
 
     def features(images: Tensor) -> Features:
         found = visual.forward_intermediates(
@@ -148,4 +150,4 @@ def read_tower(visual: Any, settings: TeacherSettings) -> Reading:
         (tokens,) = found["image_intermediates"]
         return Features(found["image_features"], tokens @ visual.proj if project else tokens, visual.grid_size)
 
-    return Reading(features, layer, blocks, settings.final_norm, project)
+    return Reading(features, layer, blocks, settings.final_norm, project, EMBEDDING)

@@ -36,6 +36,7 @@ class PixelTeacher:
         self.mean, self.std = mean, std
         self.resizing: dict[str, Any] = dict(RESIZING)
         self.image_size, self.width, self._patch, self._normed = image_size, len(mean) * patch * patch, patch, normed
+        self.summary_width = self.width
         self.grid: Grid = (image_size // patch, image_size // patch)
 
     def __call__(self, images: Tensor) -> Features:

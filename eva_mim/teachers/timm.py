@@ -37,7 +37,7 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
         image_size=settings.image_size or facts.configuration(trunk)["input_size"][-1],
         mean=mean,
         std=std,
-        path=settings.path,
+        path=settings.path, precision=settings.precision, micro_batch=settings.micro_batch,
     )
 
 

@@ -40,6 +40,9 @@ class TrunkSettings(Settings):
     """Input side in pixels; default the architecture's own."""
     patch_size: int | None = Field(None, ge=1)
     """Patch side in pixels; default the architecture's own."""
+    registers: int | None = Field(None, ge=0)
+    """Number of tokens behind the class token that belong to no patch (timm counts further class tokens among them); default the
+    architecture's own."""
     drop_path: Rate = 0.0
     """Stochastic depth: the last block's rate, rising linearly from 0 at the first."""
     patch_grad_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
@@ -63,6 +66,10 @@ class TrunkSettings(Settings):
         options = {
             "img_size": self.image_size, "patch_size": self.patch_size, "in_chans": None if self.channels == 3 else self.channels
         }
+        if self.registers is not None:
+            from eva_mim.trunks.create import registers_keyword
+
+            options[registers_keyword(self.name)] = self.registers
         return {name: value for name, value in options.items() if value is not None}
 
     @model_validator(mode="after")

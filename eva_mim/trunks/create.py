@@ -7,6 +7,8 @@ from typing import Any
 
 import timm
 from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
@@ -78,6 +80,18 @@ def check_name(name: str, section: str = "student") -> None:
     with the name. The tag of pretrained weights after a dot is not checked."""
     if name.partition(".")[0] not in timm.list_models():
         raise UserError(f"{section}.name: timm has no {name!r}{nearest(name, timm.list_models(), count=3)}")
+
+
+def registers_keyword(name: str) -> str:
+    """Returns timm's keyword for the number of register tokens of an architecture. Raises UserError for one without."""
+    check_name(name)
+    with meta_device():
+        model = create(name)
+    if isinstance(model, Eva):
+        return "num_reg_tokens"
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"student.registers: {name} has no register tokens; leave it out")
+    return "reg_tokens"
 
 
 def has_tokens(settings: TrunkSettings) -> bool:

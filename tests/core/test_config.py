@@ -123,7 +123,8 @@ def test_setting_names_are_the_dotted_paths_of_the_tree() -> None:
         below = (paths(value, f"{prefix}{name}.") for name, value in tree.items() if isinstance(value, dict))
         return {prefix + name for name in tree}.union(*below)
 
-    outside = "data.held_out.", "teachers.*."  # null and empty where they are not given
+    null = tuple(f"teacher.{section}." for section in ("objective", "head", "normaliser"))
+    outside = "data.held_out.", "teachers.*.", *null  # null and empty where they are not given
     own = {name for name in setting_names(MimRecipe) if not name.startswith(outside)}
     assert own == paths(parse(MimRecipe, minimal(), "r.yaml").model_dump(mode="json"))
 

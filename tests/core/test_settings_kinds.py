@@ -15,13 +15,15 @@ from eva_mim.core.settings import For, Settings, as_tree, dependents, override, 
 from eva_mim.data import DataSettings, MaskSettings
 from eva_mim.optim import OptimSettings
 from eva_mim.pipeline.plan import plan
-from eva_mim.students import InitSettings, MaskedSettings
-from eva_mim.teachers import TeacherSettings
+from eva_mim.students import HeadSettings, InitSettings, MaskedSettings
+from eva_mim.targets import NormaliserSettings
+from eva_mim.tasks import TargetTeacherSettings
 from finetune.classify import StageRecipe as ClassifyRecipe
 from pretrain.mim import StageRecipe as MimRecipe
 
 PARTS = {"data": DataSettings, "mask": MaskSettings, "student": MaskedSettings, "student.init": InitSettings,
-         "optim": OptimSettings, "teacher": TeacherSettings}
+         "student.head": HeadSettings, "optim": OptimSettings, "teacher": TargetTeacherSettings,
+         "normaliser": NormaliserSettings}
 RECIPE: dict[str, Any] = {
     "teacher": {"name": "x"}, "student": {"name": "vit_nano_patch4_32"}, "data": {"source": "folder", "root": "/data"},
     "run": {"epochs": 1, "global_batch": 8}, "optim": {"lr": 1e-3},
@@ -58,7 +60,12 @@ CASES = [
     Case("optim.optimizer", "lamb", {"lamb": {"trust": [0.1, 1.0]}}, "adamw lars"),
     Case("optim.optimizer", "lars", {"lars": {"trust": 0.01}}, "adamw lamb"),
     Case("optim.optimizer", "adamw", {"betas": [0.9, 0.999], "eps": 1e-8}, "lars"),
+    Case("student.head.kind", "mlp", {"width": 64}, "linear"),
+    Case("student.head.kind", "mlp_v2", {"width": 64, "blocks": 2}, "linear"),
+    Case("student.head.kind", "linear", {"upsample": 2}, ""),
+    Case("normaliser.kind", "phi_s", {"steps": 9, "every": 3}, "none"),
     Case("teacher.kind", "open_clip", {"layer": -2, "project": False, "weights": "openai"}, "pixels"),
+    Case("teacher.kind", "stage", {"summary": "pooled", "precision": "bf16", "micro_batch": 4}, "pixels"),
     Case("teacher.kind", "timm", {"weights": "pretrained"}, "stage pixels"),
     Case("teacher.kind", "pixels", {"mean": [0.5] * 3, "std": [0.5] * 3}, "open_clip timm stage"),
 ]
@@ -233,7 +240,7 @@ def test_a_stage_that_becomes_the_teacher_needs_no_weights(tmp_path: Path, capsy
     path.write_text(yaml.safe_dump(tree))
     _, (_, second) = plan(str(path), [], tmp_path / "out")
     assert isinstance(second.recipe, MimRecipe)
-    assert second.recipe.teacher == TeacherSettings(kind="stage", name=str(tmp_path / "out" / "clip"))
+    assert second.recipe.teacher == TargetTeacherSettings(kind="stage", name=str(tmp_path / "out" / "clip"))
     assert "teacher.kind=stage leaves out teacher.weights, set for teacher.kind=open_clip" in capsys.readouterr().err
 
 

@@ -22,7 +22,8 @@ from eva_mim.students import ClipSettings, MaskedSettings, TextSettings
 from eva_mim.students.clip import ClipStudent
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.targets.live import LiveTargets
-from eva_mim.tasks.masked import MaskedFeatures, masked_cosine
+from eva_mim.tasks.masked import Lesson, MaskedFeatures
+from eva_mim.tasks.objectives import masked_cosine
 from eva_mim.teachers import TeacherSettings, build_teacher
 from tests.evaluate.test_retrieval import loop_recall
 
@@ -238,7 +239,7 @@ def test_masked_feature_figures_are_those_of_loops() -> None:
     student = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128).eval()
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
     val, bank = batches(masked=True), batches(sizes=(6, 3))
-    task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), masked_cosine, {"teacher": 1.0})
+    task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), {"teacher": Lesson(masked_cosine)})
     evaluator = MaskedFeatureEvaluator(task, val, bank, labelled=True, device=CPU)
     found = evaluator(student, nullcontext)
 
@@ -287,7 +288,7 @@ def test_without_masks_every_patch_counts() -> None:
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
     images = [batch.images for batch in batches()]
     val = [MaskedBatch(torch.arange(len(pixels)), {32: pixels}) for pixels in images]
-    task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), masked_cosine, {"teacher": 1.0})
+    task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), {"teacher": Lesson(masked_cosine)})
     found = MaskedFeatureEvaluator(task, val, [], labelled=False, device=CPU)(student, nullcontext)
     said = torch.cat([student(pixels, None, torch.arange(len(pixels) * 64)) for pixels in images])
     wanted = torch.cat([teacher(pixels).spatial.flatten(0, 1) for pixels in images])
@@ -315,7 +316,7 @@ def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed(capsys: pytest
     torch.manual_seed(0)
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
     student = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128)
-    task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), masked_cosine, {"teacher": 1.0})
+    task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), {"teacher": Lesson(masked_cosine)})
     val = batches(masked=True, sizes=(60, 60))
     evaluator = MaskedFeatureEvaluator(task, val, [], labelled=False, device=CPU)
     assert evaluator(Constant(True), nullcontext)["feature_std"] == pytest.approx(1.0, abs=0.02)

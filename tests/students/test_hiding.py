@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
+from eva_mim.students.heads import HeadPlan
 from eva_mim.students.hiding import HIDINGS, Hiding, MaskTokens
 from eva_mim.students.masked import MaskedStudent
 from tests.students.test_masked import images_and_mask, pixel_mask, randomise
@@ -125,9 +126,9 @@ def test_a_call_has_its_own_mask(form: str) -> None:
 
 @torch.no_grad()
 def test_a_student_has_a_head_for_each_target() -> None:
-    made = student("mask_tokens", targets={"clip": 10, "dino": 6})
+    made = student("mask_tokens", targets={"clip": HeadPlan(10), "dino": HeadPlan(6)})
     images, masked, index = halves(made)
     found = made(images, masked, index[:5])
     assert {name: tuple(value.shape) for name, value in found.items()} == {"clip": (5, 10), "dino": (5, 6)}
     with pytest.raises(UserError, match=r"teachers\.a\.b"):
-        student("mask_tokens", targets={"a.b": 3})
+        student("mask_tokens", targets={"a.b": HeadPlan(3)})

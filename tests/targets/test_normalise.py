@@ -158,8 +158,7 @@ def test_it_goes_on_from_its_state_bit_for_bit() -> None:
         made.add(first)
         made.advance()
     for name, value in stopped.state.items():
-        resumed.state[name].copy_(value)
-    resumed.restored()
+        resumed.restore(name, value)
     for made in (whole, resumed):
         made.add(second)
         made.advance()

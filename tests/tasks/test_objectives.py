@@ -11,7 +11,16 @@ from torch import Tensor
 
 from eva_mim.core.errors import UserError
 from eva_mim.tasks.contrastive import Contrastive
-from eva_mim.tasks.masked import check_grids, masked_cosine
+from eva_mim.tasks.masked import check_grids
+from eva_mim.tasks.objectives import (
+    Objective,
+    SummaryAngle,
+    cosine_smooth_l1,
+    masked_cosine,
+    masked_mse,
+    squared_angle,
+    summary_cosine,
+)
 
 
 def loop_cosine(prediction: Tensor, target: Tensor) -> tuple[float, Tensor]:
@@ -130,3 +139,76 @@ def test_contrastive_is_fp32_for_bf16_features() -> None:
     labels = torch.arange(6)
     expected = sum(torch.nn.functional.cross_entropy(side, labels) for side in (logits, logits.T)) / 2
     assert Contrastive()(image, text, scale).loss.item() == pytest.approx(float(expected), abs=1e-4)
+
+
+def loop_cosines(prediction: Tensor, target: Tensor) -> list[float]:
+    """Cosine of each row, number by number in float64."""
+    found = []
+    for p, t in zip(prediction.double().tolist(), target.double().tolist(), strict=True):
+        lengths = math.sqrt(math.fsum(a * a for a in p)) * math.sqrt(math.fsum(b * b for b in t))
+        found.append(math.fsum(a * b for a, b in zip(p, t, strict=True)) / lengths)
+    return found
+
+
+def test_cosine_with_smooth_l1_is_the_loop() -> None:
+    target, prediction = 2 * rows(5, 6, 1), rows(5, 6, 2, 3.0)
+    errors = [abs(a - b) for p, t in zip(prediction.double().tolist(), target.double().tolist(), strict=True)
+              for a, b in zip(p, t, strict=True)]
+    smooth = [error * error / 2 if error < 1 else error - 0.5 for error in errors]
+    assert min(errors) < 1 < max(errors)
+    cosines = loop_cosines(prediction, target)
+    wanted = 0.9 * (1 - math.fsum(cosines) / 5) + 0.1 * math.fsum(smooth) / 30
+    output = cosine_smooth_l1(prediction, target)
+    assert output.mean.item() == pytest.approx(wanted, abs=1e-6)
+    assert summary_cosine(prediction, target).mean.item() == pytest.approx(1 - math.fsum(cosines) / 5, abs=1e-6)
+    assert summary_cosine(prediction, target).metrics["summary_cosine"].item() == pytest.approx(math.fsum(cosines) / 5, abs=1e-6)
+
+
+def test_the_angle_is_squared_and_divided_by_the_dispersion() -> None:
+    summaries, prediction = rows(40, 5, 1) + torch.tensor([1.0, 0, 0, 0, 0]), rows(40, 5, 2)
+    loss = SummaryAngle(5)
+    for _ in range(2):  # the second time there is a mean direction
+        for part in summaries.chunk(4):
+            loss.add(part)
+        loss.gather()
+    units = [[a / math.sqrt(math.fsum(b * b for b in row)) for a in row] for row in summaries.double().tolist()]
+    direction = torch.tensor([[math.fsum(column) for column in zip(*units, strict=True)]])
+    dispersion = math.fsum(math.acos(c) ** 2 for c in loop_cosines(summaries, direction.expand(40, -1))) / 40
+    assert loss.dispersion().item() == pytest.approx(dispersion, rel=1e-6)
+    angles = math.fsum(math.acos(c) ** 2 for c in loop_cosines(prediction, summaries)) / 40
+    assert loss(prediction, summaries).mean.item() == pytest.approx(angles / dispersion, rel=1e-5)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-12, 1e-6, 9.99e-4, 1.001e-3, 0.3, 1.0, 1.99])
+def test_the_squared_angle_is_right_near_nothing_and_far_away(apart: float) -> None:
+    value = torch.tensor(apart, dtype=torch.float64, requires_grad=True)
+    squared_angle(value).backward()
+    cosine = 1 - apart
+    assert squared_angle(value).item() == pytest.approx(math.acos(cosine) ** 2, rel=1e-9, abs=1e-15)
+    slope = 2 * math.acos(cosine) / math.sqrt(1 - cosine * cosine) if apart > 1e-9 else 2.0
+    assert value.grad is not None
+    assert value.grad.item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_a_dispersion_is_fixed_after_enough_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eva_mim.tasks.objectives.SAMPLES", 30)
+    loss = SummaryAngle(4)
+    for seed in range(6):
+        loss.add(rows(10, 4, seed))
+        loss.gather()
+    assert loss.state["angles"][0] == 30
+    before = loss.dispersion()
+    loss.add(torch.full((10, 4), float("nan")))
+    loss.add(rows(10, 4, 9))
+    loss.gather()
+    assert torch.equal(loss.dispersion(), before)
+
+
+@pytest.mark.parametrize("loss", [masked_cosine, masked_mse, cosine_smooth_l1, summary_cosine, SummaryAngle(7)])
+def test_no_rows_give_0_with_a_gradient(loss: Objective) -> None:
+    """A process without a teacher's images adds nothing, and its step is still the step of all."""
+    prediction = torch.zeros(0, 7, requires_grad=True)
+    output = loss(prediction, torch.zeros(0, 7))
+    output.mean.backward()
+    assert output.mean.item() == 0
+    assert all(value.item() == 0 for value in output.metrics.values())

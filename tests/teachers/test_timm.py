@@ -143,4 +143,5 @@ def test_a_timm_teacher_refuses_what_it_cannot_do() -> None:
     assert build(image_size=40, layer=-3).facts() | {"mean": 0, "std": 0, "parameters": 0} == {
         "network": "VisionTransformer", "parameters": 0, "image_size": 40, "grid": [10, 10], "width": 96, "mean": 0, "std": 0,
         "layer": 1, "blocks": 4, "final_norm": True, "project": False,
+        "summary": "pooled",
     }
