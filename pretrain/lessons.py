@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from eva_mim.core.contracts import Teacher
+from eva_mim.core.contracts import MaskedBatch, Teacher, TrainData
 from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
 from eva_mim.core.registry import OBJECTIVES, lookup
+from eva_mim.core.run_folder import RunFolder, head_file
+from eva_mim.core.settings import few
+from eva_mim.data.prompts import prompt_templates
+from eva_mim.evaluate.contrastive import class_features
+from eva_mim.evaluate.masked import Prompts
 from eva_mim.students.heads import HeadPlan, last_layer
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.targets.normalise import Normaliser
-from eva_mim.tasks.masked import Lesson
+from eva_mim.tasks.masked import Lesson, MaskedFeatures
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
+from eva_mim.teachers.open_clip import TextTower
+from eva_mim.weights.files.read import open_checkpoint
 
 if TYPE_CHECKING:
     from pretrain.mim import StageRecipe
@@ -51,17 +62,85 @@ def lessons_of(recipe: StageRecipe, teachers: Mapping[str, Teacher], device: tor
     return lessons
 
 
-def folded(student: MaskedStudent, weights: dict[str, Tensor], lessons: Mapping[str, Lesson]) -> dict[str, Tensor]:
-    """Returns weights of heads whose outputs are in the teachers' own spaces: normalisers are folded into the last layers."""
-    found = dict(weights)
+def _last_layers(student: MaskedStudent, lessons: Mapping[str, Lesson]) -> Iterator[tuple[str, Normaliser, int]]:
+    """Yields the name of the last layer of each head of normalised features, the normaliser, and the number of its cells."""
     for name, lesson in lessons.items():
         if lesson.normaliser is None:
             continue
-        head = student.head[name] if isinstance(student.head, nn.ModuleDict) else student.head
-        last = last_layer(head)
+        last = last_layer(student.head[name] if isinstance(student.head, nn.ModuleDict) else student.head)
         (place,) = (path for path, module in student.named_modules() if module is last)
-        fine = lesson.upsample**2  # the cells of a patch are one after the other in the rows of the layer
-        parts = [lesson.normaliser.fold(weight, bias) for weight, bias in zip(
-            found[f"{place}.weight"].chunk(fine), found[f"{place}.bias"].chunk(fine), strict=True)]
-        found[f"{place}.weight"], found[f"{place}.bias"] = (torch.cat(part) for part in zip(*parts, strict=True))
+        yield place, lesson.normaliser, lesson.upsample**2
+
+
+def folded(
+    student: MaskedStudent, weights: Mapping[str, Tensor], lessons: Mapping[str, Lesson], *, back: bool = False
+) -> dict[str, Tensor]:
+    """Returns weights of heads whose outputs are in the teachers' own spaces: normalisers are folded into the last layers.
+    `back`: from such weights those of heads with normalised outputs."""
+    found = dict(weights)
+    for place, normaliser, cells in _last_layers(student, lessons):  # cells are one after the other in the rows of the layer
+        change = normaliser.unfold if back else normaliser.fold
+        pairs = zip(found[f"{place}.weight"].chunk(cells), found[f"{place}.bias"].chunk(cells), strict=True)
+        changed = [change(weight, bias) for weight, bias in pairs]
+        found[f"{place}.weight"], found[f"{place}.bias"] = (torch.cat(part) for part in zip(*changed, strict=True))
     return found
+
+
+def start_heads(recipe: StageRecipe, student: MaskedStudent, teachers: Mapping[str, Teacher]) -> list[str]:
+    """Starts the heads of a student by those in `init_heads`, in place; returns the teachers whose heads were there. Raises
+    UserError for heads of another kind or size, and for one that was trained for another teacher under the same name."""
+    if recipe.init_heads is None:
+        return []
+    folder = Path(recipe.init_heads)
+    before = RunFolder(folder).record().get("teachers", {})
+    tensors = dict(open_checkpoint(head_file(folder)))
+    state, found, taken = student.state_dict(), list[str](), set[str]()
+    for name, teacher in teachers.items():
+        parts = [f"{head}.{name}." for head in ("head", "summary_head")] if len(student.summary_head) or isinstance(
+            student.head, nn.ModuleDict) else ["head."]
+        own = {key for key in tensors if key.startswith(tuple(parts))}
+        wanted = {key for key in state if key.startswith(tuple(parts))}
+        if not own:
+            continue
+        if name in before and before[name]["sha256"] != teacher.fingerprint():
+            raise UserError(f"init_heads={folder}: its heads for {name} were trained for other weights of that teacher (sha256 "
+                            f"{before[name]['sha256'][:12]}, now {teacher.fingerprint()[:12]}); call the teacher something else")
+        wrong = [key for key in sorted(own | wanted) if key not in tensors or key not in state
+                 or tensors[key].shape != state[key].shape]
+        if wrong:
+            raise UserError(f"init_heads={folder}: its heads for {name} are of another kind or size: {few(wrong, 3)}; give "
+                            "student.head and objective as there, or call the teacher something else")
+        found.append(name)
+        taken |= own
+    if not found:
+        raise UserError(f"init_heads={folder}: it has no heads for {', '.join(teachers)}")
+    student.load_state_dict({key: tensors[key] for key in taken}, strict=False)
+    new = [name for name in teachers if name not in found]
+    say(f"  heads of {', '.join(found)} from {folder}" + (f"; new ones for {', '.join(new)}" if new else ""))
+    return found
+
+
+def measured_and_unfolded(task: MaskedFeatures, started: Sequence[str], train: TrainData, device: torch.device) -> None:
+    """Measures the features of the first step, and turns heads that speak in the teachers' own spaces into such that speak in
+    normalised ones, by these statistics. Every rank must call."""
+    lessons = {name: task.lessons[name] for name in started if task.lessons[name].normaliser is not None}
+    if not lessons:
+        return
+    with closing(cast(Generator[list[MaskedBatch], None, None], train.steps(0, 1))) as steps:
+        task.measure([batch.to(device) for batch in next(steps)])
+    state = task.student.state_dict()
+    task.student.load_state_dict(folded(cast(MaskedStudent, task.student), state, lessons, back=True))
+
+
+def class_vectors(recipe: StageRecipe, classes: Sequence[str] | None, device: torch.device) -> Prompts | None:
+    """Returns the vectors of the classes by the text tower of `evaluate.zeroshot`; None without it. Every rank must call. Raises
+    UserError for a teacher without a text tower, and for images without classes."""
+    name = recipe.evaluate.zeroshot
+    if name is None:
+        return None
+    if classes is None:
+        raise UserError(f"evaluate.zeroshot={name}: the held-out images have no classes")
+    tower = TextTower(recipe.all_teachers[name]).to(device)
+    vectors = class_features(lambda texts: F.normalize(tower(texts), dim=-1), tower.tokenize, classes,
+                             prompt_templates(recipe.data.templates), nullcontext, device)
+    return Prompts(name, vectors)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
-from eva_mim.core.run_folder import store_index
+from eva_mim.core.run_folder import head_file, store_index
 from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.run.program import Stage, leave
@@ -47,11 +47,16 @@ class EvaluateSettings(Settings):
     """Number of held-out images, spread evenly over the set."""
     bank: int = Field(5000, ge=1)
     """Number of training images whose labels k-NN and the ridge probe read."""
+    zeroshot: str | None = None
+    """Name of a teacher that is a CLIP model and whose summary is learned: its text tower classifies what the student says of
+    held-out images, by the classes' names in `data.templates`. null: no zero-shot accuracy."""
 
 
 class StageRecipe(Recipe):
     """Settings of a masked-feature stage."""
 
+    init_heads: str | None = None
+    """Folder of an earlier masked stage whose heads start those of the teachers with the same names; others start anew."""
     teacher: TargetTeacherSettings | None = None
     """The only teacher: the same as `teachers` with one teacher of the name "teacher"."""
     teachers: dict[TeacherName, TargetTeacherSettings] = {}
@@ -99,6 +104,15 @@ class StageRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _zeroshot_has_a_teacher(self) -> StageRecipe:
+        name = self.evaluate.zeroshot
+        if name is not None and name not in self.all_teachers:
+            raise ValueError(f"evaluate.zeroshot={name} is no teacher; known: {', '.join(self.all_teachers)}")
+        if name is not None and not self.objective_of(name).summary:
+            raise ValueError(f"evaluate.zeroshot={name}: its summary is not learned; set objective.summary")
+        return self
+
+    @model_validator(mode="after")
     def _masks_come_again(self) -> StageRecipe:
         if self.mask.replay and self.mask.ratio == 0:
             raise ValueError("mask.replay=true has no effect with mask.ratio=0")
@@ -113,6 +127,8 @@ class StageRecipe(Recipe):
     def parents(self) -> dict[str, Path]:
         """Returns the parents of every recipe, and each teacher that is a stage's folder or a local file."""
         found = super().parents()
+        if self.init_heads is not None:
+            found["init_heads"] = Path(self.init_heads)
         if self.targets.cached is not None:
             return found | {"targets.cached": self.targets.cached}
         for teacher in self.all_teachers.values():
@@ -123,7 +139,10 @@ class StageRecipe(Recipe):
         return found
 
     def parent_hash(self, name: str, path: Path) -> str:
-        """See `Recipe`; of a cache of targets the hash of its index, which has those of all files."""
+        """See `Recipe`; of a cache of targets the hash of its index, which has those of all files; of `init_heads` that of the
+        heads."""
+        if name == "init_heads":
+            return sha256(head_file(path))
         return sha256(store_index(path)) if name == "targets.cached" else super().parent_hash(name, path)
 
 
@@ -163,7 +182,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     from eva_mim.core.files import write_weights
     from eva_mim.core.log import say
-    from eva_mim.core.run_folder import HEAD
+    from eva_mim.core.run_folder import HEAD, ZEROSHOT
     from eva_mim.data.masking import make_mask
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.splits import open_splits
@@ -175,7 +194,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
-    from pretrain.lessons import folded, lessons_of
+    from pretrain.lessons import class_vectors, folded, lessons_of, measured_and_unfolded, start_heads
     from pretrain.targets import open_store, view_of
 
     splits = open_splits(recipe.data)
@@ -188,6 +207,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     lessons = lessons_of(recipe, teachers, device)
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, lessons)
+    heads = start_heads(recipe, student, teachers)
     sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
     masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
                              predict_visible=any(lesson.visible for lesson in lessons.values()),
@@ -197,28 +217,34 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     if labelled and (without := splits.without_labels()):
         say(f"  {'; '.join(without)}: no k-NN and ridge figures")
         labelled = False
+    prompts = class_vectors(recipe, splits.val.classes if labelled else None, device)
     evaluator = MaskedFeatureEvaluator(
         task,
         eval_loader(recipe, splits.val, sizes, recipe.view, masked["val"], recipe.evaluate.images),
         eval_loader(recipe, splits.train, sizes[:1], recipe.view, LabelledPreparation, recipe.evaluate.bank),
         labelled=labelled,
         device=device,
+        prompts=prompts,
     )
 
     def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
         write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
                    crop_pct=recipe.view.crop_pct)
-        heads = {name: value for name, value in weights.items() if not name.startswith("trunk.")}
-        write_weights(out / HEAD, folded(student, heads, lessons))
+        outside = {name: value for name, value in weights.items() if not name.startswith("trunk.")}
+        write_weights(out / HEAD, folded(student, outside, lessons))
+        if prompts is not None:
+            write_weights(out / ZEROSHOT, {prompts.teacher: prompts.vectors})
 
     train = train_loader(recipe, splits.train, sizes, view, masked["train"])
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,
         splits.facts(),
+        splits.val.classes if prompts else None,
         grid=grid_of(student.trunk),
         seeded=seed_from(recipe, student.trunk),
         teachers=teachers,
+        begin=partial(measured_and_unfolded, task, heads, train, device) if heads else None,
     )
 
 

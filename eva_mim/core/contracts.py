@@ -270,6 +270,8 @@ class Rates(NamedTuple):
     """Learning rate of groups with `lr_scale` 1."""
     weight_decay: float
     """Weight decay of groups with `decays` 1."""
+    heads_alone: bool = False
+    """True if the heads of a masked student are trained alone."""
 
 
 class StateGroup(NamedTuple):

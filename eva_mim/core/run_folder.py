@@ -12,6 +12,8 @@ from eva_mim.core.errors import UserError
 
 WEIGHTS, HEAD = "model.safetensors", "head.safetensors"
 """Files of a finished stage: the trunk under timm's names; the tensors of a masked student outside its trunk."""
+ZEROSHOT = "zeroshot.safetensors"
+"""Beside the heads of a masked stage: vectors of the classes by a teacher's text tower, [K, C] under the teacher's name."""
 TIMM_CONFIG = "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 LINEAGE = "lineage.json"
@@ -138,3 +140,11 @@ def _is_json(line: str) -> bool:
     except json.JSONDecodeError:
         return False
     return True
+
+
+def head_file(folder: Path) -> Path:
+    """Returns the file of the heads in the folder of a masked stage. Raises UserError for a folder without one."""
+    found = folder / HEAD
+    if not found.is_file():
+        raise UserError(f"{folder} has no {HEAD}; it must be the folder of a finished masked stage")
+    return found

@@ -34,6 +34,8 @@ class BaseEngine:
     def step(self, task: Task, batches: list[Batch], rates: Rates, measure_update: bool = False) -> StepOutput:
         """See `contracts.Engine`."""
         set_rates(self._watched.param_groups, rates)
+        if hasattr(self.module, "heads_alone"):
+            self.module.heads_alone = rates.heads_alone  # type: ignore[assignment]
         self._watched.measure_update = measure_update
         with self.autocast():
             batches = task.prepare(self.forward, batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,21 @@ from eva_mim.core.contracts import Autocast, Features, LabelledBatch, MaskedBatc
 from eva_mim.core.distributed import all_gather_rows, all_reduce_sum
 from eva_mim.core.log import say
 from eva_mim.evaluate import features
+from eva_mim.evaluate.contrastive import zero_shot
 from eva_mim.students.heads import SUMMARY
 from eva_mim.tasks.masked import MaskedFeatures
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Prediction and target [rows, C] by the teacher's name, in its own space."""
+
+
+class Prompts(NamedTuple):
+    """A zero-shot classifier of what a student predicts of a CLIP model's summary."""
+
+    teacher: str
+    """Name of that teacher."""
+    vectors: Tensor
+    """[K, C], a unit vector a class by the teacher's text tower."""
 
 
 class MaskedFeatureEvaluator:
@@ -26,9 +36,10 @@ class MaskedFeatureEvaluator:
 
     def __init__(
         self, task: MaskedFeatures, val: Iterable[MaskedBatch], bank: Iterable[LabelledBatch], *, labelled: bool,
-        device: torch.device,
+        device: torch.device, prompts: Prompts | None = None,
     ):
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
+        self.prompts = prompts
         self.headline = "cosine" if any(lesson.spatial for lesson in task.lessons.values()) else "summary_cosine"
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
@@ -40,7 +51,7 @@ class MaskedFeatureEvaluator:
         `effective_rank`: see `features.py`. `knn_top1`, `ridge_top1` (on the mean of the patches) and `knn_class_top1` (on the
         class tokens): percent, if labels exist."""
         found = _Sums(self.device)
-        rows, labels = [], []
+        rows, labels, said = [], [], []
         for batch in (batch.to(self.device) for batch in self.val):
             with autocast():
                 targets, index = self.task.targets(batch), self.task.index(batch)
@@ -55,6 +66,8 @@ class MaskedFeatureEvaluator:
                     found.cosines("cosine_stripes", self._pairs(striped_predictions, targets, striped))
                 rows.append(_both(student.features(self.task.images(batch))))
             found.directions(pairs)
+            if self.prompts is not None:
+                said.append(F.normalize(predictions[self.prompts.teacher + SUMMARY].float(), dim=-1))
             if batch.labels is not None:
                 labels.append(batch.labels)
         result = found.means()
@@ -67,6 +80,8 @@ class MaskedFeatureEvaluator:
         if features.collapsed(result["feature_std"], result["effective_rank"]):
             say(f"  alarm: the features have collapsed (feature_std {result['feature_std']:.3f}, "
                 f"effective_rank {result['effective_rank']:.1f})")
+        if self.prompts is not None:
+            result |= zero_shot(torch.cat(said), torch.cat(labels), self.prompts.vectors)
         if self.labelled:
             result |= self._labelled(student, autocast, mean, token, all_gather_rows(torch.cat(labels)))
         return result

@@ -21,6 +21,16 @@ class TowerSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0.0)] | None = None
 
 
+class HeadsSettings(Settings):
+    """Rates of the heads of a masked student, and steps in which they are trained alone."""
+
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak learning rate; null for the general one. The schedule has the same form."""
+    alone: int = Field(0, ge=0)
+    """Number of first steps in which the heads alone are trained and everything before them stays as it is (RADIO's training
+    begins each stage so)."""
+
+
 class LambSettings(Settings):
     """LAMB (You et al. 2020): each tensor's Adam update is rescaled to the norm of the tensor (times the learning rate).
 
@@ -58,6 +68,8 @@ class OptimSettings(Settings):
     """The image tower of a CLIP student, with its projection into the shared space."""
     text: TowerSettings = TowerSettings()
     """The text tower, with its projection. The logit scale and bias are in neither tower and have the general values."""
+    heads: HeadsSettings = HeadsSettings()
+    """The heads of a masked student."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate at the end of the schedule."""
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0

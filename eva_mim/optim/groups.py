@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eva_mim.core.errors import UserError
-from eva_mim.optim import OptimSettings, TowerSettings
+from eva_mim.optim import HeadsSettings, OptimSettings, TowerSettings
 from eva_mim.trunks import Tower
 
 if TYPE_CHECKING:
@@ -19,18 +19,19 @@ TOP = ("norm.", "rel_pos_bias.")
 class _Rule(NamedTuple):
     lr_scale: float
     decays: float
+    head: bool = False
 
 
 def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Returns optimizer groups of the trained parameters, with `params`, `weight_decay`, `decays` and `lr_scale`, by BEiT's rule
-    as in EVA-01/eva/optim_factory.py and EVA-CLIP/rei/training/optim.py.
+    """Returns optimizer groups of the trained parameters, with `params`, `weight_decay`, `decays`, `lr_scale` and `head`, by
+    BEiT's rule as in EVA-01/eva/optim_factory.py and EVA-CLIP/rei/training/optim.py.
 
     `lr_scale` and `decays` are factors on the rates of a step. Weight decay is off for vectors, biases and the parameters that
     timm lists in `no_weight_decay` (positions, class token); it is on for relative position tables, although timm lists them,
     and for a mask token. A student without `towers()` has one tower, its trunk. Outside the towers, `student.stem_parameters` are
     in layer 0 and all other parameters in the top layer, where `student.lr_scales` may give a factor to a parameter by its name
-    (the layers of a probe). Raises UserError if rates shall differ by layer and the layers of the architecture are not known.
-    """
+    (the layers of a probe). With `optim.heads`, `head` is True for parameters whose names begin as `student.head_parts`. Raises
+    UserError if rates shall differ by layer and the layers of the architecture are not known. """
     rules: dict[int, _Rule] = {}
     towers = _towers(student)
     for name in ("image", "text"):
@@ -40,12 +41,17 @@ def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[s
         rules |= _rules(name, tower, settings)
     lowest = min((rule.lr_scale for rule in rules.values()), default=1.0)
     scales = dict.fromkeys(getattr(student, "stem_parameters", ()), lowest) | getattr(student, "lr_scales", {})
+    parts = getattr(student, "head_parts", ())
+    if settings.heads != HeadsSettings() and not parts:
+        raise UserError("optim.heads: this student has no heads for teachers' features; leave it out")
+    own_lr = 1.0 if settings.heads.lr is None else settings.heads.lr / settings.lr
     groups: dict[_Rule, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
         own = rules.get(id(parameter))
-        rule = own or _Rule(scales.get(name, 1.0), float(_is_matrix(name, parameter)))
+        head = settings.heads != HeadsSettings() and name.startswith(parts)
+        rule = own or _Rule(own_lr if head else scales.get(name, 1.0), float(_is_matrix(name, parameter)), head)
         group = {"params": [], "weight_decay": settings.weight_decay * rule.decays, **rule._asdict()}
         groups.setdefault(rule, group)["params"].append(parameter)
     return list(groups.values())

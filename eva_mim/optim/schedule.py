@@ -9,11 +9,11 @@ from eva_mim.optim import OptimSettings
 
 
 def rates_at(step: int, settings: OptimSettings, *, steps_per_epoch: int, epochs: float) -> Rates:
-    """Returns learning rate and weight decay of update `step` (from 0)."""
-    lr = lr_at(step, settings, steps_per_epoch=steps_per_epoch, epochs=epochs)
-    if settings.weight_decay_end is None:
-        return Rates(lr, settings.weight_decay)
-    return Rates(lr, _cosine(settings.weight_decay, settings.weight_decay_end, step, round(epochs * steps_per_epoch)))
+    """Returns the rates of update `step` (from 0)."""
+    lr, decay = lr_at(step, settings, steps_per_epoch=steps_per_epoch, epochs=epochs), settings.weight_decay
+    if settings.weight_decay_end is not None:
+        decay = _cosine(decay, settings.weight_decay_end, step, round(epochs * steps_per_epoch))
+    return Rates(lr, decay, heads_alone=step < settings.heads.alone)
 
 
 def lr_at(step: int, settings: OptimSettings, *, steps_per_epoch: int, epochs: float) -> float:

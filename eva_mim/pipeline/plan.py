@@ -49,6 +49,8 @@ class StageEntry(Settings):
     """Dotted setting -> value, which overrides the recipe's own."""
     init_from: str | None = None
     """Earlier stage whose trunk this one starts from."""
+    init_heads: str | None = None
+    """Earlier masked stage whose heads those of this one start from."""
     teacher: str | None = None
     """Earlier clip stage that is the teacher."""
     teachers: dict[str, str] = {}
@@ -59,7 +61,7 @@ class StageEntry(Settings):
     @property
     def parents(self) -> dict[str, str]:
         """Earlier stages that this one builds on, by the setting that names them."""
-        named = {"init_from": self.init_from, "teacher": self.teacher, "text_from": self.text_from}
+        named = {"init_from": self.init_from, "init_heads": self.init_heads, "teacher": self.teacher, "text_from": self.text_from}
         return {setting: stage for setting, stage in named.items() if stage is not None} | {
             f"teachers.{name}": stage for name, stage in self.teachers.items()
         }
@@ -167,8 +169,9 @@ def _applies(model: type[Recipe], assignment: str) -> bool:
 
 def _parents(stage: StageEntry, out: Path) -> dict[str, str]:
     values = {}
-    if stage.init_from is not None:
-        values["init_from"] = str(out / stage.init_from)
+    for setting in ("init_from", "init_heads"):
+        if (parent := getattr(stage, setting)) is not None:
+            values[setting] = str(out / parent)
     for setting, parent in stage.parents.items():
         if setting.startswith("teacher"):
             values |= {f"{setting}.kind": "stage", f"{setting}.name": str(out / parent)}

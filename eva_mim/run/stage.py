@@ -74,6 +74,8 @@ class Built:
     seeded: KeyReport | None = None
     teachers: dict[str, Teacher] = field(default_factory=dict)
     """By name; not one of their weights may change."""
+    begin: Callable[[], None] | None = None
+    """What a run without checkpoint does before its first step; every rank calls it."""
 
 
 def run_stage(stage: Stage, recipe: Recipe, out: Path, state: StageState | None = None) -> dict[str, Any]:
@@ -132,6 +134,8 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     if built.seeded is not None:
         say(folded(f"seeded{f' from {recipe.init_from}' if recipe.init_from else ''}: {built.seeded}"))
     taught = _teachers(built)
+    if built.begin is not None and not state.resumes:
+        built.begin()
     engine = build_engine(student, recipe.run, recipe.optim, device)
     trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()
     if _teachers(built) != taught:

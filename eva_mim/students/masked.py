@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eva_mim.core.contracts import Grid
@@ -23,9 +24,14 @@ class MaskedStudent(nn.Module):
     The trunk keeps timm's forward and key names. Raises UserError for a trunk or masks that do not fit the form.
     """
 
+    head_parts = ("head.", "summary_head.")
+    """Beginnings of the names of the heads' parameters."""
+
     def __init__(self, settings: MaskedSettings, targets: Targets, mask: MaskCounts | None = None):
         """`targets`: what is predicted; `mask`: numbers of masked patches, None for any number."""
         super().__init__()
+        self.heads_alone = False
+        """True while the heads are trained alone: no gradient goes further."""
         self._hidings = HIDINGS[settings.form]
         self.stem_parameters = tuple(name for hiding in self._hidings for name in hiding.stem_parameters)
         self.any_mask = all(hiding.any_mask for hiding in self._hidings)
@@ -83,14 +89,22 @@ class MaskedStudent(nn.Module):
     def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor | dict[str, Tensor]:
         """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name, those of
         summaries [B, C] as NAME_summary. The patches of `masked` are hidden; None hides no patch."""
-        encoded = tokens = self.tokens(images, masked)
-        for hiding in self._hidings:
-            tokens = hiding.patches(self, tokens, masked)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_alone):
+            encoded = tokens = self.tokens(images, masked)
+            for hiding in self._hidings:
+                tokens = hiding.patches(self, tokens, masked)
+        if self.heads_alone and torch.is_grad_enabled():
+            # A gradient of 0: the optimizer counts the steps of all parameters alike, and ZeRO reduces what it expects.
+            tokens = tokens + sum((value.sum() * 0 for value in self._before_heads()), tokens.new_zeros(()))
         found = predict(self.head, self._cells, tokens, self.prefix, target_index)
         if isinstance(found, Tensor):
             return found
         return found | {name + SUMMARY: head(self._summary(encoded, self.class_tokens[name]))
                         for name, head in self.summary_head.items()}
+
+    def _before_heads(self) -> list[nn.Parameter]:
+        return [value for name, value in self.named_parameters()
+                if value.requires_grad and not name.startswith(self.head_parts)]
 
     def _summary(self, tokens: Tensor, place: int) -> Tensor:
         return tokens[:, self.prefix :].mean(dim=1) if place < 0 else tokens[:, place]

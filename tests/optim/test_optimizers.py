@@ -117,7 +117,7 @@ def test_short_warm_ups_and_steps_past_the_end() -> None:
     assert lr_at(0, without, steps_per_epoch=4, epochs=1) == 1.0
     for kind in ("cosine", "linear"):
         settings = OptimSettings(lr=1.0, min_lr=0.25, warmup_epochs=0, schedule=kind, weight_decay=0.1, weight_decay_end=0.4)
-        assert rates_at(9, settings, steps_per_epoch=4, epochs=2) == pytest.approx((0.25, 0.4))
+        assert rates_at(9, settings, steps_per_epoch=4, epochs=2)[:2] == pytest.approx((0.25, 0.4))
 
 
 class Student(nn.Module):
@@ -317,10 +317,10 @@ def test_the_schedule_multiplies_every_towers_rates() -> None:
         set_rates(groups, rates_at(step, settings, steps_per_epoch=10, epochs=2))
         wanted = [rates_at(step, one, steps_per_epoch=10, epochs=2) for one in (text, settings)]
         projection, table = of["model.text.text_projection"], of["model.text.token_embedding.weight"]
-        assert (projection["lr"], projection["weight_decay"]) == pytest.approx(wanted[0], rel=1e-12)
+        assert (projection["lr"], projection["weight_decay"]) == pytest.approx(wanted[0][:2], rel=1e-12)
         assert table["lr"] == pytest.approx(wanted[0].lr / 8, rel=1e-12)
         head, scale = of["model.visual.head.proj.weight"], of["model.logit_scale"]
-        assert (head["lr"], head["weight_decay"]) == pytest.approx(wanted[1], rel=1e-12)
+        assert (head["lr"], head["weight_decay"]) == pytest.approx(wanted[1][:2], rel=1e-12)
         assert (scale["lr"], scale["weight_decay"]) == pytest.approx((wanted[1].lr, 0.0), rel=1e-12)
 
 

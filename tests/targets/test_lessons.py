@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -16,9 +18,10 @@ from torch.nn import functional as F
 
 import eva_mim.trunks.small  # noqa: F401
 from eva_mim.data import SceneSettings
+from eva_mim.data.class_lists import spoken
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView
-from tests.tiny import MIM, finish, losses, python, records, run, run_until, same_weights, teacher_file, write_recipe
+from tests.tiny import CLIP, MIM, finish, losses, python, records, run, run_until, same_weights, teacher_file, write_recipe
 
 pytestmark = pytest.mark.slow
 ROUNDING = 5e-5
@@ -142,3 +145,96 @@ def test_a_summary_of_a_teacher_without_one_is_refused(tmp_path: Path) -> None:
     done = finish(python("pretrain.mim", write_recipe(tmp_path, tree), "--out", tmp_path / "run"), 2)
     assert "teachers.sam (samvit_base_patch16) has no summary; give it losses of its own" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def heads_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "head.safetensors")
+
+
+def test_heads_are_trained_alone_at_first_and_start_from_another_run(tmp_path: Path) -> None:
+    tree = three(tmp_path)
+    tree["optim"] = {"lr": 2e-3, "warmup_steps": 0, "heads": {"alone": 4, "lr": 4e-3}, "layer_decay": 0.8}
+    recipe = write_recipe(tmp_path, tree)
+    run("mim", recipe, tmp_path / "alone", "run.epochs=1")  # 4 steps
+    untrained = tmp_path / "untrained"
+    run("mim", recipe, untrained, "run.epochs=1", "optim.lr=1e-30", "optim.heads.lr=null")
+    same_weights(tmp_path / "alone" / "model.safetensors", untrained / "model.safetensors")
+    moved = [float((value - heads_of(untrained)[name]).abs().max()) for name, value in heads_of(tmp_path / "alone").items()
+             if name.startswith(("head.", "summary_head."))]
+    assert min(moved) > 1e-5
+    assert records(tmp_path / "alone")[-1]["loss"] < 0.9 * records(tmp_path / "alone")[0]["loss"]
+
+    run("mim", recipe, tmp_path / "both")
+    assert (tmp_path / "both" / "model.safetensors").read_bytes() != (untrained / "model.safetensors").read_bytes()
+    more = "run.engine=deepspeed", "run.micro_batch=6"
+    run("mim", recipe, tmp_path / "two", *more, "run.zero_stage=2", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "both"), abs=ROUNDING)
+    run_until(5, "mim", recipe, tmp_path / "killed")
+    run("mim", recipe, tmp_path / "killed")
+    same_weights(tmp_path / "killed" / "model.safetensors", tmp_path / "both" / "model.safetensors")
+
+    # The next stage: heads begin where they ended, although their targets are normalised by new statistics.
+    start = f"init_from={tmp_path / 'both'}", f"init_heads={tmp_path / 'both'}"
+    done = run("mim", recipe, tmp_path / "next", *start, "optim.lr=1e-30", "optim.heads.lr=null", "run.epochs=1")
+    assert f"heads of vit, pixels, token from {tmp_path / 'both'}" in done.stderr
+    before, after = (records(tmp_path / name, "eval")[-1] for name in ("both", "next"))
+    for figure in ("cosine_vit", "cosine_pixels", "error_vit", "summary_cosine_vit", "summary_cosine_token"):
+        assert after[figure] == pytest.approx(before[figure], abs=0.01), figure  # the mask token starts anew
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["student.head.width=7"], "its heads for vit are of another kind or size: head.vit.0.bias"),
+        (["teachers.vit.weights=null"], "its heads for vit were trained for other weights of that teacher"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    tree = three(tmp_path)
+    del tree["teachers"]["pixels"], tree["teachers"]["token"]
+    tree["student"] = MIM["student"] | {"head": {"kind": "mlp"}}
+    recipe = write_recipe(tmp_path, tree)
+    run("mim", recipe, tmp_path / "first", "run.epochs=1")
+    start = f"init_heads={tmp_path / 'first'}"
+    done = run("mim", recipe, tmp_path / "second", start, *overrides, code=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@torch.no_grad()
+def test_zero_shot_through_a_clip_teachers_head_is_that_of_plain_torch(tmp_path: Path) -> None:
+    run("clip", write_recipe(tmp_path, CLIP, "clip.yaml"), tmp_path / "clip", "run.epochs=1")
+    teachers = {"clip": {"kind": "stage", "name": str(tmp_path / "clip"), "objective": {"kind": None, "summary": "cosine"}}}
+    tree = {name: value for name, value in MIM.items() if name != "teacher"} | {
+        "teachers": teachers, "mask": {"ratio": 0.0}, "data": CLIP["data"],
+        "evaluate": MIM["evaluate"] | {"zeroshot": "clip"},
+    }
+    out = tmp_path / "run"
+    done = run("mim", write_recipe(tmp_path, tree), out)
+    figures = records(out, "eval")[-1]
+    assert figures["summary_cosine"] > 0.3
+    heads, (name, vectors) = heads_of(out), load_file(out / "zeroshot.safetensors").popitem()
+    trunk = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
+    said = F.linear(trunk.forward_features(held_out(32))[:, 0], heads["summary_head.clip.weight"],
+                    heads["summary_head.clip.bias"])
+    assert name == "clip"
+    scenes = SceneSource(SceneSettings(**MIM["data"]["scenes"]), "val")
+    labels = torch.tensor([scenes.read(index).label for index in range(len(scenes))])
+    top1 = 100 * ((said @ vectors.T).argmax(1) == labels).float().mean().item()
+    assert figures["zeroshot_top1"] == pytest.approx(top1, abs=1e-4)
+
+    # The vectors are those of open_clip's own tower.
+    model, tokenize = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}"), open_clip.get_tokenizer(
+        f"local-dir:{tmp_path / 'clip'}")
+    classes = json.loads((out / "lineage.json").read_text())["classes"]
+    wanted = model.eval().encode_text(tokenize([f"a {spoken(name)}" for name in classes]), normalize=True)
+    assert (vectors - wanted).abs().max() < 1e-5
+    assert "zeroshot_top1" in done.stderr
+
+
+def test_zero_shot_asks_for_a_summary_and_a_text_tower(tmp_path: Path) -> None:
+    tree = three(tmp_path)
+    for name, said in (("pixels", "its summary is not learned"), ("sam", "is no teacher; known: vit, pixels, token"),
+                       ("token", "teachers.token.kind=timm has no text tower")):
+        recipe = write_recipe(tmp_path, tree | {"evaluate": MIM["evaluate"] | {"zeroshot": name}})
+        assert said in run("mim", recipe, tmp_path / "run", code=2).stderr
