@@ -17,13 +17,15 @@ from eva_mim.core.log import say
 from eva_mim.core.registry import OBJECTIVES, lookup
 from eva_mim.core.run_folder import RunFolder, head_file
 from eva_mim.core.settings import few
+from eva_mim.data.masking import make_mask
+from eva_mim.data.preparation import Shown
 from eva_mim.data.prompts import prompt_templates
 from eva_mim.evaluate.contrastive import class_features
 from eva_mim.evaluate.masked import Prompts
 from eva_mim.students.heads import HeadPlan, last_layer
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.targets.normalise import Normaliser
-from eva_mim.tasks.masked import Lesson, MaskedFeatures
+from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
 from eva_mim.teachers.open_clip import TextTower
 from eva_mim.weights.files.read import open_checkpoint
@@ -50,14 +52,18 @@ def lessons_of(recipe: StageRecipe, teachers: Mapping[str, Teacher], device: tor
         own, objective, normaliser = recipe.all_teachers[name], recipe.objective_of(name), recipe.normaliser_of(name)
         path = f"{own.path}.objective.kind" if own.objective else "objective.kind"
         angle = objective.summary == "angle"
+        summary = (SummaryAngle(teacher.summary_width).to(device) if angle else summary_cosine) if objective.summary else None
+        normalised = normaliser.kind != "none" and objective.kind is not None
         lessons[name] = Lesson(
-            lookup(OBJECTIVES, objective.kind, path) if objective.kind else None,
-            own.weight * objective.masked, own.weight * objective.visible,
-            (SummaryAngle(teacher.summary_width).to(device) if angle else summary_cosine) if objective.summary else None,
-            own.weight * objective.summary_weight,
-            Normaliser(normaliser, teacher.width, own.path).to(device) if normaliser.kind != "none" and objective.kind else None,
-            recipe.head_of(name).upsample,
-            objective.kind != "cosine",
+            spatial=lookup(OBJECTIVES, objective.kind, path) if objective.kind else None,
+            masked=own.weight * objective.masked,
+            visible=own.weight * objective.visible,
+            summary=summary,
+            summary_weight=own.weight * objective.summary_weight,
+            normaliser=Normaliser(normaliser, teacher.width, own.path).to(device) if normalised else None,
+            upsample=recipe.head_of(name).upsample,
+            interpolate=own.interpolate,
+            scaled=objective.kind != "cosine",
         )
     return lessons
 
@@ -144,3 +150,25 @@ def class_vectors(recipe: StageRecipe, classes: Sequence[str] | None, device: to
     vectors = class_features(lambda texts: F.normalize(tower(texts), dim=-1), tower.tokenize, classes,
                              prompt_templates(recipe.data.templates), nullcontext, device)
     return Prompts(name, vectors)
+
+
+def check_sizes(recipe: StageRecipe, student: MaskedStudent, teachers: Mapping[str, Teacher]) -> None:
+    """Raises UserError, with the ways out, for a teacher whose grid of patches is not the student's at a size at which it
+    teaches, unless it is interpolated."""
+    for group in recipe.all_groups.values():
+        for side in group.sizes or (student.image_size,):
+            for name in group.teachers or recipe.all_teachers:
+                if recipe.objective_of(name).kind and recipe.all_teachers[name].interpolate is None:
+                    check_grids(student.grid_at(side), side, teachers[name], recipe.all_teachers[name].path,
+                                recipe.head_of(name).upsample)
+
+
+def shown_by_group(recipe: StageRecipe, student: MaskedStudent, live: Mapping[str, Teacher]) -> list[list[Shown]]:
+    """Returns what each group of teachers sees of an image at each of the student's sizes. `live`: teachers that see images."""
+    found = []
+    for group in recipe.all_groups.values():
+        names = group.teachers or tuple(recipe.all_teachers)
+        theirs = [live[name].image_size for name in names if name in live]
+        found.append([Shown(side, (side, *theirs), make_mask(student.grid_at(side), recipe.mask), names)
+                      for side in group.sizes or (student.image_size,)])
+    return found

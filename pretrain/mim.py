@@ -16,11 +16,12 @@ from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import head_file, store_index
 from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
+from eva_mim.data.sampler import GroupBatch, Piece, cut_groups
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import HeadSettings, MaskedSettings
 from eva_mim.targets import NormaliserSettings
-from eva_mim.tasks import ObjectiveSettings, TargetTeacherSettings
+from eva_mim.tasks import GroupSettings, ObjectiveSettings, TargetTeacherSettings
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,8 @@ class StageRecipe(Recipe):
     """The only teacher: the same as `teachers` with one teacher of the name "teacher"."""
     teachers: dict[TeacherName, TargetTeacherSettings] = {}
     """Several teachers by name; the student gets heads for each."""
+    groups: dict[TeacherName, GroupSettings] = {}
+    """Parts of each step with teachers, images and sizes of their own, by name; none: all teachers teach all images."""
     student: MaskedSettings
     targets: TargetSettings = TargetSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -84,6 +87,44 @@ class StageRecipe(Recipe):
     def all_teachers(self) -> dict[str, TargetTeacherSettings]:
         """Settings of every teacher by name."""
         return self.teachers if self.teacher is None else {"teacher": self.teacher}
+
+    @property
+    def all_groups(self) -> dict[str, GroupSettings]:
+        """Settings of every group by name; without groups of one that has everything."""
+        return self.groups or {"all": GroupSettings(batch=self.run.global_batch)}
+
+    @model_validator(mode="after")
+    def _groups_make_a_step(self) -> StageRecipe:
+        if not self.groups:
+            return self
+        known, taught = self.all_teachers, set[str]()
+        for name, group in self.groups.items():
+            if unknown := [one for one in group.teachers or () if one not in known]:
+                raise ValueError(f"groups.{name}.teachers: {', '.join(unknown)} are no teachers; known: {', '.join(known)}")
+            taught |= set(group.teachers or known)
+        if idle := [one for one in known if one not in taught]:
+            raise ValueError(f"groups: no group has {', '.join(idle)}; add them to a group's teachers, or leave them out")
+        if (total := sum(group.batch for group in self.groups.values())) != self.run.global_batch:
+            said = " + ".join(f"groups.{name}.batch={group.batch}" for name, group in self.groups.items())
+            raise ValueError(f"{said} = {total} is not run.global_batch={self.run.global_batch}")
+        if self.run.zero_stage == 3 and any(group.ranks for group in self.groups.values()):
+            raise ValueError("run.zero_stage=3: each layer is gathered by all processes together, so that all must run the same "
+                             "ones; set run.zero_stage=2, or groups.*.ranks=null")
+        several = any(len(group.sizes or ()) > 1 for group in self.groups.values()) or len(
+            {group.sizes for group in self.groups.values()}) > 1
+        if several and self.mask.replay:
+            raise ValueError("mask.replay=true stores masks of one size; give all groups one image_size, or set it to false")
+        return self
+
+    def pieces(self, rank: int, world: int) -> list[Piece]:
+        """See `Recipe`; the groups' micro-batches follow one another."""
+        return cut_groups(self.group_batches, rank, world) if self.groups else super().pieces(rank, world)
+
+    @property
+    def group_batches(self) -> list[GroupBatch]:
+        """How the groups cut a step; none without groups."""
+        return [GroupBatch(name, group.batch, group.micro_batch or self.run.micro_batch, group.ranks)
+                for name, group in self.groups.items()]
 
     def objective_of(self, name: str) -> ObjectiveSettings:
         """Returns the losses against a teacher."""
@@ -159,8 +200,7 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
     from eva_mim.run.stage import Networks
     from eva_mim.students.initialise import initialise
     from eva_mim.students.masked import MaskedStudent
-    from eva_mim.tasks.masked import check_grids
-    from pretrain.lessons import plan_of
+    from pretrain.lessons import check_sizes, plan_of
     from pretrain.targets import stored_teachers
 
     wanted = targets_of(recipe)
@@ -168,11 +208,10 @@ def networks(recipe: StageRecipe, classes: int | None = None, *, weights: bool =
     teachers |= wanted.teacher_networks(weights=weights) if wanted.folder is None else stored_teachers(wanted)
     plans = {name: plan_of(recipe, name, teacher) for name, teacher in teachers.items()}
     alone = recipe.teacher is not None and not plans["teacher"].summary
-    student = MaskedStudent(recipe.student, plans["teacher"].spatial if alone else plans, recipe.mask)
+    sizes = {side for group in recipe.groups.values() for side in group.sizes or ()}
+    student = MaskedStudent(recipe.student, plans["teacher"].spatial if alone else plans, recipe.mask, sizes)
     initialise(student, recipe.student.init)
-    for name, teacher in teachers.items():
-        if plans[name].spatial:
-            check_grids(student.grid, student.image_size, teacher, recipe.all_teachers[name].path, plans[name].settings.upsample)
+    check_sizes(recipe, student, teachers)
     return Networks(student, teachers)
 
 
@@ -183,7 +222,6 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.core.files import write_weights
     from eva_mim.core.log import say
     from eva_mim.core.run_folder import HEAD, ZEROSHOT
-    from eva_mim.data.masking import make_mask
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
@@ -194,7 +232,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of, part, unpooled, write_timm
-    from pretrain.lessons import class_vectors, folded, lessons_of, measured_and_unfolded, start_heads
+    from pretrain.lessons import class_vectors, folded, lessons_of, measured_and_unfolded, shown_by_group, start_heads
     from pretrain.targets import open_store, view_of
 
     splits = open_splits(recipe.data)
@@ -208,20 +246,22 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, lessons)
     heads = start_heads(recipe, student, teachers)
-    sizes = [student.image_size, *(teacher.image_size for teacher in teachers.values() if store is None)]
-    masked = {split: partial(MaskedPreparation, mask=make_mask(student.grid, recipe.mask),
-                             predict_visible=any(lesson.visible for lesson in lessons.values()),
+    masked = {split: partial(MaskedPreparation, predict_visible=any(lesson.visible for lesson in lessons.values()),
                              with_views=("view", "mask") if recipe.mask.replay else ("view",),
                              stored=partial(store.row, split) if store else None) for split in ("train", "val")}
+    parts = shown_by_group(recipe, student, teachers if store is None else {})
+    sizes = [size for part in parts for shown in part for size in shown.sizes]
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
     if labelled and (without := splits.without_labels()):
         say(f"  {'; '.join(without)}: no k-NN and ridge figures")
         labelled = False
     prompts = class_vectors(recipe, splits.val.classes if labelled else None, device)
+    held_out = [eval_loader(recipe, splits.val, part[0].sizes, recipe.view, partial(masked["val"], groups=[part[:1]]),
+                            recipe.evaluate.images) for part in parts]
     evaluator = MaskedFeatureEvaluator(
         task,
-        eval_loader(recipe, splits.val, sizes, recipe.view, masked["val"], recipe.evaluate.images),
-        eval_loader(recipe, splits.train, sizes[:1], recipe.view, LabelledPreparation, recipe.evaluate.bank),
+        held_out,
+        eval_loader(recipe, splits.train, [parts[0][0].side], recipe.view, LabelledPreparation, recipe.evaluate.bank),
         labelled=labelled,
         device=device,
         prompts=prompts,
@@ -235,7 +275,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         if prompts is not None:
             write_weights(out / ZEROSHOT, {prompts.teacher: prompts.vectors})
 
-    train = train_loader(recipe, splits.train, sizes, view, masked["train"])
+    train = train_loader(recipe, splits.train, sizes, view, partial(masked["train"], groups=parts), groups=recipe.group_batches)
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         export,

@@ -23,13 +23,12 @@ from torch.utils.flop_counter import flop_registry
 
 from eva_mim.commands import program_of
 from eva_mim.core.contracts import Batch, MaskedBatch
-from eva_mim.core.distributed import is_main, world_size
+from eva_mim.core.distributed import is_main, rank, world_size
 from eva_mim.core.files import write_text
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.resolve import resolve
 from eva_mim.core.timing import Stopwatch, measuring, phase
-from eva_mim.data.sampler import cut_batch
 from eva_mim.engine import build_engine
 from eva_mim.engine.step import slowdown
 from eva_mim.optim.schedule import rates_at
@@ -197,7 +196,7 @@ def measure_step(program: str | None, path: str, overrides: Sequence[str], steps
 
 
 def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) -> dict[str, Any]:
-    engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device)
+    engine = build_engine(built.parts.task.student, recipe.run, recipe.optim, device, built.parts.train.micro_batches)
     engine.module.train()
     data = iter(built.parts.train.steps(0, WARM_UP + steps + 1))
     rates = rates_at(0, recipe.optim, steps_per_epoch=built.parts.train.steps_per_epoch, epochs=1.0)
@@ -221,13 +220,13 @@ def _measured(recipe: Recipe, built: Built, device: torch.device, steps: int) ->
     peak = _peak_memory(device)
     logging = _seconds(lambda: meter.read(device), device) / recipe.run.log_every
     communication = _collectives(step) if world_size() > 1 else 0.0
-    micro, _ = cut_batch(recipe.run.global_batch, recipe.run.micro_batch, world_size())
+    piece = recipe.pieces(rank(), world_size())[0]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processes": world_size(), "threads": torch.get_num_threads(), "workers": recipe.data.workers,
         "precision": recipe.run.precision, "slowdown": slowdown(recipe.run.precision, device),
         "bf16": slowdown("bf16", device) if recipe.run.precision == "fp32" else 1.0,
-        "batch": recipe.run.global_batch, "micro_batch": micro, "steps": steps, "seconds": seconds,
+        "batch": recipe.run.global_batch, "micro_batch": piece.last - piece.first, "steps": steps, "seconds": seconds,
         "phases": phases | {"rest": max(0.0, seconds - sum(phases.values()))}, "logging": logging,
         "communication": communication, "peak_memory": peak,
         "gflop": products.operations / 1e9, "products": products.seconds_alone(device),

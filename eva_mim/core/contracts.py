@@ -8,7 +8,7 @@ own mean and std, so that one crop serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -124,6 +124,10 @@ class MaskedBatch(Batch):
     None if `masked` is None: every patch is predicted."""
     visible_index: Tensor | None = field(default=None, kw_only=True)
     """[B * N - M] int64, positions of the other patches; None if they are not predicted."""
+    side: int | None = field(default=None, kw_only=True)
+    """Size of the student's view in pixels; None: the student's own."""
+    teachers: tuple[str, ...] | None = field(default=None, kw_only=True)
+    """Names of the teachers that teach these images; None: all."""
     labels: Tensor | None = field(default=None, kw_only=True)
     """[B] int64, None if the images have no labels; held-out figures read them, the loss does not."""
     stored: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
@@ -187,15 +191,25 @@ class Target(NamedTuple):
     """[B, C'], see `Features`."""
 
 
+class Cells(NamedTuple):
+    """Which spatial features of a teacher are targets."""
+
+    places: Tensor
+    """Positions in the flattened [B * N]."""
+    grid: Grid | None = None
+    """Grid to which the features are brought before, by interpolation; None: the teacher's own."""
+
+
 class Targets(Protocol):
     """Function that returns the features which a student learns to predict, for example those of live teachers."""
 
-    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Returns the features of the batch by the teacher's name."""
+    teachers: Mapping[str, Teacher]
 
-    def patches(self, batch: MaskedBatch, index: Mapping[str, Tensor]) -> dict[str, Target]:
-        """Returns by the teacher's name its summary, and the spatial features of the cells of `index` in its flattened
-        [B * N]."""
+    def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
+        """Returns the features of the batch by the teacher's name: of all, or of those in `names`."""
+
+    def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
+        """Returns summary and spatial features of the teachers in `cells`, by name."""
 
 
 class Teacher(Protocol):
@@ -322,6 +336,8 @@ class TrainData(Protocol):
     """An endless order of samples, cut into global batches of the task's batch class; position = number of steps done."""
 
     steps_per_epoch: int
+    micro_batches: int
+    """Micro-batches of a process in a step."""
 
     def steps(self, first: int, last: int) -> Iterator[list[Any]]: ...
     def samples(self, step: int) -> list[dict[str, Any]]:

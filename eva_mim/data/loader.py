@@ -233,7 +233,7 @@ class TrainLoader(Generic[B]):
 
     def __init__(self, source: Source, preparation: Preparation[B], order: GlobalOrder, workers: int):
         self._reader, self._order, self._workers = Reader(source, preparation), order, workers
-        self.steps_per_epoch = order.steps_per_epoch
+        self.steps_per_epoch, self.micro_batches = order.steps_per_epoch, order.micro_batches
 
     def steps(self, first: int, last: int) -> Iterator[list[B]]:
         """Yields the micro-batches of each step from `first` to `last` - 1. Loading continues across epochs without a pause."""
@@ -247,7 +247,8 @@ class TrainLoader(Generic[B]):
 
     def samples(self, step: int) -> list[dict[str, Any]]:
         """Returns epoch, index and key of each sample of a step, over all ranks."""
-        return [place._asdict() | {"key": self.key(place.index)} for place in self._order.global_step(step)]
+        return [{"epoch": place.epoch, "index": place.index, "key": self.key(place.index)}
+                for place in self._order.global_step(step)]
 
     def key(self, index: int) -> str:
         """Returns the source's key of a sample."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from eva_mim.core.bands import Bands
 from eva_mim.core.contracts import B, ImageTextBatch, LabelledBatch, MaskedBatch, Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.timing import phase
@@ -20,10 +19,10 @@ from eva_mim.data.prompts import filled
 from eva_mim.data.sampler import Place
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
-View = Callable[["Image | Bands", random.Random], dict[int, Tensor]]
-"""Function of an image and a random generator that returns {side in pixels: [channels, side, side]}."""
+View = Callable[..., dict[int, Tensor]]
+"""Function of an image, a random generator and perhaps some sizes that returns {side in pixels: [channels, side, side]}."""
 Tokenize = Callable[[list[str]], Tensor]
 """Function of T texts that returns [T, L] int64 token ids."""
 Stored = Callable[[int, int], dict[str, Tensor]]
@@ -102,6 +101,17 @@ class Preparation(ABC, Generic[B]):
         return image
 
 
+class Shown(NamedTuple):
+    """What a group of teachers and its student see of an image, at one of the student's sizes."""
+
+    side: int
+    """Of the student's view, in pixels."""
+    sizes: tuple[int, ...]
+    """Sides of all views."""
+    mask: Mask | None
+    teachers: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class MaskedPreparation(Preparation[MaskedBatch]):
     """Preparation of views of every size, with a mask of the student's patches."""
@@ -110,24 +120,38 @@ class MaskedPreparation(Preparation[MaskedBatch]):
     """Mask of the patches; None: the student sees every patch."""
     predict_visible: bool = field(default=False, kw_only=True)
     """True if the patches that the student sees are predicted, too."""
+    groups: Sequence[Sequence[Shown]] = field(default=(), kw_only=True)
+    """Of each group of teachers what is shown at each of the student's sizes: of several one is drawn for each step, as a
+    function of (seed, group, step). Empty: all views, with `mask`."""
+
+    def shown_at(self, place: Place) -> Shown | None:
+        """Returns what is shown at a place; None without groups."""
+        if not self.groups:
+            return None
+        sizes = self.groups[place.group]
+        return random.Random(derive(self.seed, "size", place.group, place.step)).choice(sizes) if len(sizes) > 1 else sizes[0]
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
-        """Returns views by side, [N] bool mask (None without masking), label, and stored targets."""
-        views = self.views_of(sample, place)
+        """Returns views by side, [N] bool mask (None without masking), label, stored targets, and the group's `Shown`."""
+        shown = self.shown_at(place)
+        mask = self.mask if shown is None else shown.mask
+        views = self.view(sample.image, self.drawn("view", place), *(() if shown is None else (shown.sizes,)))
         with phase("mask"):
-            masked = torch.from_numpy(self.mask(self.drawn("mask", place))) if self.mask else None
-        return views, masked, sample.label, self.stored_at(place)
+            masked = torch.from_numpy(mask(self.drawn("mask", place))) if mask else None
+        return views, masked, sample.label, self.stored_at(place), shown
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
         """Returns the batch; see `Preparation.batch`."""
-        views, masks, labels, stored = zip(*contents, strict=True)
-        masked = torch.stack(masks) if self.mask else None
+        views, masks, labels, stored, (shown, *_) = zip(*contents, strict=True)
+        masked = torch.stack(masks) if masks[0] is not None else None
         return MaskedBatch(
             index,
             {side: torch.stack([each[side] for each in views]) for side in views[0]},
             masked,
             None if masked is None else masked.flatten().nonzero()[:, 0],
             visible_index=(~masked).flatten().nonzero()[:, 0] if masked is not None and self.predict_visible else None,
+            side=shown.side if shown else None,
+            teachers=shown.teachers if shown else None,
             labels=_labels(labels),
             stored=_stacked(stored),
             broken=broken,

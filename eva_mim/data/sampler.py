@@ -25,6 +25,32 @@ class Place(NamedTuple):
 
     epoch: int
     index: int  # type: ignore[assignment]  # shadows tuple.index
+    group: int = 0
+    """Number of the group of teachers to which the sample belongs in its step."""
+    step: int = 0
+    """The data step; with the run's seed and the group it determines a size that is drawn."""
+
+
+class GroupBatch(NamedTuple):
+    """Part of each step that one group of teachers teaches: consecutive samples."""
+
+    name: str
+    batch: int
+    """Images over all processes."""
+    micro_batch: int | None = None
+    """Images of a forward pass of one process; None: all of a process."""
+    ranks: int | None = None
+    """Number of processes that run this group alone; None: every process runs all groups, one after the other, as a single
+    process always does."""
+
+
+class Piece(NamedTuple):
+    """A micro-batch of a rank: consecutive samples of a step."""
+
+    first: int
+    last: int
+    """Position after the last one."""
+    group: int = 0
 
 
 def permuted(samples: int, generator: np.random.Generator, blocks: Blocks | None) -> Column:
@@ -53,17 +79,52 @@ def evenly(images: int, limit: int) -> list[int]:
 def cut_batch(global_batch: int, micro_batch: int | None, world: int) -> tuple[int, int]:
     """Returns (images of a micro-batch, micro-batches of a step) for each of `world` processes; without `micro_batch` a step is
     one. Raises UserError, with the nearest sizes that would do, for a batch that cannot be cut so."""
+    return _cut(global_batch, micro_batch, world, "run.global_batch", "run.micro_batch")
+
+
+def _cut(batch: int, micro_batch: int | None, world: int, setting: str, micro_setting: str) -> tuple[int, int]:
     unit = (micro_batch or 1) * world
-    if global_batch % unit:
-        below = global_batch // unit * unit
-        ways = [f"run.global_batch={batch}" for batch in (below, below + unit) if batch]
-        if micro_batch and not global_batch % world:
-            own = global_batch // world
-            ways.append(f"run.micro_batch={max(size for size in range(1, min(own, micro_batch) + 1) if not own % size)}")
-        by = f"run.micro_batch={micro_batch} x {world} processes = {unit}" if micro_batch else f"{world} processes"
-        raise UserError(f"run.global_batch={global_batch} is not a multiple of {by}; nearest: {' or '.join(ways)}")
-    micro = micro_batch or global_batch // world
-    return micro, global_batch // (micro * world)
+    if batch % unit:
+        below = batch // unit * unit
+        ways = [f"{setting}={near}" for near in (below, below + unit) if near]
+        if micro_batch and not batch % world:
+            own = batch // world
+            ways.append(f"{micro_setting}={max(size for size in range(1, min(own, micro_batch) + 1) if not own % size)}")
+        by = f"{micro_setting}={micro_batch} x {world} processes = {unit}" if micro_batch else f"{world} processes"
+        raise UserError(f"{setting}={batch} is not a multiple of {by}; nearest: {' or '.join(ways)}")
+    micro = micro_batch or batch // world
+    return micro, batch // (micro * world)
+
+
+def cut_alike(global_batch: int, micro_batch: int | None, rank: int, world: int) -> list[Piece]:
+    """Returns the micro-batches of a rank in each step without groups. Raises UserError as `cut_batch`."""
+    micro, count = cut_batch(global_batch, micro_batch, world)
+    starts = [(turn * world + rank) * micro for turn in range(count)]
+    return [Piece(start, start + micro) for start in starts]
+
+
+def cut_groups(groups: Sequence[GroupBatch], rank: int, world: int) -> list[Piece]:
+    """Returns the micro-batches of a rank in each step, as many for every rank. The groups' samples follow one another. Raises
+    UserError for groups that do not fit the processes."""
+    given = [group.ranks for group in groups if group.ranks is not None] if world > 1 else []
+    if given and (len(given) < len(groups) or sum(given) != world):
+        said = ", ".join(f"groups.{group.name}.ranks={group.ranks if group.ranks else 'null'}" for group in groups)
+        raise UserError(f"{said}: they must add up to the {world} processes, or all be null, so that every process runs all "
+                        "groups")
+    pieces, counts, first, before = list[Piece](), dict[str, int](), 0, 0
+    for number, group in enumerate(groups):
+        ranks, own = (group.ranks, rank - before) if given and group.ranks else (world, rank)
+        path = f"groups.{group.name}"
+        micro, counts[path] = _cut(group.batch, group.micro_batch, ranks, f"{path}.batch", f"{path}.micro_batch")
+        if 0 <= own < ranks:
+            starts = [first + (turn * ranks + own) * micro for turn in range(counts[path])]
+            pieces += [Piece(start, start + micro, number) for start in starts]
+        first, before = first + group.batch, before + (group.ranks or 0)
+    if given and len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"a step would be another number of forward passes on each process: {said}; set micro_batch of the "
+                        "groups, so that batch / (ranks x micro_batch) is the same")
+    return pieces
 
 
 class GlobalOrder:
@@ -71,17 +132,17 @@ class GlobalOrder:
     left out.
 
     Micro-batch j of rank r is rows [(j * world + r) * micro, ...) of the global batch, so the samples of a step do not
-    depend on the number of ranks.
+    depend on the number of ranks; the same holds for the rows of a group (`cut_groups`).
     """
 
     def __init__(
         self, samples: int, *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
-        blocks: Blocks | None = None,
+        blocks: Blocks | None = None, groups: Sequence[GroupBatch] = (),
     ):
         self.samples, self.seed, self.blocks = samples, seed, blocks
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world = rank, world
-        self.micro_batches = cut_batch(global_batch, micro_batch, world)[1]
+        self.global_batch = global_batch
+        self._pieces = cut_groups(groups, rank, world) if groups else cut_alike(global_batch, micro_batch, rank, world)
+        self.micro_batches = len(self._pieces)
         self.steps_per_epoch = samples // global_batch
         if not self.steps_per_epoch:
             raise UserError(f"run.global_batch={global_batch} is more than the {samples} training images")
@@ -91,15 +152,15 @@ class GlobalOrder:
         """Returns all samples of a step, over all ranks."""
         epoch, within = divmod(step, self.steps_per_epoch)
         rows = self._permutation(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
-        return [Place(epoch, int(index)) for index in rows]
+        return [Place(epoch, int(index), step=step) for index in rows]
 
     def micro_steps(self, first: int, last: int) -> Iterator[list[Place]]:
         """Yields this rank's micro-batches of the steps from `first` to `last` - 1, in order."""
         for step in range(first, last):
             places = self.global_step(step)
-            for micro in range(self.micro_batches):
-                start = (micro * self.world + self.rank) * self.micro_batch
-                yield places[start : start + self.micro_batch]
+            for piece in self._pieces:
+                rows = places[piece.first : piece.last]
+                yield [place._replace(group=piece.group) for place in rows] if piece.group else rows
 
     def _permutation(self, epoch: int) -> Column:
         if epoch != self._epoch:
@@ -127,11 +188,13 @@ class MixedOrder(GlobalOrder):
     """
 
     def __init__(
-        self, parts: Sequence[MixedPart], *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1
+        self, parts: Sequence[MixedPart], *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
+        groups: Sequence[GroupBatch] = (),
     ):
         self._parts, self._sizes = parts, np.array([part.images for part in parts])
         super().__init__(
-            int(self._sizes.sum()), seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world=world
+            int(self._sizes.sum()), seed=seed, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world=world,
+            groups=groups,
         )
         self._offsets = np.cumsum(self._sizes) - self._sizes
         self._weights = np.array(whole_weights([part.weight for part in parts]))
@@ -145,7 +208,7 @@ class MixedOrder(GlobalOrder):
         rounds, turn = np.divmod(np.arange(step * self.global_batch, (step + 1) * self.global_batch), len(self._turns))
         part = self._turns[turn]
         passes, place = np.divmod(rounds * self._weights[part] + self._turns_before[turn], self._sizes[part])
-        return [Place(e, int(self._offsets[p] + self._pass(p, e)[i]))
+        return [Place(e, int(self._offsets[p] + self._pass(p, e)[i]), step=step)
                 for p, e, i in zip(part.tolist(), passes.tolist(), place.tolist(), strict=True)]
 
     def _pass(self, part: int, number: int) -> Column:

@@ -190,7 +190,7 @@ class Mixture:
         return part, index - int(self._ends[part]) + len(self._sources[part])
 
 
-def order_of(source: Source, **cut: int) -> GlobalOrder:
+def order_of(source: Source, **cut: Any) -> GlobalOrder:
     """Returns the order in which a source's records are trained on; `cut` are arguments of `GlobalOrder`."""
     if isinstance(source, Mixture):
         return MixedOrder(source.parts, **cut)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -45,13 +45,15 @@ class TrainView:
         self._augment = _augmentations(settings)
         self._erase = _erasing(pixels) if settings.erase and pixels else None
 
-    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
-        """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`."""
+    def __call__(
+        self, image: Image.Image | Bands, rng: random.Random, sizes: Collection[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`; of all sizes, or of some."""
         box = crop_box(image.size, self.settings.crop_scale, self.settings.crop_ratio, rng)
         mirror = rng.random() < self.settings.flip
         seed = rng.getrandbits(62)
         views = {}
-        for size in self.sizes:
+        for size in self.sizes if sizes is None else dict.fromkeys(sizes):
             with phase("crop and resize"):
                 # Cropped first: with resize(box=...) the filter would use pixels beyond the edge of the crop.
                 view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
@@ -82,10 +84,14 @@ class EvalView:
         self._resized = {size: transforms.Compose(transforms_imagenet_eval(size, **options).transforms[:-2])  # without tensors
                          for size in dict.fromkeys(sizes)}
 
-    def __call__(self, image: Image.Image | Bands, rng: random.Random) -> dict[int, Tensor]:
-        """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`; draws no random numbers."""
+    def __call__(
+        self, image: Image.Image | Bands, rng: random.Random, sizes: Collection[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Returns {side in pixels: [channels, side, side]}, with the types of `to_tensor`; of all sizes, or of some. It draws no
+        random numbers."""
         views = {}
-        for size, resized in self._resized.items():
+        for size in self._resized if sizes is None else dict.fromkeys(sizes):
+            resized = self._resized[size]
             with phase("crop and resize"):
                 view = Bands(tuple(map(resized, image.each))) if isinstance(image, Bands) else resized(image)
             views[size] = to_tensor(view)

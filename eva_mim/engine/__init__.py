@@ -87,6 +87,7 @@ class RunSettings(Settings):
         return self
 
 
-def build_engine(student: Any, run: RunSettings, optim: OptimSettings, device: Any) -> Any:
-    """Returns the engine of the settings, with the student in it. Raises UserError for an unknown name."""
-    return lookup(ENGINES, run.engine, "run.engine")(student, run, optim, device)
+def build_engine(student: Any, run: RunSettings, optim: OptimSettings, device: Any, micro_batches: int | None = None) -> Any:
+    """Returns the engine of the settings, with the student in it. `micro_batches`: those of a process in a step; default as the
+    settings of the run have it. Raises UserError for an unknown name."""
+    return lookup(ENGINES, run.engine, "run.engine")(student, run, optim, device, micro_batches)

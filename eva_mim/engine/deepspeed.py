@@ -36,7 +36,9 @@ BUCKET = 50_000_000
 class DeepSpeedEngine(BaseEngine):
     """DeepSpeed with our optimizers, so that no kernels are compiled at start."""
 
-    def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
+    def __init__(
+        self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device, micro_batches: int | None = None
+    ):
         check_sharding(optim, run.zero_stage)
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -62,7 +64,8 @@ class DeepSpeedEngine(BaseEngine):
         self._watched = build_optimizer(groups, optim)
         self._clip, self._scale = optim.clip_grad, LossScale(run.precision, device)
         self._precision = run.precision
-        config = _configuration(run, sum(p.numel() for group in groups for p in group["params"]), device)
+        count = micro_batches or cut_batch(run.global_batch, run.micro_batch, world_size())[1]
+        config = _configuration(run, count, sum(p.numel() for group in groups for p in group["params"]), device)
         self._network, self._optimizer, _, _ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=device.index) if device.type == "cuda" else None,  # else LOCAL_RANK is its device
             model=student.to(device), optimizer=self._watched, config=config,
@@ -138,13 +141,13 @@ class DeepSpeedEngine(BaseEngine):
             functional.linear = wrapped
 
 
-def _configuration(run: RunSettings, trained: int, device: torch.device) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration for so many trained values."""
-    micro, count = cut_batch(run.global_batch, run.micro_batch, world_size())
+def _configuration(run: RunSettings, count: int, trained: int, device: torch.device) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration for so many micro-batches of a process and trained values."""
     dtype = low_precision(run.precision)
     return {
-        "train_batch_size": run.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
+        # It only counts micro-batches; their images differ between groups of teachers.
+        "train_batch_size": count * world_size(),
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": count,
         # Ours: with ZeRO 1 and 2 DeepSpeed would wait for the device before it updates each parameter group.
         "gradient_clipping": 0.0,

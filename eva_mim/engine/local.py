@@ -24,7 +24,9 @@ from eva_mim.optim.optimizers import build_optimizer
 class LocalEngine(BaseEngine):
     """One process with fp32 weights and forward passes under autocast. Raises UserError for several processes."""
 
-    def __init__(self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device):
+    def __init__(
+        self, student: nn.Module, run: RunSettings, optim: OptimSettings, device: torch.device, micro_batches: int | None = None
+    ):
         if world_size() > 1:
             raise UserError(f"run.engine=local runs one process, but {world_size()} were started; set run.engine=deepspeed")
         self.module = placed(student, "local", device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from eva_mim.core.log import say
 from eva_mim.evaluate import features
 from eva_mim.evaluate.contrastive import zero_shot
 from eva_mim.students.heads import SUMMARY
+from eva_mim.targets.cached import chosen
 from eva_mim.tasks.masked import MaskedFeatures
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -35,9 +36,11 @@ class MaskedFeatureEvaluator:
     images."""
 
     def __init__(
-        self, task: MaskedFeatures, val: Iterable[MaskedBatch], bank: Iterable[LabelledBatch], *, labelled: bool,
+        self, task: MaskedFeatures, val: Sequence[Iterable[MaskedBatch]], bank: Iterable[LabelledBatch], *, labelled: bool,
         device: torch.device, prompts: Prompts | None = None,
     ):
+        """`val`: held-out batches of each group of teachers; those of the first give the figures of features. `bank`: labelled
+        training images at its size."""
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
         self.prompts = prompts
         self.headline = "cosine" if any(lesson.spatial for lesson in task.lessons.values()) else "summary_cosine"
@@ -52,23 +55,25 @@ class MaskedFeatureEvaluator:
         class tokens): percent, if labels exist."""
         found = _Sums(self.device)
         rows, labels, said = [], [], []
-        for batch in (batch.to(self.device) for batch in self.val):
+        for first, batch in self._batches():
             with autocast():
-                targets, index = self.task.targets(batch), self.task.index(batch)
+                targets, index = self.task.targets(batch, self.task.taught(batch)), self.task.index(batch)
                 predictions = self.task.predictions(student, batch, batch.masked, index)
-                pairs = self._pairs(predictions, targets, index)
+                pairs = self._pairs(batch, predictions, targets, index)
                 found.cosines("cosine", pairs)
                 found.errors({name: pair for name, pair in pairs.items() if self.task.lessons[name].scaled})
                 found.cosines("summary_cosine", self._summaries(predictions, targets))
                 if batch.masked is not None and student.any_mask:
                     stripes, striped = _stripes(batch)
                     striped_predictions = self.task.predictions(student, batch, stripes, striped)
-                    found.cosines("cosine_stripes", self._pairs(striped_predictions, targets, striped))
-                rows.append(_both(student.features(self.task.images(batch))))
+                    found.cosines("cosine_stripes", self._pairs(batch, striped_predictions, targets, striped))
+                if first:
+                    rows.append(_both(student.features(self.task.images(batch))))
             found.directions(pairs)
-            if self.prompts is not None:
-                said.append(F.normalize(predictions[self.prompts.teacher + SUMMARY].float(), dim=-1))
-            if batch.labels is not None:
+            if self.prompts is not None and self.prompts.teacher in targets:
+                assert batch.labels is not None
+                said.append((F.normalize(predictions[self.prompts.teacher + SUMMARY].float(), dim=-1), batch.labels))
+            if first and batch.labels is not None:
                 labels.append(batch.labels)
         result = found.means()
         mean, token = (_gathered([row[kind] for row in rows]) for kind in (0, 1))
@@ -81,20 +86,31 @@ class MaskedFeatureEvaluator:
             say(f"  alarm: the features have collapsed (feature_std {result['feature_std']:.3f}, "
                 f"effective_rank {result['effective_rank']:.1f})")
         if self.prompts is not None:
-            result |= zero_shot(torch.cat(said), torch.cat(labels), self.prompts.vectors)
+            summaries, truth = (torch.cat(part) for part in zip(*said, strict=True))
+            result |= zero_shot(summaries, truth, self.prompts.vectors)
         if self.labelled:
             result |= self._labelled(student, autocast, mean, token, all_gather_rows(torch.cat(labels)))
         return result
 
-    def _pairs(self, predictions: dict[str, Tensor], targets: dict[str, Features], index: Tensor) -> Pairs:
+    def _batches(self) -> Iterator[tuple[bool, MaskedBatch]]:
+        """Yields whether a batch is of the first group, and the batch."""
+        for number, loader in enumerate(self.val):
+            for batch in loader:
+                yield not number, batch.to(self.device)
+
+    def _pairs(
+        self, batch: MaskedBatch, predictions: dict[str, Tensor], targets: dict[str, Features], index: Tensor
+    ) -> Pairs:
         """Returns predictions and targets of the patches of `index`."""
-        cells = self.task.cells(index)
-        return {name: (lesson.native(predictions[name]), targets[name].spatial.flatten(0, 1)[cells[name]])
-                for name, lesson in self.task.lessons.items() if lesson.spatial is not None}
+        found = {}
+        for name, cells in self.task.cells(batch, index).items():
+            if (lesson := self.task.lessons[name]).spatial is not None:
+                found[name] = lesson.native(predictions[name]), chosen(targets[name].spatial, targets[name].grid, cells)
+        return found
 
     def _summaries(self, predictions: dict[str, Tensor], targets: dict[str, Features]) -> Pairs:
-        return {name: (predictions[name + SUMMARY], targets[name].summary)
-                for name, lesson in self.task.lessons.items() if lesson.summary is not None}
+        return {name: (predictions[name + SUMMARY], features.summary) for name, features in targets.items()
+                if self.task.lessons[name].summary is not None}
 
     def _labelled(
         self, student: Any, autocast: Autocast, mean: Tensor, token: Tensor | None, labels: Tensor

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eva_mim.core.errors import UserError
-from eva_mim.data.sampler import cut_batch
-from eva_mim.engine import RunSettings
 from eva_mim.pipeline.plan import PlannedStage, plan
 from eva_mim.pipeline.run import checked
+from eva_mim.run.recipe import Recipe
 from eva_mim.run.state import state_of
 
 SCRIPT = """\
@@ -67,7 +66,7 @@ def _planned(path: str, overrides: list[str], out: Path, cluster: Cluster | None
     mistakes = []
     for stage in planned if cluster else ():
         try:
-            _cut(stage.recipe.run, cluster)
+            _cut(stage.recipe, cluster)
         except UserError as error:
             mistakes.append(f"stage {stage.entry.name}: {error}")
     if mistakes:
@@ -75,12 +74,15 @@ def _planned(path: str, overrides: list[str], out: Path, cluster: Cluster | None
     return planned
 
 
-def _cut(run: RunSettings, cluster: Cluster | None) -> tuple[int, int, int]:
-    """Returns the number of processes, of images of a micro-batch, and of micro-batches of a step. Raises UserError."""
+def _cut(recipe: Recipe, cluster: Cluster | None) -> tuple[int, int, int]:
+    """Returns the number of processes, of images of the first one's micro-batch, and of its micro-batches of a step. Raises
+    UserError."""
+    run = recipe.run
     processes = cluster.nodes * cluster.gpus if cluster else 1
     if run.engine == "local" and processes > 1:
         raise UserError(f"run.engine=local runs one process, not {processes}; set run.engine=deepspeed")
-    return processes, *cut_batch(run.global_batch, run.micro_batch, processes)
+    pieces = recipe.pieces(0, processes)
+    return processes, pieces[0].last - pieces[0].first, len(pieces)
 
 
 def _row(stage: PlannedStage, cluster: Cluster | None) -> tuple[str, ...]:
@@ -88,12 +90,13 @@ def _row(stage: PlannedStage, cluster: Cluster | None) -> tuple[str, ...]:
     known = run.samples is not None or images is not None
     steps = f"{run.steps((images or 0) // run.global_batch):,}" if known else run.length
     return (stage.entry.name, stage.entry.program, ", ".join(stage.entry.parents.values()) or "-", steps, f"{run.global_batch:,}",
-            _gpus(run, cluster))
+            _gpus(stage.recipe, cluster))
 
 
-def _gpus(run: RunSettings, cluster: Cluster | None = None) -> str:
+def _gpus(recipe: Recipe, cluster: Cluster | None = None) -> str:
     """Returns GPUs x images x micro-batches; without a cluster the GPUs that make a step of one micro-batch each."""
+    run = recipe.run
     if cluster is None and run.engine != "local":
         return f"{run.global_batch // run.micro_batch} x {run.micro_batch}" if run.micro_batch else "any"
-    processes, micro, count = _cut(run, cluster)
+    processes, micro, count = _cut(recipe, cluster)
     return f"{processes} x {micro}" + (f" x {count}" if count > 1 else "")

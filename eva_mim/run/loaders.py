@@ -13,7 +13,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import Preparation
-from eva_mim.data.sampler import cut_batch
+from eva_mim.data.sampler import GroupBatch, cut_batch
 from eva_mim.data.subset import order_of
 from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.engine import RunSettings
@@ -30,12 +30,14 @@ def batch_cut(run: RunSettings) -> dict[str, int]:
 
 def train_loader(
     recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
-    pixels: Statistics | None = None,
+    pixels: Statistics | None = None, groups: Sequence[GroupBatch] = (),
 ) -> TrainLoader[B]:
     """Returns the loader of this rank's training batches, which the preparation `kind` makes from views of these sizes in pixels;
-    `pixels` are mean and std by channel, for `view.erase`. Raises UserError if global_batch is no multiple of micro_batch x
-    processes, or is larger than the data."""
-    order = order_of(source, **batch_cut(recipe.run))
+    `pixels` are mean and std by channel, for `view.erase`; `groups` cut a step, if there are any. Raises UserError if a batch
+    cannot be divided among the processes, or is larger than the data."""
+    cut = {"seed": recipe.run.seed, "global_batch": recipe.run.global_batch, "rank": rank(), "world": world_size()}
+    micro = recipe.run.micro_batch or recipe.run.global_batch // world_size()
+    order = order_of(source, **cut, micro_batch=micro, groups=groups)
     made = kind(TrainView(view, sizes, pixels), recipe.run.seed, view_seed=view.seed, views=view.count)
     return TrainLoader(source, made, order, recipe.data.workers)
 

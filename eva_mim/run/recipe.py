@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from eva_mim.core.settings import For, Settings
 from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.data.sampler import Piece, cut_alike
 from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.trunks import TrunkSettings
@@ -48,6 +49,10 @@ class Recipe(Settings):
     def _optimizer_sees_whole_tensors(self) -> Recipe:
         check_sharding(self.optim, self.run.zero_stage)
         return self
+
+    def pieces(self, rank: int, world: int) -> list[Piece]:
+        """Returns the micro-batches of a rank in each step. Raises UserError for a batch that so many processes cannot divide."""
+        return cut_alike(self.run.global_batch, self.run.micro_batch, rank, world)
 
     def parents(self) -> dict[str, Path]:
         """Returns the files or folders that this stage's result depends on, by setting."""

@@ -136,7 +136,7 @@ def _train(stage: Stage, recipe: Recipe, out: Path, state: StageState) -> dict[s
     taught = _teachers(built)
     if built.begin is not None and not state.resumes:
         built.begin()
-    engine = build_engine(student, recipe.run, recipe.optim, device)
+    engine = build_engine(student, recipe.run, recipe.optim, device, built.parts.train.micro_batches)
     trained = Loop(built.parts, engine, recipe.run, recipe.optim, out, device)()
     if _teachers(built) != taught:
         raise AssertionError("a teacher changed during training")

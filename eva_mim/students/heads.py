@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional
 
+from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import HEADS, lookup
 from eva_mim.students import HeadSettings
@@ -139,20 +141,49 @@ def draw_linear(*modules: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+class Patches(NamedTuple):
+    """Tokens of a batch, and which patches are predicted from them."""
+
+    tokens: Tensor
+    """[B, prefix + N, D]."""
+    prefix: int
+    grid: Grid
+    places: Tensor
+    """[M], positions in the flattened [B * N]."""
+
+
 def predict(
-    head: nn.Module, cells: Mapping[str, int], tokens: Tensor, prefix: int, index: Tensor
+    head: nn.Module, cells: Mapping[str, int], patches: Patches, wanted: Mapping[str, Grid | None] | None = None
 ) -> Tensor | dict[str, Tensor]:
-    """Returns [M, C] predictions from [B, prefix + N, D] tokens for the patches of `index` in the flattened [B * N]; for several
-    heads by the target's name. Of a head that is finer than the patches [M * u^2, C], the cells of a patch together, row by row.
-    `head`, `cells`: see `Heads`."""
-    if isinstance(head, nn.ModuleDict):
-        return {name: _predict(one, cells[name], tokens, prefix, index) for name, one in head.items()}
-    return _predict(head, cells[""], tokens, prefix, index)
+    """Returns [M, C] predictions; for several heads by the target's name. Of a head that is finer than the patches [M * u^2, C],
+    the cells of a patch together, row by row; of one with a grid in `wanted` [B * rows * columns, C], all of that grid; of a
+    head that is not in `wanted`, if this is given, no rows. `head`, `cells`: see `Heads`."""
+    if not isinstance(head, nn.ModuleDict):
+        return _predict(head, cells[""], patches)
+    found = {}
+    for name, one in head.items():
+        if wanted is None or name in wanted:
+            found[name] = _predict(one, cells[name], patches, None if wanted is None else wanted[name])
+        else:
+            nothing = Patches(patches.tokens[:0], patches.prefix, patches.grid, patches.places[:0])
+            found[name] = _predict(one, cells[name], nothing)
+    return found
 
 
-def _predict(head: nn.Module, cells: int, tokens: Tensor, prefix: int, index: Tensor) -> Tensor:
+def _predict(head: nn.Module, cells: int, patches: Patches, grid: Grid | None = None) -> Tensor:
+    tokens, prefix, own, places = patches
     if isinstance(head, AttentionHead):
         tokens = head.mixing(tokens)
-    patches = tokens[:, prefix:]
-    prediction: Tensor = head(patches.reshape(-1, patches.shape[-1])[index])
-    return prediction.reshape(len(prediction) * cells, -1)
+    rows = tokens[:, prefix:]
+    rows = rows.flatten(0, 1)[places] if grid is None else resampled(rows, own, grid).flatten(0, 1)
+    prediction: Tensor = head(rows)
+    return prediction.reshape(len(prediction) * cells, prediction.shape[1] // cells)
+
+
+def resampled(features: Tensor, grid: Grid, other: Grid) -> Tensor:
+    """Returns features [B, N, C] of a grid, brought to another one by bilinear interpolation, in fp32."""
+    if grid == other:
+        return features
+    maps = features.float().transpose(1, 2).unflatten(2, grid)  # type: ignore[no-untyped-call]
+    found: Tensor = functional.interpolate(maps, other, mode="bilinear", antialias=False).flatten(2).transpose(1, 2)
+    return found

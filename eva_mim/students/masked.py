@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
+from eva_mim.core.settings import few
 from eva_mim.students import MaskedSettings
-from eva_mim.students.heads import SUMMARY, Targets, build_heads, draw_linear, predict
+from eva_mim.students.heads import SUMMARY, Patches, Targets, build_heads, draw_linear, predict
 from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
 from eva_mim.students.positions import POSITIONS
 from eva_mim.trunks import facts
@@ -27,15 +29,19 @@ class MaskedStudent(nn.Module):
     head_parts = ("head.", "summary_head.")
     """Beginnings of the names of the heads' parameters."""
 
-    def __init__(self, settings: MaskedSettings, targets: Targets, mask: MaskCounts | None = None):
-        """`targets`: what is predicted; `mask`: numbers of masked patches, None for any number."""
+    def __init__(
+        self, settings: MaskedSettings, targets: Targets, mask: MaskCounts | None = None, sizes: Collection[int] = ()
+    ):
+        """`targets`: what is predicted; `mask`: numbers of masked patches, None for any number; `sizes`: further sides of its
+        input in pixels."""
         super().__init__()
         self.heads_alone = False
         """True while the heads are trained alone: no gradient goes further."""
         self._hidings = HIDINGS[settings.form]
         self.stem_parameters = tuple(name for hiding in self._hidings for name in hiding.stem_parameters)
         self.any_mask = all(hiding.any_mask for hiding in self._hidings)
-        self.trunk: Any = build_trunk(settings, num_classes=0, global_pool="")
+        several = {"dynamic_img_size": True} if sizes else {}
+        self.trunk: Any = build_trunk(settings, num_classes=0, global_pool="", **several)
         if why := facts.why_not_masked(self.trunk, pixels_hidden=any(hiding.hides_pixels for hiding in self._hidings)):
             raise UserError(f"student.name: {settings.name} {why}")
         grid = facts.grid(self.trunk)
@@ -44,7 +50,12 @@ class MaskedStudent(nn.Module):
         self.patches: int = grid[0] * grid[1]
         self.prefix: int = facts.prefix_tokens(self.trunk)
         self.image_size = facts.image_size(self.trunk, settings)
+        if wrong := [size for size in sizes if size * grid[0] % self.image_size]:
+            raise UserError(f"groups: {few(wrong)} px are not a whole number of patches of {self.image_size // grid[0]} px")
         self.mean, self.std = facts.mean_std(self.trunk, settings)
+        if sizes and (settings.form != "mask_tokens" or settings.positions != "learned"):
+            raise UserError(f"groups: with several sizes student.form={settings.form} and student.positions={settings.positions} "
+                            "must be mask_tokens and learned")
         POSITIONS[settings.positions](self.trunk, grid, settings)
         width: int = self.trunk.embed_dim  # type: ignore[assignment]
         for hiding in self._hidings:
@@ -86,9 +97,22 @@ class MaskedStudent(nn.Module):
             tokens: Tensor = self.trunk.forward_features(pixels)
         return tokens
 
-    def forward(self, images: Tensor, masked: Tensor | None, target_index: Tensor) -> Tensor | dict[str, Tensor]:
+    def grid_at(self, side: int | None) -> Grid:
+        """Returns the grid of patches of images with this side in pixels; None: of its own size."""
+        if side is None:
+            return self.grid
+        rows, columns = self.grid
+        return side * rows // self.image_size, side * columns // self.image_size
+
+    def forward(
+        self, images: Tensor, masked: Tensor | None, target_index: Tensor, wanted: Mapping[str, Grid | None] | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name, those of
-        summaries [B, C] as NAME_summary. The patches of `masked` are hidden; None hides no patch."""
+        summaries [B, C] as NAME_summary. The patches of `masked` are hidden; None hides no patch.
+
+        `wanted`: teachers to predict, each with the grid to which patches are brought by interpolation, all of which are then
+        predicted, or None; of other teachers no rows are predicted, but the prediction depends on all their heads' weights.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_alone):
             encoded = tokens = self.tokens(images, masked)
             for hiding in self._hidings:
@@ -96,11 +120,14 @@ class MaskedStudent(nn.Module):
         if self.heads_alone and torch.is_grad_enabled():
             # A gradient of 0: the optimizer counts the steps of all parameters alike, and ZeRO reduces what it expects.
             tokens = tokens + sum((value.sum() * 0 for value in self._before_heads()), tokens.new_zeros(()))
-        found = predict(self.head, self._cells, tokens, self.prefix, target_index)
+        patches = Patches(tokens, self.prefix, self.grid_at(images.shape[-1]), target_index)
+        found = predict(self.head, self._cells, patches, wanted)
         if isinstance(found, Tensor):
             return found
-        return found | {name + SUMMARY: head(self._summary(encoded, self.class_tokens[name]))
-                        for name, head in self.summary_head.items()}
+        for name, head in self.summary_head.items():
+            summary = self._summary(encoded, self.class_tokens[name])
+            found[name + SUMMARY] = head(summary if wanted is None or name in wanted else summary[:0])
+        return found
 
     def _before_heads(self) -> list[nn.Parameter]:
         return [value for name, value in self.named_parameters()

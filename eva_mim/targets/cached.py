@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, Grid, MaskedBatch, Target
+from eva_mim.core.contracts import Cells, Features, Grid, MaskedBatch, Target
 from eva_mim.core.errors import UserError
 from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
+from eva_mim.students.heads import resampled
 
 
 class StoredTeacher:
@@ -41,6 +42,11 @@ class StoredTeacher:
         return {name: value for name, value in self._facts.items() if name != "sha256"}
 
 
+def chosen(spatial: Tensor, grid: Grid, cells: Cells) -> Tensor:
+    """Returns the features [M, C] of some cells, of spatial features [B, N, C] of a grid."""
+    return (spatial if cells.grid is None else resampled(spatial, grid, cells.grid)).flatten(0, 1)[cells.places]
+
+
 class CachedTargets:
     """Targets that came with the batch from a store; see `contracts.Targets`."""
 
@@ -49,17 +55,27 @@ class CachedTargets:
         self._bases = store.bases
         self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 
-    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Returns each teacher's features of the batch by the teacher's name, of the kind that live teachers give."""
+    def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
+        """See `contracts.Targets`; the features are of the kind that live teachers give."""
         found = {}
         for name, one in self.teachers.items():
-            spatial = self._spatial(batch, name)
-            found[name] = Features(batch.stored[f"{name}.summary"], spatial.view(batch.size, -1, spatial.shape[1]), one.grid)
+            if names is None or name in names:
+                spatial = self._spatial(batch, name)
+                spatial = spatial.view(batch.size, -1, spatial.shape[1])
+                found[name] = Features(batch.stored[f"{name}.summary"], spatial, one.grid)
         return found
 
-    def patches(self, batch: MaskedBatch, index: Mapping[str, Tensor]) -> dict[str, Target]:
-        """See `contracts.Targets`; only the cells of `index` are unpacked."""
-        return {name: Target(self._spatial(batch, name, index[name]), batch.stored[f"{name}.summary"]) for name in self.teachers}
+    def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
+        """See `contracts.Targets`; only the features that are asked for are unpacked."""
+        found = {}
+        for name, one in cells.items():
+            if one.grid is None:
+                spatial = self._spatial(batch, name, one.places)
+            else:
+                features = self(batch, [name])[name]
+                spatial = chosen(features.spatial, features.grid, one)
+            found[name] = Target(spatial, batch.stored[f"{name}.summary"])
+        return found
 
     def _spatial(self, batch: MaskedBatch, name: str, index: Tensor | None = None) -> Tensor:
         """Returns features [M, C] of the patches of `index` in the flattened [B * N], or of all."""

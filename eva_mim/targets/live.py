@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from torch import Tensor
-
-from eva_mim.core.contracts import Features, MaskedBatch, Target, Teacher
+from eva_mim.core.contracts import Cells, Features, MaskedBatch, Target, Teacher
 from eva_mim.core.timing import phase
+from eva_mim.targets.cached import chosen
 
 
 class LiveTargets:
@@ -16,15 +15,17 @@ class LiveTargets:
     def __init__(self, teachers: Mapping[str, Teacher]):
         self.teachers = dict(teachers)
 
-    def __call__(self, batch: MaskedBatch) -> dict[str, Features]:
-        """Returns each teacher's features of the batch by the teacher's name: summary [B, C], spatial [B, N, C]."""
+    def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
+        """See `contracts.Targets`."""
         found = {}
         for name, teacher in self.teachers.items():
-            with phase("teacher" if len(self.teachers) == 1 else f"teacher {name}"):
-                found[name] = teacher(batch.views[teacher.image_size])
+            if names is None or name in names:
+                with phase("teacher" if len(self.teachers) == 1 else f"teacher {name}"):
+                    found[name] = teacher(batch.views[teacher.image_size])
         return found
 
-    def patches(self, batch: MaskedBatch, index: Mapping[str, Tensor]) -> dict[str, Target]:
+    def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
         """See `contracts.Targets`."""
-        return {name: Target(features.spatial.flatten(0, 1)[index[name]], features.summary)
-                for name, features in self(batch).items()}
+        found = self(batch, cells)
+        return {name: Target(chosen(found[name].spatial, found[name].grid, one), found[name].summary)
+                for name, one in cells.items()}

@@ -46,6 +46,29 @@ class TargetTeacherSettings(TeacherSettings):
     """Heads for this teacher; default `student.head`."""
     normaliser: NormaliserSettings | None = None
     """Normalisation of its spatial features; default the recipe's `normaliser`."""
+    interpolate: Literal["student", "larger"] | None = None
+    """Bilinear interpolation where its grid of patches is not the student's. "student": of its features to the student's grid;
+    "larger": of the features of the coarser grid to the finer one (AM-RADIO). null: such sizes are refused."""
+
+
+class GroupSettings(Settings):
+    """A part of each step: some teachers, the images that they teach, and the student's size for these."""
+
+    teachers: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of teachers; default all."""
+    batch: int = Field(ge=1)
+    """Images of each step; the groups' batches add up to run.global_batch, and follow one another in the order of samples."""
+    image_size: int | Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    """Side of the student's input in pixels; of several one is drawn for each step. Default student.image_size."""
+    micro_batch: Annotated[int | None, RUNTIME] = Field(None, ge=1)
+    """Images in one forward pass of one process; default run.micro_batch, or all of a process."""
+    ranks: Annotated[int | None, RUNTIME] = Field(None, ge=1)
+    """Number of processes that run this group alone; null: every process runs all groups in turn."""
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The student's sizes; None for its own."""
+        return (self.image_size,) if isinstance(self.image_size, int) else self.image_size
 
 
 class DistillSettings(Settings):

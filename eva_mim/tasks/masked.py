@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Grid, MaskedBatch, StateGroup, Target, Targets, Task, Teacher
+from eva_mim.core.contracts import Cells, Grid, MaskedBatch, StateGroup, Target, Targets, Task, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
@@ -40,6 +40,8 @@ class Lesson:
     """Normaliser of spatial features; None: they are predicted as they are."""
     upsample: int = 1
     """u: a patch of the student is u x u cells of the teacher."""
+    interpolate: str | None = None
+    """See `TargetTeacherSettings`."""
     scaled: bool = False
     """True if the loss of patches also fixes the length of predictions."""
 
@@ -87,15 +89,16 @@ class MaskedFeatures(Task):
         """Adds the features of micro-batches to the statistics and brings these up to date. Every rank must call."""
         summaries = []
         for batch in batches:
-            found = self.targets.patches(batch, self.cells(self.index(batch)))
-            for name, lesson in self.lessons.items():
-                lesson.measure(found[name])
+            found = self.targets.patches(batch, self.cells(batch, self.index(batch)))
+            for name, target in found.items():
+                self.lessons[name].measure(target)
             summaries.append({name: target.summary for name, target in found.items()})
         self._advance()
         for name, lesson in self.lessons.items():  # angles are measured from the mean direction
             if isinstance(lesson.summary, SummaryAngle):
                 for each in summaries:
-                    lesson.summary.add(each[name])
+                    if name in each:
+                        lesson.summary.add(each[name])
                 lesson.summary.gather()
 
     def _advance(self) -> None:
@@ -132,31 +135,37 @@ class MaskedFeatures(Task):
         """Returns the loss terms of each teacher: NAME, a mean over the M masked patches (without masks over all), NAME_visible
         over the patches that are seen, NAME_summary over the images."""
         index = self.index(batch)
-        targets = self.targets.patches(batch, self.cells(index))
+        targets = self.targets.patches(batch, self.cells(batch, index))
         with phase("student"):
             predictions = self.predictions(student, batch, batch.masked, index)
             terms: dict[str, LossTerm] = {}
             for name, lesson in self.lessons.items():
-                if not self._measured:
+                if name in targets and not self._measured:
                     lesson.measure(targets[name])
-                terms |= self._terms(name, lesson, predictions, targets[name], batch)
+                terms |= self._terms(name, lesson, predictions, targets.get(name), batch)
         return StepOutput(terms, {})
 
     def _terms(
-        self, name: str, lesson: Lesson, predictions: Mapping[str, Tensor], target: Target, batch: MaskedBatch
+        self, name: str, lesson: Lesson, predictions: Mapping[str, Tensor], target: Target | None, batch: MaskedBatch
     ) -> dict[str, LossTerm]:
+        """Returns the loss terms of a teacher; `target` is None for one that does not teach this batch, of which no rows are
+        predicted: its terms are 0 and depend on all its heads."""
         found = {}
         if lesson.spatial is not None:
             prediction = predictions[name]
-            wanted = target.spatial if lesson.normaliser is None else lesson.normaliser(target.spatial)
-            masked = len(prediction) - self._seen(batch) * lesson.upsample**2
+            wanted = prediction.detach() if target is None else target.spatial
+            if target is not None and lesson.normaliser is not None:
+                wanted = lesson.normaliser(wanted)
+            seen = self._seen(batch) * lesson.upsample**2 if target is not None else 0
+            masked = len(prediction) - seen
             if lesson.masked:
                 found[name] = self._term(name, lesson.spatial(prediction[:masked], wanted[:masked]), lesson.masked)
             if lesson.visible:
                 found[name + VISIBLE] = self._term(
                     name, lesson.spatial(prediction[masked:], wanted[masked:]), lesson.visible, VISIBLE)
         if lesson.summary is not None:
-            loss = lesson.summary(predictions[name + SUMMARY], target.summary)
+            prediction = predictions[name + SUMMARY]
+            loss = lesson.summary(prediction, prediction.detach() if target is None else target.summary)
             found[name + SUMMARY] = self._term(name, loss, lesson.summary_weight)
         return found
 
@@ -170,12 +179,18 @@ class MaskedFeatures(Task):
     ) -> dict[str, Tensor]:
         """Returns predictions of the patches of `index`, [M, C] by the teacher's name, and of summaries, [B, C] by NAME_summary.
         The patches of `masked` are hidden."""
-        found = student(self.images(batch), masked, index)
+        wanted = {name: self._match(batch, name)[1] for name in self.taught(batch)}
+        alike = len(wanted) == len(self.lessons) and not any(wanted.values())
+        found = student(self.images(batch), masked, index, *(() if alike else (wanted,)))
         return found if isinstance(found, dict) else dict.fromkeys(self.lessons, found)
 
     def images(self, batch: MaskedBatch) -> Tensor:
         """Returns the student's view, [B, channels, H, W]."""
-        return batch.views[self.student.image_size]  # type: ignore[index]
+        return batch.views[batch.side or self.student.image_size]  # type: ignore[index]
+
+    def taught(self, batch: MaskedBatch) -> list[str]:
+        """Returns the names of the teachers of a batch."""
+        return [name for name in self.lessons if batch.teachers is None or name in batch.teachers]
 
     def index(self, batch: MaskedBatch) -> Tensor:
         """Returns the positions of the predicted patches in the flattened [B * N]: the masked ones, then those that are seen."""
@@ -183,23 +198,47 @@ class MaskedFeatures(Task):
             return torch.arange(self._patches(batch), device=batch.index.device)
         return batch.target_index if batch.visible_index is None else torch.cat([batch.target_index, batch.visible_index])
 
-    def cells(self, index: Tensor) -> dict[str, Tensor]:
-        """Returns the positions of the cells of patches in each teacher's flattened [B * N]."""
-        grid = cast(Grid, self.student.grid)
-        return {name: cells_of(index, grid, lesson.upsample) for name, lesson in self.lessons.items()}
+    def cells(self, batch: MaskedBatch, index: Tensor) -> dict[str, Cells]:
+        """Returns which cells of each teacher of a batch are the targets of the patches of `index`."""
+        grid = self._grid(batch)
+        found = {}
+        for name in self.taught(batch):
+            targets, predictions = self._match(batch, name)
+            if predictions is not None:  # all of the finer grid
+                index_there = torch.arange(batch.size * predictions[0] * predictions[1], device=index.device)
+                found[name] = Cells(index_there, targets)
+            else:
+                found[name] = Cells(cells_of(index, grid, self.lessons[name].upsample), targets)
+        return found
+
+    def _match(self, batch: MaskedBatch, name: str) -> tuple[Grid | None, Grid | None]:
+        """Returns the grids to which the features of a teacher and the student's patches are brought; None: they stay."""
+        own, lesson = self._grid(batch), self.lessons[name]
+        there, wanted = self.targets.teachers[name].grid, fine(own, lesson.upsample)
+        if there == wanted or lesson.interpolate is None or lesson.spatial is None:
+            return None, None
+        if lesson.interpolate == "larger" and there[0] * there[1] > wanted[0] * wanted[1]:
+            return None, there
+        return wanted, None
+
+    def _grid(self, batch: MaskedBatch) -> Grid:
+        grid: Grid = self.student.grid if batch.side is None else self.student.grid_at(batch.side)  # type: ignore[operator, assignment]
+        return grid
 
     def counts(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Returns of each loss term the number of its patches (it may differ from batch to batch) or images."""
         seen = self._seen(batch)
         masked = self._patches(batch) if batch.target_index is None else len(batch.target_index)
         found: dict[str, float] = {}
+        taught = self.taught(batch)
         for name, lesson in self.lessons.items():
+            there = float(name in taught)
             if lesson.spatial is not None and lesson.masked:
-                found[name] = masked
+                found[name] = there * masked
             if lesson.spatial is not None and lesson.visible:
-                found[name + VISIBLE] = seen
+                found[name + VISIBLE] = there * seen
             if lesson.summary is not None:
-                found[name + SUMMARY] = batch.size
+                found[name + SUMMARY] = there * batch.size
         return {name: torch.full((), float(count), device=batch.index.device) for name, count in found.items()}
 
     @staticmethod
@@ -207,35 +246,40 @@ class MaskedFeatures(Task):
         return 0 if batch.visible_index is None else len(batch.visible_index)
 
     def _patches(self, batch: MaskedBatch) -> int:
-        rows, columns = cast(Grid, self.student.grid)
+        rows, columns = self._grid(batch)
         return batch.size * rows * columns
 
 
-def cells_of(index: Tensor, grid: Grid, fine: int) -> Tensor:
-    """Returns the positions [M * fine^2] of the cells of patches in the flattened grids of images that are `fine` times as fine,
-    those of a patch together and row by row. `index`: [M] positions of patches in the flattened [B * N] of `grid`."""
-    if fine == 1:
+def fine(grid: Grid, factor: int) -> Grid:
+    """Returns a grid that is `factor` times as fine."""
+    return grid[0] * factor, grid[1] * factor
+
+
+def cells_of(index: Tensor, grid: Grid, factor: int) -> Tensor:
+    """Returns the positions [M * factor^2] of the cells of patches in flattened grids that are `factor` times as fine, those of a
+    patch together and row by row. `index`: [M] positions of patches in the flattened [B * N] of `grid`."""
+    if factor == 1:
         return index
     rows, columns = grid
     image, row, column = index // (rows * columns), index // columns % rows, index % columns
-    within = torch.arange(fine, device=index.device)
-    down = (image * rows + row)[:, None, None] * fine + within[:, None]
-    return (down * (columns * fine) + (column[:, None, None] * fine + within)).flatten()
+    within = torch.arange(factor, device=index.device)
+    down = (image * rows + row)[:, None, None] * factor + within[:, None]
+    return (down * (columns * factor) + (column[:, None, None] * factor + within)).flatten()
 
 
-def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teacher", fine: int = 1) -> None:
-    """Raises UserError, with the sizes that would fit, if a teacher's grid is not `fine` times the student's. `path`: path of the
-    teacher's settings in the recipe."""
-    wanted = grid[0] * fine, grid[1] * fine
+def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teacher", factor: int = 1) -> None:
+    """Raises UserError, with the ways out, if a teacher's grid is not `factor` times the student's. `path`: path of the teacher's
+    settings in the recipe."""
+    wanted = fine(grid, factor)
     if wanted == teacher.grid:
         return
-    times = f", {fine} times as fine," if fine > 1 else ""
-    ways = [f"set student.image_size={image_size // grid[0] * teacher.grid[0] // fine}",
+    times = f", {factor} times as fine," if factor > 1 else ""
+    ways = [f"set student.image_size={image_size // grid[0] * teacher.grid[0] // factor}",
             f"or set {path}.image_size={round(teacher.image_size / teacher.grid[0] * wanted[0])} where the teacher allows it"]
     whole = teacher.grid[0] // grid[0]
-    if whole > 1 and (grid[0] * whole, grid[1] * whole) == teacher.grid:
+    if whole > 1 and fine(grid, whole) == teacher.grid:
         ways.append(f"or set {path}.head.upsample={whole}")
     raise UserError(
         f"student grid {grid[0]}x{grid[1]} ({image_size} px){times} does not match {path} grid "
-        f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); {', '.join(ways)}"
+        f"{teacher.grid[0]}x{teacher.grid[1]} ({teacher.image_size} px); {', '.join(ways)}, or set {path}.interpolate=student"
     )

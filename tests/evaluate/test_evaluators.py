@@ -240,7 +240,7 @@ def test_masked_feature_figures_are_those_of_loops() -> None:
     teacher = build_teacher(TeacherSettings(kind="timm", name="convnet_nano_32"))
     val, bank = batches(masked=True), batches(sizes=(6, 3))
     task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), {"teacher": Lesson(masked_cosine)})
-    evaluator = MaskedFeatureEvaluator(task, val, bank, labelled=True, device=CPU)
+    evaluator = MaskedFeatureEvaluator(task, [val], bank, labelled=True, device=CPU)
     found = evaluator(student, nullcontext)
 
     def loop(stripes: bool) -> tuple[list[float], list[Tensor]]:
@@ -289,7 +289,7 @@ def test_without_masks_every_patch_counts() -> None:
     images = [batch.images for batch in batches()]
     val = [MaskedBatch(torch.arange(len(pixels)), {32: pixels}) for pixels in images]
     task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), {"teacher": Lesson(masked_cosine)})
-    found = MaskedFeatureEvaluator(task, val, [], labelled=False, device=CPU)(student, nullcontext)
+    found = MaskedFeatureEvaluator(task, [val], [], labelled=False, device=CPU)(student, nullcontext)
     said = torch.cat([student(pixels, None, torch.arange(len(pixels) * 64)) for pixels in images])
     wanted = torch.cat([teacher(pixels).spatial.flatten(0, 1) for pixels in images])
     expected = F.cosine_similarity(said.double(), wanted.double(), dim=-1).mean()
@@ -318,7 +318,7 @@ def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed(capsys: pytest
     student = MaskedStudent(MaskedSettings(name="vit_nano_patch4_32"), 128)
     task = MaskedFeatures(student, LiveTargets({"teacher": teacher}), {"teacher": Lesson(masked_cosine)})
     val = batches(masked=True, sizes=(60, 60))
-    evaluator = MaskedFeatureEvaluator(task, val, [], labelled=False, device=CPU)
+    evaluator = MaskedFeatureEvaluator(task, [val], [], labelled=False, device=CPU)
     assert evaluator(Constant(True), nullcontext)["feature_std"] == pytest.approx(1.0, abs=0.02)
     assert "collapsed" not in capsys.readouterr().err
     assert evaluator(Constant(False), nullcontext)["feature_std"] == pytest.approx(0.0, abs=1e-6)

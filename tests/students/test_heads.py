@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
 from eva_mim.students import HeadSettings, MaskedSettings
-from eva_mim.students.heads import AttentionHead, HeadPlan, ResidualMlp, build_heads, last_layer, mlp, predict
+from eva_mim.students.heads import AttentionHead, HeadPlan, Patches, ResidualMlp, build_heads, last_layer, mlp, predict
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.tasks.masked import cells_of
 
@@ -54,13 +54,13 @@ def test_an_attention_head_mixes_all_tokens_before_rows_are_chosen() -> None:
     heads.spatial["a"] = made  # type: ignore[index]
     tokens = drawn(2, 9, 32).float()
     index = torch.tensor([0, 5])
-    found = predict(heads.spatial, heads.cells, tokens, 1, index)["a"]  # type: ignore[index]
+    found = predict(heads.spatial, heads.cells, Patches(tokens, 1, (2, 4), index))["a"]  # type: ignore[index]
     other = tokens.clone()
     other[0, 7] += drawn(32, seed=1).float()  # neither row 0 nor row 5, but of the same image as both
-    assert (predict(heads.spatial, heads.cells, other, 1, index)["a"] - found).abs().max() > 1e-4  # type: ignore[index]
+    assert (predict(heads.spatial, heads.cells, Patches(other, 1, (2, 4), index))["a"] - found).abs().max() > 1e-4  # type: ignore[index]
     other = tokens.clone()
     other[1] += drawn(9, 32, seed=2).float()
-    assert torch.equal(predict(heads.spatial, heads.cells, other, 1, index)["a"], found)  # type: ignore[index]
+    assert torch.equal(predict(heads.spatial, heads.cells, Patches(other, 1, (2, 4), index))["a"], found)  # type: ignore[index]
 
 
 def test_hidden_layers_are_as_wide_as_the_widest_teacher() -> None:

@@ -85,7 +85,7 @@ class RowLoader:
     def __init__(self, rows: Rows, chosen: Positions, order: GlobalOrder, key: Callable[[int], str]):
         assert order.samples == len(chosen)
         self._rows, self._chosen, self._order, self.key = rows, chosen, order, key
-        self.steps_per_epoch = order.steps_per_epoch
+        self.steps_per_epoch, self.micro_batches = order.steps_per_epoch, order.micro_batches
 
     def steps(self, first: int, last: int) -> Iterator[list[FeatureBatch]]:
         """Yields the micro-batches of each step from `first` to `last` - 1."""
