@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from eva_mim.core.contracts import MaskedBatch, Teacher, TrainData
 from eva_mim.core.errors import UserError
+from eva_mim.core.files import write_json, write_weights
 from eva_mim.core.log import say
 from eva_mim.core.registry import OBJECTIVES, lookup
-from eva_mim.core.run_folder import RunFolder, head_file
+from eva_mim.core.run_folder import HEAD, HEADS_CONFIG, ZEROSHOT, RunFolder, head_file
 from eva_mim.core.settings import few
 from eva_mim.data.masking import make_mask
 from eva_mim.data.preparation import Shown
@@ -28,9 +29,12 @@ from eva_mim.targets.normalise import Normaliser
 from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
 from eva_mim.teachers.open_clip import TextTower
+from eva_mim.weights.adaptors import heads_facts
+from eva_mim.weights.export import part, unpooled, write_timm
 from eva_mim.weights.files.read import open_checkpoint
 
 if TYPE_CHECKING:
+    from eva_mim.run.stage import Networks
     from pretrain.mim import StageRecipe
 
 
@@ -136,6 +140,22 @@ def measured_and_unfolded(task: MaskedFeatures, started: Sequence[str], train: T
         task.measure([batch.to(device) for batch in next(steps)])
     state = task.student.state_dict()
     task.student.load_state_dict(folded(cast(MaskedStudent, task.student), state, lessons, back=True))
+
+
+def export(
+    recipe: StageRecipe, made: Networks, lessons: Mapping[str, Lesson], prompts: Prompts | None, out: Path,
+    weights: dict[str, Tensor],
+) -> None:
+    """Writes a finished student: the trunk as timm opens it, the heads with what they are made of, and vectors of classes."""
+    student: MaskedStudent = made.student
+    write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
+               crop_pct=recipe.view.crop_pct)
+    outside = {name: value for name, value in weights.items() if not name.startswith("trunk.")}
+    write_weights(out / HEAD, folded(student, outside, lessons))
+    plans = {name: plan_of(recipe, name, teacher) for name, teacher in made.teachers.items()}
+    write_json(out / HEADS_CONFIG, heads_facts(student, plans).model_dump(mode="json"))
+    if prompts is not None:
+        write_weights(out / ZEROSHOT, {prompts.teacher: prompts.vectors})
 
 
 def class_vectors(recipe: StageRecipe, classes: Sequence[str] | None, device: torch.device) -> Prompts | None:

@@ -16,7 +16,6 @@ from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import head_file, store_index
 from eva_mim.core.settings import Settings
 from eva_mim.data import MaskSettings, ViewSettings
-from eva_mim.data.sampler import GroupBatch, Piece, cut_groups
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import HeadSettings, MaskedSettings
@@ -26,8 +25,10 @@ from eva_mim.tasks import GroupSettings, ObjectiveSettings, TargetTeacherSetting
 if TYPE_CHECKING:
     import torch
 
-    from eva_mim.core.contracts import Targets, Teacher
+    from eva_mim.core.contracts import Teacher
+    from eva_mim.data.sampler import GroupBatch, Piece
     from eva_mim.run.stage import Built, Networks
+    from eva_mim.targets import Targets
     from pretrain.targets import Wanted
 
 
@@ -118,11 +119,15 @@ class StageRecipe(Recipe):
 
     def pieces(self, rank: int, world: int) -> list[Piece]:
         """See `Recipe`; the groups' micro-batches follow one another."""
+        from eva_mim.data.sampler import cut_groups
+
         return cut_groups(self.group_batches, rank, world) if self.groups else super().pieces(rank, world)
 
     @property
     def group_batches(self) -> list[GroupBatch]:
         """How the groups cut a step; none without groups."""
+        from eva_mim.data.sampler import GroupBatch
+
         return [GroupBatch(name, group.batch, group.micro_batch or self.run.micro_batch, group.ranks)
                 for name, group in self.groups.items()]
 
@@ -219,9 +224,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Returns networks, data and evaluator of a recipe."""
     from functools import partial
 
-    from eva_mim.core.files import write_weights
     from eva_mim.core.log import say
-    from eva_mim.core.run_folder import HEAD, ZEROSHOT
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
@@ -231,8 +234,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.targets.cached import CachedTargets
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
-    from eva_mim.weights.export import grid_of, part, unpooled, write_timm
-    from pretrain.lessons import class_vectors, folded, lessons_of, measured_and_unfolded, shown_by_group, start_heads
+    from eva_mim.weights.export import grid_of
+    from pretrain.lessons import class_vectors, export, lessons_of, measured_and_unfolded, shown_by_group, start_heads
     from pretrain.targets import open_store, view_of
 
     splits = open_splits(recipe.data)
@@ -267,18 +270,10 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         prompts=prompts,
     )
 
-    def export(out: Path, weights: dict[str, torch.Tensor]) -> None:
-        write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
-                   crop_pct=recipe.view.crop_pct)
-        outside = {name: value for name, value in weights.items() if not name.startswith("trunk.")}
-        write_weights(out / HEAD, folded(student, outside, lessons))
-        if prompts is not None:
-            write_weights(out / ZEROSHOT, {prompts.teacher: prompts.vectors})
-
     train = train_loader(recipe, splits.train, sizes, view, partial(masked["train"], groups=parts), groups=recipe.group_batches)
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
-        export,
+        partial(export, recipe, made, lessons, prompts),
         splits.facts(),
         splits.val.classes if prompts else None,
         grid=grid_of(student.trunk),

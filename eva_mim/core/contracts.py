@@ -8,7 +8,7 @@ own mean and std, so that one crop serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -180,36 +180,6 @@ class Features(NamedTuple):
     spatial: Tensor
     """[B, N, C], one vector a patch, after the teacher's final norm (and projection where it has one)."""
     grid: Grid
-
-
-class Target(NamedTuple):
-    """What a student learns of a teacher in a batch."""
-
-    spatial: Tensor
-    """[M, C], features of the predicted patches."""
-    summary: Tensor
-    """[B, C'], see `Features`."""
-
-
-class Cells(NamedTuple):
-    """Which spatial features of a teacher are targets."""
-
-    places: Tensor
-    """Positions in the flattened [B * N]."""
-    grid: Grid | None = None
-    """Grid to which the features are brought before, by interpolation; None: the teacher's own."""
-
-
-class Targets(Protocol):
-    """Function that returns the features which a student learns to predict, for example those of live teachers."""
-
-    teachers: Mapping[str, Teacher]
-
-    def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
-        """Returns the features of the batch by the teacher's name: of all, or of those in `names`."""
-
-    def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
-        """Returns summary and spatial features of the teachers in `cells`, by name."""
 
 
 class Teacher(Protocol):

@@ -26,7 +26,7 @@ SOURCES = {
 }
 TEACHERS = {
     "open_clip": "eva_mim.teachers.open_clip:open_clip_teacher",
-    "stage": "eva_mim.teachers.open_clip:stage_teacher",
+    "stage": "eva_mim.weights.adaptors:stage_teacher",
     "timm": "eva_mim.teachers.timm:timm_teacher",
     "pixels": "eva_mim.teachers.pixels:pixel_teacher",
 }

@@ -12,6 +12,8 @@ from eva_mim.core.errors import UserError
 
 WEIGHTS, HEAD = "model.safetensors", "head.safetensors"
 """Files of a finished stage: the trunk under timm's names; the tensors of a masked student outside its trunk."""
+HEADS_CONFIG = "heads.json"
+"""Beside the heads of a masked stage: what each teacher's heads are made of, and which tokens they read."""
 ZEROSHOT = "zeroshot.safetensors"
 """Beside the heads of a masked stage: vectors of the classes by a teacher's text tower, [K, C] under the teacher's name."""
 TIMM_CONFIG = "config.json"

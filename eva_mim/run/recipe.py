@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import model_validator
 
 from eva_mim.core.settings import For, Settings
 from eva_mim.data import DataSettings, ViewSettings
-from eva_mim.data.sampler import Piece, cut_alike
 from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.trunks import TrunkSettings
 from eva_mim.weights import HandOverSettings
 from eva_mim.weights.files.read import content_hash
+
+if TYPE_CHECKING:
+    from eva_mim.data.sampler import Piece
 
 
 class Recipe(Settings):
@@ -52,6 +54,8 @@ class Recipe(Settings):
 
     def pieces(self, rank: int, world: int) -> list[Piece]:
         """Returns the micro-batches of a rank in each step. Raises UserError for a batch that so many processes cannot divide."""
+        from eva_mim.data.sampler import cut_alike
+
         return cut_alike(self.run.global_batch, self.run.micro_batch, rank, world)
 
     def parents(self) -> dict[str, Path]:

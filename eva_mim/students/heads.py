@@ -32,7 +32,7 @@ class HeadPlan(NamedTuple):
     """Path of the head's settings, for messages."""
 
 
-Targets = int | Mapping[str, HeadPlan]
+Plans = int | Mapping[str, HeadPlan]
 """C of the only target, spatial features; or the plans of teachers by name."""
 
 
@@ -95,7 +95,7 @@ class Heads(NamedTuple):
     """u^2, cells of the target in a patch, by the target's name ("" for the only one)."""
 
 
-def build_heads(width: int, summary: int, targets: Targets, settings: HeadSettings) -> Heads:
+def build_heads(width: int, summary: int, targets: Plans, settings: HeadSettings) -> Heads:
     """Returns the heads of a student whose patches have width `width` and whose summary has width `summary`: for one unnamed
     target a single head, else a ModuleDict. Raises UserError for an unknown kind, and for a teacher's name that torch does not
     allow."""

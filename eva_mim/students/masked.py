@@ -12,7 +12,7 @@ from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 from eva_mim.students import MaskedSettings
-from eva_mim.students.heads import SUMMARY, Patches, Targets, build_heads, draw_linear, predict
+from eva_mim.students.heads import SUMMARY, Patches, Plans, build_heads, draw_linear, predict
 from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
 from eva_mim.students.positions import POSITIONS
 from eva_mim.trunks import facts
@@ -30,7 +30,7 @@ class MaskedStudent(nn.Module):
     """Beginnings of the names of the heads' parameters."""
 
     def __init__(
-        self, settings: MaskedSettings, targets: Targets, mask: MaskCounts | None = None, sizes: Collection[int] = ()
+        self, settings: MaskedSettings, targets: Plans, mask: MaskCounts | None = None, sizes: Collection[int] = ()
     ):
         """`targets`: what is predicted; `mask`: numbers of masked patches, None for any number; `sizes`: further sides of its
         input in pixels."""
@@ -70,7 +70,7 @@ class MaskedStudent(nn.Module):
         if mask is not None and mask.masked_patches(self.patches) == 0:
             self.mask_token.requires_grad_(False)  # it is not used, so it would get no gradient
 
-    def _class_tokens(self, settings: MaskedSettings, targets: Targets) -> dict[str, int]:
+    def _class_tokens(self, settings: MaskedSettings, targets: Plans) -> dict[str, int]:
         """Returns the position among the tokens of what each teacher's summary is predicted from; -1: the mean of the patches."""
         names = [] if isinstance(targets, int) else [name for name, plan in targets.items() if plan.summary]
         if settings.class_tokens == "none" or not names:

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
 from eva_mim.core.settings import For, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eva_mim.core.contracts import Features, Grid, MaskedBatch, Teacher
 
 KINDS = For("kind", "channel", "phi_s")
 
@@ -22,3 +28,33 @@ class NormaliserSettings(Settings):
     """Steps of training whose features are measured; afterwards the statistics are fixed (as RADIO's training has it)."""
     every: Annotated[int, Field(ge=1), KINDS] = 100
     """Steps between updates from the statistics, until these are fixed."""
+
+
+class Target(NamedTuple):
+    """What a student learns of a teacher in a batch."""
+
+    spatial: Tensor
+    """[M, C], features of the predicted patches."""
+    summary: Tensor
+    """[B, C'], see `Features`."""
+
+
+class Cells(NamedTuple):
+    """Which spatial features of a teacher are targets."""
+
+    places: Tensor
+    """Positions in the flattened [B * N]."""
+    grid: Grid | None = None
+    """Grid to which the features are brought before, by interpolation; None: the teacher's own."""
+
+
+class Targets(Protocol):
+    """Function that returns the features which a student learns to predict, for example those of live teachers."""
+
+    teachers: Mapping[str, Teacher]
+
+    def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
+        """Returns the features of the batch by the teacher's name: of all, or of those in `names`."""
+
+    def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
+        """Returns summary and spatial features of the teachers in `cells`, by name."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Cells, Features, Grid, MaskedBatch, Target
+from eva_mim.core.contracts import Features, Grid, MaskedBatch
 from eva_mim.core.errors import UserError
 from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
 from eva_mim.students.heads import resampled
+from eva_mim.targets import Cells, Target
 
 
 class StoredTeacher:
@@ -48,7 +49,7 @@ def chosen(spatial: Tensor, grid: Grid, cells: Cells) -> Tensor:
 
 
 class CachedTargets:
-    """Targets that came with the batch from a store; see `contracts.Targets`."""
+    """Targets that came with the batch from a store; see `targets.Targets`."""
 
     def __init__(self, store: FeatureStore):
         self.teachers = {name: StoredTeacher(one.network, one.summary) for name, one in store.facts.networks.items()}
@@ -56,7 +57,7 @@ class CachedTargets:
         self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 
     def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
-        """See `contracts.Targets`; the features are of the kind that live teachers give."""
+        """See `targets.Targets`; the features are of the kind that live teachers give."""
         found = {}
         for name, one in self.teachers.items():
             if names is None or name in names:
@@ -66,7 +67,7 @@ class CachedTargets:
         return found
 
     def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
-        """See `contracts.Targets`; only the features that are asked for are unpacked."""
+        """See `targets.Targets`; only the features that are asked for are unpacked."""
         found = {}
         for name, one in cells.items():
             if one.grid is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from eva_mim.core.contracts import Cells, Features, MaskedBatch, Target, Teacher
+from eva_mim.core.contracts import Features, MaskedBatch, Teacher
 from eva_mim.core.timing import phase
+from eva_mim.targets import Cells, Target
 from eva_mim.targets.cached import chosen
 
 
@@ -16,7 +17,7 @@ class LiveTargets:
         self.teachers = dict(teachers)
 
     def __call__(self, batch: MaskedBatch, names: Collection[str] | None = None) -> dict[str, Features]:
-        """See `contracts.Targets`."""
+        """See `targets.Targets`."""
         found = {}
         for name, teacher in self.teachers.items():
             if names is None or name in names:
@@ -25,7 +26,7 @@ class LiveTargets:
         return found
 
     def patches(self, batch: MaskedBatch, cells: Mapping[str, Cells]) -> dict[str, Target]:
-        """See `contracts.Targets`."""
+        """See `targets.Targets`."""
         found = self(batch, cells)
         return {name: Target(chosen(found[name].spatial, found[name].grid, one), found[name].summary)
                 for name, one in cells.items()}

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Cells, Grid, MaskedBatch, StateGroup, Target, Targets, Task, Teacher
+from eva_mim.core.contracts import Grid, MaskedBatch, StateGroup, Task, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.students.heads import SUMMARY
+from eva_mim.targets import Cells, Target, Targets
 from eva_mim.targets.normalise import Normaliser
 from eva_mim.tasks.objectives import Objective, SummaryAngle
 

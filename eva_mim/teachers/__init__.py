@@ -20,14 +20,16 @@ class TeacherSettings(Settings):
     """A frozen network whose features are the targets."""
 
     kind: str = "open_clip"
-    """"open_clip" (image tower of a CLIP model), "timm" (any timm trunk), "stage" (folder of our own clip stage) or "pixels"
-    (each patch's own pixels, as MAE predicts them)."""
+    """"open_clip" (image tower of a CLIP model), "timm" (any timm trunk), "stage" (folder of a finished stage of ours) or
+    "pixels" (each patch's own pixels, as MAE predicts them)."""
     name: str
     """Architecture name (open_clip, timm), the stage's folder, or the patch side (pixels: "patch16")."""
     weights: Annotated[str | None, For("kind", "open_clip", "timm", reread=True)] = None
     """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random weights (for tests only)."""
     image_size: int | None = Field(None, ge=1)
     """Input side in pixels; default the teacher's own (pixels: must be given)."""
+    adaptor: Annotated[str | None, For("kind", "stage")] = None
+    """Of a masked stage: name of one of its own teachers, whose features its heads predict. null: the stage's own features."""
     layer: Annotated[int, NETWORKS] = -1
     """Block whose patch features are the target, as a Python index; -1 is the last. The summary is read at the end."""
     summary: Annotated[Literal["pooled", "class_token", "mean"] | None, NETWORKS] = None

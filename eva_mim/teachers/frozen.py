@@ -51,13 +51,13 @@ class FrozenTeacher:
     ):
         """`path`: path of the teacher's settings in the recipe, for messages; `precision`, `micro_batch`: see
         `TeacherSettings`. Raises UserError for an image size that does not fit the network."""
-        self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for name, value in network.state_dict().items():
             if not value.is_meta:
                 finite(value, name, f"{path}: its weights")
-        tune(self._network, "cpu")
-        self._weights = CastWeights(self._network)
-        self._reading, self._precision, self._micro_batch = reading, precision, micro_batch
+        tune(self.network, "cpu")
+        self._weights = CastWeights(self.network)
+        self.reading, self._precision, self._micro_batch = reading, precision, micro_batch
         self.image_size, self.mean, self.std = image_size, mean, std
         config = facts.configuration(network)
         self.resizing: dict[str, Any] = {name: config.get(name) or value for name, value in RESIZING.items()}
@@ -76,7 +76,7 @@ class FrozenTeacher:
 
     @property
     def _kind(self) -> str:
-        return type(getattr(self._network, "trunk", self._network)).__name__
+        return type(getattr(self.network, "trunk", self.network)).__name__
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -84,7 +84,7 @@ class FrozenTeacher:
         of autocast."""
         with self._own_precision(images.device.type):
             self._weights.follow(images.device.type)
-            parts = [self._reading.features(normalise(part, self.mean, self.std))
+            parts = [self.reading.features(normalise(part, self.mean, self.std))
                      for part in torch.split(images, self._micro_batch or max(1, len(images)))]
         if len(parts) == 1:
             return parts[0]
@@ -98,31 +98,31 @@ class FrozenTeacher:
     def to(self, device: Any) -> FrozenTeacher:
         """Moves the weights to `device`."""
         self._weights.exact()
-        self._network.to(device)
-        tune(self._network, device)
+        self.network.to(device)
+        tune(self.network, device)
         return self
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of names and values of all weights: proof that a run did not change the teacher. Raises UserError
         if it changed those that were cast."""
         self._weights.exact()
-        return weights_sha256(self._network.state_dict())
+        return weights_sha256(self.network.state_dict())
 
     def facts(self) -> dict[str, Any]:
         """Returns name, sizes and reading of the teacher, in JSON's types."""
         return {
             "network": self._kind,
-            "parameters": sum(parameter.numel() for parameter in self._network.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             "image_size": self.image_size,
             "grid": list(self.grid),
             "width": self.width,
             "mean": list(self.mean),
             "std": list(self.std),
-            "layer": self._reading.layer,
-            "blocks": self._reading.blocks,
-            "final_norm": self._reading.final_norm,
-            "project": self._reading.project,
-            "summary": self._reading.summary,
+            "layer": self.reading.layer,
+            "blocks": self.reading.blocks,
+            "final_norm": self.reading.final_norm,
+            "project": self.reading.project,
+            "summary": self.reading.summary,
         }
 
 

@@ -103,11 +103,11 @@ def waits_of(program: ModuleType, tree: dict[str, Any], settings: dict[str, Any]
         held.enter_context(patch("torch.autograd.grad", lambda _, inputs: [torch.empty_like(one) for one in inputs]))
         held.enter_context(patch("torch.random.fork_rng", lambda _: nullcontext()))
         held.enter_context(patch("eva_mim.engine.local.placed", lambda student, *_: student))
-        networks = [task.student, *(teacher._network for teacher in built.teachers.values())]  # type: ignore[attr-defined]
+        networks = [task.student, *(teacher.network for teacher in built.teachers.values())]  # type: ignore[attr-defined]
         for network in [*networks, *([] if average is None else [average.module])]:
             pretend(network)
         for teacher in built.teachers.values():
-            teacher._weights = CastWeights(teacher._network)  # type: ignore[attr-defined]
+            teacher._weights = CastWeights(teacher.network)  # type: ignore[attr-defined]
         engine = build_engine(task.student, recipe.run, recipe.optim, CUDA)
         batches = [batch._each(pretended) for batch in batches]
         for step in range(2):

@@ -120,7 +120,7 @@ def test_pieces_of_a_step_by_hand() -> None:
         ([GroupBatch("a", 4, None, 2), GroupBatch("b", 4, None, 1)], 2, "must add up to the 2 processes"),
         ([GroupBatch("a", 4, None, 3), GroupBatch("b", 4, None, 1)], 4,
          r"groups\.a\.batch=4 is not a multiple of 3 processes; nearest: groups\.a\.batch=3 or groups\.a\.batch=6"),
-        ([GroupBatch("a", 8, 2, 1), GroupBatch("b", 4, None, 1)], 2, "number of forward passes on each process: groups.a 4, groups.b 1"),
+        ([GroupBatch("a", 8, 2, 1), GroupBatch("b", 4, None, 1)], 2, "forward passes on each process: groups.a 4, groups.b 1"),
     ],
 )
 def test_groups_that_do_not_fit_the_processes_are_refused(groups: list[GroupBatch], world: int, said: str) -> None:

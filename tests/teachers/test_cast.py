@@ -44,7 +44,7 @@ def test_features_are_those_of_autocast_alone(name: str, dtype: torch.dtype) -> 
     before, exact = teacher.fingerprint(), teacher(images)
     pixels = normalise(images, teacher.mean, teacher.std)
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        alone = teacher._reading.features(pixels)
+        alone = teacher.reading.features(pixels)
         first, again = teacher(images), teacher(images)
     for found in (first, again):
         assert torch.equal(found.spatial, alone.spatial)
@@ -57,7 +57,7 @@ def test_features_are_those_of_autocast_alone(name: str, dtype: torch.dtype) -> 
 
 def test_a_second_pass_casts_no_matrix() -> None:
     teacher, images = made("vit_nano_patch4_32")
-    matrices = {tuple(p.shape) for p in teacher._network.parameters() if p.ndim > 1 and p.shape[0] > 1}
+    matrices = {tuple(p.shape) for p in teacher.network.parameters() if p.ndim > 1 and p.shape[0] > 1}
     with torch.autocast("cpu", torch.bfloat16):
         with Casts() as first:
             teacher(images)
@@ -71,6 +71,6 @@ def test_a_weight_that_changes_while_it_is_cast_is_noticed() -> None:
     teacher, images = made("vit_nano_patch4_32")
     with torch.autocast("cpu", torch.bfloat16):
         teacher(images)
-    next(p for p in teacher._network.parameters() if p.dtype == torch.bfloat16).data.add_(1)
+    next(p for p in teacher.network.parameters() if p.dtype == torch.bfloat16).data.add_(1)
     with pytest.raises(UserError, match="has changed during the run"):
         teacher.fingerprint()

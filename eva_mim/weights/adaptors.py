@@ -1,0 +1,263 @@
+"""Finished stages as networks: summary and patches of an image, and of a masked stage what each teacher would say (adaptors)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ValidationError
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from eva_mim.core.contracts import Features, Grid
+from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import CLIP_CONFIG, HEAD, HEADS_CONFIG, TIMM_CONFIG, ZEROSHOT
+from eva_mim.core.settings import few
+from eva_mim.students import HeadSettings
+from eva_mim.students.heads import HeadPlan, Heads, Patches, build_heads, predict
+from eva_mim.students.masked import MaskedStudent
+from eva_mim.teachers import TeacherSettings
+from eva_mim.teachers.frozen import FrozenTeacher, Reading
+from eva_mim.teachers.trunk import read_trunk
+from eva_mim.trunks import facts
+from eva_mim.trunks.create import create
+from eva_mim.weights.files.formats import read_json
+from eva_mim.weights.files.read import open_checkpoint
+
+BACKBONE = "backbone"
+"""Name of the trunk's own output beside those of adaptors."""
+
+
+class HeadFacts(BaseModel, extra="forbid", frozen=True):
+    """What a teacher's heads are made of."""
+
+    head: dict[str, Any]
+    """`HeadSettings`, with the width of hidden layers."""
+    spatial: int
+    """Width of the teacher's patches; 0: they are not predicted."""
+    summary: int
+    """Width of its summary; 0: it is not predicted."""
+    class_token: int
+    """Position of the token that its summary is predicted from; -1: the mean of the patches."""
+
+
+class HeadsFacts(BaseModel, extra="forbid", frozen=True):
+    """Content of `heads.json`."""
+
+    teachers: dict[str, HeadFacts]
+    """By name; in the file of heads those of NAME begin with head.NAME. and summary_head.NAME., or with head. if `single`."""
+    single: bool
+    """True for one teacher whose head has no name."""
+
+
+class Output(NamedTuple):
+    """Features of images."""
+
+    summary: Tensor
+    """[B, C'], one vector an image."""
+    spatial: Tensor
+    """[B, N, C], one vector a patch, row by row."""
+
+
+def heads_facts(student: MaskedStudent, plans: dict[str, HeadPlan]) -> HeadsFacts:
+    """Returns the content of `heads.json` for a student."""
+    single = not isinstance(student.head, nn.ModuleDict)
+    widest = max(max(plan.spatial, plan.summary) for plan in plans.values())
+    teachers = {}
+    for name, plan in plans.items():
+        settings = plan.settings.model_dump(mode="json")
+        settings["width"] = settings["width"] or (None if single else widest)
+        teachers[name] = HeadFacts(head=settings, spatial=plan.spatial, summary=plan.summary,
+                                   class_token=student.class_tokens.get(name, -1))
+    return HeadsFacts(teachers=teachers, single=single)
+
+
+class FeatureModel(nn.Module):
+    """A finished stage as a network from images to features.
+
+    Images are [B, channels, H, W] from 0 to 1; a plain ViT takes any H and W that are multiples of its patch. `adaptors` names
+    teachers whose features are predicted, in their own spaces.
+    """
+
+    def __init__(
+        self, network: Any, reading: Reading, *, image_size: int, patch: tuple[int, int] | None, mean: Sequence[float],
+        std: Sequence[float], folder: Path,
+    ):
+        super().__init__()
+        self.network, self._reading, self.image_size, self.patch, self.folder = network, reading, image_size, patch, folder
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.register_buffer("_pixels", torch.tensor([self.mean, self.std]).view(2, -1, 1, 1), persistent=False)
+        self.heads, self.summary_heads = nn.ModuleDict(), nn.ModuleDict()
+        self._cells: dict[str, int] = {}
+        self._class_tokens: dict[str, int] = {}
+        self.adaptors: tuple[str, ...] = ()
+        """Names of the teachers whose features can be predicted."""
+
+    def with_heads(self, found: HeadsFacts, weights: dict[str, Tensor]) -> FeatureModel:
+        """Adds the heads of a masked stage; returns itself. Raises UserError for weights that do not fit."""
+        plans = {name: HeadPlan(one.spatial, one.summary, HeadSettings.model_validate(one.head)) for name, one in
+                 found.teachers.items()}
+        width: int = self.network.num_features
+        made: Heads = build_heads(width, width, plans, HeadSettings())
+        if torch.empty(0).is_meta:  # names and shapes alone
+            weights = {f"{part}.{key}": value for part, module in (("head", made.spatial), ("summary_head", made.summary))
+                       for key, value in module.state_dict().items()}
+            found = found.model_copy(update={"single": False})
+        prefix = "head." if found.single else ""
+        named = {f"head.{name}.{key.removeprefix(prefix)}": value for key, value in weights.items() if key.startswith(prefix)
+                 for name in plans} if found.single else weights
+        state = {f"{part}.{key}": value for part, module in (("head", made.spatial), ("summary_head", made.summary))
+                 for key, value in module.state_dict().items()}
+        wrong = [key for key in sorted(state) if key not in named or named[key].shape != state[key].shape]
+        if wrong:
+            raise UserError(f"{self.folder / HEAD}: {few(wrong)} are missing or have another shape than {HEADS_CONFIG} says")
+        for part, module in (("head.", made.spatial), ("summary_head.", made.summary)):
+            module.load_state_dict({key.removeprefix(part): named[key] for key in state if key.startswith(part)})
+        self.heads, self.summary_heads, self._cells = made.spatial, made.summary, made.cells  # type: ignore[assignment]
+        self._class_tokens = {name: one.class_token for name, one in found.teachers.items() if one.summary}
+        self.adaptors = tuple(plans)
+        return self
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the nearest height and width in pixels that the network takes."""
+        if self.patch is None:
+            return self.image_size, self.image_size
+        rows, columns = self.patch
+        return max(1, round(height / rows)) * rows, max(1, round(width / columns)) * columns
+
+    def forward(self, images: Tensor, adaptors: Sequence[str] = ()) -> Output | dict[str, Output]:
+        """Returns summary and patches of [B, channels, H, W] images from 0 to 1. With `adaptors` a dict: those of the network
+        under "backbone", and under each name what that teacher would say; of a teacher without a summary, or without patches,
+        these have width 0. Raises UserError for another size, and for an adaptor that is not there."""
+        size = images.shape[-2], images.shape[-1]
+        if size != self.nearest_size(*size):
+            near = self.nearest_size(*size)
+            raise UserError(f"{self.folder}: images of {size[0]} x {size[1]} px; the nearest size that it takes is {near[0]} x "
+                            f"{near[1]}")
+        if unknown := [name for name in adaptors if name not in self.adaptors]:
+            raise UserError(f"{self.folder}: no adaptor {', '.join(unknown)}; it has {', '.join(self.adaptors) or 'none'}")
+        mean, std = self._pixels  # type: ignore[misc]  # a buffer is a tensor
+        pixels = (images - mean) / std
+        if not self.adaptors:
+            features = self._reading.features(pixels)
+            return Output(features.summary, features.spatial)
+        found = self.encode(pixels, adaptors)
+        own = found.pop(BACKBONE)
+        return own if not adaptors else {BACKBONE: own} | found
+
+    def encode(self, pixels: Tensor, adaptors: Sequence[str]) -> dict[str, Output]:
+        """Returns features of normalised pixels by adaptor, and the trunk's own as "backbone"."""
+        tokens: Tensor = self.network.forward_features(pixels)
+        prefix = facts.prefix_tokens(self.network)
+        patches = tokens[:, prefix:]
+        count = max(self._class_tokens.values(), default=0) + 1
+        own = tokens[:, :count].flatten(1) if getattr(self.network, "cls_token", None) is not None else patches.mean(1)
+        found = {BACKBONE: Output(own, patches)}
+        grid = self.grid_of(pixels)
+        every = torch.arange(patches.shape[0] * patches.shape[1], device=pixels.device)
+        chosen: dict[str, Grid | None] = dict.fromkeys(adaptors)
+        spatial = predict(self.heads, self._cells, Patches(tokens, prefix, grid, every), chosen)
+        assert isinstance(spatial, dict)
+        for name in adaptors:
+            summary, rows = patches.new_zeros(len(patches), 0), patches.new_zeros(*patches.shape[:2], 0)
+            if name in self.summary_heads:
+                place = self._class_tokens[name]
+                summary = self.summary_heads[name](patches.mean(1) if place < 0 else tokens[:, place])
+            if name in spatial:
+                rows = in_rows(spatial[name].unflatten(0, (len(patches), -1)), grid, self._cells[name])  # type: ignore[no-untyped-call]
+            found[name] = Output(summary, rows)
+        return found
+
+    def grid_of(self, pixels: Tensor, adaptor: str | None = None) -> Grid:
+        """Returns the grid of patches of images, or of the cells that an adaptor predicts."""
+        assert self.patch is not None
+        fine = round(self._cells.get(adaptor or "", 1) ** 0.5)
+        return pixels.shape[-2] // self.patch[0] * fine, pixels.shape[-1] // self.patch[1] * fine
+
+
+def in_rows(cells: Tensor, grid: Grid, count: int) -> Tensor:
+    """Returns features [B, N * count, C] row by row of the finer grid, from such with the cells of a patch together."""
+    if count == 1:
+        return cells
+    side = round(count**0.5)
+    apart = cells.unflatten(1, (*grid, side, side))  # type: ignore[no-untyped-call]
+    found: Tensor = apart.transpose(2, 3).flatten(1, 4)
+    return found
+
+
+def load(folder: str | Path) -> FeatureModel:
+    """Returns the network in the folder of a finished stage, in eval mode. Raises UserError for a folder without one."""
+    folder = Path(folder)
+    if (folder / CLIP_CONFIG).is_file():
+        from eva_mim.teachers.open_clip import stage_teacher
+
+        return _of_teacher(stage_teacher(TeacherSettings(kind="stage", name=str(folder))), folder)
+    if not (folder / TIMM_CONFIG).is_file():
+        raise UserError(f"{folder} has no {TIMM_CONFIG}; it must be the folder of a finished stage")
+    options: dict[str, Any] = {"pretrained": not torch.empty(0).is_meta, "num_classes": 0}  # the meta device has no values
+    try:
+        trunk = create(f"local-dir:{folder}", **options)
+        if any_size := isinstance(trunk, (VisionTransformer, Eva)):
+            trunk = create(f"local-dir:{folder}", **options, dynamic_img_size=True)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: timm cannot open it: {error}") from None
+    mean, std = facts.mean_std(trunk)
+    made = FeatureModel(
+        trunk.eval(), read_trunk(trunk, TeacherSettings(kind="timm", name=str(folder))),
+        image_size=facts.input_size(trunk)[0], patch=facts.patch_size(trunk) if any_size else None, mean=mean, std=std,
+        folder=folder,
+    )
+    if not (folder / HEADS_CONFIG).is_file():
+        return made
+    try:
+        described = HeadsFacts.model_validate(read_json(folder / HEADS_CONFIG))
+    except ValidationError as error:
+        raise UserError(f"{folder / HEADS_CONFIG}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+    weights = {} if torch.empty(0).is_meta else dict(open_checkpoint(folder / HEAD))
+    return made.with_heads(described, weights).eval()
+
+
+def _of_teacher(teacher: FrozenTeacher, folder: Path) -> FeatureModel:
+    return FeatureModel(teacher.network, teacher.reading, image_size=teacher.image_size, patch=None, mean=teacher.mean,
+                        std=teacher.std, folder=folder).eval()
+
+
+def class_vectors(folder: str | Path, name: str) -> Tensor | None:
+    """Returns the vectors of classes [K, C] that were written for an adaptor; None if there are none."""
+    path = Path(folder) / ZEROSHOT
+    return dict(open_checkpoint(path)).get(name) if path.is_file() else None
+
+
+def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
+    """Returns the network of a finished stage as a teacher: the image tower of a clip stage, the trunk of another one, or with
+    `adaptor` what a masked stage predicts of one of its own teachers. Raises UserError."""
+    folder = Path(settings.name)
+    if (folder / CLIP_CONFIG).is_file() or not (folder / TIMM_CONFIG).is_file():
+        from eva_mim.teachers.open_clip import stage_teacher as tower
+
+        if settings.adaptor is not None:
+            raise UserError(f"{settings.path}.adaptor={settings.adaptor}: {folder} is no finished masked stage")
+        return tower(settings)
+    model = load(folder)
+    size = settings.image_size or model.image_size
+    if settings.adaptor is None:
+        return FrozenTeacher(model.network, read_trunk(model.network, settings), image_size=size, mean=model.mean,
+                             std=model.std, path=settings.path, precision=settings.precision,
+                             micro_batch=settings.micro_batch)
+    if settings.adaptor not in model.adaptors:
+        raise UserError(f"{settings.path}.adaptor={settings.adaptor}: {folder} has {', '.join(model.adaptors) or 'none'}")
+    if settings.layer != -1 or settings.project or not settings.final_norm or settings.summary:
+        raise UserError(f"{settings.path}.adaptor={settings.adaptor} is read as it was trained; leave out layer, final_norm, "
+                        "project and summary")
+    name = settings.adaptor
+
+    def features(pixels: Tensor) -> Features:
+        found = model.encode(pixels, [name])[name]
+        return Features(found.summary, found.spatial, model.grid_of(pixels, name))
+
+    return FrozenTeacher(model, Reading(features, summary=f"summary of {name}"), image_size=size, mean=model.mean,
+                         std=model.std, path=settings.path, precision=settings.precision,
+                         micro_batch=settings.micro_batch)
