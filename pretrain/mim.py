@@ -246,12 +246,14 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     made = networks(recipe)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
     lessons = lessons_of(recipe, teachers, device)
-    targets: Targets = CachedTargets(store) if store else LiveTargets(teachers)
+    targets: Targets = CachedTargets(store, made.teachers) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, lessons)
     heads = start_heads(recipe, student, teachers)
-    masked = {split: partial(MaskedPreparation, predict_visible=any(lesson.visible for lesson in lessons.values()),
-                             with_views=("view", "mask") if recipe.mask.replay else ("view",),
-                             stored=partial(store.row, split) if store else None) for split in ("train", "val")}
+    masked = {split: partial(
+        MaskedPreparation, predict_visible=any(lesson.visible for lesson in lessons.values()),
+        with_views=("view", "mask") if recipe.mask.replay else ("view",),
+        stored=partial(store.row, split, networks=set(teachers)) if store else None,
+    ) for split in ("train", "val")}
     parts = shown_by_group(recipe, student, teachers if store is None else {})
     sizes = [size for part in parts for shown in part for size in shown.sizes]
     labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes

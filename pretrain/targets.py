@@ -87,13 +87,16 @@ def facts_of(
 
 
 def stored_teachers(wanted: Wanted) -> dict[str, StoredTeacher]:
-    """Returns the teachers whose features are in a recipe's store, by name. Raises UserError for a store of other teachers."""
+    """Returns a recipe's teachers, whose features are in its store, by name; the store may have more. Raises UserError for a
+    store of other teachers."""
     assert wanted.folder is not None
-    networks = read_facts(wanted.folder).networks
+    there = read_facts(wanted.folder).networks
+    networks = {name: there[name] for name in wanted.teachers if name in there}
     known = {name: one.network for name, one in networks.items()}
     settings = {name: _settings(one, in_file=known.get(name, {}).get("file") is not None)
                 for name, one in wanted.teachers.items()}
-    _refuse(wanted, {name: one.get("settings") for name, one in known.items()}, settings, "teachers")
+    before = {name: one.network.get("settings") for name, one in there.items() if name in settings or not networks}
+    _refuse(wanted, before, settings, "teachers")
     if wanted.captions and not all(one.caption for one in networks.values()):
         raise UserError(f"{wanted.called} has no embeddings of captions; make another one")
     if wanted.patches and (without := [name for name, one in networks.items() if not one.patches]):
@@ -109,8 +112,8 @@ def open_store(wanted: Wanted, splits: Splits) -> FeatureStore | None:
     store, recipe = FeatureStore(wanted.folder), wanted.recipe
     facts = store.facts
     stored_teachers(wanted)
-    for name, one in facts.networks.items():
-        settings = wanted.teachers[name]
+    for name, settings in wanted.teachers.items():
+        one = facts.networks[name]
         if (now := run_on_main(partial(_file_hash, settings))) not in (None, one.network["file"]):
             raise UserError(f"{wanted.called} was made with other weights of {settings.path} (sha256 "
                             f"{str(one.network['file'])[:12]}, now {now[:12]}); make another one")

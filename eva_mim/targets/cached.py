@@ -51,8 +51,9 @@ def chosen(spatial: Tensor, grid: Grid, cells: Cells) -> Tensor:
 class CachedTargets:
     """Targets that came with the batch from a store; see `targets.Targets`."""
 
-    def __init__(self, store: FeatureStore):
-        self.teachers = {name: StoredTeacher(one.network, one.summary) for name, one in store.facts.networks.items()}
+    def __init__(self, store: FeatureStore, teachers: Mapping[str, StoredTeacher]):
+        """`teachers`: those of the store that teach, by name."""
+        self.teachers = dict(teachers)
         self._bases = store.bases
         self._patches = {name: one.patches for name, one in store.facts.networks.items()}
 

@@ -142,6 +142,12 @@ def test_several_teachers_and_writers(tmp_path: Path) -> None:
     run("mim", recipe, tmp_path / "live", "view.count=1", "run.micro_batch=12")
     run("mim", recipe, tmp_path / "cached", f"targets.cached={tmp_path / 'cache2'}", "run.micro_batch=12")
     assert losses(tmp_path / "cached") == losses(tmp_path / "live")
+    alone = write_recipe(tmp_path / "alone", tree | {"teachers": {"b": teachers["b"]}})  # some of the teachers that are stored
+    run("mim", alone, tmp_path / "live_b", "view.count=1", "run.micro_batch=12")
+    run("mim", alone, tmp_path / "cached_b", f"targets.cached={tmp_path / 'cache2'}", "run.micro_batch=12")
+    assert losses(tmp_path / "cached_b") == losses(tmp_path / "live_b")
+    other = write_recipe(tmp_path / "other", tree | {"teachers": {"c": teachers["b"]}})
+    assert "teachers.c: None ->" in run("mim", other, tmp_path / "c", f"targets.cached={tmp_path / 'cache2'}", code=2).stderr
 
 
 def test_a_command_that_was_killed_goes_on(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

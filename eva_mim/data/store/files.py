@@ -14,7 +14,7 @@ Nothing of a crop is stored: a view is a function of seed, number and image.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -195,13 +195,14 @@ class FeatureStore:
         self.bases = read_bases(folder, self.facts)
         self._rows = {name: _row_numbers(split) for name, split in self.facts.splits.items()}
 
-    def row(self, split: str, view: int, index: int) -> dict[str, Tensor]:
-        """Returns the tensors of one image, without the first dimension, by the names in a file. Raises UserError for an image
-        without features."""
+    def row(self, split: str, view: int, index: int, networks: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Returns the tensors of one image, without the first dimension, by the names in a file: of all networks, or of some.
+        Raises UserError for an image without features."""
         number, row = divmod(self._rows[split][index], self.facts.file_rows)
         file = _opened(str(self.folder / file_name(split, view, number)))
         try:
-            found = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_slice(name)[row] for name in file.keys()  # noqa: SIM118
+                     if networks is None or "." not in name or name.partition(".")[0] in networks}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder}: row {row} of {split}: {error}") from None
         if not found.pop("present"):

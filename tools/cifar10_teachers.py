@@ -1,0 +1,151 @@
+"""What several teachers are worth on CIFAR-10: one table, one command.
+
+    python -m tools.cifar10_teachers [--data ../shared/data/cifar10] [--out runs/cifar10_teachers] [--jobs 2]
+
+Trains two of the three teachers of configs/mim/cifar10_teachers.yaml, writes one cache with the targets of all, of 4 views, and
+trains students of all three and of each alone on the same 10,000 photographs, with and without masks, over three seeds; and of
+all three with other normalisers. Each is measured on held-out photographs by k-NN, a linear probe, fine-tuning on the same 10,000
+labels, the cosine with each teacher, and zero-shot through the CLIP teacher's head. What is finished is not run again. The table
+is printed and written to OUT/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.cifar10_styles import cell, metrics, pipeline
+
+RECIPE = "configs/mim/cifar10_teachers.yaml"
+ALL = ("network", "clip", "pixels")
+MASKED = {"mask.ratio": 0.41}
+SEEDS = (0, 1, 2)
+LABELS, FINE_TUNING_EPOCHS, VIEWS = 10_000, 3, 4
+
+
+class Student(NamedTuple):
+    """A row of the table."""
+
+    key: str
+    name: str
+    teachers: tuple[str, ...]
+    settings: dict[str, Any]
+    seeds: tuple[int, ...] = SEEDS
+
+
+def students() -> list[Student]:
+    """Returns the rows of the table."""
+    who = {"all": ALL} | {name: (name,) for name in ALL}
+    rows = []
+    for masks, settings in (("", {}), (", 41 % of the patches hidden", MASKED)):
+        key = "_masked" if masks else ""
+        rows += [Student(name + key, (f"{name} alone" if name != "all" else "all three") + masks, teachers, settings)
+                 for name, teachers in who.items()]
+    other = {"none": "none, raw MSE", "channel": "per channel"}
+    rows += [Student(f"all_{kind}", f"all three, normaliser {text}", ALL, _normaliser(kind), SEEDS[:1])
+             for kind, text in other.items()]
+    raw = {"objective.kind": "cosine", "teachers.pixels.objective.kind": "cosine"} | _normaliser("none")
+    rows.append(Student("all_cosine", "all three, cosine without normaliser", ALL, raw, SEEDS[:1]))
+    return rows
+
+
+def _normaliser(kind: str) -> dict[str, Any]:
+    return {"normaliser.kind": kind} if kind != "none" else {"normaliser": {"kind": "none"}}
+
+
+def chain(student: Student, out: Path, data: Path, seed: int) -> dict[str, Any]:
+    """Returns the pipeline of one student: its masked stage from the cache, a linear probe, and fine-tuning."""
+    settings: dict[str, Any] = {"targets.cached": str(out / "cache"), **teachers_of(out), **student.settings}
+    for name in ALL:
+        if name not in student.teachers:
+            settings = {key: value for key, value in settings.items() if not key.startswith(f"teachers.{name}.")}
+    if "clip" in student.teachers:
+        settings["evaluate.zeroshot"] = "clip"
+    width = {"student.registers": 3, "data.limit": LABELS}
+    probe = {"run.epochs": 3, **width}
+    target = {"run.epochs": FINE_TUNING_EPOCHS, "run.evaluate_every": FINE_TUNING_EPOCHS, "run.precision": "fp32", **width}
+    recipe = out / f"{'_'.join(student.teachers)}.yaml"
+    return {"settings": {"data.root": str(data), "run.seed": seed, "data.workers": 0}, "stages": [
+        {"name": "mim", "program": "mim", "recipe": str(recipe), "settings": settings},
+        {"name": "linear", "program": "probe", "recipe": "configs/probe/cifar10.yaml", "init_from": "mim", "settings": probe},
+        {"name": "target", "program": "classify", "recipe": "configs/classify/cifar10_target.yaml", "init_from": "mim",
+         "settings": target},
+    ]}
+
+
+def teachers_of(out: Path) -> dict[str, Any]:
+    """Returns the settings that name the teachers trained here."""
+    return {f"teachers.{name}.name": str(out / "teachers" / name) for name in ("clip", "pixels")}
+
+
+def write_recipes(out: Path) -> None:
+    """Writes the recipe for each set of teachers."""
+    import yaml
+
+    tree = yaml.safe_load(Path(RECIPE).read_text())
+    for names in {student.teachers for student in students()}:
+        own = tree | {"teachers": {name: tree["teachers"][name] for name in names}}
+        (out / f"{'_'.join(names)}.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+
+
+def table(out: Path, rows: list[Student]) -> str:
+    """Returns the table in Markdown: means ± standard deviations (n - 1)."""
+    figures = {"k-NN": ("mim", "knn_top1"), "linear probe": ("linear", "top1"), "fine-tuned": ("target", "top1"),
+               "zero-shot": ("mim", "zeroshot_top1")}
+    figures |= {f"cosine, {name}": ("mim", f"cosine_{name}") for name in ALL}
+    lines = [f"| student of | seeds | {' | '.join(figures)} | fine-tuned, by seed |", "|---" * (len(figures) + 3) + "|"]
+    for row in rows:
+        folders = [out / f"{row.key}-{seed}" for seed in row.seeds]
+        cells = []
+        for figure, (stage, key) in figures.items():
+            known = [metrics(folder, stage) for folder in folders]
+            alone = row.teachers == (key.removeprefix("cosine_"),)
+            values = [one["cosine" if alone else key] for one in known if ("cosine" if alone else key) in one]
+            scale = 100.0 if figure.startswith("cosine") else 1.0
+            cells.append(cell([scale * value for value in values]))
+        tuned = ", ".join(f"{metrics(folder, 'target').get('top1', float('nan')):.1f}" for folder in folders)
+        lines.append(f"| {row.name} | {len(folders)} | {' | '.join(cells)} | {tuned} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run what is not finished and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10"))
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10_teachers"))
+    parser.add_argument("--jobs", type=int, default=2, help="students trained at once; the cores are shared out")
+    options = parser.parse_args()
+    out, cores = options.out, os.cpu_count() or 1
+    if not options.data.is_dir():
+        sys.stdout.write(f"skipped: {options.data} is not there (CIFAR-10 as tar shards)\n")
+        return 0
+    pixels = {"teacher": {"kind": "pixels", "name": "patch4", "image_size": 32}, "objective.kind": "mse", "run.epochs": 4}
+    pipeline(out / "teachers", {"settings": {"data.root": str(options.data), "run.precision": "fp32"}, "stages": [
+        {"name": "clip", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml", "settings": {"run.epochs": 4}},
+        {"name": "pixels", "program": "mim", "recipe": "configs/mim/cifar10.yaml", "settings": pixels},
+    ]}, cores)
+    write_recipes(out)
+    cache = [sys.executable, "-m", "eva_mim.cli", "cache", str(out / f"{'_'.join(ALL)}.yaml"), f"data.root={options.data}",
+             *(f"{name}={value}" for name, value in teachers_of(out).items()), "--program", "mim", "--views", str(VIEWS),
+             "--dtype", "bf16", "--out", str(out / "cache")]
+    if code := subprocess.run(cache).returncode:
+        return code
+    rows = students()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [pool.submit(pipeline, out / f"{row.key}-{seed}", chain(row, out, options.data, seed),
+                               max(1, cores // options.jobs)) for row in rows for seed in row.seeds]
+        for future in waiting:
+            future.result()
+    text = table(out, rows)
+    (out / "table.md").write_text(text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
