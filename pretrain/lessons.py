@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -28,7 +29,11 @@ from eva_mim.students.masked import MaskedStudent
 from eva_mim.targets.normalise import Normaliser
 from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
+from eva_mim.teachers import TeacherSettings, matched
 from eva_mim.teachers.open_clip import TextTower
+from eva_mim.trunks import facts
+from eva_mim.trunks.create import build_trunk
+from eva_mim.trunks.meta import meta_device
 from eva_mim.weights.adaptors import heads_facts
 from eva_mim.weights.export import part, unpooled, write_timm
 from eva_mim.weights.files.read import open_checkpoint
@@ -36,6 +41,29 @@ from eva_mim.weights.files.read import open_checkpoint
 if TYPE_CHECKING:
     from eva_mim.run.stage import Networks
     from pretrain.mim import StageRecipe
+
+
+def sized_teachers(recipe: StageRecipe) -> dict[str, TeacherSettings]:
+    """Returns the teachers' settings by name, with the sizes that match the student's grid. Raises UserError for a teacher that
+    shall match several sizes."""
+    found: dict[str, TeacherSettings] = dict(recipe.all_teachers)
+    for name, settings in recipe.all_teachers.items():
+        if settings.image_size != "match":
+            continue
+        sides = {side for group in recipe.all_groups.values() if group.teachers is None or name in group.teachers
+                 for side in group.sizes or (None,)}
+        if len(sides) > 1:
+            raise UserError(f"{settings.path}.image_size=match: the student has {len(sides)} sizes where it teaches; give its "
+                            f"size in pixels, and {settings.path}.interpolate")
+        with meta_device():
+            trunk = build_trunk(recipe.student, num_classes=0)
+            grid, side = facts.grid(trunk), facts.image_size(trunk, recipe.student)
+        if grid is None:
+            raise UserError(f"{settings.path}.image_size=match: {recipe.student.name} has no grid of patches")
+        factor = Fraction(next(iter(sides)) or side, side) * recipe.head_of(name).upsample
+        wanted = int(grid[0] * factor), int(grid[1] * factor)
+        found[name] = matched(settings, wanted, recipe.data.channels_of_all)
+    return found
 
 
 def plan_of(recipe: StageRecipe, name: str, teacher: Teacher) -> HeadPlan:

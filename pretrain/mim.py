@@ -194,9 +194,10 @@ class StageRecipe(Recipe):
 
 def targets_of(recipe: StageRecipe) -> Wanted:
     """Returns what the stage wants of a store of targets."""
+    from pretrain.lessons import sized_teachers
     from pretrain.targets import Wanted
 
-    return Wanted(recipe, recipe.all_teachers, "targets.cached", recipe.targets.cached, recipe.evaluate.images, patches=True,
+    return Wanted(recipe, sized_teachers(recipe), "targets.cached", recipe.targets.cached, recipe.evaluate.images, patches=True,
                   mask=recipe.mask)
 
 

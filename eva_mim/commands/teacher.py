@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eva_mim.commands.teachers import check_recipe, several
 from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import TEACHERS, lookup
@@ -18,6 +19,7 @@ from eva_mim.core.settings import parse
 from eva_mim.data import SceneSettings, ViewSettings
 from eva_mim.run.program import guard
 from eva_mim.students import MaskedSettings
+from eva_mim.tasks import TargetTeacherSettings
 from eva_mim.teachers import TeacherSettings, build_teacher
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "teacher", help="recipe with a teacher section, or KIND:NAME[:WEIGHTS] such as open_clip:ViT-B-16:openai, "
         "timm:vit_small_patch14_dinov2.lvd142m:pretrained, stage:runs/demo/clip_teacher, pixels:patch16",
     )
-    parser.add_argument("--name", help="name of the teacher, where the recipe has several")
-    parser.add_argument("overrides", nargs="*", metavar="a=b", help="settings of the teacher, such as image_size=336 layer=-2")
+    parser.add_argument("--name", help="name of one teacher of a recipe with several; default a row for each")
+    parser.add_argument("overrides", nargs="*", metavar="a=b", help="settings of the teacher, such as image_size=336 layer=-2; "
+                        "of a recipe with several its own, such as teachers.clip.layer=-2")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with pictures of yours; default: built-in drawings")
     parser.add_argument("--student", metavar="NAME", help="architecture of the student that shall learn from it")
     parser.add_argument("--student-image-size", type=int, metavar="N", help="its image size; default the architecture's own")
@@ -55,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Prints facts and figures of a teacher. Raises UserError for a teacher, or a student for it, that cannot be used."""
+    """Prints facts and figures of a teacher, or a row for each teacher of a recipe with several. Raises UserError for a teacher,
+    or a student for it, that cannot be used."""
+    if several(options.teacher, options.name):
+        if options.student is not None:
+            raise UserError(f"--student: {options.teacher} has a student of its own; change it by student.name=NAME")
+        shown, pictures = pictures_of(options.images)
+        return check_recipe(options.teacher, options.overrides, pictures, shown)
     settings = teacher_settings(options.teacher, options.overrides, options.name)
     from eva_mim.core.devices import pick_device
     from eva_mim.core.rng import seed_all
@@ -87,7 +96,7 @@ def teacher_settings(text: str, overrides: Sequence[str], name: str | None = Non
         lookup(TEACHERS, kind, "the teacher's kind")
         name, _, weights = rest.partition(":") if kind in ("open_clip", "timm") else (rest, "", "")
         tree = {"kind": kind, "name": name, "weights": weights or None}
-    return resolve(TeacherSettings, tree, overrides, text)
+    return resolve(TargetTeacherSettings, tree, overrides, text)
 
 
 def _section(recipe: dict[str, Any], source: str, name: str | None) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from eva_mim.core.errors import UserError
 from eva_mim.core.registry import TEACHERS, lookup
 from eva_mim.core.settings import RUNTIME, For, Settings
 
 if TYPE_CHECKING:
-    from eva_mim.core.contracts import Teacher
+    from eva_mim.core.contracts import Grid, Teacher
 
 
 NETWORKS = For("kind", "open_clip", "timm", "stage")
@@ -26,8 +27,9 @@ class TeacherSettings(Settings):
     """Architecture name (open_clip, timm), the stage's folder, or the patch side (pixels: "patch16")."""
     weights: Annotated[str | None, For("kind", "open_clip", "timm", reread=True)] = None
     """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random weights (for tests only)."""
-    image_size: int | None = Field(None, ge=1)
-    """Input side in pixels; default the teacher's own (pixels: must be given)."""
+    image_size: Annotated[int, Field(ge=1)] | Literal["match"] | None = None
+    """Input side in pixels; default the teacher's own (pixels: must be given). "match": that at which its grid of patches is the
+    student's, so that nothing is interpolated (432 px of patches of 16 and 378 px of patches of 14 are both 27 x 27)."""
     adaptor: Annotated[str | None, For("kind", "stage")] = None
     """Of a masked stage: name of one of its own teachers, whose features its heads predict. null: the stage's own features."""
     layer: Annotated[int, NETWORKS] = -1
@@ -60,6 +62,13 @@ class TeacherSettings(Settings):
         """Path of these settings in the recipe, for messages: "teacher" or "teachers.NAME"."""
         return self._path
 
+    @property
+    def side(self) -> int | None:
+        """Input side in pixels; None for the teacher's own. Raises UserError for "match" where no student says the grid."""
+        if self.image_size == "match":
+            raise UserError(f"{self.path}.image_size=match: there is no student here whose grid could be matched; give pixels")
+        return self.image_size
+
     def stand_at(self, path: str) -> None:
         """Sets the path of these settings in the recipe."""
         self._path = path
@@ -70,6 +79,18 @@ class TeacherSettings(Settings):
             raise ValueError(f"mean has {len(self.mean or ())} values, std {len(self.std or ())}; give both for "
                              "each channel")
         return self
+
+
+def matched(settings: TeacherSettings, grid: Grid, channels: int = 3) -> TeacherSettings:
+    """Returns settings with the image size at which the teacher has this grid, for `image_size: match`. Raises UserError."""
+    from eva_mim.trunks.meta import meta_device
+
+    if settings.kind == "pixels":
+        patch = settings.name.removeprefix("patch")
+        return settings.model_copy(update={"image_size": int(patch) * grid[0] if patch.isdecimal() else None})
+    with meta_device():  # its patches are known from its own size
+        own = build_teacher(settings.model_copy(update={"image_size": None}), channels, weights=False)
+    return settings.model_copy(update={"image_size": own.image_size // own.grid[0] * grid[0]})
 
 
 def build_teacher(settings: TeacherSettings, channels: int = 3, *, weights: bool = True) -> Teacher:

@@ -96,7 +96,7 @@ def _model(settings: TeacherSettings, name: str, pretrained: str | None, **optio
 
 
 def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> FrozenTeacher:
-    options: dict[str, Any] = {} if settings.image_size is None else {"force_image_size": settings.image_size}
+    options: dict[str, Any] = {} if settings.side is None else {"force_image_size": settings.side}
     visual = _model(settings, name, pretrained, **options).visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     preprocess = getattr(visual, "preprocess_cfg", {})

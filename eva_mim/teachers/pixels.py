@@ -79,10 +79,11 @@ def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
     if match is None:
         raise UserError(f"{settings.path}.name: {settings.name!r} does not say the patch side in pixels; write one such as "
                         "patch16")
-    if settings.image_size is None:
+    side = settings.side
+    if side is None:
         raise UserError(f"{settings.path}.image_size: must be given for a teacher of pixels; set it to student.image_size")
     patch = int(match[1])
-    if settings.image_size % patch:
-        raise UserError(f"{settings.path}.image_size: {settings.image_size} px are no whole number of patches of {patch} px")
+    if side % patch:
+        raise UserError(f"{settings.path}.image_size: {side} px are no whole number of patches of {patch} px")
     mean, std = settings.mean or IMAGENET_DEFAULT_MEAN, settings.std or IMAGENET_DEFAULT_STD
-    return PixelTeacher(patch, settings.image_size, settings.final_norm, mean, std)
+    return PixelTeacher(patch, side, settings.final_norm, mean, std)

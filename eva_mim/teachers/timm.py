@@ -27,14 +27,14 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
             raise UserError(f"{settings.path}.weights: {settings.weights} does not exist")
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": settings.weights}}
     try:
-        trunk = _create(settings.name, settings.image_size, num_classes=0, **options)
+        trunk = _create(settings.name, settings.side, num_classes=0, **options)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     mean, std = facts.mean_std(trunk)
     return FrozenTeacher(
         trunk,
         read_trunk(trunk, settings),
-        image_size=settings.image_size or facts.configuration(trunk)["input_size"][-1],
+        image_size=settings.side or facts.configuration(trunk)["input_size"][-1],
         mean=mean,
         std=std,
         path=settings.path, precision=settings.precision, micro_batch=settings.micro_batch,

@@ -242,7 +242,7 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
             raise UserError(f"{settings.path}.adaptor={settings.adaptor}: {folder} is no finished masked stage")
         return tower(settings)
     model = load(folder)
-    size = settings.image_size or model.image_size
+    size = settings.side or model.image_size
     if settings.adaptor is None:
         return FrozenTeacher(model.network, read_trunk(model.network, settings), image_size=size, mean=model.mean,
                              std=model.std, path=settings.path, precision=settings.precision,

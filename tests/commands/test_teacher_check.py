@@ -19,6 +19,7 @@ from eva_mim.core.contracts import Features, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.rng import seed_all
 from eva_mim.data.views import EvalView
+from eva_mim.tasks import TargetTeacherSettings
 from eva_mim.teachers import TeacherSettings, build_teacher
 from tests.conftest import make_folder, picture
 
@@ -183,7 +184,7 @@ def test_the_same_random_teacher_every_time(capsys: pytest.CaptureFixture[str], 
 )
 def test_a_teacher_in_one_word(text: str, kind: str, name: str, weights: str | None) -> None:
     settings = teacher_settings(text, ["image_size=336", "final_norm=false"])
-    assert settings == TeacherSettings(kind=kind, name=name, weights=weights, image_size=336, final_norm=False)
+    assert settings == TargetTeacherSettings(kind=kind, name=name, weights=weights, image_size=336, final_norm=False)
 
 
 def test_pictures_are_spread_over_the_folder(tmp_path: Path) -> None:

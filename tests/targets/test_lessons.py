@@ -117,17 +117,16 @@ def test_exported_heads_say_what_the_teachers_say_to_plain_torch_and_timm(tmp_pa
     assert F.cosine_similarity(said, cells, dim=-1).mean().item() == pytest.approx(figures["cosine_pixels"], abs=1e-5)
 
 
-def held_out_bytes(size: int) -> Tensor:
-    """[B, 3, size, size] held-out images, from 0 to 1."""
-    scenes, view = SceneSource(SceneSettings(**MIM["data"]["scenes"]), "val"), EvalView([size])
-    images = [view(scenes.read(index).image, random.Random(0))[size] for index in range(len(scenes))]
-    return torch.stack(images).float() / 255
+def held_out_bytes(side: int, **scenes: Any) -> Tensor:
+    """[B, 3, side, side] held-out images, from 0 to 1; those of the tiny recipes, or of other scenes."""
+    source, view = SceneSource(SceneSettings(**(scenes or MIM["data"]["scenes"])), "val"), EvalView([side])
+    return torch.stack([view(source.read(index).image, random.Random(0))[side] for index in range(len(source))]).float() / 255
 
 
-def held_out(size: int) -> Tensor:
+def held_out(side: int, **scenes: Any) -> Tensor:
     """The same, normalised as the small ViTs have it."""
     mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    return (held_out_bytes(size) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    return (held_out_bytes(side, **scenes) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def pixels_of(images: Tensor) -> Tensor:
