@@ -17,6 +17,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json, write_weights
 from eva_mim.core.log import say
 from eva_mim.core.registry import OBJECTIVES, lookup
+from eva_mim.core.report import KeyReport
 from eva_mim.core.run_folder import HEAD, HEADS_CONFIG, ZEROSHOT, RunFolder, head_file
 from eva_mim.core.settings import few
 from eva_mim.data.masking import make_mask
@@ -24,8 +25,11 @@ from eva_mim.data.preparation import Shown
 from eva_mim.data.prompts import prompt_templates
 from eva_mim.evaluate.contrastive import class_features
 from eva_mim.evaluate.masked import Prompts
+from eva_mim.run.loaders import seed_from
 from eva_mim.students.heads import HeadPlan, last_layer
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.students.positions import POSITION_TABLE, table_for
+from eva_mim.students.windows import sides_of
 from eva_mim.targets.normalise import Normaliser
 from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
@@ -124,6 +128,18 @@ def folded(
     return found
 
 
+def seed_student(recipe: StageRecipe, student: MaskedStudent) -> KeyReport | None:
+    """Seeds the trunk of a student in place from `init_from`, with the whole table of positions where that is an earlier stage's;
+    returns a report, None without `init_from`. Raises UserError."""
+    report = seed_from(recipe, student.trunk)
+    if recipe.init_from is not None and recipe.student.positions == "cropped":
+        there = Path(recipe.init_from) / HEAD
+        table = dict(open_checkpoint(there)).get(POSITION_TABLE) if there.is_file() else None
+        if table is not None and table.shape == student.trunk.pos_embed.shape:
+            student.trunk.pos_embed.data.copy_(table)
+    return report
+
+
 def start_heads(recipe: StageRecipe, student: MaskedStudent, teachers: Mapping[str, Teacher]) -> list[str]:
     """Starts the heads of a student by those in `init_heads`, in place; returns the teachers whose heads were there. Raises
     UserError for heads of another kind or size, and for one that was trained for another teacher under the same name."""
@@ -176,12 +192,16 @@ def export(
 ) -> None:
     """Writes a finished student: the trunk as timm opens it, the heads with what they are made of, and vectors of classes."""
     student: MaskedStudent = made.student
-    write_timm(out, student.trunk, recipe.student, part(weights, "trunk."), global_pool=unpooled(student.trunk),
-               crop_pct=recipe.view.crop_pct)
+    trunk = part(weights, "trunk.")
     outside = {name: value for name, value in weights.items() if not name.startswith("trunk.")}
+    if recipe.student.positions == "cropped":  # timm gets a table for the student's own size, the whole one lies beside it
+        outside[POSITION_TABLE] = trunk["pos_embed"]
+        trunk["pos_embed"] = table_for(student.trunk, trunk["pos_embed"], student.grid)
+    write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk), crop_pct=recipe.view.crop_pct)
     write_weights(out / HEAD, folded(student, outside, lessons))
     plans = {name: plan_of(recipe, name, teacher) for name, teacher in made.teachers.items()}
-    write_json(out / HEADS_CONFIG, heads_facts(student, plans).model_dump(mode="json"))
+    blocks = recipe.student.windows.global_blocks if recipe.student.windows else None
+    write_json(out / HEADS_CONFIG, heads_facts(student, plans, blocks).model_dump(mode="json"))
     if prompts is not None:
         write_weights(out / ZEROSHOT, {prompts.teacher: prompts.vectors})
 
@@ -211,12 +231,25 @@ def check_sizes(recipe: StageRecipe, student: MaskedStudent, teachers: Mapping[s
                                 recipe.head_of(name).upsample)
 
 
+def check_mosaics(recipe: StageRecipe, rank: int, world: int) -> None:
+    """Raises UserError for a micro-batch that leaves a mosaic incomplete: its features would depend on how a batch is cut."""
+    for piece in recipe.pieces(rank, world):
+        group = list(recipe.all_groups.values())[piece.group]
+        for name in group.teachers or recipe.all_teachers:
+            mosaic = recipe.all_teachers[name].mosaic
+            if mosaic is not None and (piece.last - piece.first) % mosaic.images**2:
+                raise UserError(f"{recipe.all_teachers[name].path}.mosaic: {mosaic.images**2} images share an input, and a "
+                                f"micro-batch has {piece.last - piece.first}; set micro_batch to a multiple")
+
+
 def shown_by_group(recipe: StageRecipe, student: MaskedStudent, live: Mapping[str, Teacher]) -> list[list[Shown]]:
     """Returns what each group of teachers sees of an image at each of the student's sizes. `live`: teachers that see images."""
     found = []
     for group in recipe.all_groups.values():
         names = group.teachers or tuple(recipe.all_teachers)
         theirs = [live[name].image_size for name in names if name in live]
-        found.append([Shown(side, (side, *theirs), make_mask(student.grid_at(side), recipe.mask), names)
+        sides = recipe.student.windows.sides if recipe.student.windows else ()
+        found.append([Shown(side, (side, *theirs), make_mask(student.grid_at(side), recipe.mask), names,
+                            tuple(sides_of(student.grid_at(side), sides)))
                       for side in group.sizes or (student.image_size,)])
     return found

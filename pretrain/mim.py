@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from eva_mim.core.contracts import Teacher
     from eva_mim.data.sampler import GroupBatch, Piece
+    from eva_mim.data.splits import Splits
     from eva_mim.run.stage import Built, Networks
     from eva_mim.targets import Targets
     from pretrain.targets import Wanted
@@ -225,18 +226,18 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Returns networks, data and evaluator of a recipe."""
     from functools import partial
 
-    from eva_mim.core.log import say
+    from eva_mim.core.distributed import rank, world_size
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
-    from eva_mim.run.loaders import eval_loader, seed_from, train_loader
+    from eva_mim.run.loaders import eval_loader, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.run.stage import Built
     from eva_mim.targets.cached import CachedTargets
     from eva_mim.targets.live import LiveTargets
     from eva_mim.tasks.masked import MaskedFeatures
     from eva_mim.weights.export import grid_of
-    from pretrain.lessons import class_vectors, export, lessons_of, measured_and_unfolded, shown_by_group, start_heads
+    from pretrain import lessons as taught
     from pretrain.targets import open_store, view_of
 
     splits = open_splits(recipe.data)
@@ -244,24 +245,22 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     view = view_of(recipe, store)
     if recipe.mask.replay and view.count is None:
         raise UserError("mask.replay=true has no effect while each epoch has new views; set view.count, or targets.cached")
+    taught.check_mosaics(recipe, rank(), world_size())
     made = networks(recipe)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
-    lessons = lessons_of(recipe, teachers, device)
+    lessons = taught.lessons_of(recipe, teachers, device)
     targets: Targets = CachedTargets(store, made.teachers) if store else LiveTargets(teachers)
     task = MaskedFeatures(student, targets, lessons)
-    heads = start_heads(recipe, student, teachers)
+    heads = taught.start_heads(recipe, student, teachers)
     masked = {split: partial(
         MaskedPreparation, predict_visible=any(lesson.visible for lesson in lessons.values()),
         with_views=("view", "mask") if recipe.mask.replay else ("view",),
         stored=partial(store.row, split, networks=set(teachers)) if store else None,
     ) for split in ("train", "val")}
-    parts = shown_by_group(recipe, student, teachers if store is None else {})
+    parts = taught.shown_by_group(recipe, student, teachers if store is None else {})
     sizes = [size for part in parts for shown in part for size in shown.sizes]
-    labelled = splits.val.classes is not None and splits.val.classes == splits.train.classes
-    if labelled and (without := splits.without_labels()):
-        say(f"  {'; '.join(without)}: no k-NN and ridge figures")
-        labelled = False
-    prompts = class_vectors(recipe, splits.val.classes if labelled else None, device)
+    labelled = _labelled(splits)
+    prompts = taught.class_vectors(recipe, splits.val.classes if labelled else None, device)
     held_out = [eval_loader(recipe, splits.val, part[0].sizes, recipe.view, partial(masked["val"], groups=[part[:1]]),
                             recipe.evaluate.images) for part in parts]
     evaluator = MaskedFeatureEvaluator(
@@ -276,14 +275,25 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     train = train_loader(recipe, splits.train, sizes, view, partial(masked["train"], groups=parts), groups=recipe.group_batches)
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
-        partial(export, recipe, made, lessons, prompts),
+        partial(taught.export, recipe, made, lessons, prompts),
         splits.facts(),
         splits.val.classes if prompts else None,
         grid=grid_of(student.trunk),
-        seeded=seed_from(recipe, student.trunk),
+        seeded=taught.seed_student(recipe, student),
         teachers=teachers,
-        begin=partial(measured_and_unfolded, task, heads, train, device) if heads else None,
+        begin=partial(taught.measured_and_unfolded, task, heads, train, device) if heads else None,
     )
+
+
+def _labelled(splits: Splits) -> bool:
+    """Returns whether all images have labels of the same classes; says which have none."""
+    if splits.val.classes is None or splits.val.classes != splits.train.classes:
+        return False
+    from eva_mim.core.log import say
+
+    if without := splits.without_labels():
+        say(f"  {'; '.join(without)}: no k-NN and ridge figures")
+    return not without
 
 
 STAGE = Stage("mim", StageRecipe, networks, build)

@@ -126,6 +126,8 @@ class MaskedBatch(Batch):
     """[B * N - M] int64, positions of the other patches; None if they are not predicted."""
     side: int | None = field(default=None, kw_only=True)
     """Size of the student's view in pixels; None: the student's own."""
+    window: int | None = field(default=None, kw_only=True)
+    """Side of the student's windows in patches; None for none."""
     teachers: tuple[str, ...] | None = field(default=None, kw_only=True)
     """Names of the teachers that teach these images; None: all."""
     labels: Tensor | None = field(default=None, kw_only=True)

@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from eva_mim.data.sampler import Place
 if TYPE_CHECKING:
     pass
 
+T = TypeVar("T")
 View = Callable[..., dict[int, Tensor]]
 """Function of an image, a random generator and perhaps some sizes that returns {side in pixels: [channels, side, side]}."""
 Tokenize = Callable[[list[str]], Tensor]
@@ -110,6 +111,8 @@ class Shown(NamedTuple):
     """Sides of all views."""
     mask: Mask | None
     teachers: tuple[str, ...]
+    windows: tuple[int, ...] = ()
+    """Sides of the student's windows in training, of which one is drawn for each step; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,16 @@ class MaskedPreparation(Preparation[MaskedBatch]):
     function of (seed, group, step). Empty: all views, with `mask`."""
 
     def shown_at(self, place: Place) -> Shown | None:
-        """Returns what is shown at a place; None without groups."""
+        """Returns what is shown at a place, with the one window of its step; None without groups."""
         if not self.groups:
             return None
-        sizes = self.groups[place.group]
-        return random.Random(derive(self.seed, "size", place.group, place.step)).choice(sizes) if len(sizes) > 1 else sizes[0]
+        shown = self._chosen("size", self.groups[place.group], place)
+        windows = (self._chosen("window", shown.windows, place),) if shown.windows and self.training else ()
+        return shown._replace(windows=windows)
+
+    def _chosen(self, purpose: str, among: Sequence[T], place: Place) -> T:
+        rng = random.Random(derive(self.seed, purpose, place.group, place.step)) if len(among) > 1 else None
+        return rng.choice(among) if rng else among[0]
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
         """Returns views by side, [N] bool mask (None without masking), label, stored targets, and the group's `Shown`."""
@@ -151,6 +159,7 @@ class MaskedPreparation(Preparation[MaskedBatch]):
             None if masked is None else masked.flatten().nonzero()[:, 0],
             visible_index=(~masked).flatten().nonzero()[:, 0] if masked is not None and self.predict_visible else None,
             side=shown.side if shown else None,
+            window=next(iter(shown.windows), None) if shown else None,
             teachers=shown.teachers if shown else None,
             labels=_labels(labels),
             stored=_stacked(stored),

@@ -59,14 +59,28 @@ class HeadSettings(Settings):
         return {"kind": tree} if isinstance(tree, str) else tree
 
 
+class WindowSettings(Settings):
+    """Windowed attention as an augmentation of training (ViTDet; AM-RADIO): most blocks see windows of the patches."""
+
+    sides: tuple[Annotated[int, Field(ge=2)], ...] = Field((6, 7, 8, 9, 12, 14, 16), min_length=1)
+    """Sides of windows in patches; of those that divide the grid one is drawn for each step (C-RADIOv4: from 6 to 32)."""
+    global_blocks: int = Field(4, ge=1)
+    """Number of blocks that see all patches, evenly spread, the last block among them (RADIOv2.5: 4)."""
+
+
 class MaskedSettings(TrunkSettings):
     """A trunk that predicts the features of masked patches."""
 
     form: Literal["mask_tokens", "visible"] = "mask_tokens"
     """"mask_tokens": the trunk's input has mask tokens in place of masked patches (EVA). "visible": its input are the visible
     patches alone, and a small decoder predicts the masked ones (MAE, EVA-L)."""
-    positions: Literal["learned", "sincos"] = "learned"
-    """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L)."""
+    positions: Literal["learned", "sincos", "cropped"] = "learned"
+    """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L). "cropped": a
+    large table, trained, of which each image gets a random window (CPE of AM-RADIO), for students of many sizes."""
+    position_grid: Annotated[int, Field(ge=2), For("positions", "cropped")] = 128
+    """Places a side of the table of positions=cropped (RADIO: 128, of 2,048 px)."""
+    windows: WindowSettings | None = None
+    """Windowed attention in training; null for none. Held-out images are always seen whole."""
     init: InitSettings = InitSettings()
     head: HeadSettings = HeadSettings()
     """Head that predicts a target from a patch. `teachers.NAME.head` has precedence."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eva_mim.core.contracts import Grid
@@ -15,6 +16,7 @@ from eva_mim.students import MaskedSettings
 from eva_mim.students.heads import SUMMARY, Patches, Plans, build_heads, draw_linear, predict
 from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
 from eva_mim.students.positions import POSITIONS
+from eva_mim.students.windows import add_windows, sides_of, windowed
 from eva_mim.trunks import facts
 from eva_mim.trunks.create import build_trunk
 from eva_mim.trunks.pixels import normalise
@@ -53,10 +55,13 @@ class MaskedStudent(nn.Module):
         if wrong := [size for size in sizes if size * grid[0] % self.image_size]:
             raise UserError(f"groups: {few(wrong)} px are not a whole number of patches of {self.image_size // grid[0]} px")
         self.mean, self.std = facts.mean_std(self.trunk, settings)
-        if sizes and (settings.form != "mask_tokens" or settings.positions != "learned"):
-            raise UserError(f"groups: with several sizes student.form={settings.form} and student.positions={settings.positions} "
-                            "must be mask_tokens and learned")
+        if sizes and (settings.form != "mask_tokens" or settings.positions == "sincos"):
+            raise UserError(f"groups: several sizes need student.form=mask_tokens (now {settings.form}) and student.positions="
+                            f"learned or cropped (now {settings.positions})")
         POSITIONS[settings.positions](self.trunk, grid, settings)
+        if settings.windows is not None:
+            self._check_windows(settings, [grid, *map(self.grid_at, sizes)])
+            add_windows(self.trunk, settings.windows.global_blocks)
         width: int = self.trunk.embed_dim  # type: ignore[assignment]
         for hiding in self._hidings:
             hiding.build(self, settings, mask)
@@ -69,6 +74,14 @@ class MaskedStudent(nn.Module):
         draw_linear(self.head, self.summary_head)
         if mask is not None and mask.masked_patches(self.patches) == 0:
             self.mask_token.requires_grad_(False)  # it is not used, so it would get no gradient
+
+    def _check_windows(self, settings: MaskedSettings, grids: list[Grid]) -> None:
+        assert settings.windows is not None
+        if settings.form != "mask_tokens" or not isinstance(self.trunk, VisionTransformer):
+            raise UserError(f"student.windows: they are for a plain ViT of student.form=mask_tokens, not for {settings.name} "
+                            f"with {settings.form}")
+        if without := [f"{rows}x{columns}" for rows, columns in grids if not sides_of((rows, columns), settings.windows.sides)]:
+            raise UserError(f"student.windows.sides={list(settings.windows.sides)}: none divides the grid {few(without)}")
 
     def _class_tokens(self, settings: MaskedSettings, targets: Plans) -> dict[str, int]:
         """Returns the position among the tokens of what each teacher's summary is predicted from; -1: the mean of the patches."""
@@ -86,14 +99,15 @@ class MaskedStudent(nn.Module):
                             "more")
         return {name: place for place, name in enumerate(names)}
 
-    def tokens(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+    def tokens(self, images: Tensor, masked: Tensor | None = None, window: int | None = None) -> Tensor:
         """Returns [B, T, D] class token, register tokens and patches after the final norm, of uint8 images. The patches of
-        `masked`, [B, N] bool, are hidden from the trunk; None hides no patch."""
+        `masked`, [B, N] bool, are hidden from the trunk; None hides no patch. `window`: side of windows in patches, None for
+        none."""
         pixels = normalise(images, self.mean, self.std)
         if masked is not None:
             for hiding in self._hidings:
                 pixels = hiding.pixels(self, pixels, masked)
-        with hidden(masked):
+        with hidden(masked), windowed(self.grid_at(images.shape[-1]), window):
             tokens: Tensor = self.trunk.forward_features(pixels)
         return tokens
 
@@ -105,16 +119,18 @@ class MaskedStudent(nn.Module):
         return side * rows // self.image_size, side * columns // self.image_size
 
     def forward(
-        self, images: Tensor, masked: Tensor | None, target_index: Tensor, wanted: Mapping[str, Grid | None] | None = None
+        self, images: Tensor, masked: Tensor | None, target_index: Tensor, wanted: Mapping[str, Grid | None] | None = None,
+        window: int | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name, those of
         summaries [B, C] as NAME_summary. The patches of `masked` are hidden; None hides no patch.
 
         `wanted`: teachers to predict, each with the grid to which patches are brought by interpolation, all of which are then
         predicted, or None; of other teachers no rows are predicted, but the prediction depends on all their heads' weights.
+        `window`: see `tokens`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_alone):
-            encoded = tokens = self.tokens(images, masked)
+            encoded = tokens = self.tokens(images, masked, window)
             for hiding in self._hidings:
                 tokens = hiding.patches(self, tokens, masked)
         if self.heads_alone and torch.is_grad_enabled():

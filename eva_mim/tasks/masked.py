@@ -182,7 +182,8 @@ class MaskedFeatures(Task):
         The patches of `masked` are hidden."""
         wanted = {name: self._match(batch, name)[1] for name in self.taught(batch)}
         alike = len(wanted) == len(self.lessons) and not any(wanted.values())
-        found = student(self.images(batch), masked, index, *(() if alike else (wanted,)))
+        more = () if alike and batch.window is None else (None if alike else wanted, batch.window)
+        found = student(self.images(batch), masked, index, *more)
         return found if isinstance(found, dict) else dict.fromkeys(self.lessons, found)
 
     def images(self, batch: MaskedBatch) -> Tensor:

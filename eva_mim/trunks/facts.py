@@ -25,6 +25,12 @@ def grid(trunk: nn.Module) -> Grid | None:
     return (found[0], found[1]) if found else None
 
 
+def position_grid(trunk: nn.Module) -> Grid | None:
+    """Returns (rows, columns) of the trunk's table of positions: its grid, unless it has a larger table."""
+    own: Any = getattr(trunk, "position_grid", None)
+    return (own[0], own[1]) if own else grid(trunk)
+
+
 def has_tokens(trunk: nn.Module) -> bool:
     """Returns whether the trunk works on patch tokens, and so has a choice of pooling."""
     return hasattr(trunk, "num_prefix_tokens")

@@ -19,6 +19,8 @@ from eva_mim.core.settings import few
 from eva_mim.students import HeadSettings
 from eva_mim.students.heads import HeadPlan, Heads, Patches, build_heads, predict
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.students.positions import POSITION_TABLE, read_cropped
+from eva_mim.students.windows import add_windows, sides_of, windowed
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.frozen import FrozenTeacher, Reading
 from eva_mim.teachers.trunk import read_trunk
@@ -51,6 +53,10 @@ class HeadsFacts(BaseModel, extra="forbid", frozen=True):
     """By name; in the file of heads those of NAME begin with head.NAME. and summary_head.NAME., or with head. if `single`."""
     single: bool
     """True for one teacher whose head has no name."""
+    global_blocks: int | None = None
+    """Blocks that see all patches where windows are used; None: the student was trained without."""
+    position_grid: int | None = None
+    """Places a side of the whole table of positions among the tensors of heads; None: the trunk has all positions."""
 
 
 class Output(NamedTuple):
@@ -62,8 +68,8 @@ class Output(NamedTuple):
     """[B, N, C], one vector a patch, row by row."""
 
 
-def heads_facts(student: MaskedStudent, plans: dict[str, HeadPlan]) -> HeadsFacts:
-    """Returns the content of `heads.json` for a student."""
+def heads_facts(student: MaskedStudent, plans: dict[str, HeadPlan], global_blocks: int | None = None) -> HeadsFacts:
+    """Returns the content of `heads.json` for a student. `global_blocks`: those of its windows, if it has any."""
     single = not isinstance(student.head, nn.ModuleDict)
     widest = max(max(plan.spatial, plan.summary) for plan in plans.values())
     teachers = {}
@@ -72,7 +78,9 @@ def heads_facts(student: MaskedStudent, plans: dict[str, HeadPlan]) -> HeadsFact
         settings["width"] = settings["width"] or (None if single else widest)
         teachers[name] = HeadFacts(head=settings, spatial=plan.spatial, summary=plan.summary,
                                    class_token=student.class_tokens.get(name, -1))
-    return HeadsFacts(teachers=teachers, single=single)
+    whole = getattr(student.trunk, "position_grid", None)
+    return HeadsFacts(teachers=teachers, single=single, global_blocks=global_blocks,
+                      position_grid=whole[0] if whole else None)
 
 
 class FeatureModel(nn.Module):
@@ -95,6 +103,9 @@ class FeatureModel(nn.Module):
         self._class_tokens: dict[str, int] = {}
         self.adaptors: tuple[str, ...] = ()
         """Names of the teachers whose features can be predicted."""
+        self.window: int | None = None
+        """Side of windows in patches, for a student that was trained with windows: less memory for large images. None: none."""
+        self.has_windows = False
 
     def with_heads(self, found: HeadsFacts, weights: dict[str, Tensor]) -> FeatureModel:
         """Adds the heads of a masked stage; returns itself. Raises UserError for weights that do not fit."""
@@ -117,6 +128,12 @@ class FeatureModel(nn.Module):
         for part, module in (("head.", made.spatial), ("summary_head.", made.summary)):
             module.load_state_dict({key.removeprefix(part): named[key] for key in state if key.startswith(part)})
         self.heads, self.summary_heads, self._cells = made.spatial, made.summary, made.cells  # type: ignore[assignment]
+        if found.position_grid is not None and POSITION_TABLE in weights:
+            self.network.pos_embed = nn.Parameter(weights[POSITION_TABLE])
+            read_cropped(self.network, found.position_grid)
+        if found.global_blocks is not None:
+            add_windows(self.network, found.global_blocks)
+            self.has_windows = True
         self._class_tokens = {name: one.class_token for name, one in found.teachers.items() if one.summary}
         self.adaptors = tuple(plans)
         return self
@@ -150,13 +167,17 @@ class FeatureModel(nn.Module):
 
     def encode(self, pixels: Tensor, adaptors: Sequence[str]) -> dict[str, Output]:
         """Returns features of normalised pixels by adaptor, and the trunk's own as "backbone"."""
-        tokens: Tensor = self.network.forward_features(pixels)
+        grid = self.grid_of(pixels)
+        if self.window is not None and (not self.has_windows or not sides_of(grid, (self.window,))):
+            why = "windows do not divide the grid" if self.has_windows else "it was trained without windows"
+            raise UserError(f"{self.folder}: window={self.window}, grid {grid[0]}x{grid[1]}: {why}")
+        with windowed(grid, self.window):
+            tokens: Tensor = self.network.forward_features(pixels)
         prefix = facts.prefix_tokens(self.network)
         patches = tokens[:, prefix:]
         count = max(self._class_tokens.values(), default=0) + 1
         own = tokens[:, :count].flatten(1) if getattr(self.network, "cls_token", None) is not None else patches.mean(1)
         found = {BACKBONE: Output(own, patches)}
-        grid = self.grid_of(pixels)
         every = torch.arange(patches.shape[0] * patches.shape[1], device=pixels.device)
         chosen: dict[str, Grid | None] = dict.fromkeys(adaptors)
         spatial = predict(self.heads, self._cells, Patches(tokens, prefix, grid, every), chosen)

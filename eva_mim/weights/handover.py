@@ -88,7 +88,7 @@ def planned_parent(path: str | Path, trunk: nn.Module) -> Parent:
         return Deferred(value, lambda: torch.zeros(value.shape, dtype=value.dtype, device="cpu"))
 
     weights = {name: tensor(value) for name, value in trunk.state_dict().items()}
-    return Parent(Path(path), weights, None, facts.grid(trunk), KeyReport())
+    return Parent(Path(path), weights, None, facts.position_grid(trunk), KeyReport())
 
 
 def seed_trunk(
@@ -175,7 +175,7 @@ def _fitted(
             for name in done.report.ignored:
                 report.note(report.ignored, name, done.report.reasons[name])
     _adapt_channels(trunk, state, given, report, parent.path)
-    grid = facts.grid(trunk)
+    grid = facts.position_grid(trunk)
     if grid is None:
         return given, report
     tables = [name for name in given if name.endswith(("pos_embed", "relative_position_bias_table")) and name in state]
