@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_mim.commands.sweep import sweep
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.settings import few
@@ -22,9 +23,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     if not options.on and any((options.classes, options.csv, options.precision, options.batch, options.templates)):
         parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
+    if options.on and options.resolution_sweep:
+        parser.error("--resolution-sweep is for a run with its own data; leave --on out")
     from eva_mim.run.program import guard
 
-    return guard(lambda: on_sets(options) if options.on else again(options.checkpoint, options.overrides))
+    code = [0]
+
+    def work() -> None:
+        if options.on:
+            on_sets(options)
+        elif options.resolution_sweep:
+            code[0] = sweep(options)
+        else:
+            again(options.checkpoint, options.overrides)
+
+    return guard(work) or code[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write figures of each class")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
+    parser.add_argument("--resolution-sweep", metavar="A..B[:STEP]", help="of a finished masked stage: figures of each teacher's "
+                        "head at image sizes from A to B pixels; exit code 1 if a cosine jumps from one size to the next")
+    parser.add_argument("--jump", type=float, default=0.15, metavar="X", help="largest change of a cosine that is no jump "
+                        "(default 0.15)")
+    parser.add_argument("--images", type=int, default=500, metavar="N", help="images of a sweep (default 500)")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="picture of a sweep; default OUT/resolutions.png")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
     return parser
 

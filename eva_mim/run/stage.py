@@ -200,7 +200,8 @@ def evaluate_stage(out: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, 
     student = placed(built.parts.task.student, recipe.run.engine, device)
     average = average_of(student, recipe.run)
     parts = {"module": student} | ({} if average is None else {EMA: average.module})
-    load(found[1], {name: kept_here(module.state_dict()) for name, module in parts.items()}, alone=True)
+    groups = {name: kept_here(module.state_dict()) for name, module in parts.items()} | built.parts.task.state()
+    load(found[1], groups, alone=True)
     now = measure(built.parts.evaluator, student, average, partial(autocast, device, EXACT))
     return now, record.get("metrics", {})
 

@@ -62,6 +62,9 @@ def test_all_of_it_on_one_process_and_on_two_with_a_kill_before_and_after_the_st
     more = "run.engine=deepspeed", "run.micro_batch=6"
     run("mim", recipe, tmp_path / "two", *more, "run.zero_stage=1", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=ROUNDING)
+    again = finish(python("eva_mim.cli", "evaluate", tmp_path / "one")).stdout.splitlines()[1:]
+    assert len(again) > 10
+    assert all(line.endswith("equal") for line in again), again  # normalisers are read from the checkpoint
 
     for step in (2, 5):
         out = tmp_path / f"killed{step}"

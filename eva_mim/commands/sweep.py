@@ -1,0 +1,141 @@
+"""`eva-mim evaluate RUN --resolution-sweep 128..1024`: what each head says over image sizes, as a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eva_mim.core.errors import UserError
+
+if TYPE_CHECKING:
+    from eva_mim.evaluate.resolutions import AtSize
+
+JUMPED = 1
+"""Exit code after a jump."""
+SIZES = 9
+"""Sizes of a sweep without a step, evenly spread over the logarithm."""
+WIDTH, HEIGHT, EDGE = 720, 420, 60
+"""Sides of the picture and of its margins in pixels."""
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
+
+
+def sizes_of(text: str, patch: int) -> list[int]:
+    """Returns the sizes of "128..1024" (nine of them) or "128..1024:64", as whole patches. Raises UserError."""
+    match = re.fullmatch(r"(\d+)\.\.(\d+)(?::(\d+))?", text)
+    if not match:
+        raise UserError(f"--resolution-sweep {text}: write FIRST..LAST or FIRST..LAST:STEP, in pixels")
+    first, last, step = (int(part) if part else None for part in match.groups())
+    assert first is not None
+    assert last is not None
+    if not 0 < first < last or step == 0:
+        raise UserError(f"--resolution-sweep {text}: the first size must be smaller than the last, and the step above 0")
+    if step:
+        wanted: list[float] = list(range(first, last + 1, step))
+    else:
+        wanted = [first * (last / first) ** (number / (SIZES - 1)) for number in range(SIZES)]
+    return sorted({max(1, round(size / patch)) * patch for size in wanted})
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Measures the heads of a finished masked stage at several sizes, prints the table and writes the picture; returns 1 if a
+    cosine jumps from one size to the next. Raises UserError."""
+    import eva_mim
+    from eva_mim.core.distributed import setup
+    from eva_mim.core.log import Progress
+    from eva_mim.core.recipe_files import read_yaml
+    from eva_mim.core.registry import PROGRAMS, lookup
+    from eva_mim.core.resolve import resolve
+    from eva_mim.core.run_folder import RunFolder
+    from eva_mim.data.loader import EvalLoader
+    from eva_mim.data.preparation import MaskedPreparation
+    from eva_mim.data.splits import open_splits
+    from eva_mim.data.views import EvalView
+    from eva_mim.evaluate.resolutions import jumps, over_sizes
+    from eva_mim.run.loaders import eval_batch
+
+    folder = RunFolder(options.checkpoint)
+    if folder.record().get("program") != "mim":
+        raise UserError(f"{options.checkpoint}: --resolution-sweep is for a finished masked stage (mim)")
+    tree = read_yaml(folder.settings)
+    tree |= {"targets": {"cached": None}, "init_from": None, "init_heads": None}
+    tree.pop("hand_over", None)
+    stage, source = lookup(PROGRAMS, "mim", "program"), str(folder.settings)
+    recipe = resolve(stage.recipe, tree, options.overrides, source)
+    device = setup(recipe.run.device)
+    model: Any = eva_mim.load(options.checkpoint).to(device)
+    if model.patch is None:
+        raise UserError(f"{options.checkpoint}: {recipe.student.name} takes one size alone")
+    sizes = sizes_of(options.resolution_sweep, model.patch[0])
+    teachers = {name: teacher.to(device) for name, teacher in stage.networks(recipe).teachers.items()}
+    splits, theirs = open_splits(recipe.data), [teacher.image_size for teacher in teachers.values()]
+
+    def batches(size: int) -> Any:
+        made = MaskedPreparation(EvalView([size, *theirs], recipe.view.crop_pct), 0, training=False)
+        return EvalLoader(splits.val, made, eval_batch(recipe), options.workers, min(options.images, recipe.evaluate.images))
+
+    progress = Progress("sizes", len(sizes))
+    found = over_sizes(model, teachers, batches, sizes, device, lambda size: progress.advance())
+    sys.stdout.write(table(found))
+    path = options.to or options.checkpoint / "resolutions.png"
+    draw(found, path)
+    sys.stdout.write(f"{path}\n")
+    for line in (jumped := jumps(found, options.jump)):
+        sys.stdout.write(f"jump of more than {options.jump:g}: {line}\n")
+    return JUMPED if jumped else 0
+
+
+def table(found: Mapping[str, Sequence[AtSize]]) -> str:
+    """Returns a line for each teacher and size: cosine and squared error / variance of patches, cosine of summaries."""
+    lines = [f"{'teacher':<16} {'px':>5} {'cosine':>8} {'error':>8} {'summary':>8}"]
+    for name, rows in found.items():
+        lines += [f"{name:<16} {row.size:>5} " + " ".join(f"{'-' if math.isnan(value) else f'{value:.4f}':>8}" for value in
+                  row[1:]) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Mapping[str, Sequence[AtSize]], path: Path) -> None:
+    """Writes the cosines over the sizes as a PNG: lines for patches, dashes for summaries. Raises UserError for a place that
+    cannot be written."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from eva_mim.core.files import replacing
+
+    every = [row.size for rows in found.values() for row in rows]
+    low, high = math.log(min(every)), math.log(max(every))
+    picture, font = Image.new("RGB", (WIDTH, HEIGHT), "white"), ImageFont.load_default(12)
+    pen = ImageDraw.Draw(picture)
+
+    def place(size: int, value: float) -> tuple[float, float]:
+        across = (math.log(size) - low) / ((high - low) or 1.0)
+        return EDGE + across * (WIDTH - 3 * EDGE), HEIGHT - EDGE - max(0.0, value) * (HEIGHT - 2 * EDGE)
+
+    for tenth in range(0, 11, 2):
+        (left, y), (right, _) = place(min(every), tenth / 10), place(max(every), tenth / 10)
+        pen.line([(left, y), (right, y)], "#dddddd")
+        pen.text((EDGE - 34, y - 7), f"{tenth / 10:.1f}", "black", font)
+    for size in sorted(set(every)):
+        pen.text((place(size, 0)[0] - 10, HEIGHT - EDGE + 8), str(size), "black", font)
+    pen.text((EDGE, 16), "cosine with the teacher over the side of the image in pixels", "black", font)
+    pen.text((EDGE, 34), "line: patches, dots: summary", "#666666", font)
+    for number, (name, rows) in enumerate(found.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        patches = [place(row.size, row.cosine) for row in rows if not math.isnan(row.cosine)]
+        summary = [place(row.size, row.summary) for row in rows if not math.isnan(row.summary)]
+        if len(patches) > 1:
+            pen.line(patches, colour, 2)
+        for x, y in summary:
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        end = (patches or summary)[-1]
+        pen.text((WIDTH - 2 * EDGE + 8, EDGE + 16 * number), name, colour, font)
+        pen.line([(WIDTH - 2 * EDGE - 8, EDGE + 16 * number + 7), (WIDTH - 2 * EDGE + 4, EDGE + 16 * number + 7)], colour, 2)
+        pen.ellipse([end[0] - 2, end[1] - 2, end[0] + 2, end[1] + 2], colour)
+    try:
+        with replacing(path) as temporary:
+            picture.save(temporary, "png")
+    except OSError as error:
+        raise UserError(f"--to {path}: {error.strerror}") from None
