@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_mim.core.contracts import MaskedBatch, Teacher, TrainData
+from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json, write_weights
 from eva_mim.core.log import say
@@ -31,7 +32,7 @@ from eva_mim.students.masked import MaskedStudent
 from eva_mim.students.positions import POSITION_TABLE, table_for
 from eva_mim.students.windows import sides_of
 from eva_mim.targets.normalise import Normaliser
-from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids
+from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids, fine
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
 from eva_mim.teachers import TeacherSettings, matched
 from eva_mim.teachers.open_clip import TextTower
@@ -231,25 +232,39 @@ def check_sizes(recipe: StageRecipe, student: MaskedStudent, teachers: Mapping[s
                                 recipe.head_of(name).upsample)
 
 
-def check_mosaics(recipe: StageRecipe, rank: int, world: int) -> None:
+def side_seen(
+    recipe: StageRecipe, student: MaskedStudent, teachers: Mapping[str, Teacher], name: str, side: int | None
+) -> int:
+    """Returns the side in pixels of the images that a teacher sees beside the student's of `side` (None: its own)."""
+    grid = fine(student.grid_at(side), recipe.head_of(name).upsample)
+    return teachers[name].seen(grid)[0]
+
+
+def check_mosaics(recipe: StageRecipe, made: Networks) -> None:
     """Raises UserError for a micro-batch that leaves a mosaic incomplete: its features would depend on how a batch is cut."""
-    for piece in recipe.pieces(rank, world):
-        group = list(recipe.all_groups.values())[piece.group]
+    groups = list(recipe.all_groups.values())
+    for piece in recipe.pieces(rank(), world_size()):
+        group, images = groups[piece.group], piece.last - piece.first
         for name in group.teachers or recipe.all_teachers:
-            mosaic = recipe.all_teachers[name].mosaic
-            if mosaic is not None and (piece.last - piece.first) % mosaic.images**2:
-                raise UserError(f"{recipe.all_teachers[name].path}.mosaic: {mosaic.images**2} images share an input, and a "
-                                f"micro-batch has {piece.last - piece.first}; set micro_batch to a multiple")
+            if not recipe.all_teachers[name].mosaic:
+                continue
+            for side in group.sizes or (made.student.image_size,):
+                seen = side_seen(recipe, made.student, made.teachers, name, side)
+                many = (made.teachers[name].image_size // seen) ** 2
+                if images % many:
+                    raise UserError(f"{recipe.all_teachers[name].path}.mosaic: {many} images of {seen} px share an input, and a "
+                                    f"micro-batch has {images}; set micro_batch to a multiple")
 
 
 def shown_by_group(recipe: StageRecipe, student: MaskedStudent, live: Mapping[str, Teacher]) -> list[list[Shown]]:
     """Returns what each group of teachers sees of an image at each of the student's sizes. `live`: teachers that see images."""
-    found = []
+    found, windows = [], recipe.student.windows.sides if recipe.student.windows else ()
     for group in recipe.all_groups.values():
         names = group.teachers or tuple(recipe.all_teachers)
-        theirs = [live[name].image_size for name in names if name in live]
-        sides = recipe.student.windows.sides if recipe.student.windows else ()
-        found.append([Shown(side, (side, *theirs), make_mask(student.grid_at(side), recipe.mask), names,
-                            tuple(sides_of(student.grid_at(side), sides)))
-                      for side in group.sizes or (student.image_size,)])
+        shown = []
+        for side in group.sizes or (student.image_size,):
+            theirs = (side_seen(recipe, student, live, name, side) for name in names if name in live)
+            grid = student.grid_at(side)
+            shown.append(Shown(side, (side, *theirs), make_mask(grid, recipe.mask), names, tuple(sides_of(grid, windows))))
+        found.append(shown)
     return found

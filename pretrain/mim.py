@@ -226,7 +226,6 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Returns networks, data and evaluator of a recipe."""
     from functools import partial
 
-    from eva_mim.core.distributed import rank, world_size
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
@@ -245,11 +244,12 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     view = view_of(recipe, store)
     if recipe.mask.replay and view.count is None:
         raise UserError("mask.replay=true has no effect while each epoch has new views; set view.count, or targets.cached")
-    taught.check_mosaics(recipe, rank(), world_size())
     made = networks(recipe)
+    taught.check_mosaics(recipe, made)
     student, teachers = made.student, {name: teacher.to(device) for name, teacher in made.teachers.items()}
     lessons = taught.lessons_of(recipe, teachers, device)
-    targets: Targets = CachedTargets(store, made.teachers) if store else LiveTargets(teachers)
+    live = LiveTargets(teachers, partial(taught.side_seen, recipe, student, teachers))
+    targets: Targets = CachedTargets(store, made.teachers) if store else live
     task = MaskedFeatures(student, targets, lessons)
     heads = taught.start_heads(recipe, student, teachers)
     masked = {split: partial(

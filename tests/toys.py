@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from eva_mim.convert.verify import reopened
 from eva_mim.convert.writers import Model
-from eva_mim.core.contracts import Features, LabelledBatch, Task
+from eva_mim.core.contracts import Features, Grid, LabelledBatch, Task
 from eva_mim.core.files import sha256
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.report import KeyReport
@@ -45,6 +45,9 @@ class ColourTeacher:
     def __call__(self, images: Tensor) -> Features:
         spatial = F.avg_pool2d(images.float() / 255, 4).flatten(2).transpose(1, 2)
         return Features(spatial.mean(1), spatial, self.grid)
+
+    def seen(self, grid: Grid) -> tuple[int, Grid]:
+        return self.image_size, self.grid
 
     def to(self, device: Any) -> ColourTeacher:
         return self

@@ -199,6 +199,10 @@ class Teacher(Protocol):
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Features: ...
+    def seen(self, grid: Grid) -> tuple[int, Grid]:
+        """Returns the side of the images that it sees beside a student with this grid of patches, and the grid of its features:
+        its own, unless it follows the student."""
+
     def to(self, device: Any) -> Teacher: ...
     def fingerprint(self) -> str: ...
     def facts(self) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class StoredTeacher:
         """Raises UserError: there is no network."""
         raise UserError("the teacher's features come from a cache, which has none of other images")
 
+    def seen(self, grid: Grid) -> tuple[int, Grid]:
+        """See `contracts.Teacher`."""
+        return self.image_size, self.grid
+
     def to(self, device: Any) -> StoredTeacher:
         """Returns itself."""
         return self

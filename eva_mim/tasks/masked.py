@@ -216,7 +216,8 @@ class MaskedFeatures(Task):
     def _match(self, batch: MaskedBatch, name: str) -> tuple[Grid | None, Grid | None]:
         """Returns the grids to which the features of a teacher and the student's patches are brought; None: they stay."""
         own, lesson = self._grid(batch), self.lessons[name]
-        there, wanted = self.targets.teachers[name].grid, fine(own, lesson.upsample)
+        wanted = fine(own, lesson.upsample)
+        there = self.targets.teachers[name].seen(wanted)[1]
         if there == wanted or lesson.interpolate is None or lesson.spatial is None:
             return None, None
         if lesson.interpolate == "larger" and there[0] * there[1] > wanted[0] * wanted[1]:
@@ -273,7 +274,7 @@ def check_grids(grid: Grid, image_size: int, teacher: Teacher, path: str = "teac
     """Raises UserError, with the ways out, if a teacher's grid is not `factor` times the student's. `path`: path of the teacher's
     settings in the recipe."""
     wanted = fine(grid, factor)
-    if wanted == teacher.grid:
+    if wanted == teacher.seen(wanted)[1]:
         return
     times = f", {factor} times as fine," if factor > 1 else ""
     ways = [f"set student.image_size={image_size // grid[0] * teacher.grid[0] // factor}",

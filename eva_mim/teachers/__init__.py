@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 NETWORKS = For("kind", "open_clip", "timm", "stage")
 
 
-class MosaicSettings(Settings):
-    """Several images as one input of a teacher."""
-
-    images: int = Field(2, ge=2)
-    """k: the canvas has k x k images."""
-    side: int = Field(ge=1)
-    """Side of each image in pixels: that at which its grid of patches is the student's (432 px of a canvas of 1,024)."""
-
-
 class TeacherSettings(Settings):
     """A frozen network whose features are the targets."""
 
@@ -41,9 +32,9 @@ class TeacherSettings(Settings):
     student's, so that nothing is interpolated (432 px of patches of 16 and 378 px of patches of 14 are both 27 x 27)."""
     adaptor: Annotated[str | None, For("kind", "stage")] = None
     """Of a masked stage: name of one of its own teachers, whose features its heads predict. null: the stage's own features."""
-    mosaic: Annotated[MosaicSettings | None, NETWORKS] = None
-    """Images that share one input of this teacher, which is of a large fixed size and has patches alone (SAM). The micro-batch
-    must be a multiple of their number. null: each image is an input."""
+    mosaic: Annotated[bool, NETWORKS] = False
+    """True: of a teacher with a large fixed size and patches alone (SAM), one input holds as many images as fit at the size at
+    which their grids of patches are the student's (RADIOv2.5). The micro-batch must be a multiple of their number."""
     layer: Annotated[int, NETWORKS] = -1
     """Block whose patch features are the target, as a Python index; -1 is the last. The summary is read at the end."""
     summary: Annotated[Literal["pooled", "class_token", "mean"] | None, NETWORKS] = None
@@ -113,6 +104,6 @@ def build_teacher(settings: TeacherSettings, channels: int = 3, *, weights: bool
     from eva_mim.teachers.bands import with_bands
     from eva_mim.teachers.mosaic import MosaicTeacher
 
-    if settings.mosaic is not None:
-        teacher = MosaicTeacher(teacher, settings)
+    if settings.mosaic:
+        teacher = MosaicTeacher(teacher)
     return with_bands(teacher, settings, channels)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, Teacher
+from eva_mim.core.contracts import Features, Grid, Teacher
 from eva_mim.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ class BandTeacher:
         """Returns the features of [B, channels, side, side] pixels."""
         # Slices are used because an index tensor would be copied to the device in every step.
         return self._teacher(torch.stack([images[:, band] for band in self.bands], dim=1))
+
+    def seen(self, grid: Grid) -> tuple[int, Grid]:
+        """See `contracts.Teacher`."""
+        return self._teacher.seen(grid)
 
     def to(self, device: Any) -> BandTeacher:
         """Moves the weights to `device`."""

@@ -95,6 +95,10 @@ class FrozenTeacher:
             return nullcontext()
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16")
 
+    def seen(self, grid: Grid) -> tuple[int, Grid]:
+        """See `contracts.Teacher`."""
+        return self.image_size, self.grid
+
     def to(self, device: Any) -> FrozenTeacher:
         """Moves the weights to `device`."""
         self._weights.exact()

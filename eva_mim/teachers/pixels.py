@@ -48,6 +48,10 @@ class PixelTeacher:
             patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + EPS).sqrt()
         return Features(patches.mean(1), patches, self.grid)
 
+    def seen(self, grid: Grid) -> tuple[int, Grid]:
+        """See `contracts.Teacher`."""
+        return self.image_size, self.grid
+
     def to(self, device: Any) -> PixelTeacher:
         """Returns the teacher itself, which has no weights to move."""
         return self

@@ -65,7 +65,7 @@ CASES = [
     Case("student.head.kind", "linear", {"upsample": 2}, ""),
     Case("normaliser.kind", "phi_s", {"steps": 9, "every": 3}, "none"),
     Case("teacher.kind", "open_clip", {"layer": -2, "project": False, "weights": "openai"}, "pixels"),
-    Case("teacher.kind", "stage", {"summary": "pooled", "precision": "bf16", "micro_batch": 4, "mosaic": {"side": 32}}, "pixels"),
+    Case("teacher.kind", "stage", {"summary": "pooled", "precision": "bf16", "micro_batch": 4, "mosaic": True}, "pixels"),
     Case("teacher.kind", "stage", {"adaptor": "clip"}, "open_clip timm pixels"),
     Case("student.positions", "cropped", {"position_grid": 16}, "learned sincos"),
     Case("teacher.kind", "timm", {"weights": "pretrained"}, "stage pixels"),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from eva_mim.cli import main
-from eva_mim.core.errors import UserError
 from eva_mim.teachers import TeacherSettings, build_teacher
 from tests.tiny import MIM, losses, records, run, write_recipe
 
@@ -46,7 +45,9 @@ def teacher(**mosaic: Any) -> Any:
 @torch.no_grad()
 def test_a_canvas_by_hand() -> None:
     """Four images of 48 px in the middle of their quarters, as far as whole patches allow, and a fifth alone."""
-    whole, mosaic = teacher(), teacher(mosaic={"images": 2, "side": 48})
+    whole, mosaic = teacher(), teacher(mosaic=True)
+    assert mosaic.seen((3, 3)) == (48, (3, 3))
+    assert mosaic.seen((9, 9)) == (128, (8, 8))  # larger than the canvas: its own grid
     images = torch.randint(256, (5, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     canvas = torch.tensor([128, 102, 76], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 128, 128).clone()
     for number, image in enumerate(images):
@@ -54,12 +55,27 @@ def test_a_canvas_by_hand() -> None:
         canvas[number // 4, :, top : top + 48, left : left + 48] = image
     expected = whole(canvas).spatial.unflatten(1, (8, 8))
     found = mosaic(images)
-    assert (mosaic.grid, found.grid, mosaic.image_size, mosaic.summary_width) == ((3, 3), (3, 3), 48, 0)
+    assert (found.grid, mosaic.summary_width, mosaic.images_on(48)) == ((3, 3), 0, 4)
     assert found.spatial.shape == (5, 9, 48)
     for number in range(5):
         top, left = number % 4 // 2 * 4, number % 2 * 4
         wanted = expected[number // 4, top : top + 3, left : left + 3].flatten(0, 1)
         assert (found.spatial[number] - wanted).abs().max() < 1e-5
+    full = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8)
+    assert torch.equal(mosaic(full).spatial, whole(full).spatial)
+
+
+@torch.no_grad()
+def test_sixteen_places_of_which_nine_are_filled() -> None:
+    """Four across of 32 px; the rest of the canvas has the mean colour."""
+    whole, mosaic = teacher(), teacher(mosaic=True)
+    images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert mosaic.images_on(32) == 16
+    canvas = torch.tensor([128, 102, 76], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 128, 128).clone()
+    for number, image in enumerate(images):
+        canvas[0, :, number // 4 * 32 : number // 4 * 32 + 32, number % 4 * 32 : number % 4 * 32 + 32] = image
+    expected = whole(canvas).spatial.unflatten(1, (8, 8))
+    assert (mosaic(images).spatial[5] - expected[0, 2:4, 2:4].flatten(0, 1)).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -77,16 +93,10 @@ def test_sam_is_read_before_its_neck_and_has_no_summary(small: Any) -> None:
     assert (features.summary.shape, made.facts()["summary"]) == ((2, 0), None)
 
 
-@pytest.mark.parametrize("mosaic", [{"images": 2, "side": 40}, {"images": 2, "side": 80}, {"images": 3, "side": 32}])
-def test_sides_that_do_not_fit_are_refused(mosaic: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"teacher\.mosaic: \d x \d images of \d+ px do not fit the 128 px of samvit_nano"):
-        teacher(mosaic=mosaic)
-
-
 @pytest.mark.slow
 def test_a_mosaic_run_is_the_same_on_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {name: value for name, value in MIM.items() if name != "teacher"} | {
-        "teacher": SAM | {"mosaic": {"images": 2, "side": 64}}, "objective": {"kind": "mse"}, "normaliser": {"kind": "channel"},
+        "teacher": SAM | {"mosaic": True}, "objective": {"kind": "mse"}, "normaliser": {"kind": "channel"},
         "mask": {"ratio": 0.0}, "run": MIM["run"] | {"epochs": 1},
     }
     recipe = write_recipe(tmp_path, tree)
@@ -95,6 +105,6 @@ def test_a_mosaic_run_is_the_same_on_two_processes(tmp_path: Path, capsys: pytes
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=5e-5)
     assert records(tmp_path / "one")[-1]["loss"] < records(tmp_path / "one")[0]["loss"]
     done = run("mim", recipe, tmp_path / "odd", "run.micro_batch=6", code=2)
-    assert "teacher.mosaic: 4 images share an input, and a micro-batch has 6" in done.stderr
+    assert "teacher.mosaic: 4 images of 64 px share an input, and a micro-batch has 6" in done.stderr
     assert main(["cache", str(recipe), "--program", "mim", "--views", "1", "--out", str(tmp_path / "cache")]) == 2
     assert "teacher.mosaic: features would depend on the other images" in capsys.readouterr().err
