@@ -91,6 +91,9 @@ def lessons_of(recipe: StageRecipe, teachers: Mapping[str, Teacher], device: tor
         angle = objective.summary == "angle"
         summary = (SummaryAngle(teacher.summary_width).to(device) if angle else summary_cosine) if objective.summary else None
         normalised = normaliser.kind != "none" and objective.kind is not None
+        if normalised and recipe.head_of(name).kind == "none":
+            raise UserError(f"{own.path}: a head of kind none has no layer into which normaliser.kind={normaliser.kind} could be "
+                            f"folded; set {own.path}.normaliser.kind=none")
         lessons[name] = Lesson(
             spatial=lookup(OBJECTIVES, objective.kind, path) if objective.kind else None,
             masked=own.weight * objective.masked,
@@ -200,9 +203,7 @@ def export(
         trunk["pos_embed"] = table_for(student.trunk, trunk["pos_embed"], student.grid)
     write_timm(out, student.trunk, recipe.student, trunk, global_pool=unpooled(student.trunk), crop_pct=recipe.view.crop_pct)
     write_weights(out / HEAD, folded(student, outside, lessons))
-    plans = {name: plan_of(recipe, name, teacher) for name, teacher in made.teachers.items()}
-    blocks = recipe.student.windows.global_blocks if recipe.student.windows else None
-    write_json(out / HEADS_CONFIG, heads_facts(student, plans, blocks).model_dump(mode="json"))
+    write_json(out / HEADS_CONFIG, heads_facts(student).model_dump(mode="json"))
     if prompts is not None:
         write_weights(out / ZEROSHOT, {prompts.teacher: prompts.vectors})
 

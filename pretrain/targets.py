@@ -20,8 +20,13 @@ from eva_mim.data.sampler import evenly
 from eva_mim.data.splits import Splits, pixels_of
 from eva_mim.data.store.files import Dtype, FeatureStore, SplitFacts, StoreFacts, read_facts
 from eva_mim.data.store.write import described
+from eva_mim.run.loaders import seed_from
 from eva_mim.targets.cached import StoredTeacher
 from eva_mim.teachers import TeacherSettings, build_teacher
+from eva_mim.teachers.frozen import FrozenTeacher
+from eva_mim.teachers.trunk import read_trunk
+from eva_mim.trunks import facts as trunk_facts
+from eva_mim.trunks.create import build_trunk
 from eva_mim.weights.files.read import content_hash
 
 if TYPE_CHECKING:
@@ -57,11 +62,29 @@ class Wanted(NamedTuple):
         """Returns the teachers by name. Raises UserError."""
         with isolated(derive(self.recipe.run.seed, "teachers")):  # the student begins with the same weights, whoever teaches it
             channels = self.recipe.data.channels_of_all
-            return {name: build_teacher(one, channels, weights=weights) for name, one in self.teachers.items()}
+            return {name: start_teacher(self.recipe, one, weights=weights) if one.kind == "start"
+                    else build_teacher(one, channels, weights=weights) for name, one in self.teachers.items()}
 
     def positions(self, splits: Splits) -> list[int]:
         """Returns the held-out images that have targets."""
         return evenly(len(splits.val), self.held_out) if self.held_out else []
+
+
+def start_teacher(recipe: Recipe, settings: TeacherSettings, *, weights: bool) -> FrozenTeacher:
+    """Returns a frozen copy of the student's trunk as `init_from` brings it: an anchor. Its summary is the class token, or
+    without one the mean of the patches. Raises UserError for a recipe without `init_from`."""
+    if recipe.init_from is None:
+        raise UserError(f"{settings.path}.kind=start is a copy of what init_from brings; set init_from, or leave this teacher "
+                        "out")
+    trunk: Any = build_trunk(recipe.student, num_classes=0, global_pool="")
+    if weights:
+        seed_from(recipe, trunk)
+    if settings.summary is None:
+        settings = settings.model_copy(update={"summary": "mean" if trunk.cls_token is None else "class_token"})
+    mean, std = trunk_facts.mean_std(trunk, recipe.student)
+    size = trunk_facts.image_size(trunk, recipe.student)
+    return FrozenTeacher(trunk, read_trunk(trunk, settings), image_size=size, mean=mean, std=std, path=settings.path,
+                         precision=settings.precision, micro_batch=settings.micro_batch)
 
 
 def facts_of(

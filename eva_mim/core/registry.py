@@ -31,6 +31,7 @@ TEACHERS = {
     "pixels": "eva_mim.teachers.pixels:pixel_teacher",
 }
 HEADS = {
+    "none": "eva_mim.students.heads:none",
     "linear": "eva_mim.students.heads:linear",
     "mlp": "eva_mim.students.heads:mlp",
     "mlp_v2": "eva_mim.students.heads:ResidualMlp",

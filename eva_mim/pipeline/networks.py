@@ -11,11 +11,13 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.resolve import resolve
-from eva_mim.core.run_folder import CLIP_CONFIG
+from eva_mim.core.run_folder import CLIP_CONFIG, HEADS_CONFIG, TIMM_CONFIG
 from eva_mim.core.settings import as_tree
 from eva_mim.pipeline.plan import PlannedStage
 from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
+from eva_mim.weights.adaptors import heads_facts
+from eva_mim.weights.export import timm_description
 from eva_mim.weights.handover import Parent, match, planned_parent, read_parent
 
 
@@ -40,8 +42,8 @@ def check_networks(planned: list[PlannedStage], finished: set[str]) -> None:
 
 
 def _check(stage: PlannedStage, trunks: dict[str, Parent], place: Path) -> Parent:
-    """Returns the trunk that a stage will leave, and leaves the configuration of a CLIP model in the folder `place`. Raises
-    UserError."""
+    """Returns the trunk that a stage will leave, and leaves the configuration of a CLIP model or a masked student in the folder
+    `place`. Raises UserError."""
     entry, program = stage.entry, lookup(PROGRAMS, stage.entry.program, "program")
     recipe = _at(program, stage, trunks, place)
     student: Any = program.on_meta(recipe).student
@@ -51,14 +53,18 @@ def _check(stage: PlannedStage, trunks: dict[str, Parent], place: Path) -> Paren
     if entry.program == "clip":
         (place / entry.name).mkdir()
         write_json(place / entry.name / CLIP_CONFIG, student.open_clip_config())
+    if entry.program == "mim":  # it may be the teacher of a later one
+        (place / entry.name).mkdir()
+        write_json(place / entry.name / TIMM_CONFIG, timm_description(student.trunk, recipe.student))
+        write_json(place / entry.name / HEADS_CONFIG, heads_facts(student).model_dump(mode="json"))
     return planned_parent(stage.out, student.trunk)
 
 
 def _at(program: Stage, stage: PlannedStage, trunks: dict[str, Parent], place: Path) -> Recipe:
-    """Returns the recipe of a stage whose CLIP parents that are not there yet are read in `place`."""
+    """Returns the recipe of a stage whose teachers and text towers that are not there yet are read in `place`."""
     moved = []
     for setting, parent in stage.entry.parents.items():
-        if parent in trunks and setting != "init_from":
+        if parent in trunks and setting not in ("init_from", "init_heads"):
             where = "student.text.init_from" if setting == "text_from" else f"{setting}.name"
             moved.append(f"{where}={place / parent}")
     return resolve(program.recipe, as_tree(stage.recipe), moved, stage.entry.name) if moved else stage.recipe

@@ -52,9 +52,9 @@ class StageEntry(Settings):
     init_heads: str | None = None
     """Earlier masked stage whose heads those of this one start from."""
     teacher: str | None = None
-    """Earlier clip stage that is the teacher."""
+    """Earlier clip or masked stage that is the teacher."""
     teachers: dict[str, str] = {}
-    """Earlier clip stages that are teachers, by the name of the teacher."""
+    """Earlier clip or masked stages that are teachers, by the name of the teacher."""
     text_from: str | None = None
     """Earlier clip stage whose text tower this one starts from."""
 

@@ -44,8 +44,8 @@ class HeadSettings(Settings):
     """A head of a masked student. `head: mlp` is read as `head: {kind: mlp}`."""
 
     kind: str = "linear"
-    """"linear", "mlp" (AM-RADIO), "mlp_v2" (RADIOv2.5: residual blocks), "attention" (C-RADIOv4: two transformer blocks before
-    these, for patches), or another name in `HEADS` (`core/registry.py`)."""
+    """"linear"; "none": the student's own features, for an anchor; "mlp" (AM-RADIO); "mlp_v2" (RADIOv2.5: residual blocks);
+    "attention" (C-RADIOv4: two transformer blocks before these, for patches); or another name in `HEADS` (`core/registry.py`)."""
     width: Annotated[int | None, Field(ge=1), For("kind", "mlp", "mlp_v2", "attention")] = None
     """Width of the hidden layers; default the largest width among the teachers' features."""
     blocks: Annotated[int, Field(ge=0), For("kind", "mlp_v2", "attention")] = 1

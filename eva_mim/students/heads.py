@@ -36,6 +36,13 @@ Plans = int | Mapping[str, HeadPlan]
 """C of the only target, spatial features; or the plans of teachers by name."""
 
 
+def none(width: int, target: int, settings: HeadSettings) -> nn.Module:
+    """Returns nothing between the student and the target: both have the same width, as with an anchor. Raises UserError."""
+    if width != target:
+        raise UserError(f"a head of kind none leaves the student's width, {width}, and the target has {target}; take linear")
+    return nn.Identity()
+
+
 def linear(width: int, target: int, settings: HeadSettings) -> nn.Module:
     """Returns one linear layer from [M, D] to [M, C]."""
     return nn.Linear(width, target)

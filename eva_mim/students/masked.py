@@ -13,7 +13,7 @@ from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 from eva_mim.students import MaskedSettings
-from eva_mim.students.heads import SUMMARY, Patches, Plans, build_heads, draw_linear, predict
+from eva_mim.students.heads import SUMMARY, HeadPlan, Patches, Plans, build_heads, draw_linear, predict
 from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
 from eva_mim.students.positions import POSITIONS
 from eva_mim.students.windows import add_windows, sides_of, windowed
@@ -37,6 +37,9 @@ class MaskedStudent(nn.Module):
         """`targets`: what is predicted; `mask`: numbers of masked patches, None for any number; `sizes`: further sides of its
         input in pixels."""
         super().__init__()
+        self.settings = settings
+        self.plans = {"teacher": HeadPlan(targets, settings=settings.head)} if isinstance(targets, int) else dict(targets)
+        """What is predicted, by the teacher's name."""
         self.heads_alone = False
         """True while the heads are trained alone: no gradient goes further."""
         self._hidings = HIDINGS[settings.form]

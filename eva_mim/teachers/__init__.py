@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from eva_mim.core.contracts import Grid, Teacher
 
 
-NETWORKS = For("kind", "open_clip", "timm", "stage")
+NETWORKS = For("kind", "open_clip", "timm", "stage", "start")
 
 
 class TeacherSettings(Settings):
     """A frozen network whose features are the targets."""
 
     kind: str = "open_clip"
-    """"open_clip" (image tower of a CLIP model), "timm" (any timm trunk), "stage" (folder of a finished stage of ours) or
-    "pixels" (each patch's own pixels, as MAE predicts them)."""
+    """"open_clip" (image tower of a CLIP model), "timm" (any timm trunk), "stage" (folder of a finished stage of ours), "pixels"
+    (each patch's own pixels, as MAE predicts them) or "start" (an anchor: the student's own trunk, as `init_from` brings it)."""
     name: str
-    """Architecture name (open_clip, timm), the stage's folder, or the patch side (pixels: "patch16")."""
+    """Architecture name (open_clip, timm), the stage's folder, the patch side (pixels: "patch16"), or start: "trunk"."""
     weights: Annotated[str | None, For("kind", "open_clip", "timm", reread=True)] = None
     """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random weights (for tests only)."""
     image_size: Annotated[int, Field(ge=1)] | Literal["match"] | None = None

@@ -68,18 +68,18 @@ class Output(NamedTuple):
     """[B, N, C], one vector a patch, row by row."""
 
 
-def heads_facts(student: MaskedStudent, plans: dict[str, HeadPlan], global_blocks: int | None = None) -> HeadsFacts:
-    """Returns the content of `heads.json` for a student. `global_blocks`: those of its windows, if it has any."""
+def heads_facts(student: MaskedStudent) -> HeadsFacts:
+    """Returns the content of `heads.json` for a student."""
     single = not isinstance(student.head, nn.ModuleDict)
-    widest = max(max(plan.spatial, plan.summary) for plan in plans.values())
+    widest = max(max(plan.spatial, plan.summary) for plan in student.plans.values())
     teachers = {}
-    for name, plan in plans.items():
+    for name, plan in student.plans.items():
         settings = plan.settings.model_dump(mode="json")
         settings["width"] = settings["width"] or (None if single else widest)
         teachers[name] = HeadFacts(head=settings, spatial=plan.spatial, summary=plan.summary,
                                    class_token=student.class_tokens.get(name, -1))
-    whole = getattr(student.trunk, "position_grid", None)
-    return HeadsFacts(teachers=teachers, single=single, global_blocks=global_blocks,
+    windows, whole = student.settings.windows, getattr(student.trunk, "position_grid", None)
+    return HeadsFacts(teachers=teachers, single=single, global_blocks=windows.global_blocks if windows else None,
                       position_grid=whole[0] if whole else None)
 
 

@@ -25,17 +25,24 @@ def write_timm(
 ) -> None:
     """Writes `model.safetensors` and the `config.json` with which `timm.create_model("local-dir:OUT", pretrained=True)` opens
     it."""
+    write_weights(out / WEIGHTS, weights)
+    write_json(out / TIMM_CONFIG, timm_description(trunk, settings, classes=classes, global_pool=global_pool, crop_pct=crop_pct))
+
+
+def timm_description(
+    trunk: nn.Module, settings: TrunkSettings, *, classes: tuple[str, ...] | None = None, global_pool: str | None = None,
+    crop_pct: float = 1.0,
+) -> dict[str, Any]:
+    """Returns the `config.json` of a trunk, which may be on the meta device."""
     size = facts.image_size(trunk, settings)
     arguments: dict[str, Any] = settings.timm_options()
     mean, std = facts.mean_std(trunk, settings)
     if global_pool is not None and facts.has_tokens(trunk):
         arguments["global_pool"] = global_pool
-    config = timm_config(
+    return timm_config(
         settings.name, trunk, arguments, image_size=(size, size), mean=mean, std=std,
         num_classes=len(classes) if classes else 0, labels=classes, resizing={"crop_pct": crop_pct},
     )
-    write_weights(out / WEIGHTS, weights)
-    write_json(out / TIMM_CONFIG, config)
 
 
 def unpooled(trunk: nn.Module) -> str:
