@@ -23,6 +23,7 @@ ELSEWHERE = {
     "source ": "of the shell", "case ": "of the shell", "exit ": "of the shell", "srun ": "a cluster", "--nnodes=": "a cluster",
     "ViT-B-16": "a teacher that is downloaded", "dinov2.lvd142m": "a teacher that is downloaded",
     "eva02_base_patch14": "a teacher that is downloaded",
+    "radio_s16": "teachers that are downloaded", "radio25_b": "run in tests/programs/test_recipes_radio.py",
     "vit_s16": "ImageNet", "vit_b16": "ImageNet", "photos_classifier": "starts from the run with the downloaded teacher",
     "RECIPE": "a recipe of the reader's", "recipe.yaml": "a recipe of the reader's", "eurosat": "data of 13 channels",
     "imagenet21k/train": "a large data set", "pytest": "tests", "tools.": "a tool", "bench data cifar": "made by a tool",
