@@ -47,7 +47,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     from eva_mim.core.run_folder import RunFolder
     from eva_mim.engine.step import autocast
     from eva_mim.run.diagnose import diagnose, first_bad, largest_of
-    from eva_mim.run.dump import DUMPED, RECORD
+    from eva_mim.run.dump import DUMPED, RECORD, STATISTICS
     from eva_mim.run.stage import prepare
 
     if not (folder / RECORD).is_file():
@@ -60,11 +60,17 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     if tree.get("init_from") and not Path(tree["init_from"]).exists():
         tree.pop("hand_over", None)
         tree["init_from"] = None  # the dump has the weights; an existing parent is kept, since some recipes require one
-    tree["run"] |= {"engine": "local", "zero_stage": 0, "micro_batch": len(samples) // (processes * micro_batches)}
+    tree["run"] |= {"engine": "local", "zero_stage": 0}
+    if not tree.get("groups"):
+        tree["run"]["micro_batch"] = len(samples) // (processes * micro_batches)
     recipe = resolve(stage.recipe, tree, overrides, str(RunFolder(folder).settings))
     device, built = prepare(recipe, stage.build)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / DUMPED))
+    statistics = load_file(folder / STATISTICS) if (folder / STATISTICS).is_file() else {}
+    for file, group in built.parts.task.state().items():
+        for name in group.kinds:
+            group.put(name, statistics[f"{file}.{name}"])
     steps = built.parts.train.steps(record["data_step"], record["data_step"] + 1)
     context = partial(autocast, device, recipe.run.precision)
     seed_all(derive(record["seed"], "step", record["step"], 0))
@@ -74,10 +80,12 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     write(f"step {record['step']} of {processes} processes x {micro_batches} micro-batches, {recipe.run.precision}, "
           f"loss scale {record['loss_scale']:g}\n")
     findings = []
-    for rank in range(processes):
+    ranks = [(rank, batches[rank::processes]) for rank in range(processes)]
+    if tree.get("groups"):  # one process runs all groups in turn, whatever each had in the run
+        ranks = [(0, batches)]
+    for rank, own in ranks:
         seed_all(derive(record["seed"], "step", record["step"], rank))
-        for micro in range(micro_batches):
-            batch = batches[micro * processes + rank]
+        for micro, batch in enumerate(own):
             found = diagnose(built.parts.task, module, batch, context, record["loss_scale"])
             findings.append(found.layers)
             keys = [built.parts.train.key(int(index)) for index in batch.index]

@@ -17,6 +17,8 @@ from eva_mim.run.diagnose import Layers, diagnose, largest_of
 
 RECORD, DUMPED = "dump.json", "weights.safetensors"
 """Files of a dump, beside its `resolved.yaml`: facts of the step, and the student's weights."""
+STATISTICS = "statistics.safetensors"
+"""Running statistics of the task, if it has any, under the names of the checkpoint's file and of the tensor."""
 
 
 def write_dump(
@@ -31,10 +33,13 @@ def write_dump(
     with engine.full_module() as module:
         layers = _over_ranks([diagnose(parts.task, module, batch, engine.autocast).layers for batch in batches])
     weights = dict(engine.weights())
+    statistics = {f"{file}.{name}": group.read(name).cpu() for file, group in parts.task.state().items() for name in group.kinds}
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RunFolder(out).settings, RunFolder(folder).settings)
         write_weights(folder / DUMPED, weights)
+        if statistics:
+            write_weights(folder / STATISTICS, statistics)
         record = {
             "program": RunFolder(out).record()["program"],
             "step": step,

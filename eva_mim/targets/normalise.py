@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from eva_mim.core.distributed import all_reduce_sum, broadcast_from_main
 from eva_mim.core.errors import UserError
+from eva_mim.core.log import say
 from eva_mim.targets import NormaliserSettings
 from eva_mim.targets.orthogonal import spreading
 
@@ -104,6 +105,10 @@ class Normaliser:
         self.state["steps"].fill_(self._steps)
         if self._steps == 1 or self._steps % self._settings.every == 0 or not self.measuring:
             self._update()
+        if not self.measuring:
+            low, high = self.deviations()
+            say(f"  {self._path}: statistics of {float(self.state['count']):,.0f} patches are fixed; normalised channels have "
+                f"deviations of {low:.4f} to {high:.4f}")
 
     @torch.no_grad()
     def gather(self) -> None:

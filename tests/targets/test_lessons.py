@@ -149,6 +149,24 @@ def test_a_summary_of_a_teacher_without_one_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_dump_has_the_statistics_and_is_replayed_with_them(tmp_path: Path) -> None:
+    tree = three(tmp_path)
+    tree["run"] = MIM["run"] | {"max_skips": 1}
+    tree["groups"] = {"near": {"teachers": ["vit", "pixels"], "batch": 16}, "far": {"teachers": ["token", "vit"], "batch": 8}}
+    recipe = write_recipe(tmp_path, tree)
+    finish(python("tests.poison", "all", "mim", recipe, "--out", tmp_path / "run"), 3)
+    run("mim", recipe, tmp_path / "healthy", "run.epochs=1")
+    dump = next((tmp_path / "run" / "dumps").iterdir())
+    said = finish(python("tests.poison", "none", "replay", dump), 1).stdout
+    found = [float(line.split("loss ")[1].split(",")[0]) for line in said.splitlines() if line.startswith("  rank ")]
+    first = records(tmp_path / "healthy")[0]
+    near = first["loss_pixels"] * 0.5 + first["loss_pixels_visible"] * 0.125
+    assert len(found) == 2
+    assert found[0] - near + found[1] - first["loss_token_summary"] == pytest.approx(
+        2 * (first["loss_vit"] + 0.3 * first["loss_vit_summary"]), rel=0.2)  # means of two parts of the patches
+    assert found[0] > near
+
+
 def heads_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "head.safetensors")
 
