@@ -50,11 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="images for the parity figure; default drawn scenes and noise")
     parser.add_argument("--max-difference", type=_share, metavar="X",
                         help="largest difference, over an output's largest value; default 2e-5, float16 1e-2, bfloat16 8e-2")
+    parser.add_argument("--adaptors", metavar="NAME,...|all", help="with --to onnx, of a masked stage: also what its heads say "
+                        "for these teachers; input from 0 to 1")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the record")
     options = parser.parse_args(argv)
 
     def work() -> None:
+        if options.adaptors:
+            return _adaptors(options)
         from eva_mim.convert.convert import Options, convert
 
         record = convert(options.src, options.dst, options.to, Options(
@@ -66,6 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else table(record, options.dst))
 
     return guard(work)
+
+
+def _adaptors(options: argparse.Namespace) -> None:
+    from eva_mim.convert.adaptors import convert_adaptors, report
+
+    if options.to != "onnx":
+        raise UserError(f"--adaptors goes with --to onnx, not {options.to}: the folder of a stage has its heads already")
+    record = convert_adaptors(options.src, options.dst, options.adaptors.split(","), overwrite=options.overwrite)
+    sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else report(record, options.dst))
 
 
 def table(record: Mapping[str, Any], dst: Path) -> str:

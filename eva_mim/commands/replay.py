@@ -67,10 +67,7 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     device, built = prepare(recipe, stage.build)
     module = built.parts.task.student.to(device).train()
     module.load_state_dict(load_file(folder / DUMPED))
-    statistics = load_file(folder / STATISTICS) if (folder / STATISTICS).is_file() else {}
-    for file, group in built.parts.task.state().items():
-        for name in group.kinds:
-            group.put(name, statistics[f"{file}.{name}"])
+    _put_statistics(built.parts.task, load_file(folder / STATISTICS) if (folder / STATISTICS).is_file() else {})
     steps = built.parts.train.steps(record["data_step"], record["data_step"] + 1)
     context = partial(autocast, device, recipe.run.precision)
     seed_all(derive(record["seed"], "step", record["step"], 0))
@@ -102,6 +99,13 @@ def replay(folder: Path, overrides: Sequence[str] = (), top: int = 12) -> bool:
     finite = all(first_bad(layers, what) is None for what in ("weight", "output", "gradient"))
     write("\nnot reproduced: everything is finite here\n" if finite else "\nreproduced: the step is not finite\n")
     return finite
+
+
+def _put_statistics(task: Any, statistics: dict[str, Any]) -> None:
+    """Sets a task's running statistics to those of a dump."""
+    for file, group in task.state().items():
+        for name in group.kinds:
+            group.put(name, statistics[f"{file}.{name}"])
 
 
 def _rank(value: float) -> float:

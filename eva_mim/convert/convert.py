@@ -76,7 +76,7 @@ def convert(src: Path, dst: Path, to: str, options: Options | None = None) -> di
 
 def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
     form = FORMATS[to]
-    _check_destination(dst, to, options.overwrite)
+    check_destination(dst, to, options.overwrite)
     if dst.resolve() == src.resolve():
         raise UserError(f"{dst} is the source itself; choose another name")
     container = options.container or (WHOLE if form.whole and (src / f"{WHOLE}.safetensors").is_file() else None)
@@ -87,7 +87,7 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
         raise UserError(f"--grid: {options.grid} patches, but the source has {source.grid}; leave it out")
     before = _model(source, form, options)
     after, changed = _changed(before, options)
-    with _staged(dst) as stage:
+    with staged(dst) as stage:
         path = stage / dst.name
         if not form.suffixes:
             path.mkdir()
@@ -106,7 +106,8 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
     return record
 
 
-def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
+def check_destination(dst: Path, to: str, overwrite: bool) -> None:
+    """Raises UserError for a place that a format cannot be written to."""
     form = FORMATS[to]
     if form.suffixes and dst.suffix not in form.suffixes:
         raise UserError(f"{dst}: --to {to} writes a file; name it {' or '.join(f'{dst.stem}{end}' for end in form.suffixes)}")
@@ -123,7 +124,7 @@ def _check_destination(dst: Path, to: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _staged(dst: Path) -> Iterator[Path]:
+def staged(dst: Path) -> Iterator[Path]:
     """Yields a folder beside `dst`; afterwards its content replaces `dst` and the files beside it, `dst` last."""
     made = [folder for folder in dst.parents if not folder.exists()]
     dst.parent.mkdir(parents=True, exist_ok=True)

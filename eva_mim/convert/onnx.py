@@ -48,16 +48,24 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
     Outputs are those of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError
     if a library is missing, and for a model that cannot be exported.
     """
-    _require("onnx", "onnxscript")
-    import onnx
-
     examples: dict[str, Tensor] = {"image": torch.zeros(2, channels, *image_size)}
     free = {"image": {0: torch.export.Dim("images")}}
     if hasattr(module, "encode_text"):
         examples["text"] = torch.zeros(3, module.context_length, dtype=torch.long)
         free["text"] = {0: torch.export.Dim("texts")}
-    graph = _Graph(module).eval()
     names = [NAMES[name] for name in outputs(module, *examples.values())]
+    return write_graph(_Graph(module).eval(), examples, names, free, path, opset)
+
+
+@torch.no_grad()
+def write_graph(
+    graph: nn.Module, examples: dict[str, Tensor], names: list[str], free: dict[str, Any], path: Path, opset: int = OPSET
+) -> list[Path]:
+    """Writes a module that returns a tuple of tensors as a graph with these names of outputs; returns the files. `examples`:
+    inputs by name; `free`: their free dimensions. Raises UserError as `export`."""
+    _require("onnx", "onnxscript")
+    import onnx
+
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         made = Path(folder) / path.name  # under the final name, because the graph names the file of its weights
         try:
@@ -67,11 +75,11 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
                     opset_version=opset, dynamo=True, verbose=False,
                 )
                 assert program is not None
-                program.save(made, external_data=sum(value.nbytes for value in module.parameters()) > EMBEDDED)
+                program.save(made, external_data=sum(value.nbytes for value in graph.parameters()) > EMBEDDED)
                 onnx.checker.check_model(made, full_check=True)
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().partition("\n")[0]
-            raise UserError(f"{type(module).__name__} cannot be exported to ONNX: {reason}") from error
+            raise UserError(f"{type(getattr(graph, 'module', graph)).__name__} cannot be exported to ONNX: {reason}") from error
         files = sorted(made.parent.iterdir(), key=lambda file: file.name == path.name)  # the graph last
         for file in files:
             fsync(file)
@@ -82,12 +90,7 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
 def runner(path: Path, threads: int = 1) -> Callable[[Tensor, Tensor | None], dict[str, Tensor]]:
     """Returns a function of (normalised images [B, channels, H, W], token ids [T, L] or None) that returns the outputs of
     `parity.outputs`, computed by onnxruntime."""
-    _require("onnxruntime")
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = session_of(path, threads)
     names = {output: name for name, output in NAMES.items()}
 
     def run(images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
@@ -97,6 +100,16 @@ def runner(path: Path, threads: int = 1) -> Callable[[Tensor, Tensor | None], di
         return {names[name]: torch.from_numpy(value) for name, value in zip(wanted, found, strict=True)}
 
     return run
+
+
+def session_of(path: Path, threads: int = 1) -> Any:
+    """Returns a session of onnxruntime on the CPU. Raises UserError if it is missing."""
+    _require("onnxruntime")
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _require(*libraries: str) -> None:

@@ -184,7 +184,7 @@ def _predict(head: nn.Module, cells: int, patches: Patches, grid: Grid | None = 
     rows = tokens[:, prefix:]
     rows = rows.flatten(0, 1)[places] if grid is None else resampled(rows, own, grid).flatten(0, 1)
     prediction: Tensor = head(rows)
-    return prediction.reshape(len(prediction) * cells, prediction.shape[1] // cells)
+    return prediction.reshape(prediction.shape[0] * cells, prediction.shape[1] // cells)
 
 
 def resampled(features: Tensor, grid: Grid, other: Grid) -> Tensor:

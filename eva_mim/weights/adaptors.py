@@ -178,17 +178,18 @@ class FeatureModel(nn.Module):
         count = max(self._class_tokens.values(), default=0) + 1
         own = tokens[:, :count].flatten(1) if getattr(self.network, "cls_token", None) is not None else patches.mean(1)
         found = {BACKBONE: Output(own, patches)}
-        every = torch.arange(patches.shape[0] * patches.shape[1], device=pixels.device)
-        chosen: dict[str, Grid | None] = dict.fromkeys(adaptors)
-        spatial = predict(self.heads, self._cells, Patches(tokens, prefix, grid, every), chosen)
+        none = torch.empty(0, dtype=torch.int64, device=pixels.device)  # all patches, by their grid
+        chosen: dict[str, Grid | None] = dict.fromkeys(adaptors, grid)
+        spatial = predict(self.heads, self._cells, Patches(tokens, prefix, grid, none), chosen)
         assert isinstance(spatial, dict)
         for name in adaptors:
-            summary, rows = patches.new_zeros(len(patches), 0), patches.new_zeros(*patches.shape[:2], 0)
+            summary, rows = patches[:, 0, :0], patches[:, :, :0]
             if name in self.summary_heads:
                 place = self._class_tokens[name]
                 summary = self.summary_heads[name](patches.mean(1) if place < 0 else tokens[:, place])
             if name in spatial:
-                rows = in_rows(spatial[name].unflatten(0, (len(patches), -1)), grid, self._cells[name])  # type: ignore[no-untyped-call]
+                count = self._cells[name]
+                rows = in_rows(spatial[name].reshape(patches.shape[0], patches.shape[1] * count, -1), grid, count)
             found[name] = Output(summary, rows)
         return found
 

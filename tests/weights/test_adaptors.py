@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eva_mim
+from eva_mim.cli import main
 from eva_mim.core.errors import UserError
 from eva_mim.teachers import TeacherSettings, build_teacher
 from tests.conftest import REPOSITORY
@@ -144,6 +145,27 @@ def test_other_stages_are_loaded_too(tmp_path: Path) -> None:
     mean, std = (torch.tensor(trunk.pretrained_cfg[part]).view(-1, 1, 1) for part in ("mean", "std"))
     classify: Any = eva_mim.load(tmp_path / "classify")(images())
     assert torch.allclose(classify.summary, trunk((images() - mean) / std), atol=1e-5)
+
+
+def test_heads_in_one_onnx_graph(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime says what plain torch says; whatever is asked in vain leaves no file."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "student.onnx"
+    assert main(["convert", str(stage), str(path), "--to", "onnx", "--adaptors", "mlp,attention,fine"]) == 0
+    said = capsys.readouterr().out
+    assert "attention_summary    [4, 96]" in said
+    session = onnxruntime.InferenceSession(str(path))
+    found = dict(zip([one.name for one in session.get_outputs()], session.run(None, {"image": images(3).numpy()}), strict=True))
+    assert found.keys() == {"summary", "spatial", "mlp_summary", "mlp_spatial", "attention_summary", "attention_spatial",
+                            "fine_spatial"}
+    for name in ("mlp", "attention", "fine"):
+        summary, patches = example().features(stage, images(3), name)
+        assert (torch.from_numpy(found[f"{name}_spatial"]) - patches).abs().max() < 1e-4
+        assert summary is None or (torch.from_numpy(found[f"{name}_summary"]) - summary).abs().max() < 1e-4
+    for words, text in ((["--adaptors", "sam"], "no adaptor sam"), (["--adaptors", "mlp", "--to", "hf"], "goes with --to onnx")):
+        assert main(["convert", str(stage), str(tmp_path / "other.onnx"), "--to", "onnx", *words]) == 2
+        assert text in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"student.onnx", "student.onnx.convert.json"}
 
 
 def test_folders_and_heads_that_do_not_fit_are_refused(stage: Path, tmp_path: Path) -> None:
