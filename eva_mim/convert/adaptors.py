@@ -73,5 +73,6 @@ def report(record: dict[str, Any], dst: Path) -> str:
     """Returns a record as a table."""
     lines = [f"written    {dst}  ({', '.join(record['files'])})", f"input      {record['input']}, {record['image_size'][0]} px"]
     for name, one in record["parity"]["outputs"].items():
-        lines.append(f"output     {name:<20} {list(one['shape'])}  largest difference {one['largest']:.3g} of {one['source']:.3g}")
+        apart = f"largest difference {one['largest']:.3g} of {one['source']:.3g}"
+        lines.append(f"output     {name:<20} {list(one['shape'])}  {apart}")
     return "\n".join([*lines, f"open with  {record['open_with']}"]) + "\n"

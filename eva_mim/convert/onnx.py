@@ -48,6 +48,7 @@ def export(module: Any, path: Path, image_size: tuple[int, int], *, channels: in
     Outputs are those of `parity.outputs` under the names of `NAMES`. The exporter holds the weights in memory. Raises UserError
     if a library is missing, and for a model that cannot be exported.
     """
+    _require("onnx", "onnxscript")
     examples: dict[str, Tensor] = {"image": torch.zeros(2, channels, *image_size)}
     free = {"image": {0: torch.export.Dim("images")}}
     if hasattr(module, "encode_text"):
