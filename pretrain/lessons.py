@@ -141,6 +141,7 @@ def seed_student(recipe: StageRecipe, student: MaskedStudent) -> KeyReport | Non
         table = dict(open_checkpoint(there)).get(POSITION_TABLE) if there.is_file() else None
         if table is not None and table.shape == student.trunk.pos_embed.shape:
             student.trunk.pos_embed.data.copy_(table)
+            say(f"  the whole table of positions from {there}")
     return report
 
 

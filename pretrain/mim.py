@@ -145,6 +145,24 @@ class StageRecipe(Recipe):
         return self.all_teachers[name].normaliser or self.normaliser
 
     @model_validator(mode="after")
+    def _grids_are_brought_together_in_one_way(self) -> StageRecipe:
+        for name, one in self.all_teachers.items():
+            if one.interpolate == "larger" and self.mask.ratio:
+                raise ValueError(f"{one.path}.interpolate=larger predicts the whole finer grid, and mask.ratio={self.mask.ratio} "
+                                 "some patches; set it to student, or mask.ratio=0")
+            if one.interpolate == "larger" and self.head_of(name).upsample > 1:
+                raise ValueError(f"{one.path}.interpolate=larger and a head with upsample={self.head_of(name).upsample} both "
+                                 "make the student's grid finer; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_alone_are_whole(self) -> StageRecipe:
+        if self.optim.heads.alone and self.run.zero_stage == 3:
+            raise ValueError(f"optim.heads.alone={self.optim.heads.alone}: with run.zero_stage=3 no process has the whole "
+                             "weights of the layers that stand still; use run.zero_stage 0 to 2")
+        return self
+
+    @model_validator(mode="after")
     def _positions_have_one_source(self) -> StageRecipe:
         if self.student.positions == "sincos" and self.init_from is not None:
             raise ValueError("student.positions=sincos fixes the positions that init_from would bring; set it to learned")

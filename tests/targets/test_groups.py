@@ -140,6 +140,12 @@ def test_groups_that_do_not_fit_the_processes_are_refused(groups: list[GroupBatc
         ({"groups": {"a": {"batch": 24, "image_size": [32, 64]}}, "mask": {"replay": True}},
          r"mask\.replay=true stores masks of one size"),
         ({"groups": {"a": {"batch": 24, "image_size": []}}}, r"groups\.a\.image_size"),
+        ({"teachers": {"a": {"kind": "timm", "name": "x", "interpolate": "larger"}}, "groups": {}},
+         r"teachers\.a\.interpolate=larger predicts the whole finer grid, and mask\.ratio=0\.41 some"),
+        ({"teachers": {"a": {"kind": "timm", "name": "x", "interpolate": "larger", "head": {"upsample": 2}}}, "groups": {},
+          "mask": {"ratio": 0}}, "both make the student's grid finer"),
+        ({"optim": MIM["optim"] | {"heads": {"alone": 2}}, "run": MIM["run"] | {"engine": "deepspeed", "zero_stage": 3}},
+         r"optim\.heads\.alone=2: with run\.zero_stage=3"),
     ],
 )
 def test_groups_that_are_no_step_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
