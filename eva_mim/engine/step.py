@@ -90,7 +90,7 @@ def nan_gradient_if_not_finite(loss: Tensor) -> Tensor:
 def set_rates(groups: list[dict[str, Any]], rates: Rates) -> None:
     """Sets learning rate and weight decay of each parameter group for the next step."""
     for group in groups:
-        group["lr"] = rates.lr * group["lr_scale"] if group["head"] or not rates.heads_alone else 0.0
+        group["lr"] = rates.lr * group["lr_scale"] if group.get("head") or not rates.heads_alone else 0.0
         group["weight_decay"] = rates.weight_decay * group["decays"]
 
 

@@ -76,7 +76,7 @@ def read(name: str) -> StageRecipe:
 
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "configs" / "mim").glob("*.yaml"))
-WITH_OPEN_CLIP = [name for name in NAMES if read(name).teacher.kind == "open_clip"]
+WITH_OPEN_CLIP = [name for name in NAMES if (alone := read(name).teacher) is not None and alone.kind == "open_clip"]
 
 
 @cache

@@ -43,6 +43,9 @@ class Grids(NamedTuple):
     grid: tuple[int, int]
     image_size: int
 
+    def seen(self, grid: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+        return self.image_size, self.grid
+
 
 @pytest.mark.parametrize(("mine", "size", "theirs"), [((6, 6), 24, Grids((4, 4), 16)), ((16, 16), 224, Grids((16, 18), 224))])
 def test_other_grids_are_refused_with_sizes_that_fit(mine: tuple[int, int], size: int, theirs: Grids) -> None:
