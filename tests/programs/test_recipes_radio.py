@@ -88,8 +88,8 @@ def test_a_published_recipe_has_its_numbers(name: str) -> None:
     assert all(teacher.interpolate is None for teacher in made.all_teachers.values()) == (name != "radio25_432_1024")
 
 
-@pytest.mark.parametrize("name", ["amradio_h", "radio25_b", pytest.param("radio25_l", marks=pytest.mark.long),
-                                  pytest.param("radio25_h", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", [
+    "radio25_b", *(pytest.param(name, marks=pytest.mark.long) for name in ("amradio_h", "radio25_l", "radio25_h"))])
 def test_the_stages_of_a_pipeline_hand_over(name: str, tmp_path: Path) -> None:
     _, planned = plan(str(CONFIGS / "pipelines" / f"{name}.yaml"), [], tmp_path)
     check_networks(planned, set())
