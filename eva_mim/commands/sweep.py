@@ -62,8 +62,7 @@ def sweep(options: argparse.Namespace) -> int:
     if folder.record().get("program") != "mim":
         raise UserError(f"{options.checkpoint}: --resolution-sweep is for a finished masked stage (mim)")
     tree = read_yaml(folder.settings)
-    tree |= {"targets": {"cached": None}, "init_from": None, "init_heads": None}
-    tree.pop("hand_over", None)
+    tree["targets"] = {"cached": None}  # the teachers see other images than those of a cache
     stage, source = lookup(PROGRAMS, "mim", "program"), str(folder.settings)
     recipe = resolve(stage.recipe, tree, options.overrides, source)
     device = setup(recipe.run.device)
@@ -93,13 +92,14 @@ def table(found: Mapping[str, Sequence[AtSize]]) -> str:
     """Returns a line for each teacher and size: cosine and squared error / variance of patches, cosine of summaries."""
     lines = [f"{'teacher':<16} {'px':>5} {'cosine':>8} {'error':>8} {'summary':>8}"]
     for name, rows in found.items():
-        lines += [f"{name:<16} {row.size:>5} " + " ".join(f"{'-' if math.isnan(value) else f'{value:.4f}':>8}" for value in
-                  row[1:]) for row in rows]
+        for row in rows:
+            figures = ("-" if math.isnan(value) else f"{value:.4f}" for value in row[1:])
+            lines.append(f"{name:<16} {row.size:>5} " + " ".join(f"{figure:>8}" for figure in figures))
     return "\n".join(lines) + "\n"
 
 
 def draw(found: Mapping[str, Sequence[AtSize]], path: Path) -> None:
-    """Writes the cosines over the sizes as a PNG: lines for patches, dashes for summaries. Raises UserError for a place that
+    """Writes the cosines over the sizes as a PNG: lines for patches, dots for summaries. Raises UserError for a place that
     cannot be written."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from eva_mim.core.timing import phase
 from eva_mim.data.masking import Mask
 from eva_mim.data.prompts import filled
 from eva_mim.data.sampler import Place
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 View = Callable[..., dict[int, Tensor]]

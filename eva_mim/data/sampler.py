@@ -136,7 +136,7 @@ class GlobalOrder:
     """
 
     def __init__(
-        self, samples: int, *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
+        self, samples: int, *, seed: int, global_batch: int, micro_batch: int | None, rank: int = 0, world: int = 1,
         blocks: Blocks | None = None, groups: Sequence[GroupBatch] = (),
     ):
         self.samples, self.seed, self.blocks = samples, seed, blocks
@@ -188,7 +188,7 @@ class MixedOrder(GlobalOrder):
     """
 
     def __init__(
-        self, parts: Sequence[MixedPart], *, seed: int, global_batch: int, micro_batch: int, rank: int = 0, world: int = 1,
+        self, parts: Sequence[MixedPart], *, seed: int, global_batch: int, micro_batch: int | None, rank: int = 0, world: int = 1,
         groups: Sequence[GroupBatch] = (),
     ):
         self._parts, self._sizes = parts, np.array([part.images for part in parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from eva_mim.core.report import KeyReport
 from eva_mim.data import ViewSettings
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import Preparation
-from eva_mim.data.sampler import GroupBatch, cut_batch
+from eva_mim.data.sampler import GroupBatch
 from eva_mim.data.subset import order_of
 from eva_mim.data.views import EvalView, Statistics, TrainView
 from eva_mim.engine import RunSettings
@@ -22,10 +23,10 @@ from eva_mim.trunks.facts import mean_std
 from eva_mim.weights.handover import read_parent, seed_trunk
 
 
-def batch_cut(run: RunSettings) -> dict[str, int]:
-    """Returns the arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches. Raises UserError."""
-    micro, _ = cut_batch(run.global_batch, run.micro_batch, world_size())
-    return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": micro, "rank": rank(), "world": world_size()}
+def batch_cut(run: RunSettings) -> dict[str, Any]:
+    """Returns the arguments of `GlobalOrder` that cut the order of samples into this rank's micro-batches."""
+    return {"seed": run.seed, "global_batch": run.global_batch, "micro_batch": run.micro_batch, "rank": rank(),
+            "world": world_size()}
 
 
 def train_loader(
@@ -35,9 +36,7 @@ def train_loader(
     """Returns the loader of this rank's training batches, which the preparation `kind` makes from views of these sizes in pixels;
     `pixels` are mean and std by channel, for `view.erase`; `groups` cut a step, if there are any. Raises UserError if a batch
     cannot be divided among the processes, or is larger than the data."""
-    cut = {"seed": recipe.run.seed, "global_batch": recipe.run.global_batch, "rank": rank(), "world": world_size()}
-    micro = recipe.run.micro_batch or recipe.run.global_batch // world_size()
-    order = order_of(source, **cut, micro_batch=micro, groups=groups)
+    order = order_of(source, **batch_cut(recipe.run), groups=groups)
     made = kind(TrainView(view, sizes, pixels), recipe.run.seed, view_seed=view.seed, views=view.count)
     return TrainLoader(source, made, order, recipe.data.workers)
 

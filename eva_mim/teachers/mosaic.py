@@ -39,12 +39,13 @@ class MosaicTeacher:
         cell, rows = self.image_size // across // stride * stride, side // stride
         fill = torch.tensor(self.mean, dtype=torch.float32, device=images.device) * 255
         fill = (fill if images.is_floating_point() else fill.round()).to(images.dtype).view(-1, 1, 1)
-        canvases = -(-count // across**2)
+        many = self.images_on(side)
+        canvases = -(-count // many)
         canvas = fill.expand(canvases, -1, self.image_size, self.image_size).clone()
         first = (cell - side) // 2 // stride * stride  # on the teacher's own grid
         places = [(row * cell + first, column * cell + first) for row in range(across) for column in range(across)]
         for number, (top, left) in enumerate(places):
-            own = images[number :: across**2]
+            own = images[number::many]
             canvas[: len(own), :, top : top + side, left : left + side] = own
         maps = self._teacher(canvas).spatial.unflatten(1, self.grid)  # type: ignore[no-untyped-call]
         cut = [maps[:, top // stride : top // stride + rows, left // stride : left // stride + rows] for top, left in places]

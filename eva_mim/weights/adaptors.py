@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
-from eva_mim.core.run_folder import CLIP_CONFIG, HEAD, HEADS_CONFIG, TIMM_CONFIG, ZEROSHOT
+from eva_mim.core.run_folder import CLIP_CONFIG, HEAD, HEADS_CONFIG, TIMM_CONFIG
 from eva_mim.core.settings import few
 from eva_mim.students import HeadSettings
 from eva_mim.students.heads import HeadPlan, Heads, Patches, build_heads, predict
@@ -245,12 +245,6 @@ def load(folder: str | Path) -> FeatureModel:
 def _of_teacher(teacher: FrozenTeacher, folder: Path) -> FeatureModel:
     return FeatureModel(teacher.network, teacher.reading, image_size=teacher.image_size, patch=None, mean=teacher.mean,
                         std=teacher.std, folder=folder).eval()
-
-
-def class_vectors(folder: str | Path, name: str) -> Tensor | None:
-    """Returns the vectors of classes [K, C] that were written for an adaptor; None if there are none."""
-    path = Path(folder) / ZEROSHOT
-    return dict(open_checkpoint(path)).get(name) if path.is_file() else None
 
 
 def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
