@@ -109,8 +109,8 @@ def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
     parents = {}
     for name, path in recipe.parents().items():
         if not path.exists():
-            raise UserError(f"{name}: {path} does not exist; where it is the result of another stage, run that first, else name "
-                            "what is there")
+            maker = "`eva-mim cache` writes it" if name == "targets.cached" else "where another stage leaves it, run that first"
+            raise UserError(f"{name}: {path} does not exist; {maker}, else name what is there")
         try:
             parents[name] = {"path": str(path), "sha256": recipe.parent_hash(name, path)}
         except UserError as error:
