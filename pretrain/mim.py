@@ -72,6 +72,9 @@ class StageRecipe(Recipe):
     """Losses against each teacher without an `objective` of its own."""
     normaliser: NormaliserSettings = NormaliserSettings()
     """Normalisation of the spatial features of each teacher without a `normaliser` of its own."""
+    teacher_drop: float = Field(0.0, ge=0.0, lt=1.0)
+    """Probability that the loss of an image against a teacher does not count, drawn for each image and teacher; the teacher whose
+    weighted loss of the image is the largest always counts (UNIC, Sariyildiz et al. 2024: 0.5)."""
     mask: MaskSettings = MaskSettings()
     view: ViewSettings = ViewSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -153,6 +156,14 @@ class StageRecipe(Recipe):
             if one.interpolate == "larger" and self.head_of(name).upsample > 1:
                 raise ValueError(f"{one.path}.interpolate=larger and a head with upsample={self.head_of(name).upsample} both "
                                  "make the student's grid finer; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _a_dropped_teacher_leaves_another(self) -> StageRecipe:
+        together = max(len(group.teachers or self.all_teachers) for group in self.all_groups.values())
+        if self.teacher_drop and together == 1:
+            raise ValueError(f"teacher_drop={self.teacher_drop} has no effect where each image has one teacher, which always "
+                             "counts")
         return self
 
     @model_validator(mode="after")
@@ -244,7 +255,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     """Returns networks, data and evaluator of a recipe."""
     from functools import partial
 
-    from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation
+    from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation, TeacherDrop
     from eva_mim.data.splits import open_splits
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader
@@ -274,6 +285,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         MaskedPreparation, predict_visible=any(lesson.visible for lesson in lessons.values()),
         with_views=("view", "mask") if recipe.mask.replay else ("view",),
         stored=partial(store.row, split, networks=set(teachers)) if store else None,
+        drop=TeacherDrop(recipe.teacher_drop, len(teachers)) if recipe.teacher_drop else None,
     ) for split in ("train", "val")}
     parts = taught.shown_by_group(recipe, student, teachers if store is None else {})
     sizes = [size for part in parts for shown in part for size in shown.sizes]

@@ -27,6 +27,7 @@ from eva_mim.run.program import Stage
 from eva_mim.run.recipe import Recipe
 from eva_mim.run.stage import Built, Networks
 from eva_mim.students import HeadSettings
+from eva_mim.tasks.objectives import RowLosses
 from eva_mim.teachers import TeacherSettings
 from eva_mim.trunks.create import build_trunk
 from eva_mim.weights.export import write_timm
@@ -64,9 +65,9 @@ def wide_head(width: int, target: int, settings: HeadSettings) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, target))
 
 
-def absolute(prediction: Tensor, target: Tensor) -> LossTerm:
-    """An objective: mean absolute error over [M, C]."""
-    return LossTerm((prediction.float() - target.float()).abs().mean(), metrics={"largest": target.max()})
+def absolute(prediction: Tensor, target: Tensor) -> RowLosses:
+    """An objective: absolute error of each of [M, C], a mean over C."""
+    return RowLosses((prediction.float() - target.float()).abs().mean(-1), {"largest": target.amax(-1)})
 
 
 # ---- a task with its program

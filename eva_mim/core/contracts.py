@@ -130,6 +130,9 @@ class MaskedBatch(Batch):
     """Side of the student's windows in patches; None for none."""
     teachers: tuple[str, ...] | None = field(default=None, kw_only=True)
     """Names of the teachers that teach these images; None: all."""
+    drops: Tensor | None = field(default=None, kw_only=True)
+    """[B, T] bool, True where a teacher, in the recipe's order, is dropped from an image unless its loss is the largest; None for
+    no dropping."""
     labels: Tensor | None = field(default=None, kw_only=True)
     """[B] int64, None if the images have no labels; held-out figures read them, the loss does not."""
     stored: dict[str, Tensor] = field(default_factory=dict, kw_only=True)

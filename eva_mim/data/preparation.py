@@ -112,6 +112,15 @@ class Shown(NamedTuple):
     """Sides of the student's windows in training, of which one is drawn for each step; empty for none."""
 
 
+class TeacherDrop(NamedTuple):
+    """Random dropping of teachers from single images."""
+
+    rate: float
+    """Probability for each teacher and image."""
+    teachers: int
+    """T."""
+
+
 @dataclass(frozen=True)
 class MaskedPreparation(Preparation[MaskedBatch]):
     """Preparation of views of every size, with a mask of the student's patches."""
@@ -120,6 +129,8 @@ class MaskedPreparation(Preparation[MaskedBatch]):
     """Mask of the patches; None: the student sees every patch."""
     predict_visible: bool = field(default=False, kw_only=True)
     """True if the patches that the student sees are predicted, too."""
+    drop: TeacherDrop | None = field(default=None, kw_only=True)
+    """Dropping of teachers in training; None for none."""
     groups: Sequence[Sequence[Shown]] = field(default=(), kw_only=True)
     """Of each group of teachers what is shown at each of the student's sizes: of several one is drawn for each step, as a
     function of (seed, group, step). Empty: all views, with `mask`."""
@@ -137,17 +148,22 @@ class MaskedPreparation(Preparation[MaskedBatch]):
         return rng.choice(among) if rng else among[0]
 
     def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Any, ...]:
-        """Returns views by side, [N] bool mask (None without masking), label, stored targets, and the group's `Shown`."""
+        """Returns views by side, [N] bool mask (None without masking), label, stored targets, the group's `Shown`, and which
+        teachers are dropped (None without dropping)."""
         shown = self.shown_at(place)
         mask = self.mask if shown is None else shown.mask
         views = self.view(sample.image, self.drawn("view", place), *(() if shown is None else (shown.sizes,)))
         with phase("mask"):
             masked = torch.from_numpy(mask(self.drawn("mask", place))) if mask else None
-        return views, masked, sample.label, self.stored_at(place), shown
+        drops = None
+        if self.drop and self.training:
+            rng = self.drawn("teachers", place)
+            drops = [rng.random() < self.drop.rate for _ in range(self.drop.teachers)]
+        return views, masked, sample.label, self.stored_at(place), shown, drops
 
     def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> MaskedBatch:
         """Returns the batch; see `Preparation.batch`."""
-        views, masks, labels, stored, (shown, *_) = zip(*contents, strict=True)
+        views, masks, labels, stored, (shown, *_), drops = zip(*contents, strict=True)
         masked = torch.stack(masks) if masks[0] is not None else None
         return MaskedBatch(
             index,
@@ -158,6 +174,7 @@ class MaskedPreparation(Preparation[MaskedBatch]):
             side=shown.side if shown else None,
             window=next(iter(shown.windows), None) if shown else None,
             teachers=shown.teachers if shown else None,
+            drops=torch.tensor(drops) if drops[0] is not None else None,
             labels=_labels(labels),
             stored=_stacked(stored),
             broken=broken,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eva_mim.core.contracts import Grid, MaskedBatch, StateGroup, Task, Teacher
 from eva_mim.core.errors import UserError
@@ -16,7 +17,7 @@ from eva_mim.core.timing import phase
 from eva_mim.students.heads import SUMMARY
 from eva_mim.targets import Cells, Target, Targets
 from eva_mim.targets.normalise import Normaliser
-from eva_mim.tasks.objectives import Objective, SummaryAngle
+from eva_mim.tasks.objectives import Objective, RowLosses, SummaryAngle, mean_of
 
 VISIBLE = "_visible"
 """Ending of the name of a loss term of patches that the student sees."""
@@ -58,6 +59,10 @@ class Lesson:
             self.normaliser.add(target.spatial)
         if isinstance(self.summary, SummaryAngle):
             self.summary.add(target.summary)
+
+    def weight(self, ending: str) -> float:
+        """Returns the factor of a term by the ending of its name."""
+        return {"": self.masked, VISIBLE: self.visible, SUMMARY: self.summary_weight}[ending]
 
     def native(self, prediction: Tensor) -> Tensor:
         """Returns predictions of spatial features [M, C] in the teacher's own space."""
@@ -134,23 +139,30 @@ class MaskedFeatures(Task):
 
     def loss(self, student: Callable[..., Any], batch: MaskedBatch) -> StepOutput:
         """Returns the loss terms of each teacher: NAME, a mean over the M masked patches (without masks over all), NAME_visible
-        over the patches that are seen, NAME_summary over the images."""
+        over the patches that are seen, NAME_summary over the images. Where `batch.drops` has it, the terms of a teacher whose
+        loss of an image is not the largest leave this image out, and `kept` is the share of images that stay."""
         index = self.index(batch)
         targets = self.targets.patches(batch, self.cells(batch, index))
         with phase("student"):
             predictions = self.predictions(student, batch, batch.masked, index)
-            terms: dict[str, LossTerm] = {}
+            losses: dict[str, dict[str, RowLosses]] = {}
             for name, lesson in self.lessons.items():
                 if name in targets and not self._measured:
                     lesson.measure(targets[name])
-                terms |= self._terms(name, lesson, predictions, targets.get(name), batch)
+                losses[name] = self._losses(name, lesson, predictions, targets.get(name), batch)
+            kept = None if batch.drops is None else self._kept(losses, batch, index)
+            terms = {}
+            for name, found in losses.items():
+                for ending, rows in found.items():
+                    theirs = kept[name][self._images_of(batch, index, name, ending)] if kept else None
+                    terms[name + ending] = self._term(name, ending, rows, theirs)
         return StepOutput(terms, {})
 
-    def _terms(
+    def _losses(
         self, name: str, lesson: Lesson, predictions: Mapping[str, Tensor], target: Target | None, batch: MaskedBatch
-    ) -> dict[str, LossTerm]:
-        """Returns the loss terms of a teacher; `target` is None for one that does not teach this batch, of which no rows are
-        predicted: its terms are 0 and depend on all its heads."""
+    ) -> dict[str, RowLosses]:
+        """Returns the losses of a teacher by the ending of their term's name; `target` is None for one that does not teach this
+        batch, of which no rows are predicted: its terms are 0 and depend on all its heads."""
         found = {}
         if lesson.spatial is not None:
             prediction = predictions[name]
@@ -160,20 +172,53 @@ class MaskedFeatures(Task):
             seen = self._seen(batch) * lesson.upsample**2 if target is not None else 0
             masked = len(prediction) - seen
             if lesson.masked:
-                found[name] = self._term(name, lesson.spatial(prediction[:masked], wanted[:masked]), lesson.masked)
+                found[""] = lesson.spatial(prediction[:masked], wanted[:masked])
             if lesson.visible:
-                found[name + VISIBLE] = self._term(
-                    name, lesson.spatial(prediction[masked:], wanted[masked:]), lesson.visible, VISIBLE)
+                found[VISIBLE] = lesson.spatial(prediction[masked:], wanted[masked:])
         if lesson.summary is not None:
             prediction = predictions[name + SUMMARY]
-            loss = lesson.summary(prediction, prediction.detach() if target is None else target.summary)
-            found[name + SUMMARY] = self._term(name, loss, lesson.summary_weight)
+            found[SUMMARY] = lesson.summary(prediction, prediction.detach() if target is None else target.summary)
         return found
 
-    def _term(self, name: str, term: LossTerm, weight: float, ending: str = "") -> LossTerm:
-        """Returns a loss term with its weight. With several teachers the names of its metrics end in the teacher's name."""
-        ending += f"_{name}" if len(self.lessons) > 1 else ""
-        return LossTerm(term.mean, weight, {f"{metric}{ending}": value for metric, value in term.metrics.items()})
+    def _term(self, name: str, ending: str, rows: RowLosses, kept: Tensor | None) -> LossTerm:
+        """Returns the loss term of some rows. With several teachers the names of its metrics end in the teacher's name.
+        `kept`: [rows], 1 or 0; None for all."""
+        if kept is not None:
+            share = {"summary_kept" if ending == SUMMARY else "kept": kept}
+            rows = RowLosses(rows.loss * kept, {**rows.metrics, **share})
+        after = (ending if ending == VISIBLE else "") + (f"_{name}" if len(self.lessons) > 1 else "")
+        means = {f"{metric}{after}": mean_of(value) for metric, value in rows.metrics.items()}
+        return LossTerm(rows.mean, self.lessons[name].weight(ending), means)
+
+    def _kept(self, losses: Mapping[str, Mapping[str, RowLosses]], batch: MaskedBatch, index: Tensor) -> dict[str, Tensor]:
+        """Returns for each teacher [B] fp32, 1 for the images whose loss counts: those from which it is not dropped, and those
+        of which its weighted loss is the largest of all teachers'."""
+        assert batch.drops is not None
+        totals = []
+        for name, found in losses.items():
+            total = torch.zeros(batch.size, device=index.device)
+            for ending, rows in found.items():
+                loss, owner = rows.loss.detach(), self._images_of(batch, index, name, ending)
+                sums, counts = (torch.zeros_like(total).index_add_(0, owner, one) for one in (loss, torch.ones_like(loss)))
+                total += self.lessons[name].weight(ending) * sums / counts.clamp(min=1.0)
+            totals.append(total if name in self.taught(batch) else torch.full_like(total, -torch.inf))
+        worst = F.one_hot(torch.stack(totals, 1).argmax(1), len(totals)).bool()
+        return dict(zip(losses, (worst | ~batch.drops).float().T, strict=True))
+
+    def _images_of(self, batch: MaskedBatch, index: Tensor, name: str, ending: str) -> Tensor:
+        """Returns the row of the image, [rows], of each loss of a term."""
+        if name not in self.taught(batch):
+            return index[:0]
+        images = torch.arange(batch.size, device=index.device)
+        if ending == SUMMARY:
+            return images
+        finer = self._match(batch, name)[1]
+        if finer is not None:
+            return images.repeat_interleave(finer[0] * finer[1])
+        seen = self._seen(batch)
+        owner = index // (self._patches(batch) // batch.size)
+        owner = owner[len(owner) - seen:] if ending == VISIBLE else owner[:len(owner) - seen]
+        return owner.repeat_interleave(self.lessons[name].upsample ** 2)
 
     def predictions(
         self, student: Callable[..., Any], batch: MaskedBatch, masked: Tensor | None, index: Tensor

@@ -1,17 +1,37 @@
-"""Losses between a student's prediction and a teacher's features: of patches [M, C], and of summaries [B, C]."""
+"""Losses between a student's prediction and a teacher's features, row by row: of patches [M, C], and of summaries [B, C]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eva_mim.core.distributed import all_reduce_sum
-from eva_mim.core.losses import LossTerm
 
-Objective = Callable[[Tensor, Tensor], LossTerm]
+
+class RowLosses(NamedTuple):
+    """What an objective returns: a number for each patch or image."""
+
+    loss: Tensor
+    """[M], differentiable."""
+    metrics: Mapping[str, Tensor] = {}
+    """Detached, [M] each; their means are logged."""
+
+    @property
+    def mean(self) -> Tensor:
+        """The loss of a step; 0 for M = 0, with a gradient."""
+        return mean_of(self.loss)
+
+
+def mean_of(values: Tensor) -> Tensor:
+    """Returns the mean of [M]; 0 for M = 0."""
+    return values.mean() if len(values) else values.sum()
+
+
+Objective = Callable[[Tensor, Tensor], RowLosses]
 COSINE_SHARE = 0.9
 """Weight of 1 - cosine beside smooth L1 (AM-RADIO, section 3.2)."""
 SAMPLES = 10_000_000
@@ -20,32 +40,32 @@ NEAR = 1e-3
 """1 - cosine below which the squared angle is a series: the derivative of the arc cosine is infinite at 1."""
 
 
-def masked_cosine(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Returns minus the mean cosine of [M, C] predictions and targets (EVA-01/eva/engine_for_pretraining.py); 0 for M = 0.
+def masked_cosine(prediction: Tensor, target: Tensor) -> RowLosses:
+    """Returns minus the cosine of each of [M, C] predictions and targets (EVA-01/eva/engine_for_pretraining.py).
 
     It is computed in fp32, because squares of half-precision features overflow or vanish. Finite for norms from 1e-8 to 1e4.
     """
     cosine = _cosine(prediction, target)
-    return LossTerm(-_mean(cosine), metrics=_figures(cosine, target))
+    return RowLosses(-cosine, _figures(cosine, target))
 
 
-def masked_mse(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Returns the mean squared error over [M, C] (MAE, section 3, for pixel targets), in fp32; 0 for M = 0."""
-    error = F.mse_loss(prediction.float(), target.float(), reduction="mean" if len(prediction) else "sum")
-    return LossTerm(error, metrics=_figures(_cosine(prediction, target), target))
+def masked_mse(prediction: Tensor, target: Tensor) -> RowLosses:
+    """Returns the squared error of each of [M, C], a mean over C (MAE, section 3, for pixel targets), in fp32."""
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(-1)
+    return RowLosses(error, _figures(_cosine(prediction, target), target))
 
 
-def cosine_smooth_l1(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Returns 0.9 (1 - cosine) + 0.1 smooth L1, means over [M, C] (AM-RADIO, equation 3), in fp32; 0 for M = 0."""
+def cosine_smooth_l1(prediction: Tensor, target: Tensor) -> RowLosses:
+    """Returns 0.9 (1 - cosine) + 0.1 smooth L1, a mean over C, of each of [M, C] (AM-RADIO, equation 3), in fp32."""
     cosine = _cosine(prediction, target)
-    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="mean" if len(prediction) else "sum")
-    return LossTerm(COSINE_SHARE * _mean(1 - cosine) + (1 - COSINE_SHARE) * error, metrics=_figures(cosine, target))
+    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(-1)
+    return RowLosses(COSINE_SHARE * (1 - cosine) + (1 - COSINE_SHARE) * error, _figures(cosine, target))
 
 
-def summary_cosine(prediction: Tensor, target: Tensor) -> LossTerm:
-    """Returns the mean of 1 - cosine of [B, C] predictions and summaries (AM-RADIO, equation 2), in fp32; 0 for B = 0."""
+def summary_cosine(prediction: Tensor, target: Tensor) -> RowLosses:
+    """Returns 1 - cosine of each of [B, C] predictions and summaries (AM-RADIO, equation 2), in fp32."""
     cosine = _cosine(prediction, target)
-    return LossTerm(_mean(1 - cosine), metrics={"summary_cosine": _mean(cosine.detach())})
+    return RowLosses(1 - cosine, {"summary_cosine": cosine.detach()})
 
 
 class SummaryAngle:
@@ -101,12 +121,12 @@ class SummaryAngle:
         count, total = self.state["angles"]
         return torch.where((count > 0) & (total > 0), total / count.clamp(min=1.0), 1.0).float()
 
-    def __call__(self, prediction: Tensor, target: Tensor) -> LossTerm:
-        """Returns the mean over [B, C]; 0 for B = 0."""
+    def __call__(self, prediction: Tensor, target: Tensor) -> RowLosses:
+        """Returns the loss of each of [B, C]."""
         unit, wanted = (F.normalize(one.float(), dim=-1) for one in (prediction, target))
         apart = (unit - wanted).square().sum(-1) / 2  # 1 - cosine, without its cancellation
         angles = squared_angle(apart)
-        return LossTerm(_mean(angles) / self.dispersion(), metrics={"summary_cosine": _mean(1 - apart.detach())})
+        return RowLosses(angles / self.dispersion(), {"summary_cosine": 1 - apart.detach()})
 
 
 def squared_angle(apart: Tensor) -> Tensor:
@@ -117,13 +137,9 @@ def squared_angle(apart: Tensor) -> Tensor:
     return torch.where(near, series, far)
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else values.sum()
-
-
 def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
     return (F.normalize(prediction.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
 
 
 def _figures(cosine: Tensor, target: Tensor) -> dict[str, Tensor]:
-    return {"cosine": _mean(cosine.detach()), "target_norm": _mean(target.detach().float().norm(dim=-1))}
+    return {"cosine": cosine.detach(), "target_norm": target.detach().float().norm(dim=-1)}

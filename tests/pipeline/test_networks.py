@@ -109,7 +109,7 @@ def test_the_shipped_pipelines_fit(name: str, tmp_path: Path) -> None:
 
 
 def test_a_pipeline_that_begins_with_a_cache_names_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stage views8: targets.cached: caches/cifar10 does not exist; `eva-mim cache` writes it"):
+    with pytest.raises(UserError, match=r"targets\.cached: caches/cifar10 does not exist; `eva-mim cache` writes it"):
         as_table(str(REPOSITORY / "configs" / "pipelines" / "cifar10_views.yaml"), [], tmp_path)
 
 

@@ -24,7 +24,8 @@ WEIGHTS = 2e-4
 
 
 def recipe(folder: Path, **more: Any) -> Path:
-    """Three teachers in two groups: one of them teaches both sizes, and each has a normaliser or an angle of its own."""
+    """Three teachers in two groups: one of them teaches both sizes, and each has a normaliser or an angle of its own.
+    Teachers are dropped from images."""
     network = {"kind": "timm", "name": "vit_nano_patch4_32", "image_size": 16, "weights": str(teacher_file(folder))}
     teachers = {
         "both": network | {"objective": {"kind": "mse", "summary": "angle"}, "interpolate": "student",
@@ -37,7 +38,7 @@ def recipe(folder: Path, **more: Any) -> Path:
               "far": {"teachers": ["high", "both"], "batch": 8, "image_size": [48, 64, 40]}}
     tree = {name: value for name, value in MIM.items() if name != "teacher"} | {
         "teachers": teachers, "groups": groups, "student": MIM["student"] | {"head": "mlp"},
-        "optim": MIM["optim"] | {"layer_decay": 1.0},
+        "optim": MIM["optim"] | {"layer_decay": 1.0}, "teacher_drop": 0.4,
     } | more
     return write_recipe(folder, tree)
 
