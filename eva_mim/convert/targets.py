@@ -70,8 +70,9 @@ FORMATS = {form.name: form for form in (
            client=lambda model, dst: f"torch.load({str(dst)!r}, weights_only=True)", suffixes=TORCH_SUFFIXES),
     Format("hf", 'folder: timm.create_model("local-dir:DST", pretrained=True), transformers.AutoModel.from_pretrained(DST);\n'
            'a CLIP model: open_clip.create_model("local-dir:DST")', _WRITE + "folder", _as_folder),
-    Format("transformers", "folder of OpenAI's CLIP: transformers.AutoModel.from_pretrained(DST)", _WRITE + "transformers",
-           lambda model, dst: f"transformers.AutoModel.from_pretrained({str(dst)!r})", "eva_mim.convert.verify:by_transformers"),
+    Format("transformers", "folder of OpenAI's CLIP, or of a plain ViT (as DINOv2): transformers.AutoModel.from_pretrained(DST)",
+           _WRITE + "transformers", lambda model, dst: f"transformers.AutoModel.from_pretrained({str(dst)!r})",
+           "eva_mim.convert.verify:by_transformers"),
     Format("onnx", "file for onnxruntime: fixed image size, any batch", _WRITE + "onnx",
            lambda model, dst: f"onnxruntime.InferenceSession({str(dst)!r})", "eva_mim.convert.verify:by_onnxruntime", (".onnx",)),
 )}

@@ -20,9 +20,9 @@ from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS, HEAD, TIMM_CONFIG
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.write import write_safetensors, write_torch
 from eva_mim.weights.names.buffers import Rope
-from eva_mim.weights.names.eva import to_eva
+from eva_mim.weights.names.eva import Converted, to_eva
 from eva_mim.weights.names.families import Family, detect
-from eva_mim.weights.names.huggingface import preprocessor, to_transformers
+from eva_mim.weights.names.huggingface import plain_to_transformers, preprocessor, to_transformers
 from eva_mim.weights.names.openai import timm_to_openai, to_openai
 
 PRE_NORM = "norm_pre.weight"
@@ -114,11 +114,12 @@ def _rope(model: Model) -> Rope:
 
 
 def write_transformers(model: Model, folder: Path, dtype: str | None) -> KeyReport:
-    """Writes OpenAI's CLIP, whole or its image tower, as a folder of transformers."""
-    if model.family is None or not (model.family.name == "OpenAI CLIP" or PRE_NORM in model.weights):
-        raise UserError("--to transformers: only OpenAI's CLIP has names of its own there; use --to hf: transformers opens "
-                        "timm's folder as TimmWrapperModel")
+    """Writes OpenAI's CLIP, whole or its image tower, or a plain ViT, as a folder of transformers."""
     found = model.architecture
+    if model.family is None or not (model.family.name == "OpenAI CLIP" or PRE_NORM in model.weights):
+        done, config = plain_to_transformers(model.weights, model.built())
+        _write_transformers(folder, done, config, found, dtype)
+        return done.report
     if found.image_size[0] != found.image_size[1]:
         raise UserError(f"--to transformers: images of {found.image_size} are not square")
     tower: Any = model.built()
@@ -135,10 +136,14 @@ def write_transformers(model: Model, folder: Path, dtype: str | None) -> KeyRepo
         weights, detect(weights), heads=heads, image_size=found.image_size[0], eps=eps, text_heads=text_heads,
         activation="quick_gelu" if type(act).__name__.startswith("QuickGELU") else "gelu",
     )
+    _write_transformers(folder, done, config, found, dtype)
+    return changed.plus(done.report)
+
+
+def _write_transformers(folder: Path, done: Converted, config: dict[str, Any], found: Architecture, dtype: str | None) -> None:
     write_safetensors(folder / WEIGHTS, done.weights, dtype=dtype)
     write_json(folder / TIMM_CONFIG, config)
     write_json(folder / "preprocessor_config.json", preprocessor(found.mean, found.std, found.image_size[0]))
-    return changed.plus(done.report)
 
 
 def write_onnx(model: Model, path: Path, dtype: str | None) -> KeyReport:

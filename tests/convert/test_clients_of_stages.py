@@ -191,8 +191,8 @@ def test_a_classifier_of_five_channels(tmp_path: Path) -> None:
     assert torch.equal(state["patch_embed.proj.weight"], student.state_dict()["trunk.patch_embed.proj.weight"])
     masked = MaskedSettings(name="vit_nano_patch4_32", **FIVE)
     masked_stage(tmp_path / "mim", MaskedStudent(masked, 8), masked)
-    with pytest.raises(UserError, match="only OpenAI's CLIP has names of its own there; use --to hf"):
-        converted(tmp_path / "mim", "transformers", tmp_path)
+    _, dst = converted(tmp_path / "mim", "transformers", tmp_path)
+    assert json.loads((dst / "config.json").read_text())["num_channels"] == 5
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_a_convolutional_stage_goes_to_timm_alone(tmp_path: Path) -> None:
         close(model(normalise(IMAGES, student.mean, student.std)), student(IMAGES), 1e-5)
     with pytest.raises(UserError, match=r"convnet_nano_32 is (no model of the original code|not known under names)"):
         converted(tmp_path / "classify", "eva", tmp_path)
-    with pytest.raises(UserError, match="only OpenAI's CLIP has names of its own there; use --to hf"):
+    with pytest.raises(UserError, match="only OpenAI's CLIP and plain ViTs have names of their own there; use --to hf"):
         converted(tmp_path / "classify", "transformers", tmp_path)
     with pytest.raises(UserError, match="has no patches whose positions could be resized"):
         converted(tmp_path / "classify", "hf", tmp_path, image_size=(64, 64))
@@ -262,3 +262,43 @@ def test_a_published_clip_model(tmp_path: Path) -> None:
     images, texts = torch.randn(1, 3, 224, 224), open_clip.tokenize(["a photo of a cat"])
     close(theirs.encode_image(images), model.encode_image(images), 1e-5)
     close(theirs.encode_text(texts), model.encode_text(texts), 1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"registers": 3, "class_tokens": "per_teacher"}])
+@torch.inference_mode()
+def test_a_masked_student_as_the_vision_tower_of_llava(tmp_path: Path, more: dict[str, Any]) -> None:
+    """In transformers, with no help of ours: its tokens are timm's at its own size and at another, and LLaVA reads them."""
+    transformers = pytest.importorskip("transformers")
+    settings = MaskedSettings(name="vit_nano_patch4_32", **more)
+    student = MaskedStudent(settings, 8)
+    for value in student.parameters():  # positions, scales and norms are not those of a new model
+        value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    masked_stage(tmp_path / "mim", student, settings)
+    _, dst = converted(tmp_path / "mim", "transformers", tmp_path)
+    tower, info = transformers.AutoModel.from_pretrained(dst, output_loading_info=True)
+    assert {kind: list(names) for kind, names in info.items() if names} == {}
+    trunk = timm.create_model(f"local-dir:{tmp_path / 'mim'}", pretrained=True, num_classes=0, dynamic_img_size=True).eval()
+    images = normalise(IMAGES, student.mean, student.std)
+    for shown in (images, torch.nn.functional.interpolate(images, (48, 40))):
+        close(tower.eval()(pixel_values=shown).last_hidden_state, trunk.forward_features(shown), 1e-5)
+
+    words = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=tower.config, text_config=transformers.LlamaConfig(**words), image_token_index=49)).eval()
+    llava.model.vision_tower.load_state_dict(tower.state_dict())
+    patches = 64 + more.get("registers", 0)  # LLaVA leaves out the first token alone
+    text = torch.tensor([[1, *[49] * patches, 2]])
+    tokens = trunk.forward_intermediates(images, indices=[-2], norm=False, output_fmt="NLC", intermediates_only=True,
+                                         return_prefix_tokens=True)[0]
+    embedded = llava.get_input_embeddings()(text).repeat(len(images), 1, 1)
+    embedded[:, -65:-1] = llava.model.multi_modal_projector(tokens[0])
+    embedded[:, 1:-65] = llava.model.multi_modal_projector(tokens[1][:, 1:])
+    said = llava(input_ids=text.repeat(len(images), 1), pixel_values=images).logits
+    close(llava(inputs_embeds=embedded).logits, said, 1e-5)
+    assert said.std(0).max() > 1e-3
+
+
+def test_a_classifier_s_head_has_no_place_in_dinov2(tmp_path: Path) -> None:
+    classifier_stage(tmp_path / "classify", ClassifierSettings(name="vit_nano_patch4_32"))
+    with pytest.raises(UserError, match=r"it has fc_norm\.bias, .*head\.weight, and DINOv2 there has not"):
+        converted(tmp_path / "classify", "transformers", tmp_path)

@@ -270,7 +270,7 @@ def test_what_timm_cannot_represent_is_named(shared: Path, tmp_path: Path, chang
     ("eva02_b_cls", "timm", {"grid": (4, 16)}, r"--grid: \(4, 16\) patches, but the source has \(8, 8\)"),
     ("clip_eva02_b", "hf", {"norm": "copy"}, "--norm copy: a CLIP model keeps its norm; convert the tower with --to timm"),
     ("clip_eva02_b", "hf", {"arguments": {"num_heads": 4}}, "no place for keywords of timm"),
-    ("clip_bige_visual", "transformers", {}, "only OpenAI's CLIP has names of its own there; use --to hf"),
+    ("clip_bige_visual", "transformers", {}, "only OpenAI's CLIP and plain ViTs have names of their own there; use --to hf"),
 ])
 def test_what_a_format_or_a_model_has_no_place_for(
     shared: Path, tmp_path: Path, name: str, to: str, options: dict[str, Any], match: str
