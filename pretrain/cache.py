@@ -68,8 +68,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     if not wanted.patches and (options.pca or options.hidden or options.dtype != DTYPE):
         raise UserError("--dtype, --pca and --hidden are for features of patches; a clip stage has summaries alone, in fp32: "
                         "leave them out")
-    if mosaics := [one.path for one in wanted.teachers.values() if one.mosaic]:
-        raise UserError(f"{mosaics[0]}.mosaic: features would depend on the other images of a mosaic; leave it out for a cache")
+    wanted.check_storable()
     if options.hidden and not (wanted.mask and wanted.mask.replay):
         raise UserError("--hidden: masks are drawn anew in each epoch, so that every patch is needed; set mask.replay=true")
     return wanted

@@ -49,25 +49,22 @@ if TYPE_CHECKING:
 
 
 def sized_teachers(recipe: StageRecipe) -> dict[str, TeacherSettings]:
-    """Returns the teachers' settings by name, with the sizes that match the student's grid. Raises UserError for a teacher that
-    shall match several sizes."""
+    """Returns the teachers' settings by name, with the sizes that match the student's grids. Raises UserError for a student
+    without a grid of patches."""
     found: dict[str, TeacherSettings] = dict(recipe.all_teachers)
     for name, settings in recipe.all_teachers.items():
         if settings.image_size != "match":
             continue
-        sides = {side for group in recipe.all_groups.values() if group.teachers is None or name in group.teachers
-                 for side in group.sizes or (None,)}
-        if len(sides) > 1:
-            raise UserError(f"{settings.path}.image_size=match: the student has {len(sides)} sizes where it teaches; give its "
-                            f"size in pixels, and {settings.path}.interpolate")
         with meta_device():
             trunk = build_trunk(recipe.student, num_classes=0)
             grid, side = facts.grid(trunk), facts.image_size(trunk, recipe.student)
         if grid is None:
             raise UserError(f"{settings.path}.image_size=match: {recipe.student.name} has no grid of patches")
-        factor = Fraction(next(iter(sides)) or side, side) * recipe.head_of(name).upsample
-        wanted = int(grid[0] * factor), int(grid[1] * factor)
-        found[name] = matched(settings, wanted, recipe.data.channels_of_all)
+        sides = {own or side for group in recipe.all_groups.values() if group.teachers is None or name in group.teachers
+                 for own in group.sizes or (None,)}
+        factors = [Fraction(own, side) * recipe.head_of(name).upsample for own in sorted(sides)]
+        grids = [(int(grid[0] * factor), int(grid[1] * factor)) for factor in factors]
+        found[name] = matched(settings, grids, recipe.data.channels_of_all)
     return found
 
 

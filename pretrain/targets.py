@@ -65,6 +65,16 @@ class Wanted(NamedTuple):
             return {name: start_teacher(self.recipe, one, weights=weights) if one.kind == "start"
                     else build_teacher(one, channels, weights=weights) for name, one in self.teachers.items()}
 
+    def check_storable(self) -> None:
+        """Raises UserError for a teacher whose features of an image depend on more than its view."""
+        for one in self.teachers.values():
+            if one.mosaic:
+                raise UserError(f"{one.path}.mosaic: features would depend on the other images of a mosaic; leave it out for a "
+                                "cache")
+            if one.follows:
+                raise UserError(f"{one.path}.image_size=match: a cache has features of one size, and the student has several; "
+                                f"give the teacher's size in pixels, and {one.path}.interpolate=student")
+
     def positions(self, splits: Splits) -> list[int]:
         """Returns the held-out images that have targets."""
         return evenly(len(splits.val), self.held_out) if self.held_out else []
@@ -76,15 +86,15 @@ def start_teacher(recipe: Recipe, settings: TeacherSettings, *, weights: bool) -
     if recipe.init_from is None:
         raise UserError(f"{settings.path}.kind=start is a copy of what init_from brings; set init_from, or leave this teacher "
                         "out")
-    trunk: Any = build_trunk(recipe.student, num_classes=0, global_pool="")
+    several = {"dynamic_img_size": True} if settings.follows else {}
+    trunk: Any = build_trunk(recipe.student, num_classes=0, global_pool="", **several)
     if weights:
         seed_from(recipe, trunk)
     if settings.summary is None:
         settings = settings.model_copy(update={"summary": "mean" if trunk.cls_token is None else "class_token"})
     mean, std = trunk_facts.mean_std(trunk, recipe.student)
     size = trunk_facts.image_size(trunk, recipe.student)
-    return FrozenTeacher(trunk, read_trunk(trunk, settings), image_size=size, mean=mean, std=std, path=settings.path,
-                         precision=settings.precision, micro_batch=settings.micro_batch)
+    return FrozenTeacher(trunk, read_trunk(trunk, settings), settings, image_size=size, mean=mean, std=std)
 
 
 def facts_of(
@@ -113,6 +123,7 @@ def stored_teachers(wanted: Wanted) -> dict[str, StoredTeacher]:
     """Returns a recipe's teachers, whose features are in its store, by name; the store may have more. Raises UserError for a
     store of other teachers."""
     assert wanted.folder is not None
+    wanted.check_storable()
     there = read_facts(wanted.folder).networks
     networks = {name: there[name] for name in wanted.teachers if name in there}
     known = {name: one.network for name, one in networks.items()}

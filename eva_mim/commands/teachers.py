@@ -82,6 +82,8 @@ def _read(recipe: Any, name: str, teacher: Teacher, facts: dict[str, Any]) -> li
         lines.append(f"summary: {facts.get('summary', 'its own')}, width {teacher.summary_width}; {summary}")
     else:
         lines.append("summary: it has none")
+    if "follows" in facts:
+        lines.append(f"follows the student's sizes: {', '.join(map(str, facts['follows']))} px")
     groups = [group for group, one in recipe.groups.items() if one.teachers is None or name in one.teachers]
     if groups:
         lines.append(f"groups: {', '.join(groups)}")

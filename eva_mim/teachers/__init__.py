@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -29,7 +30,8 @@ class TeacherSettings(Settings):
     """open_clip: pretrained tag or local file; timm: "pretrained" or a local file. None: random weights (for tests only)."""
     image_size: Annotated[int, Field(ge=1)] | Literal["match"] | None = None
     """Input side in pixels; default the teacher's own (pixels: must be given). "match": that at which its grid of patches is the
-    student's, so that nothing is interpolated (432 px of patches of 16 and 378 px of patches of 14 are both 27 x 27)."""
+    student's, so that nothing is interpolated (432 px of patches of 16 and 378 px of patches of 14 are both 27 x 27); where the
+    student has several sizes, the teacher follows it from step to step."""
     adaptor: Annotated[str | None, For("kind", "stage")] = None
     """Of a masked stage: name of one of its own teachers, whose features its heads predict. null: the stage's own features."""
     mosaic: Annotated[bool, NETWORKS] = False
@@ -59,11 +61,18 @@ class TeacherSettings(Settings):
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Factor on the losses against this teacher's features."""
     _path: str = PrivateAttr("teacher")
+    _follows: tuple[int, ...] = PrivateAttr(())
 
     @property
     def path(self) -> str:
         """Path of these settings in the recipe, for messages: "teacher" or "teachers.NAME"."""
         return self._path
+
+    @property
+    def follows(self) -> tuple[int, ...]:
+        """Sides in pixels at which the teacher sees images besides its own size, because its grid follows a student of several
+        sizes; none for a teacher of one size."""
+        return self._follows
 
     @property
     def side(self) -> int | None:
@@ -84,16 +93,25 @@ class TeacherSettings(Settings):
         return self
 
 
-def matched(settings: TeacherSettings, grid: Grid, channels: int = 3) -> TeacherSettings:
-    """Returns settings with the image size at which the teacher has this grid, for `image_size: match`. Raises UserError."""
+def matched(settings: TeacherSettings, grids: Sequence[Grid], channels: int = 3) -> TeacherSettings:
+    """Returns settings with the image size at which the teacher has a student's grid of patches, for `image_size: match`. With
+    several grids the teacher keeps its own size and also takes those. Raises UserError."""
     from eva_mim.trunks.meta import meta_device
 
+    own_size = settings.model_copy(update={"image_size": None})
     if settings.kind == "pixels":
         patch = settings.name.removeprefix("patch")
-        return settings.model_copy(update={"image_size": int(patch) * grid[0] if patch.isdecimal() else None})
-    with meta_device():  # its patches are known from its own size
-        own = build_teacher(settings.model_copy(update={"image_size": None}), channels, weights=False)
-    return settings.model_copy(update={"image_size": own.image_size // own.grid[0] * grid[0]})
+        if not patch.isdecimal():
+            return own_size
+        stride = int(patch)
+    else:
+        with meta_device():  # its patches are known from its own size
+            own = build_teacher(own_size, channels, weights=False)
+        stride = own.image_size // own.grid[0]
+    sides = [stride * rows for rows, _ in grids]
+    found = settings.model_copy(update={"image_size": sides[0] if len(sides) == 1 or settings.kind == "pixels" else None})
+    found._follows = tuple(sides) if len(sides) > 1 else ()
+    return found
 
 
 def build_teacher(settings: TeacherSettings, channels: int = 3, *, weights: bool = True) -> Teacher:

@@ -46,33 +46,38 @@ class FrozenTeacher:
     """A network and the reading of its features. It is no nn.Module, so that no engine casts, shards, saves or counts it."""
 
     def __init__(
-        self, network: nn.Module, reading: Reading, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...],
-        path: str = "teacher", precision: str | None = None, micro_batch: int | None = None,
+        self, network: nn.Module, reading: Reading, settings: TeacherSettings, *, image_size: int, mean: tuple[float, ...],
+        std: tuple[float, ...],
     ):
-        """`path`: path of the teacher's settings in the recipe, for messages; `precision`, `micro_batch`: see
-        `TeacherSettings`. Raises UserError for an image size that does not fit the network."""
+        """`settings`: precision, micro-batch, and sizes besides `image_size`. Raises UserError for a size that does not fit the
+        network."""
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for name, value in network.state_dict().items():
             if not value.is_meta:
-                finite(value, name, f"{path}: its weights")
+                finite(value, name, f"{settings.path}: its weights")
         tune(self.network, "cpu")
         self._weights = CastWeights(self.network)
-        self.reading, self._precision, self._micro_batch = reading, precision, micro_batch
+        self.reading, self._precision, self._micro_batch = reading, settings.precision, settings.micro_batch
         self.image_size, self.mean, self.std = image_size, mean, std
         config = facts.configuration(network)
         self.resizing: dict[str, Any] = {name: config.get(name) or value for name, value in RESIZING.items()}
         """How its images are brought to size, as `EvalView` takes it: by timm's configuration, or as open_clip does it."""
-        try:
-            probe = self(torch.zeros(1, len(mean), image_size, image_size, dtype=torch.uint8))
-        except (AssertionError, RuntimeError) as error:
-            raise UserError(f"{path}.image_size: this {self._kind} cannot take {image_size} px: {error}") from None
+        probe = self._probe(image_size, settings.path)
         self.grid: Grid = probe.grid
         self.width: int = probe.spatial.shape[-1]
         self.summary_width: int = probe.summary.shape[-1]
-        if image_size % self.grid[0]:
-            raise UserError(
-                f"{path}.image_size: {image_size} px are not a whole number for each of the {self.grid[0]} patches in a row"
-            )
+        self._sides = {self._probe(side, settings.path).grid: side for side in settings.follows}
+        """Sides in pixels by the grid of patches, for a teacher that follows the student's size."""
+
+    def _probe(self, side: int, path: str) -> Features:
+        try:
+            found = self(torch.zeros(1, len(self.mean), side, side, dtype=torch.uint8))
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(f"{path}.image_size: this {self._kind} cannot take {side} px: {error}") from None
+        if side % found.grid[0]:
+            raise UserError(f"{path}.image_size: {side} px are not a whole number for each of the {found.grid[0]} patches in a "
+                            "row")
+        return found
 
     @property
     def _kind(self) -> str:
@@ -97,7 +102,7 @@ class FrozenTeacher:
 
     def seen(self, grid: Grid) -> tuple[int, Grid]:
         """See `contracts.Teacher`."""
-        return self.image_size, self.grid
+        return (self._sides[grid], grid) if grid in self._sides else (self.image_size, self.grid)
 
     def to(self, device: Any) -> FrozenTeacher:
         """Moves the weights to `device`."""
@@ -119,6 +124,7 @@ class FrozenTeacher:
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             "image_size": self.image_size,
             "grid": list(self.grid),
+            **({"follows": list(self._sides.values())} if self._sides else {}),
             "width": self.width,
             "mean": list(self.mean),
             "std": list(self.std),

@@ -103,10 +103,10 @@ def _teacher(settings: TeacherSettings, name: str, pretrained: str | None) -> Fr
     return FrozenTeacher(
         visual,
         read_tower(visual, settings),
+        settings,
         image_size=size,
         mean=tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         std=tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
-        path=settings.path, precision=settings.precision, micro_batch=settings.micro_batch,
     )
 
 

@@ -31,26 +31,27 @@ class PixelTeacher:
 
     def __init__(
         self, patch: int, image_size: int, normed: bool = True, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        std: tuple[float, ...] = IMAGENET_DEFAULT_STD, *, follows: bool = False,
     ):
+        """`follows`: True for a teacher that sees the images at whatever size its grid of patches is the student's."""
         self.mean, self.std = mean, std
         self.resizing: dict[str, Any] = dict(RESIZING)
         self.image_size, self.width, self._patch, self._normed = image_size, len(mean) * patch * patch, patch, normed
-        self.summary_width = self.width
+        self.summary_width, self._follows = self.width, follows
         self.grid: Grid = (image_size // patch, image_size // patch)
 
     def __call__(self, images: Tensor) -> Features:
         """Returns the features of [B, channels, S, S] pixels."""
-        rows, columns = self.grid
+        rows, columns = images.shape[-2] // self._patch, images.shape[-1] // self._patch
         cells = normalise(images, self.mean, self.std).reshape(len(images), -1, rows, self._patch, columns, self._patch)
         patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, self.width)
         if self._normed:
             patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + EPS).sqrt()
-        return Features(patches.mean(1), patches, self.grid)
+        return Features(patches.mean(1), patches, (rows, columns))
 
     def seen(self, grid: Grid) -> tuple[int, Grid]:
         """See `contracts.Teacher`."""
-        return self.image_size, self.grid
+        return (grid[0] * self._patch, grid) if self._follows else (self.image_size, self.grid)
 
     def to(self, device: Any) -> PixelTeacher:
         """Returns the teacher itself, which has no weights to move."""
@@ -90,4 +91,4 @@ def pixel_teacher(settings: TeacherSettings) -> PixelTeacher:
     if side % patch:
         raise UserError(f"{settings.path}.image_size: {side} px are no whole number of patches of {patch} px")
     mean, std = settings.mean or IMAGENET_DEFAULT_MEAN, settings.std or IMAGENET_DEFAULT_STD
-    return PixelTeacher(patch, side, settings.final_norm, mean, std)
+    return PixelTeacher(patch, side, settings.final_norm, mean, std, follows=bool(settings.follows))

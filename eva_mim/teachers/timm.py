@@ -27,25 +27,21 @@ def timm_teacher(settings: TeacherSettings) -> FrozenTeacher:
             raise UserError(f"{settings.path}.weights: {settings.weights} does not exist")
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": settings.weights}}
     try:
-        trunk = _create(settings.name, settings.side, num_classes=0, **options)
+        trunk = _create(settings, num_classes=0, **options)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{settings.path}: {settings.name} with weights {settings.weights}: {error}") from None
     mean, std = facts.mean_std(trunk)
-    return FrozenTeacher(
-        trunk,
-        read_trunk(trunk, settings),
-        image_size=settings.side or facts.configuration(trunk)["input_size"][-1],
-        mean=mean,
-        std=std,
-        path=settings.path, precision=settings.precision, micro_batch=settings.micro_batch,
-    )
+    return FrozenTeacher(trunk, read_trunk(trunk, settings), settings, mean=mean, std=std,
+                         image_size=settings.side or facts.configuration(trunk)["input_size"][-1])
 
 
-def _create(name: str, image_size: int | None, **options: Any) -> Any:
-    if image_size is not None:
-        try:
-            return create(name, img_size=image_size, **options)
-        except TypeError as error:  # convolutional networks take any size, and many have no argument for it
-            if "img_size" not in str(error):
-                raise
-    return create(name, **options)
+def _create(settings: TeacherSettings, **options: Any) -> Any:
+    sizes: dict[str, Any] = {} if settings.side is None else {"img_size": settings.side}
+    if settings.follows:
+        sizes["dynamic_img_size"] = True
+    try:
+        return create(settings.name, **sizes, **options)
+    except TypeError as error:  # convolutional networks take any size, and many have no argument for it
+        if "img_size" not in str(error):
+            raise
+    return create(settings.name, **options)

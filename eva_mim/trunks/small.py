@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 _PIXELS = {
     "input_size": (3, 32, 32),
@@ -59,7 +59,8 @@ def known_to_timm(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[st
 
 
 def _vit(name: str, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
-    return build_model_with_cfg(VisionTransformer, name, pretrained, **VITS[name] | options)
+    return build_model_with_cfg(  # the filter resizes the positions of a file of another size
+        VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **VITS[name] | options)
 
 
 @register_model

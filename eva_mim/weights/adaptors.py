@@ -260,9 +260,8 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
     model = load(folder)
     size = settings.side or model.image_size
     if settings.adaptor is None:
-        return FrozenTeacher(model.network, read_trunk(model.network, settings), image_size=size, mean=model.mean,
-                             std=model.std, path=settings.path, precision=settings.precision,
-                             micro_batch=settings.micro_batch)
+        return FrozenTeacher(model.network, read_trunk(model.network, settings), settings, image_size=size, mean=model.mean,
+                             std=model.std)
     if settings.adaptor not in model.adaptors:
         raise UserError(f"{settings.path}.adaptor={settings.adaptor}: {folder} has {', '.join(model.adaptors) or 'none'}")
     if settings.layer != -1 or settings.project or not settings.final_norm or settings.summary:
@@ -274,6 +273,5 @@ def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:
         found = model.encode(pixels, [name])[name]
         return Features(found.summary, found.spatial, model.grid_of(pixels, name))
 
-    return FrozenTeacher(model, Reading(features, summary=f"summary of {name}"), image_size=size, mean=model.mean,
-                         std=model.std, path=settings.path, precision=settings.precision,
-                         micro_batch=settings.micro_batch)
+    return FrozenTeacher(model, Reading(features, summary=f"summary of {name}"), settings, image_size=size, mean=model.mean,
+                         std=model.std)

@@ -64,12 +64,18 @@ def test_its_figures_are_those_of_plain_torch(tmp_path: Path, capsys: pytest.Cap
     assert float(row[5]) == pytest.approx(angles.item(), abs=1e-3)
 
 
+def test_a_teacher_that_follows_the_student_is_told_with_its_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["teacher", "check", str(recipe(tmp_path)), "groups.near.image_size=[64, 32, 48]"]) == 0
+    assert "  follows the student's sizes: 16, 24, 32 px" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["teachers.sam.image_size=96"], "does not match teachers.sam grid 6x6 (96 px)"),
         (["--student", "vit_tiny_patch16_224"], "has a student of its own; change it by student.name=NAME"),
-        (["groups.near.image_size=[32, 64]"], "teachers.vit.image_size=match: the student has 2 sizes where it teaches"),
         (["objective.summary=cosine", "teachers.sam.objective=null"], "teachers.sam (samvit_base_patch16) has no summary"),
         (["--name", "vit"], "teachers.vit.image_size=match: there is no student here"),
     ],

@@ -24,7 +24,8 @@ WEIGHTS = 2e-4
 
 
 def recipe(folder: Path, **more: Any) -> Path:
-    """Three teachers in two groups: one of them teaches both sizes, and each has a normaliser or an angle of its own.
+    """Three teachers in two groups: one of them teaches both groups' sizes and keeps its own, one follows the student's; each has
+    a normaliser or an angle of its own.
     Teachers are dropped from images."""
     network = {"kind": "timm", "name": "vit_nano_patch4_32", "image_size": 16, "weights": str(teacher_file(folder))}
     teachers = {
@@ -32,7 +33,7 @@ def recipe(folder: Path, **more: Any) -> Path:
                            "normaliser": {"kind": "phi_s", "steps": 3, "every": 1}},
         "low": {"kind": "pixels", "name": "patch8", "image_size": 32, "objective": {"kind": "mse"},
                 "normaliser": {"kind": "channel", "steps": 5, "every": 2}},
-        "high": network | {"layer": 1, "objective": {"kind": "cosine_smooth_l1", "summary": "cosine"}, "interpolate": "student"},
+        "high": network | {"layer": 1, "objective": {"kind": "cosine_smooth_l1", "summary": "cosine"}, "image_size": "match"},
     }
     groups = {"near": {"teachers": ["both", "low"], "batch": 16, "image_size": 32},
               "far": {"teachers": ["high", "both"], "batch": 8, "image_size": [48, 64, 40]}}
@@ -165,7 +166,7 @@ def test_a_size_that_no_grid_fits_is_refused_with_ways_out(tmp_path: Path) -> No
     with pytest.raises(UserError, match="groups: 44 px are not a whole number of patches of 8 px"):
         STAGE.on_meta(parse(StageRecipe, tree, "recipe"))
     tree["groups"]["far"]["image_size"] = 48
-    del tree["teachers"]["high"]["interpolate"]
+    tree["teachers"]["high"]["image_size"] = 16
     with pytest.raises(UserError, match=r"student grid 6x6 \(48 px\) does not match teachers\.high grid 4x4 \(16 px\).* or set "
                                         r"teachers\.high\.interpolate=student"):
         STAGE.on_meta(parse(StageRecipe, tree, "recipe"))

@@ -256,8 +256,9 @@ def test_a_teacher_records_what_it_reads() -> None:
     """`facts`: the settings as resolved for this network."""
     tower = VisionTransformer(32, 8, 32, 3, 2, 2.0, output_dim=16)
     parameters = sum(value.numel() for value in tower.state_dict().values())
-    reading = read_tower(tower, TeacherSettings(name="tower", layer=-2, final_norm=False))
-    teacher = FrozenTeacher(tower, reading, image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    settings = TeacherSettings(name="tower", layer=-2, final_norm=False)
+    reading = read_tower(tower, settings)
+    teacher = FrozenTeacher(tower, reading, settings, image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
     assert teacher.facts() == {
         "network": "VisionTransformer", "parameters": parameters, "image_size": 32, "grid": [4, 4], "width": 16,
         "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "layer": 1, "blocks": 3, "final_norm": False, "project": True,

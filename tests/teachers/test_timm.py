@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eva_mim.core.errors import UserError
-from eva_mim.teachers import TeacherSettings, build_teacher
+from eva_mim.teachers import TeacherSettings, build_teacher, matched
 from eva_mim.teachers.frozen import FrozenTeacher
 from eva_mim.teachers.trunk import read_trunk
 from tests.teachers.test_open_clip import one_patch_at_a_time
@@ -145,3 +146,34 @@ def test_a_timm_teacher_refuses_what_it_cannot_do() -> None:
         "layer": 1, "blocks": 4, "final_norm": True, "project": False,
         "summary": "pooled",
     }
+
+
+@pytest.mark.parametrize(("name", "own"), [("vit_nano_patch4_32", 32), ("convnet_nano_32", 32)])
+@torch.no_grad()
+def test_a_teacher_that_follows_is_at_each_size_the_one_built_for_it(name: str, own: int) -> None:
+    settings = TeacherSettings(kind="timm", name=name, image_size="match")
+    torch.manual_seed(0)
+    alone = build_teacher(settings.model_copy(update={"image_size": None}))
+    stride = own // alone.grid[0]
+    grids = [(3, 3), (5, 5), (8, 8)]
+    torch.manual_seed(0)
+    following = build_teacher(matched(settings, grids))
+    assert (following.image_size, following.grid) == (own, alone.grid)
+    assert following.facts()["follows"] == [3 * stride, 5 * stride, 8 * stride]
+    assert following.seen((7, 7)) == (own, alone.grid)
+    weights = alone.network.state_dict()  # type: ignore[attr-defined]
+    for grid in grids:
+        side, there = following.seen(grid)
+        assert there == grid
+        fixed = build_teacher(matched(settings, [grid]))
+        assert (fixed.image_size, fixed.grid) == (side, grid)
+        resized = dict(weights)
+        if "pos_embed" in weights:
+            rows = fixed.network.state_dict()["pos_embed"].shape[1]  # type: ignore[attr-defined]
+            resized["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], list(grid), num_prefix_tokens=rows - grid[0] ** 2)
+        fixed.network.load_state_dict(resized)  # type: ignore[attr-defined]
+        images = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
+        found, wanted = following(images), fixed(images)
+        assert found.grid == grid
+        assert (found.spatial - wanted.spatial).abs().max() < 1e-5
+        assert (found.summary - wanted.summary).abs().max() < 1e-5
