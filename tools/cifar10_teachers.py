@@ -4,9 +4,9 @@
 
 Trains two of the three teachers of configs/mim/cifar10_teachers.yaml, writes one cache with the targets of all, of 4 views, and
 trains students of all three and of each alone on the same 10,000 photographs, with and without masks, over three seeds; and of
-all three with other normalisers. Each is measured on held-out photographs by k-NN, a linear probe, fine-tuning on the same 10,000
-labels, the cosine with each teacher, and zero-shot through the CLIP teacher's head. What is finished is not run again. The table
-is printed and written to OUT/table.md.
+all three with other normalisers, with dropping, and at several sizes. Each is measured on held-out photographs by k-NN, a linear
+probe, fine-tuning on the same 10,000 labels, the cosine with each teacher, and zero-shot through the CLIP teacher's head. What is
+finished is not run again. The table is printed and written to OUT/table.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ RECIPE = "configs/mim/cifar10_teachers.yaml"
 ALL = ("network", "clip", "pixels")
 MASKED = {"mask.ratio": 0.41}
 SEEDS = (0, 1, 2)
+SIZES = (24, 32, 48)
+"""Sides of the student's input in pixels."""
 LABELS, FINE_TUNING_EPOCHS, VIEWS = 10_000, 3, 4
 
 
@@ -51,7 +53,15 @@ def students() -> list[Student]:
              for kind, text in other.items()]
     raw = {"objective.kind": "cosine", "teachers.pixels.objective.kind": "cosine"} | _normaliser("none")
     rows.append(Student("all_cosine", "all three, cosine without normaliser", ALL, raw, SEEDS[:1]))
+    rows.append(Student("all_drop", "all three, each dropped from half of the images", ALL, {"teacher_drop": 0.5}, SEEDS[:1]))
+    rows.append(Student("all_sizes", f"all three, at {', '.join(map(str, SIZES))} px in turn", ALL, _sizes(), SEEDS[:1]))
     return rows
+
+
+def _sizes() -> dict[str, Any]:
+    """Settings of a student whose size is drawn for each step; the targets are brought to its grid."""
+    group = {"batch": 100, "image_size": list(SIZES)}
+    return {"groups": {"all": group}} | {f"teachers.{name}.interpolate": "student" for name in ALL}
 
 
 def _normaliser(kind: str) -> dict[str, Any]:

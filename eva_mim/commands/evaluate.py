@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
     if options.on and options.resolution_sweep:
         parser.error("--resolution-sweep is for a run with its own data; leave --on out")
+    if not options.resolution_sweep and any(
+            value is not None for value in (options.jump, options.images, options.to)):
+        parser.error("--jump, --images and --to go with --resolution-sweep")
     from eva_mim.run.program import guard
 
     code = [0]
@@ -60,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
     parser.add_argument("--resolution-sweep", metavar="A..B[:STEP]", help="of a finished masked stage: figures of each teacher's "
                         "head at image sizes from A to B pixels; exit code 1 if a cosine jumps from one size to the next")
-    parser.add_argument("--jump", type=float, default=0.15, metavar="X", help="largest change of a cosine that is no jump "
+    parser.add_argument("--jump", type=float, metavar="X", help="largest change of a cosine that is no jump "
                         "(default 0.15)")
-    parser.add_argument("--images", type=int, default=500, metavar="N", help="images of a sweep (default 500)")
+    parser.add_argument("--images", type=int, metavar="N", help="images of a sweep (default 500)")
     parser.add_argument("--to", type=Path, metavar="FILE", help="picture of a sweep; default OUT/resolutions.png")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
     return parser

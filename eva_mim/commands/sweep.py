@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 JUMPED = 1
 """Exit code after a jump."""
+JUMP, IMAGES = 0.15, 500
+"""Largest change of a cosine that is no jump, and images of a sweep, by default."""
 SIZES = 9
 """Sizes of a sweep without a step, evenly spread over the logarithm."""
 WIDTH, HEIGHT, EDGE = 720, 420, 60
@@ -69,13 +71,14 @@ def sweep(options: argparse.Namespace) -> int:
     model: Any = eva_mim.load(options.checkpoint).to(device)
     if model.patch is None:
         raise UserError(f"{options.checkpoint}: {recipe.student.name} takes one size alone")
+    images = IMAGES if options.images is None else options.images
     sizes = sizes_of(options.resolution_sweep, model.patch[0])
     teachers = {name: teacher.to(device) for name, teacher in stage.networks(recipe).teachers.items()}
     splits, theirs = open_splits(recipe.data), [teacher.image_size for teacher in teachers.values()]
 
     def batches(size: int) -> Any:
         made = MaskedPreparation(EvalView([size, *theirs], recipe.view.crop_pct), 0, training=False)
-        return EvalLoader(splits.val, made, eval_batch(recipe), options.workers, min(options.images, recipe.evaluate.images))
+        return EvalLoader(splits.val, made, eval_batch(recipe), options.workers, min(images, recipe.evaluate.images))
 
     progress = Progress("sizes", len(sizes))
     found = over_sizes(model, teachers, batches, sizes, device, lambda size: progress.advance())
@@ -83,8 +86,9 @@ def sweep(options: argparse.Namespace) -> int:
     path = options.to or options.checkpoint / "resolutions.png"
     draw(found, path)
     sys.stdout.write(f"{path}\n")
-    for line in (jumped := jumps(found, options.jump)):
-        sys.stdout.write(f"jump of more than {options.jump:g}: {line}\n")
+    jump = JUMP if options.jump is None else options.jump
+    for line in (jumped := jumps(found, jump)):
+        sys.stdout.write(f"jump of more than {jump:g}: {line}\n")
     return JUMPED if jumped else 0
 
 

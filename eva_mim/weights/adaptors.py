@@ -156,6 +156,9 @@ class FeatureModel(nn.Module):
                             f"{near[1]}")
         if unknown := [name for name in adaptors if name not in self.adaptors]:
             raise UserError(f"{self.folder}: no adaptor {', '.join(unknown)}; it has {', '.join(self.adaptors) or 'none'}")
+        if self.window is not None and not (self.has_windows and sides_of(self.grid_of(images), (self.window,))):
+            why = "windows do not divide the grid" if self.has_windows else "it was trained without windows"
+            raise UserError(f"{self.folder}: window={self.window}, images of {size[0]} x {size[1]} px: {why}")
         mean, std = self._pixels  # type: ignore[misc]  # a buffer is a tensor
         pixels = (images - mean) / std
         if not self.adaptors:
@@ -168,9 +171,6 @@ class FeatureModel(nn.Module):
     def encode(self, pixels: Tensor, adaptors: Sequence[str]) -> dict[str, Output]:
         """Returns features of normalised pixels by adaptor, and the trunk's own as "backbone"."""
         grid = self.grid_of(pixels)
-        if self.window is not None and (not self.has_windows or not sides_of(grid, (self.window,))):
-            why = "windows do not divide the grid" if self.has_windows else "it was trained without windows"
-            raise UserError(f"{self.folder}: window={self.window}, grid {grid[0]}x{grid[1]}: {why}")
         with windowed(grid, self.window):
             tokens: Tensor = self.network.forward_features(pixels)
         prefix = facts.prefix_tokens(self.network)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import eva_mim
+from eva_mim.cli import main
 from eva_mim.commands.sweep import sizes_of
 from eva_mim.core.errors import UserError
 from eva_mim.evaluate.resolutions import AtSize, jumps
@@ -80,3 +81,10 @@ def test_sizes_are_whole_patches() -> None:
 def test_what_is_no_masked_stage_is_refused(tmp_path: Path) -> None:
     done = finish(python("eva_mim.cli", "evaluate", tmp_path, "--resolution-sweep", "32..64"), 2)
     assert "--resolution-sweep is for a finished masked stage (mim)" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--jump", "0"], ["--images", "5"], ["--to", "x.png"]])
+def test_options_of_a_sweep_without_one_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "run", *words])
+    assert "--jump, --images and --to go with --resolution-sweep" in capsys.readouterr().err

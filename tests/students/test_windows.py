@@ -87,5 +87,5 @@ def test_a_run_draws_a_side_for_each_step_and_goes_on_exactly(tmp_path: Path) ->
     cut: Any = model(images)
     assert (cut.spatial - whole.spatial).abs().max() > 1e-3
     model.window = 3
-    with pytest.raises(UserError, match="window=3, grid 4x6: windows do not divide the grid"):
+    with pytest.raises(UserError, match="window=3, images of 32 x 48 px: windows do not divide the grid"):
         model(images)

@@ -106,6 +106,9 @@ def test_images_of_any_size_that_is_whole_patches(stage: Path) -> None:
         model(torch.rand(1, 3, 33, 40))
     with pytest.raises(UserError, match="no adaptor sam; it has linear, mlp, mlp_v2, attention, fine"):
         model(torch.rand(1, 3, 32, 32), adaptors=["sam"])
+    model.window = 2
+    with pytest.raises(UserError, match="window=2, images of 32 x 32 px: it was trained without windows"):
+        model(torch.rand(1, 3, 32, 32))
 
 
 @torch.no_grad()
