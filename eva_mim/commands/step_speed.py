@@ -249,16 +249,18 @@ def _collectives(step: Callable[[], Any]) -> float:
 
 
 def _forward(built: Built, engine: Any, batch: Any, device: torch.device) -> dict[str, float]:
-    """Returns images a second of forward passes of the student's features and of each teacher, each at its own image size."""
-    student: Any = built.parts.task.student
+    """Returns images a second of forward passes of the student's features and of each teacher of the batch, on what each sees of
+    it."""
+    task: Any = built.parts.task
+    student, masked = task.student, isinstance(batch, MaskedBatch)
     networks = dict[str, Callable[[], Any]]()
-    images = batch.views[student.image_size] if isinstance(batch, MaskedBatch) else getattr(batch, "images", None)
+    images = task.images(batch) if masked else getattr(batch, "images", None)
     if images is not None:
         names = [name for name in ("features", "encode_image", "forward") if hasattr(student, name)]
         networks["the student"] = partial(getattr(student, names[0]), images)
-    for name, teacher in built.teachers.items() if not getattr(batch, "stored", None) else ():
+    for name in task.taught(batch) if masked and not batch.stored else ():
         called = f"teacher {name}" if len(built.teachers) > 1 else "the teacher"
-        networks[called] = partial(teacher, batch.views[teacher.image_size])
+        networks[called] = partial(task.targets, batch, [name])
     with torch.no_grad(), engine.autocast():
         return {name: batch.size / _fastest(forward, device) for name, forward in networks.items()}
 

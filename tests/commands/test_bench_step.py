@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eva_mim.cli import main
 from eva_mim.commands.step_speed import Products, StepSpeed, compare
+from tests.targets.test_groups import recipe as groups
 from tests.tiny import CLASSIFY, MIM, finish, python, write_recipe
 
 MEASURED: dict[str, Any] = {
@@ -126,3 +127,13 @@ def test_places_that_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[
     recipe = write_recipe(tmp_path / "classify", CLASSIFY)
     assert main(["bench", "resume", str(recipe), "--disk", str(tmp_path / "no")]) == 2
     assert f"--disk: {tmp_path / 'no'} is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_group_of_another_size_than_the_student_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The forward passes are those of the group's own teachers, on what they see in it."""
+    words = ["groups.near.image_size=64", "teachers.low.interpolate=student", "teacher_drop=0"]
+    out = tmp_path / "step.json"
+    assert main(["bench", "step", str(groups(tmp_path)), "--program", "mim", "--steps", "1", "--to", str(out), *words]) == 0
+    found = StepSpeed.model_validate_json(out.read_text())
+    assert set(found.forward) == {"the student", "teacher both", "teacher low"}
