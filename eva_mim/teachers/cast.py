@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from eva_mim.core.errors import UserError
 
+MODULES = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.MultiheadAttention)
+"""Modules whose own weights autocast casts; the second is the last layer of the fourth, by which open_clip's towers attend."""
+
 
 class CastWeights:
-    """Casts the weights of a network's linear layers and convolutions when autocast asks for another precision than before, which
-    gives the bits that autocast itself gives: it casts weights of frozen networks in every pass. All other weights stay as they
-    are. The exact values are kept on the host, and are back before `exact` returns."""
+    """Casts the weights of a network's linear layers, convolutions and attention when autocast asks for another precision than
+    before, which gives the bits that autocast itself gives: it casts weights of frozen networks in every pass. All other weights
+    stay as they are. The exact values are kept on the host, and are back before `exact` returns."""
 
     def __init__(self, network: nn.Module):
         self._own = [(name, parameter) for module_name, module in network.named_modules()
-                     if type(module) in (nn.Linear, nn.Conv2d)
-                     for name, parameter in module.named_parameters(module_name, recurse=False)]
+                     if type(module) in MODULES
+                     for name, parameter in module.named_parameters(module_name, recurse=False)
+                     if not name.endswith(("bias_k", "bias_v"))]  # rows that join keys and values, which no product casts
         self._exact: dict[str, Tensor] = {}
         self._dtype: torch.dtype | None = None
 
