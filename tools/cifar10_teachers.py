@@ -48,7 +48,7 @@ def students() -> list[Student]:
         key = "_masked" if masks else ""
         rows += [Student(name + key, (f"{name} alone" if name != "all" else "all three") + masks, teachers, settings)
                  for name, teachers in who.items()]
-    other = {"none": "none, raw MSE", "channel": "per channel"}
+    other = {"none": "none, raw MSE", "channel": "per channel", "pca": "whitening (PCA)", "zca": "whitening (ZCA)"}
     rows += [Student(f"all_{kind}", f"all three, normaliser {text}", ALL, _normaliser(kind), SEEDS[:1])
              for kind, text in other.items()]
     raw = {"objective.kind": "cosine", "teachers.pixels.objective.kind": "cosine"} | _normaliser("none")

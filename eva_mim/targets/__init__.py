@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
     from eva_mim.core.contracts import Features, Grid, MaskedBatch, Teacher
 
-KINDS = For("kind", "channel", "phi_s")
+KINDS = For("kind", "channel", "phi_s", "pca", "zca")
 
 
 class NormaliserSettings(Settings):
     """Normalisation of a teacher's spatial features by running statistics, so that teachers of different scales weigh alike."""
 
-    kind: Literal["none", "channel", "phi_s"] = "none"
+    kind: Literal["none", "channel", "phi_s", "pca", "zca"] = "none"
     """"channel": each channel has mean 0 and standard deviation 1. "phi_s": a rotation and one factor, after which each channel
-    has mean 0 and standard deviation 1, and an error has the same weight in every direction (PHI-S, Ranzinger et al. 2024)."""
+    has mean 0 and standard deviation 1, and an error has the same weight in every direction (PHI-S, Ranzinger et al. 2024).
+    "pca", "zca": whitening, after which channels are also uncorrelated, in the principal directions or turned back as near to the
+    features as that allows; an error weighs more where features vary little (the same paper compares them)."""
     steps: Annotated[int, Field(ge=1), KINDS] = 3000
     """Steps of training whose features are measured; afterwards the statistics are fixed (as RADIO's training has it)."""
     every: Annotated[int, Field(ge=1), KINDS] = 100

@@ -15,8 +15,8 @@ from eva_mim.targets import NormaliserSettings
 from eva_mim.targets.orthogonal import spreading
 
 FLOOR = 1e-6
-"""Least variance of a channel, as a share of the mean variance: a channel that never changes is not blown up (the same share as
-the least eigenvalue of NVIDIA's TAO)."""
+"""Least variance of a channel or direction, as a share of the mean variance: one that never changes is not blown up (the same
+share as the least eigenvalue of NVIDIA's TAO)."""
 CONSTANT = 1e-12
 """Mean variance, as a share of the mean square, below which features are the same everywhere: rounding of fp32 leaves as much."""
 
@@ -34,18 +34,19 @@ class Map(NamedTuple):
 
 
 class Normaliser:
-    """Affine map of features [M, C] with statistics of kind "channel" or "phi_s": z = (y - mean) W^T in fp32.
+    """Affine map of features [M, C] with running statistics: z = (y - mean) W^T in fp32.
 
     Each process adds up the features that it sees; `advance`, once a step on every rank, adds the sums of all ranks and updates
     the map. So the statistics do not depend on how images are distributed over ranks, and a rank that has none of this teacher's
-    features adds nothing. For "channel" W is diagonal. For "phi_s" W = R U^T / phi, with the eigenvectors U and the mean
-    eigenvalue phi^2 of the covariance, and R that spreads the eigenvalues evenly (`orthogonal.py`; PHI-S, section 3.3).
+    features adds nothing. For "channel" W is diagonal. The others have the eigenvectors U and eigenvalues L of the covariance:
+    "phi_s" W = R U^T / phi, with the mean eigenvalue phi^2 and R that spreads the eigenvalues evenly (`orthogonal.py`; PHI-S,
+    section 3.3), "pca" W = L^-1/2 U^T, "zca" W = U L^-1/2 U^T.
     """
 
     def __init__(self, settings: NormaliserSettings, width: int, path: str = "teacher"):
         """`path`: path of the teacher's settings, for messages."""
         self._settings, self._path, self.width = settings, path, width
-        self._full = settings.kind == "phi_s"
+        self._full = settings.kind != "channel"
         squares = (width, width) if self._full else (width,)
         self.state: dict[str, Tensor] = {
             "steps": torch.zeros((), dtype=torch.int64),
@@ -55,8 +56,8 @@ class Normaliser:
             "mean": torch.zeros(width, dtype=torch.float64),
             "variances": torch.ones(width, dtype=torch.float64),
         }
-        """Tensors of a checkpoint: steps measured; number, sum and squares (phi_s: outer products) of the rows; and what the map
-        is made of: mean, variances of channels, or with `vectors` of the principal directions."""
+        """Tensors of a checkpoint: steps measured; number, sum and squares (all but "channel": outer products) of the rows; and
+        what the map is made of: mean, variances of channels, or with `vectors` of the principal directions."""
         if self._full:
             self.state["vectors"] = torch.eye(width, dtype=torch.float64)
         self._fresh = self._nothing()
@@ -139,13 +140,16 @@ class Normaliser:
         """Returns the map in float64 and in fp32."""
         if self._map is None:
             values, mean = self.state["variances"], self.state["mean"]
+            deviation = values.clamp(min=FLOOR * float(values.mean())).sqrt()
+            exact = Map(mean, 1 / deviation, deviation)
             if self._full:
-                scale = values.mean().sqrt()
-                turn = spreading(values) @ self.state["vectors"].T
-                exact = Map(mean, turn / scale, turn.T * scale)
-            else:
-                deviation = values.clamp(min=FLOOR * float(values.mean())).sqrt()
-                exact = Map(mean, 1 / deviation, deviation)
+                whole = self.state["vectors"]
+                if self._settings.kind == "phi_s":
+                    turn, deviation = spreading(values) @ whole.T, values.mean().sqrt().expand_as(values)
+                else:
+                    turn = whole.T
+                back = whole if self._settings.kind == "zca" else torch.eye(self.width).to(whole)
+                exact = Map(mean, back @ (turn / deviation[:, None]), (turn.T * deviation) @ back.T)
             self._map = exact, exact.fast()
         return self._map
 

@@ -85,6 +85,32 @@ def test_phi_s_is_the_formula_of_the_paper() -> None:
     assert (made(features) - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+def test_whitened_channels_are_uncorrelated(kind: str) -> None:
+    mixing = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.5, -0.5, 16)
+    features = torch.randn(3000, 16, generator=torch.Generator().manual_seed(0)) @ mixing + 3.0
+    made = fitted(kind, features)
+    found = made(features).double()
+    assert ((found.T @ found) / len(found) - torch.eye(16)).abs().max() < 1e-4
+    assert made.deviations() == pytest.approx((1.0, 1.0), abs=1e-6)
+    assert (made.inverse(made(features)) - features).abs().max() < 1e-4
+    centred = (features - features.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    if kind == "zca":  # the symmetric root: no sign of an eigenvector is in it
+        assert (found - centred @ (vectors / values.sqrt() @ vectors.T)).abs().max() < 1e-4
+    else:
+        assert (found.abs() - (centred @ (vectors / values.sqrt())).abs()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+def test_whitening_does_not_blow_up_directions_without_variance(kind: str) -> None:
+    features = drawn(500, 64, rank=5)
+    made = fitted(kind, features)
+    assert made(features).abs().max() < 50
+    # rounding of fp32 times the largest factor, which is 1,000
+    assert made.inverse(made(features)).sub(features).abs().max() < 5e-4 * features.abs().max()
+
+
 def test_features_of_few_directions_are_no_trouble() -> None:
     features = drawn(500, 64, rank=5)
     made = fitted("phi_s", features)
@@ -105,7 +131,7 @@ def test_features_that_are_the_same_everywhere_are_refused() -> None:
         made.advance()
 
 
-@pytest.mark.parametrize("kind", ["channel", "phi_s"])
+@pytest.mark.parametrize("kind", ["channel", "phi_s", "pca", "zca"])
 @pytest.mark.parametrize("width", [16, 9])
 def test_folded_head_is_the_unfolded_one(kind: str, width: int) -> None:
     made, head = fitted(kind, drawn(1000, width)), nn.Linear(10, width)
