@@ -32,7 +32,8 @@ from eva_mim.students.masked import MaskedStudent
 from eva_mim.students.positions import POSITION_TABLE, table_for
 from eva_mim.students.windows import sides_of
 from eva_mim.targets.normalise import Normaliser
-from eva_mim.tasks.masked import Lesson, MaskedFeatures, check_grids, fine
+from eva_mim.tasks.grids import check_grids, fine
+from eva_mim.tasks.masked import Lesson, MaskedFeatures
 from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
 from eva_mim.teachers import TeacherSettings, matched
 from eva_mim.teachers.open_clip import TextTower

@@ -19,7 +19,7 @@ from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import HeadSettings, MaskedSettings
-from eva_mim.targets import NormaliserSettings
+from eva_mim.targets import NormaliserSettings, TargetSettings
 from eva_mim.tasks import GroupSettings, ObjectiveSettings, TargetTeacherSettings
 
 if TYPE_CHECKING:
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 
 
 TeacherName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
-
-
-class TargetSettings(Settings):
-    """Where the targets come from."""
-
-    cached: Path | None = None
-    """Folder that `eva-mim cache` made of this recipe: no teacher is in memory. null: the teachers compute them in each step."""
 
 
 class EvaluateSettings(Settings):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eva_mim.commands.teachers import check_recipe, several
+from eva_mim.commands.teacher_rows import check_recipe, several, viewed
 from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import TEACHERS, lookup
@@ -149,10 +149,7 @@ def measure(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.d
     from torch import Tensor
     from torch.nn import functional as F
 
-    from eva_mim.data.views import EvalView
-
-    view = EvalView([teacher.image_size])
-    images = torch.stack([view(picture, random.Random(0))[teacher.image_size] for picture in pictures])
+    images = viewed(teacher.image_size, pictures)
     teacher(images[:CHUNK].to(device))  # the first pass is slow
     seconds, lengths, mirrored, total = 0.0, list[Tensor](), list[Tensor](), torch.zeros(())
     for chunk in (part.to(device) for part in torch.split(images, CHUNK)):
@@ -243,7 +240,7 @@ def _figures(figures: dict[str, float]) -> dict[str, str]:
 def _fitting(settings: MaskedSettings, teacher: Teacher) -> str:
     """Returns a text that states how the student fits. Raises UserError, with the sizes that would fit, if it does not."""
     from eva_mim.students.masked import MaskedStudent
-    from eva_mim.tasks.masked import check_grids
+    from eva_mim.tasks.grids import check_grids
     from eva_mim.trunks.meta import meta_device
 
     with meta_device():  # only its sizes are needed, not its weights

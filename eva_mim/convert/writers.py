@@ -20,9 +20,10 @@ from eva_mim.core.run_folder import CLIP_CONFIG, CLIP_WEIGHTS, HEAD, TIMM_CONFIG
 from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.write import write_safetensors, write_torch
 from eva_mim.weights.names.buffers import Rope
+from eva_mim.weights.names.dinov2 import to_dinov2
 from eva_mim.weights.names.eva import Converted, to_eva
 from eva_mim.weights.names.families import Family, detect
-from eva_mim.weights.names.huggingface import plain_to_transformers, preprocessor, to_transformers
+from eva_mim.weights.names.huggingface import preprocessor, to_transformers
 from eva_mim.weights.names.openai import timm_to_openai, to_openai
 
 PRE_NORM = "norm_pre.weight"
@@ -117,7 +118,7 @@ def write_transformers(model: Model, folder: Path, dtype: str | None) -> KeyRepo
     """Writes OpenAI's CLIP, whole or its image tower, or a plain ViT, as a folder of transformers."""
     found = model.architecture
     if model.family is None or not (model.family.name == "OpenAI CLIP" or PRE_NORM in model.weights):
-        done, config = plain_to_transformers(model.weights, model.built())
+        done, config = to_dinov2(model.weights, model.built())
         _write_transformers(folder, done, config, found, dtype)
         return done.report
     if found.image_size[0] != found.image_size[1]:

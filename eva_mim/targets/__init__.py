@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import Field
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from eva_mim.core.contracts import Features, Grid, MaskedBatch, Teacher
 
 KINDS = For("kind", "channel", "phi_s", "pca", "zca")
+
+
+class TargetSettings(Settings):
+    """Where the targets come from."""
+
+    cached: Path | None = None
+    """Folder that `eva-mim cache` made of this recipe: no teacher is in memory. null: the teachers compute them in each step."""
 
 
 class NormaliserSettings(Settings):

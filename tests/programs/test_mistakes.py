@@ -76,7 +76,7 @@ def test_hints_lead_to_the_section_and_to_the_name() -> None:
 def test_a_parent_that_is_missing_is_named_by_its_setting(tmp_path: Path) -> None:
     tree = MIM | {"teacher": {"kind": "stage", "name": str(tmp_path / "clip_teacher")}}
     recipe = parse(MimRecipe, tree, "r.yaml")
-    with pytest.raises(UserError, match=f"teacher.name: {tmp_path / 'clip_teacher'} does not exist; where it is the result"):
+    with pytest.raises(UserError, match=f"teacher.name: {tmp_path / 'clip_teacher'} does not exist; where another stage"):
         state_of("mim", recipe, tmp_path / "out")
 
 

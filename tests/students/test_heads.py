@@ -13,7 +13,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.students import HeadSettings, MaskedSettings
 from eva_mim.students.heads import AttentionHead, HeadPlan, Patches, ResidualMlp, build_heads, last_layer, mlp, predict
 from eva_mim.students.masked import MaskedStudent
-from eva_mim.tasks.masked import cells_of
+from eva_mim.tasks.grids import cells_of
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

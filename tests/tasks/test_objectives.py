@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eva_mim.core.errors import UserError
 from eva_mim.tasks.contrastive import Contrastive
-from eva_mim.tasks.masked import check_grids
+from eva_mim.tasks.grids import check_grids
 from eva_mim.tasks.objectives import (
     Objective,
     SummaryAngle,

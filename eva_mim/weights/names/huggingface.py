@@ -1,5 +1,4 @@
-"""Hugging Face's transformers: names to ours (those of CLIP and of plain ViTs also back), configurations, and outputs of its
-models.
+"""Hugging Face's transformers: names to ours (those of CLIP also back), configurations, and outputs of its models.
 
 transformers 5 renames tensors when it loads a file, and back when it saves one. The tables here have the names in files;
 `for_module` translates them to those of a model in memory. Sources: models and `conversion_mapping.py` of transformers 5.23.
@@ -13,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.report import KeyReport
 from eva_mim.core.settings import few
-from eva_mim.weights.files.lazy import materialise
 from eva_mim.weights.files.sidecar import at, text
 from eva_mim.weights.names.eva import Converted
 from eva_mim.weights.names.families import Family
@@ -76,7 +73,7 @@ _IN_MEMORY = (
 """Part of a name in a file -> part of the same tensor's name in transformers 5; applied in this order."""
 
 
-def _table(kind: str, packed: bool = False) -> dict[str, list[str]]:
+def name_table(kind: str, packed: bool = False) -> dict[str, list[str]]:
     """Returns our name -> name in a file, or the three names of q, k and v; N stands for a block's number."""
     if kind in ("clip", "clip_vision_model"):
         rows = dict(_CLIP)
@@ -97,7 +94,7 @@ def _table(kind: str, packed: bool = False) -> dict[str, list[str]]:
     return table
 
 
-def _numbered(name: str) -> tuple[str, str]:
+def numbered(name: str) -> tuple[str, str]:
     """Returns a name with N for its first number, and `.number.`."""
     found = re.search(r"\.\d+\.", name)
     return (name.replace(found[0], ".N.", 1), found[0]) if found else (name, "")
@@ -117,11 +114,11 @@ def from_transformers(weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
     another `model_type`, for a tensor without a place, and for an image tower without projection.
     """
     kind = _kind(config)
-    table = _table(kind, any(".mlp.weights_in." in name for name in weights))
+    table = name_table(kind, any(".mlp.weights_in." in name for name in weights))
     places = {old: (new, part) for new, names in table.items() for part, old in enumerate(names)}
     report, unknown, found = KeyReport(), list[str](), dict[tuple[str, str], dict[int, Tensor]]()
     for name, value in weights.items():
-        pattern, block = _numbered(name.removeprefix(f"{kind}."))
+        pattern, block = numbered(name.removeprefix(f"{kind}."))
         new, part = places.get(pattern, ("", 0))
         reason = None if new else next((why for known, why in _IGNORED.items() if re.fullmatch(known, pattern)), None)
         if reason:
@@ -157,81 +154,14 @@ def to_transformers(
     shapes. Raises UserError for a size that does not fit.
     """
     kind = "clip" if family.text else "clip_vision_model"
-    table, report, made = _table(kind), KeyReport(), dict[str, Tensor]()
+    table, report, made = name_table(kind), KeyReport(), dict[str, Tensor]()
     config = _config(weights, family, kind, {"hidden_act": activation, "layer_norm_eps": eps}, heads, text_heads, image_size)
     for name, value in to_openai(weights).weights.items():
-        pattern, block = _numbered(name)
+        pattern, block = numbered(name)
         names = [new.replace(".N.", block) for new in table[pattern]]
         made |= zip(names, value.chunk(3) if len(names) == 3 else [value.T if name in _TURNED else value], strict=True)
     report.loaded += made
     return Converted(made, report), config
-
-
-def plain_to_transformers(weights: Mapping[str, Tensor], trunk: Any) -> tuple[Converted, dict[str, Any]]:
-    """Renames a plain ViT under timm's names to a file of transformers' DINOv2, whose registers are all prefix tokens after the
-    first; returns the file's tensors and its config.json. Without registers it is still the class with registers, because
-    that one resizes positions as timm does.
-
-    `trunk`: timm's model of the weights. What it lacks is written as ones (scales of layers) or zeros (mask token, position of
-    the class token). Raises UserError for a model with other layers than DINOv2.
-    """
-    made = {name: materialise(value) for name, value in weights.items()}
-    _check_plain(trunk, made)
-    width, depth = trunk.embed_dim, len(trunk.blocks)
-    cells, registers = trunk.patch_embed.num_patches, trunk.num_prefix_tokens - 1
-    rows, changed = made["pos_embed"], KeyReport()
-    own = rows.shape[1] - cells  # positions of prefix tokens
-    place = rows[:, :1] if own else torch.zeros_like(rows[:, :1])
-    made["pos_embed"] = torch.cat([place, rows[:, own:]], 1)
-    if registers and own > 1:
-        made["reg_token"] = made["reg_token"] + rows[:, 1:own]
-        changed.reasons["embeddings.register_tokens"] = "positions of the registers are added: DINOv2 has none for them"
-    for block in range(depth):
-        for scale in ("ls1", "ls2"):
-            made.setdefault(f"blocks.{block}.{scale}.gamma", torch.ones(width, dtype=rows.dtype))
-    made.setdefault("reg_token", torch.empty(1, 0, width, dtype=rows.dtype))
-    kind = "dinov2_with_registers"
-    table, found = _table(kind), dict[str, Tensor]()
-    for name, value in made.items():
-        pattern, block_number = _numbered(name)
-        names = [new.replace(".N.", block_number) for new in table[pattern]]
-        found |= zip(names, value.chunk(len(names)), strict=True)
-    found["embeddings.mask_token"] = torch.zeros(1, width, dtype=rows.dtype)
-    changed.loaded += found
-    height, side = trunk.patch_embed.img_size, trunk.patch_embed.patch_size
-    config = {
-        "model_type": kind, "architectures": [CLASSES[kind][0]], "hidden_size": width, "num_hidden_layers": depth,
-        "num_attention_heads": trunk.blocks[0].attn.num_heads, "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features // width,
-        "hidden_act": "gelu", "layer_norm_eps": trunk.norm.eps, "image_size": height[0], "patch_size": side[0],
-        "num_channels": trunk.patch_embed.proj.in_channels, "qkv_bias": trunk.blocks[0].attn.qkv.bias is not None,
-        "use_swiglu_ffn": False, "num_register_tokens": registers,
-    }
-    return Converted(found, changed), config
-
-
-def _check_plain(trunk: Any, weights: Mapping[str, Tensor]) -> None:
-    """Raises UserError, with the layer, for a model that is no DINOv2 in other words."""
-    def refused(what: str) -> UserError:
-        return UserError(f"--to transformers: {what}, and DINOv2 there has not; use --to hf, which transformers opens as "
-                         "TimmWrapperModel")
-
-    if type(trunk) is not VisionTransformer:
-        raise UserError("--to transformers: only OpenAI's CLIP and plain ViTs have names of their own there; use --to hf: "
-                        "transformers opens timm's folder as TimmWrapperModel")
-    if trunk.cls_token is None:
-        raise UserError("--to transformers: the model has no class token, and DINOv2 there has one; use --to hf")
-    if trunk.patch_embed.img_size[0] != trunk.patch_embed.img_size[1]:
-        raise UserError(f"--to transformers: images of {trunk.patch_embed.img_size} are not square")
-    block, (rows, columns) = trunk.blocks[0], trunk.patch_embed.patch_size
-    width, hidden = trunk.embed_dim, block.mlp.fc1.out_features
-    if rows != columns:
-        raise refused(f"its patches are {rows}x{columns}")
-    if hidden % width:
-        raise refused(f"its MLP is {hidden / width:g} times as wide as its tokens, not a whole number of times")
-    if type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none":
-        raise refused(f"its MLP has {type(block.mlp.act).__name__}")
-    if unknown := [name for name in weights if _numbered(name)[0] not in _table("dinov2_with_registers")]:
-        raise refused(f"it has {few(unknown)}")
 
 
 def _config(

@@ -49,7 +49,7 @@ def check_recipe(path: str, overrides: Sequence[str], pictures: Sequence[Image |
     student = made.student.to(device).eval()
     with torch.no_grad():
         rows = {name: _measured(teacher.to(device), pictures, device) for name, teacher in made.teachers.items()}
-        images = _images(student.image_size, pictures[:8]).to(device)
+        images = viewed(student.image_size, pictures[:8]).to(device)
         own = _seconds(lambda: student.tokens(images)) / len(images)
     total = own + sum(row.seconds for row in rows.values())
     write = sys.stdout.write
@@ -93,7 +93,7 @@ def _read(recipe: Any, name: str, teacher: Teacher, facts: dict[str, Any]) -> li
 def _measured(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch.device) -> Row:
     from eva_mim.tasks.objectives import SummaryAngle
 
-    images = _images(teacher.image_size, pictures).to(device)
+    images = viewed(teacher.image_size, pictures).to(device)
     found = [teacher(part) for part in images.split(8)]  # type: ignore[no-untyped-call]
     seconds = _seconds(lambda: teacher(images[:8])) / min(8, len(images))
     import torch
@@ -110,7 +110,8 @@ def _measured(teacher: Teacher, pictures: Sequence[Image | Bands], device: torch
     return Row(float(spatial.std()), spread, seconds)
 
 
-def _images(size: int, pictures: Sequence[Image | Bands]) -> torch.Tensor:
+def viewed(size: int, pictures: Sequence[Image | Bands]) -> torch.Tensor:
+    """Returns pictures as [B, channels, size, size], resized and cropped as in evaluation."""
     import random
 
     import torch
