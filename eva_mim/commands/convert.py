@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="images for the parity figure; default drawn scenes and noise")
     parser.add_argument("--max-difference", type=_share, metavar="X",
                         help="largest difference, over an output's largest value; default 2e-5, float16 1e-2, bfloat16 8e-2")
-    parser.add_argument("--adaptors", metavar="NAME,...|all", help="with --to onnx, of a masked stage: also what its heads say "
-                        "for these teachers; input from 0 to 1")
+    parser.add_argument("--adaptors", metavar="NAME,...|all", help="of a masked stage: with --to onnx also what its heads say "
+                        "for these teachers, input from 0 to 1; with --to hf one of them, or backbone, as a vision tower")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the record")
     options = parser.parse_args(argv)
@@ -73,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _adaptors(options: argparse.Namespace) -> None:
-    from eva_mim.convert.adaptors import convert_adaptors, report
+    from eva_mim.convert.adaptors import convert_adaptors, convert_tower, report
 
-    if options.to != "onnx":
-        raise UserError(f"--adaptors goes with --to onnx, not {options.to}: the folder of a stage has its heads already")
-    record = convert_adaptors(options.src, options.dst, options.adaptors.split(","), overwrite=options.overwrite)
+    if options.to not in ("onnx", "hf"):
+        raise UserError(f"--adaptors goes with --to onnx or hf, not {options.to}: the folder of a stage has its heads already")
+    work = convert_adaptors if options.to == "onnx" else convert_tower
+    record = work(options.src, options.dst, options.adaptors.split(","), overwrite=options.overwrite)
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else report(record, options.dst))
 
 

@@ -1,4 +1,5 @@
-"""A masked stage with the heads of its teachers as one ONNX graph, proved by onnxruntime."""
+"""A masked stage with the heads of its teachers as one ONNX graph, proved by onnxruntime; or with one of them as a vision tower
+of transformers, proved by that library."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eva_mim.convert.convert import check_destination, staged
@@ -14,7 +17,11 @@ from eva_mim.convert.onnx import session_of, write_graph
 from eva_mim.convert.parity import BOUNDS, compare, sample_images
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json
-from eva_mim.weights.adaptors import BACKBONE, FeatureModel, Output, load
+from eva_mim.core.run_folder import HEADS_CONFIG, TIMM_CONFIG
+from eva_mim.trunks.pixels import normalise
+from eva_mim.weights.adaptors import BACKBONE, FeatureModel, HeadsFacts, Output, load
+from eva_mim.weights.files.formats import read_json
+from eva_mim.weights.names.huggingface import preprocessor
 
 
 class _Graph(nn.Module):
@@ -66,6 +73,58 @@ def convert_adaptors(src: Path, dst: Path, names: Sequence[str], *, overwrite: b
             "files": {file.name: sha256(file) for file in sorted(stage.iterdir())},
         }
         write_json(stage / f"{dst.name}.convert.json", record)
+    return record
+
+
+@torch.no_grad()
+def convert_tower(src: Path, dst: Path, names: Sequence[str], *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes the trunk ("backbone") or one adaptor of a finished stage as a folder that transformers opens as a vision tower.
+    Returns the record that lies in it. Raises UserError, and leaves nothing behind, for a folder that is no finished stage, more
+    or other names, and a tower whose outputs differ."""
+    check_destination(dst, "hf", overwrite)
+    try:
+        from eva_mim.convert.tower import Tower, TowerConfig
+    except ModuleNotFoundError:
+        raise UserError("transformers is not installed; pip install 'eva-mim[transformers]'") from None
+    model = load(src)
+    known = [BACKBONE, *model.adaptors]
+    if len(names) != 1 or names[0] not in known:
+        raise UserError(f"--adaptors {','.join(names)}: a vision tower is one of {', '.join(known)}")
+    if model.patch is None or not isinstance(model.network, (VisionTransformer, Eva)):
+        raise UserError(f"{src}: a vision tower here is a plain ViT or EVA's; this is {type(model.network).__name__}")
+    (name,) = names
+    described = HeadsFacts.model_validate(read_json(src / HEADS_CONFIG)) if (src / HEADS_CONFIG).is_file() else None
+    if described is not None:
+        nothing = {"spatial": 0, "summary": 0}  # no heads, but their class tokens are in the trunk's summary
+        own = {each: one if each == name else one.model_copy(update=nothing) for each, one in described.teachers.items()}
+        described = described.model_copy(update={"teachers": own, "single": False})
+    images = normalise(sample_images((model.image_size,) * 2, channels=len(model.mean)), model.mean, model.std)
+    expected = model.encode(images, [name] if name != BACKBONE else [])[name]
+    cells = model.grid_of(images, None if name == BACKBONE else name)[0]
+    tower = Tower(TowerConfig(
+        adaptor=name, timm=read_json(src / TIMM_CONFIG), heads=described.model_dump(mode="json") if described else None,
+        hidden_size=expected.spatial.shape[-1], image_size=model.image_size, patch_size=model.image_size // cells,
+        num_channels=len(model.mean)))
+    state = tower.features.state_dict()
+    tower.features.load_state_dict({key: value for key, value in model.state_dict().items() if key in state})
+    with staged(dst) as stage:
+        path = stage / dst.name
+        tower.save_pretrained(path)
+        write_json(path / "preprocessor_config.json", preprocessor(model.mean, model.std, model.image_size))
+        opened: Any = Tower.from_pretrained(path)
+        opened = opened.eval()(images)
+        both = {"patches": (expected.spatial, opened.last_hidden_state), "summary": (expected.summary, opened.pooler_output)}
+        one, other = ({name: pair[side] for name, pair in both.items() if pair[0].shape[-1]} for side in (0, 1))
+        parity = compare(one, other, bound=BOUNDS["float32"])
+        if not parity.passed:
+            raise UserError(f"{src}: the outputs of the tower differ from the stage's; nothing was written\n{parity}")
+        record = {
+            "source": str(src), "adaptors": [name], "image_size": [model.image_size] * 2,
+            "input": "pixel_values, as preprocessor_config.json says", "parity": parity.as_dict(),
+            "open_with": f"import eva_mim.convert.tower; transformers.AutoModel.from_pretrained({str(dst)!r})",
+            "files": {file.name: sha256(file) for file in sorted(path.iterdir())},
+        }
+        write_json(path / "convert.json", record)
     return record
 
 

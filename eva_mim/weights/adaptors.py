@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,36 +107,40 @@ class FeatureModel(nn.Module):
         """Side of windows in patches, for a student that was trained with windows: less memory for large images. None: none."""
         self.has_windows = False
 
-    def with_heads(self, found: HeadsFacts, weights: dict[str, Tensor]) -> FeatureModel:
-        """Adds the heads of a masked stage; returns itself. Raises UserError for weights that do not fit."""
+    def add_heads(self, found: HeadsFacts) -> FeatureModel:
+        """Adds the heads of a masked stage with new weights, and what else its trunk has; returns itself."""
         plans = {name: HeadPlan(one.spatial, one.summary, HeadSettings.model_validate(one.head)) for name, one in
                  found.teachers.items()}
         width: int = self.network.num_features
         made: Heads = build_heads(width, width, plans, HeadSettings())
-        if torch.empty(0).is_meta:  # names and shapes alone
-            weights = {f"{part}.{key}": value for part, module in (("head", made.spatial), ("summary_head", made.summary))
-                       for key, value in module.state_dict().items()}
-            found = found.model_copy(update={"single": False})
-        prefix = "head." if found.single else ""
-        named = {f"head.{name}.{key.removeprefix(prefix)}": value for key, value in weights.items() if key.startswith(prefix)
-                 for name in plans} if found.single else weights
-        state = {f"{part}.{key}": value for part, module in (("head", made.spatial), ("summary_head", made.summary))
-                 for key, value in module.state_dict().items()}
-        wrong = [key for key in sorted(state) if key not in named or named[key].shape != state[key].shape]
-        if wrong:
-            raise UserError(f"{self.folder / HEAD}: {few(wrong)} are missing or have another shape than {HEADS_CONFIG} says")
-        for part, module in (("head.", made.spatial), ("summary_head.", made.summary)):
-            module.load_state_dict({key.removeprefix(part): named[key] for key in state if key.startswith(part)})
         self.heads, self.summary_heads, self._cells = made.spatial, made.summary, made.cells  # type: ignore[assignment]
-        if found.position_grid is not None and POSITION_TABLE in weights:
-            self.network.pos_embed = nn.Parameter(weights[POSITION_TABLE])
+        if found.position_grid is not None:
+            table = self.network.pos_embed
+            prefix = table.shape[1] - self.network.patch_embed.num_patches
+            self.network.pos_embed = nn.Parameter(table.new_zeros(1, prefix + found.position_grid**2, table.shape[2]))
             read_cropped(self.network, found.position_grid)
         if found.global_blocks is not None:
             add_windows(self.network, found.global_blocks)
             self.has_windows = True
-        self._class_tokens = {name: one.class_token for name, one in found.teachers.items() if one.summary}
+        self._class_tokens = {name: one.class_token for name, one in found.teachers.items()
+                              if one.summary or one.class_token >= 0}
         self.adaptors = tuple(plans)
         return self
+
+    def fill_heads(self, found: HeadsFacts, weights: dict[str, Tensor]) -> None:
+        """Fills the heads, and the whole table of positions, from the tensors of a masked stage's file. Raises UserError for
+        tensors that do not fit."""
+        places: dict[str, Tensor] = {}
+        for part, module in (("head", self.heads), ("summary_head", self.summary_heads)):
+            for key, value in module.state_dict(keep_vars=True).items():
+                places[f"{part}.{key.partition('.')[2] if found.single else key}"] = value
+        if found.position_grid is not None:
+            places[POSITION_TABLE] = self.network.pos_embed
+        if wrong := [name for name in sorted(places) if name not in weights or weights[name].shape != places[name].shape]:
+            raise UserError(f"{self.folder / HEAD}: {few(wrong)} are missing or have another shape than {HEADS_CONFIG} says")
+        with torch.no_grad():
+            for name, place in places.items():
+                place.copy_(weights[name])
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Returns the nearest height and width in pixels that the network takes."""
@@ -219,27 +223,44 @@ def load(folder: str | Path) -> FeatureModel:
         return _of_teacher(stage_teacher(TeacherSettings(kind="stage", name=str(folder))), folder)
     if not (folder / TIMM_CONFIG).is_file():
         raise UserError(f"{folder} has no {TIMM_CONFIG}; it must be the folder of a finished stage")
-    options: dict[str, Any] = {"pretrained": not torch.empty(0).is_meta, "num_classes": 0}  # the meta device has no values
-    try:
-        trunk = create(f"local-dir:{folder}", **options)
-        if any_size := isinstance(trunk, (VisionTransformer, Eva)):
-            trunk = create(f"local-dir:{folder}", **options, dynamic_img_size=True)
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: timm cannot open it: {error}") from None
-    mean, std = facts.mean_std(trunk)
-    made = FeatureModel(
-        trunk.eval(), read_trunk(trunk, TeacherSettings(kind="timm", name=str(folder))),
-        image_size=facts.input_size(trunk)[0], patch=facts.patch_size(trunk) if any_size else None, mean=mean, std=std,
-        folder=folder,
-    )
+    meta = torch.empty(0).is_meta  # which has no values
+    made = _features(f"local-dir:{folder}", folder, pretrained=not meta)
     if not (folder / HEADS_CONFIG).is_file():
         return made
     try:
-        described = HeadsFacts.model_validate(read_json(folder / HEADS_CONFIG))
+        found = HeadsFacts.model_validate(read_json(folder / HEADS_CONFIG))
     except ValidationError as error:
         raise UserError(f"{folder / HEADS_CONFIG}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
-    weights = {} if torch.empty(0).is_meta else dict(open_checkpoint(folder / HEAD))
-    return made.with_heads(described, weights).eval()
+    made.add_heads(found)
+    if not meta:
+        made.fill_heads(found, dict(open_checkpoint(folder / HEAD)))
+    return made.eval()
+
+
+def described(timm_config: Mapping[str, Any], heads: HeadsFacts | None) -> FeatureModel:
+    """Returns the network that a stage's config.json and heads.json describe, with new weights. Raises UserError."""
+    try:
+        name, options = timm_config["architecture"], dict(timm_config.get("model_args") or {})
+    except KeyError:
+        raise UserError(f"{TIMM_CONFIG}: it names no architecture of timm") from None
+    made = _features(name, Path(TIMM_CONFIG), pretrained_cfg=dict(timm_config.get("pretrained_cfg") or {}), **options)
+    return made if heads is None else made.add_heads(heads)
+
+
+def _features(name: str, folder: Path, **options: Any) -> FeatureModel:
+    options["num_classes"] = 0
+    try:
+        trunk = create(name, **options)
+        if any_size := isinstance(trunk, (VisionTransformer, Eva)):
+            trunk = create(name, **options, dynamic_img_size=True)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: timm cannot open it: {error}") from None
+    mean, std = facts.mean_std(trunk)
+    return FeatureModel(
+        trunk.eval(), read_trunk(trunk, TeacherSettings(kind="timm", name=str(folder))),
+        image_size=facts.input_size(trunk)[0], patch=facts.patch_size(trunk) if any_size else None, mean=mean, std=std,
+        folder=folder,
+    ).eval()
 
 
 def _of_teacher(teacher: FrozenTeacher, folder: Path) -> FeatureModel:

@@ -165,10 +165,55 @@ def test_heads_in_one_onnx_graph(stage: Path, tmp_path: Path, capsys: pytest.Cap
         summary, patches = example().features(stage, images(3), name)
         assert (torch.from_numpy(found[f"{name}_spatial"]) - patches).abs().max() < 1e-4
         assert summary is None or (torch.from_numpy(found[f"{name}_summary"]) - summary).abs().max() < 1e-4
-    for words, text in ((["--adaptors", "sam"], "no adaptor sam"), (["--adaptors", "mlp", "--to", "hf"], "goes with --to onnx")):
+    for words, text in ((["--adaptors", "sam"], "no adaptor sam"), (["--adaptors", "mlp", "--to", "eva"], "goes with --to onnx")):
         assert main(["convert", str(stage), str(tmp_path / "other.onnx"), "--to", "onnx", *words]) == 2
         assert text in capsys.readouterr().err
     assert {file.name for file in tmp_path.iterdir()} == {"student.onnx", "student.onnx.convert.json"}
+
+
+def test_an_adaptor_is_a_vision_tower_of_transformers(
+    stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process opens it, also at another size, and LLaVA reads its patches as they are."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("attention", "fine", "backbone"):
+        dst = tmp_path / name
+        assert main(["convert", str(stage), str(dst), "--to", "hf", "--adaptors", name]) == 0
+        assert f"import eva_mim.convert.tower; transformers.AutoModel.from_pretrained('{dst}')" in capsys.readouterr().out
+    code = ("import sys, torch, transformers, eva_mim.convert.tower; m = transformers.AutoModel.from_pretrained(sys.argv[1]); "
+            "x = torch.load(sys.argv[2]); torch.save([m(pixel_values=one).last_hidden_state for one in x], sys.argv[2])")
+    model = eva_mim.load(stage)
+    mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (model.mean, model.std))
+    shown = [images(3), images(1, 48)]
+    torch.save([(one - mean) / std for one in shown], tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "fine"), str(tmp_path / "images.pt")], check=True)
+    for said, one in zip(torch.load(tmp_path / "images.pt"), shown, strict=True):
+        wanted: Any = model(one, adaptors=["fine"])
+        assert (said - wanted["fine"].spatial).abs().max() < 1e-5
+
+    whole = transformers.AutoModel.from_pretrained(tmp_path / "backbone")(pixel_values=(shown[0] - mean) / std)
+    assert torch.allclose(whole.pooler_output, model(shown[0]).summary, atol=1e-5)  # type: ignore[union-attr]
+    tower = transformers.AutoModel.from_pretrained(tmp_path / "attention")
+    assert (tower.config.hidden_size, tower.config.patch_size, tower.config.adaptor) == (96, 8, "attention")
+    words = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=tower.config, text_config=transformers.LlamaConfig(**words), image_token_index=49,
+        vision_feature_layer=-1, vision_feature_select_strategy="full")).eval()
+    llava.model.vision_tower.load_state_dict(tower.state_dict())
+    text = torch.tensor([[1, *[49] * 16, 2]])
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "attention")(
+        [Image.new("RGB", (40, 32), colour) for colour in ("red", "blue")], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        said = llava(input_ids=text.repeat(2, 1), pixel_values=pixels).logits
+        wanted = model((pixels * std + mean), adaptors=["attention"])
+        embedded = llava.get_input_embeddings()(text).repeat(2, 1, 1)
+        embedded[:, 1:-1] = llava.model.multi_modal_projector(wanted["attention"].spatial)
+        assert (llava(inputs_embeds=embedded).logits - said).abs().max() < 1e-5
+    assert said.std(0).max() > 1e-4
+    for names, told in (("mlp,fine", "a vision tower is one of backbone, linear, mlp"), ("sam", "a vision tower is one of")):
+        assert main(["convert", str(stage), str(tmp_path / "no"), "--to", "hf", "--adaptors", names]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_folders_and_heads_that_do_not_fit_are_refused(stage: Path, tmp_path: Path) -> None:
