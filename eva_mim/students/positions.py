@@ -29,7 +29,7 @@ def learned(trunk: Any, grid: Grid, settings: MaskedSettings) -> None:
 
 def sincos(trunk: Any, grid: Grid, settings: MaskedSettings) -> None:
     """Sets the trunk's table to fixed sines and cosines, and freezes it. Raises UserError for a trunk without a table."""
-    table: Any = trunk.pos_embed
+    table: Any = getattr(trunk, "pos_embed", None)
     if table is None:
         raise UserError(f"student.positions=sincos: {settings.name} has no absolute positions; set it to learned")
     extra = table.shape[1] - grid[0] * grid[1]  # class and register tokens with positions; 0 in some models

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Features, Grid
+from eva_mim.core.contracts import Features
 from eva_mim.core.errors import UserError
 from eva_mim.teachers.frozen import Reading, block_index, with_projection
 from eva_mim.trunks import facts
+from eva_mim.trunks.maps import tokens_and_grid
 
 if TYPE_CHECKING:
     from eva_mim.teachers import TeacherSettings
@@ -101,20 +102,6 @@ def _read_end(
         return Features(summary(output), per_patch(output, tokens, trunk, head), grid)
 
     return Reading(features, project=project, summary=said)
-
-
-def tokens_and_grid(features: Tensor, trunk: nn.Module) -> tuple[Tensor, Grid]:
-    """Returns patch tokens [B, N, D] and grid from the output of a timm trunk's `forward_features`: [B, D, h, w] maps
-    ([B, h, w, D] if `trunk.output_fmt` is "NHWC") or [B, prefix + N, D] tokens. Raises UserError if the grid is not known."""
-    if features.ndim == 4:
-        if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
-            features = features.permute(0, 3, 1, 2)
-        grid = features.shape[2], features.shape[3]
-        return features.flatten(2).transpose(1, 2), grid
-    patches, own = features[:, facts.prefix_tokens(trunk) :], facts.grid(trunk)
-    if own is None or own[0] * own[1] != patches.shape[1]:
-        raise UserError(f"{type(trunk).__name__}: {patches.shape[1]} patch tokens, but the trunk does not say its grid")
-    return patches, own
 
 
 def per_patch(features: Tensor, tokens: Tensor, trunk: Any, head: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
     if settings.drop_path:
         arguments["drop_path_rate"] = settings.drop_path
     try:
-        trunk: nn.Module = create(settings.name, **arguments)
+        trunk: nn.Module = _created(settings.name, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"student: timm cannot build {settings.name} with {arguments}: {error}") from None
     _check_patches(trunk, settings)
@@ -39,6 +39,17 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
         trunk.set_grad_checkpointing()  # type: ignore[operator]
     scale_patch_gradient(trunk, settings)
     return trunk
+
+
+def _created(name: str, **arguments: Any) -> nn.Module:
+    try:
+        found: nn.Module = create(name, **arguments)
+    except TypeError as error:  # convolutional networks take any size, and many have no argument for it
+        if "img_size" not in arguments or "img_size" not in str(error):
+            raise
+        del arguments["img_size"]
+        found = create(name, **arguments)
+    return found
 
 
 def _check_patches(trunk: nn.Module, settings: TrunkSettings) -> None:

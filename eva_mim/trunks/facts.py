@@ -76,6 +76,16 @@ def head_name(trunk: nn.Module) -> str | None:
     return next((name for name, module in trunk.named_modules() if module is head and name), None)
 
 
+def width(trunk: nn.Module) -> int:
+    """Returns the number of channels of the last features."""
+    return int(trunk.num_features)  # type: ignore[arg-type]
+
+
+def has_seam(trunk: nn.Module) -> bool:
+    """Returns whether patch tokens enter the trunk's blocks at one place, behind `patch_embed`, before positions are added."""
+    return isinstance(trunk, (VisionTransformer, Eva, Beit)) and grid(trunk) is not None
+
+
 def plain_blocks(trunk: Any) -> int | None:
     """Returns the number of blocks of a plain vision transformer, all of one width; None for any other trunk."""
     return len(trunk.blocks) if all(hasattr(trunk, name) for name in PLAIN) else None
@@ -86,10 +96,13 @@ def why_not_masked(trunk: nn.Module, *, pixels_hidden: bool = False) -> str | No
 
     `pixels_hidden`: patches are hidden before the stem, whose receptive field may then extend beyond a patch.
     """
-    if not isinstance(trunk, (VisionTransformer, Eva, Beit)) or grid(trunk) is None:
-        return "is not a plain ViT with patch tokens; it cannot be masked"
-    if not pixels_hidden and not isinstance(trunk.patch_embed, PatchEmbed):
-        return "is not a plain ViT: its stem looks across patches, so that mask tokens come too late; it cannot be masked"
+    if pixels_hidden:
+        return None
+    if not has_seam(trunk):
+        return "is not a plain ViT with patch tokens: its pixels must be hidden; set student.form=pixel_fill"
+    if not isinstance(trunk.patch_embed, PatchEmbed):
+        return ("is not a plain ViT: its stem looks across patches, so that mask tokens come too late; set "
+                "student.form=pixel_fill or masked_conv")
     return None
 
 

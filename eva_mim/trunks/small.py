@@ -6,11 +6,15 @@ open_clip builds image towers by timm's architecture name alone, so each size th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from timm.layers import HybridEmbed, create_conv2d, get_norm_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vitamin import GeGluMlp, MbConvLNBlock
+from torch import Tensor, nn
 
 _PIXELS = {
     "input_size": (3, 32, 32),
@@ -35,6 +39,7 @@ default_cfgs = generate_default_cfgs(
             **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
         "vit_nano_patch8_64.untrained": {
             **_PIXELS, "input_size": (3, 64, 64), "first_conv": "patch_embed.proj", "classifier": "head"},
+        "vitamin_nano_32.untrained": {**_PIXELS, "first_conv": "patch_embed.backbone.stem.conv1", "classifier": "head"},
         "convnet_mini_64.untrained": {
             **_PIXELS, "input_size": (3, 64, 64), "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
     }
@@ -130,3 +135,53 @@ def convnet_mini_64(pretrained: bool = False, **options: Any) -> ByobNet:
         ByobNet, "convnet_mini_64", pretrained,
         model_cfg=ByoModelCfg(blocks=blocks, stem_chs=32, stem_type="3x3", stem_pool=""), **options
     )
+
+
+HYBRID_WIDTHS, HYBRID_DEPTHS = (32, 48), (1, 2)
+"""Channels and blocks of the convolutional stages, whose maps have a half and a quarter of the image's side."""
+
+
+class HybridStem(nn.Module):
+    """Two 3x3 convolutions at the image's own size (ViTamin's have stride 2, for images seven times as large)."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.conv1 = create_conv2d(channels, width, 3, bias=True)
+        self.norm1 = partial(get_norm_act_layer("layernorm2d", "gelu"), eps=1e-6)(width)
+        self.conv2 = create_conv2d(width, width, 3, bias=True)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Returns [B, C, H, W] of [B, channels, H, W]."""
+        out: Tensor = self.conv2(self.norm1(self.conv1(pixels)))
+        return out
+
+
+class HybridStages(nn.Module):
+    """Stem and two stages of ViTamin's inverted bottlenecks."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.stem, before = HybridStem(channels, HYBRID_WIDTHS[0]), HYBRID_WIDTHS[0]
+        stages = []
+        for width, depth in zip(HYBRID_WIDTHS, HYBRID_DEPTHS, strict=True):
+            sizes = [(before, 2), *[(width, 1)] * (depth - 1)]
+            stages.append(nn.Sequential(*(MbConvLNBlock(wide, width, stride=stride) for wide, stride in sizes)))
+            before = width
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Returns a map [B, C, H / 4, W / 4]."""
+        out: Tensor = self.stages(self.stem(pixels))
+        return out
+
+
+@register_model
+def vitamin_nano_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Builds a hybrid for 32 px, 8 x 8 patches: convolutional stages of widths 32 and 48, then 4 blocks of width 96."""
+    backbone = HybridStages(options.get("in_chans", 3))
+    arguments: dict[str, Any] = {
+        "embed_layer": partial(HybridEmbed, backbone=backbone), "patch_size": 1, "img_size": 32, "embed_dim": 96, "depth": 4,
+        "num_heads": 3, "mlp_layer": GeGluMlp, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg",
+    }
+    return build_model_with_cfg(
+        VisionTransformer, "vitamin_nano_32", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments | options)

@@ -26,6 +26,7 @@ from eva_mim.teachers.frozen import FrozenTeacher, Reading
 from eva_mim.teachers.trunk import read_trunk
 from eva_mim.trunks import facts
 from eva_mim.trunks.create import create
+from eva_mim.trunks.maps import final_grid, tokens_and_grid
 from eva_mim.weights.files.formats import read_json
 from eva_mim.weights.files.read import open_checkpoint
 
@@ -91,10 +92,12 @@ class FeatureModel(nn.Module):
     """
 
     def __init__(
-        self, network: Any, reading: Reading, *, image_size: int, patch: tuple[int, int] | None, mean: Sequence[float],
-        std: Sequence[float], folder: Path,
+        self, network: Any, reading: Reading, *, image_size: int, patch: tuple[int, int] | None, grid: Grid | None,
+        mean: Sequence[float], std: Sequence[float], folder: Path,
     ):
+        """`patch`: (height, width) in pixels, None for a network of one size; `grid`: of the patches of its own size."""
         super().__init__()
+        self.grid = grid
         self.network, self._reading, self.image_size, self.patch, self.folder = network, reading, image_size, patch, folder
         self.mean, self.std = tuple(mean), tuple(std)
         self.register_buffer("_pixels", torch.tensor([self.mean, self.std]).view(2, -1, 1, 1), persistent=False)
@@ -177,6 +180,8 @@ class FeatureModel(nn.Module):
         grid = self.grid_of(pixels)
         with windowed(grid, self.window):
             tokens: Tensor = self.network.forward_features(pixels)
+        if tokens.ndim == 4:
+            tokens = tokens_and_grid(tokens, self.network)[0]
         prefix = facts.prefix_tokens(self.network)
         patches = tokens[:, prefix:]
         count = max(self._class_tokens.values(), default=0) + 1
@@ -199,8 +204,10 @@ class FeatureModel(nn.Module):
 
     def grid_of(self, pixels: Tensor, adaptor: str | None = None) -> Grid:
         """Returns the grid of patches of images, or of the cells that an adaptor predicts."""
-        assert self.patch is not None
         fine = round(self._cells.get(adaptor or "", 1) ** 0.5)
+        if self.patch is None:  # it takes one size alone
+            assert self.grid is not None
+            return self.grid[0] * fine, self.grid[1] * fine
         return pixels.shape[-2] // self.patch[0] * fine, pixels.shape[-1] // self.patch[1] * fine
 
 
@@ -258,14 +265,14 @@ def _features(name: str, folder: Path, **options: Any) -> FeatureModel:
     mean, std = facts.mean_std(trunk)
     return FeatureModel(
         trunk.eval(), read_trunk(trunk, TeacherSettings(kind="timm", name=str(folder))),
-        image_size=facts.input_size(trunk)[0], patch=facts.patch_size(trunk) if any_size else None, mean=mean, std=std,
-        folder=folder,
+        image_size=facts.input_size(trunk)[0], patch=facts.patch_size(trunk) if any_size else None,
+        grid=final_grid(trunk, facts.input_size(trunk)[0], len(mean)), mean=mean, std=std, folder=folder,
     ).eval()
 
 
 def _of_teacher(teacher: FrozenTeacher, folder: Path) -> FeatureModel:
-    return FeatureModel(teacher.network, teacher.reading, image_size=teacher.image_size, patch=None, mean=teacher.mean,
-                        std=teacher.std, folder=folder).eval()
+    return FeatureModel(teacher.network, teacher.reading, image_size=teacher.image_size, patch=None, grid=teacher.grid,
+                        mean=teacher.mean, std=teacher.std, folder=folder).eval()
 
 
 def stage_teacher(settings: TeacherSettings) -> FrozenTeacher:

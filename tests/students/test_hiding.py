@@ -15,29 +15,24 @@ from eva_mim.core.errors import UserError
 from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.heads import HeadPlan
-from eva_mim.students.hiding import HIDINGS, Hiding, MaskTokens
 from eva_mim.students.masked import MaskedStudent
 from tests.students.test_masked import images_and_mask, pixel_mask, randomise
 
 MASK = MaskSettings(kind="random", ratio=0.5)
 
 
-class PixelFill(Hiding):
-    """What a hybrid needs: hidden patches are grey before the stem looks across patches."""
-
-    hides_pixels = True
-
-    def pixels(self, student: Any, pixels: Tensor, masked: Tensor) -> Tensor:
-        """[B, channels, H, W] with 0 in the hidden patches."""
-        return pixels.masked_fill(pixel_mask(student, masked), 0.0)
-
-
-COMPOSED = {**HIDINGS, "filled": (PixelFill(),), "filled_and_tokens": (PixelFill(), MaskTokens())}
+PLAIN = ("mask_tokens", "visible", "pixel_fill")
+FAMILIES = {"convnext_atto": 96, "coatnet_nano_rw_224": 96, "fastvit_t8": 96, "tf_efficientnet_lite0": 96, "convnet_nano_32": 32,
+            "swin_tiny_patch4_window7_224": 224, "maxvit_pico_rw_256": 256, "hgnetv2_b0": 96}  # fmt: skip
+"""A small trunk with a last map of each family, and an image size."""
 TABLE = [
-    *((form, "vit_nano_patch4_32", None) for form in HIDINGS), *((form, "vit_small_patch14_reg4_dinov2", 56) for form in HIDINGS),
-    ("filled_and_tokens", "vit_nano_patch4_32", None), ("filled_and_tokens", "vit_tiny_r_s16_p8_224", 64),
+    *((form, "vit_nano_patch4_32", None) for form in PLAIN), *((form, "vit_small_patch14_reg4_dinov2", 56) for form in PLAIN),
+    *((form, name, size) for form in ("pixel_fill", "masked_conv")
+      for name, size in (("vitamin_nano_32", None), ("vitamin_small_224", 64))),
+    ("pixel_fill", "vit_tiny_r_s16_p8_224", 64),
+    *(("pixel_fill", name, size) for name, size in FAMILIES.items()),
 ]
-"""Plain, with registers; a hybrid whose stem of convolutions looks across patches."""
+"""Plain, with registers; hybrids whose convolutions look across patches; trunks whose every layer does."""
 
 
 def student(form: str, name: str = "vit_nano_patch4_32", size: int | None = None, targets: Any = 10) -> Any:
@@ -52,12 +47,6 @@ def halves(made: MaskedStudent) -> tuple[Tensor, Tensor, Tensor]:
     images, _, _ = images_and_mask(made)
     places = torch.rand(3, made.patches, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
     return images, places < made.patches // 2, torch.arange(3 * made.patches)
-
-
-@pytest.fixture(autouse=True)
-def composed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for form, ways in COMPOSED.items():
-        monkeypatch.setitem(HIDINGS, form, ways)
 
 
 @pytest.mark.parametrize(("form", "name", "size"), TABLE)
@@ -75,13 +64,20 @@ def test_no_hidden_pixel_changes_any_prediction(form: str, name: str, size: int 
 def test_a_stem_that_looks_across_patches_needs_its_pixels_hidden() -> None:
     with pytest.raises(UserError, match="stem looks across patches"):
         student("mask_tokens", "vit_tiny_r_s16_p8_224", 64)
+    with pytest.raises(UserError, match=r"vit_tiny_r_s16_p8_224 has no stem and stages of convolutions .* set it to pixel_fill"):
+        student("masked_conv", "vit_tiny_r_s16_p8_224", 64)
+    with pytest.raises(UserError, match=r"convnext_atto is not a plain ViT .*: its pixels must be hidden"):
+        student("mask_tokens", "convnext_atto", 96)
 
 
-@pytest.mark.parametrize("form", ["mask_tokens", "visible", "filled_and_tokens"])
+@pytest.mark.parametrize(("form", "name"), [
+    ("mask_tokens", "vit_nano_patch4_32"), ("visible", "vit_nano_patch4_32"), ("pixel_fill", "vitamin_nano_32"),
+    ("masked_conv", "vitamin_nano_32"),
+])
 @pytest.mark.parametrize("blocks", [True, False])
-def test_recomputed_activations_have_the_same_mask(form: str, blocks: bool) -> None:
+def test_recomputed_activations_have_the_same_mask(form: str, name: str, blocks: bool) -> None:
     """timm's checkpointing of blocks, and the whole student recomputed in the backward pass, after a call with another mask."""
-    made = student(form)
+    made = student(form, name)
     images, masked, index = halves(made)
     gradients = []
     for recompute in (False, True):
