@@ -86,6 +86,13 @@ def has_seam(trunk: nn.Module) -> bool:
     return isinstance(trunk, (VisionTransformer, Eva, Beit)) and grid(trunk) is not None
 
 
+def has_positions(trunk: nn.Module) -> bool:
+    """Returns whether the blocks of a trunk with a seam know where a token stands: by a table, by rotary or by relative
+    positions."""
+    relative = any("rel_pos" in name or "relative_position" in name for name, _ in trunk.named_parameters())
+    return getattr(trunk, "pos_embed", None) is not None or getattr(trunk, "rope", None) is not None or relative
+
+
 def plain_blocks(trunk: Any) -> int | None:
     """Returns the number of blocks of a plain vision transformer, all of one width; None for any other trunk."""
     return len(trunk.blocks) if all(hasattr(trunk, name) for name in PLAIN) else None

@@ -16,6 +16,7 @@ from eva_mim.data import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.heads import HeadPlan
 from eva_mim.students.masked import MaskedStudent
+from eva_mim.trunks.pixels import normalise
 from tests.students.test_masked import images_and_mask, pixel_mask, randomise
 
 MASK = MaskSettings(kind="random", ratio=0.5)
@@ -68,6 +69,54 @@ def test_a_stem_that_looks_across_patches_needs_its_pixels_hidden() -> None:
         student("masked_conv", "vit_tiny_r_s16_p8_224", 64)
     with pytest.raises(UserError, match=r"convnext_atto is not a plain ViT .*: its pixels must be hidden"):
         student("mask_tokens", "convnext_atto", 96)
+
+
+@pytest.mark.parametrize("form", ["mask_tokens", "pixel_fill"])
+def test_a_trunk_without_positions_cannot_tell_masked_patches_apart(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ViTamin-XL has none; what would come of it is measured on a small trunk without its table."""
+    name = "vit_nano_patch4_32" if form == "mask_tokens" else "vitamin_nano_32"
+    made = student(form, name)
+    images, masked, index = halves(made)
+
+    def spread() -> float:
+        said = made(images, masked, index).unflatten(0, (3, -1))
+        return max(float(rows[hidden].std(0).max()) for rows, hidden in zip(said, masked, strict=True))
+
+    with torch.no_grad():
+        assert spread() > 1e-2
+        made.trunk.pos_embed = None
+        assert spread() < 1e-5
+    monkeypatch.setattr("eva_mim.students.masked.build_trunk", lambda *_, **__: made.trunk)
+    with pytest.raises(UserError, match=f"{name} has no positions, so that it would predict the same for every masked patch"):
+        student(form, name)
+
+
+@torch.no_grad()
+def test_naive_mask_tokens_let_a_hybrid_read_what_is_hidden() -> None:
+    """Colours of a masked patch from its four neighbours, by ridge regression on new images: of independent patches nothing can
+    be known but what convolutions carry across the edge."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(256, (3000, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = colours.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    made = student("pixel_fill", "vitamin_nano_32")
+    masked = torch.zeros(len(images), 64, dtype=torch.bool)
+    masked[:, 3 * 8 + 4] = True
+    wanted = colours[:, :, 3, 4].double() / 255
+    found = {}
+    for way in ("naive", "filled"):
+        pixels = normalise(images, made.mean, made.std)
+        if way == "filled":
+            pixels = made._hidings[0].pixels(made, pixels, masked)
+        tokens = made.trunk.patch_embed(pixels)
+        near = tokens[:, [2 * 8 + 4, 4 * 8 + 4, 3 * 8 + 3, 3 * 8 + 5]].flatten(1).double()
+        near = torch.cat([(near - near.mean(0)) / near.std(0), torch.ones(len(near), 1)], 1)
+        fit, test = slice(0, 2000), slice(2000, None)
+        penalty = 10.0 * torch.eye(near.shape[1]).double()
+        weights = torch.linalg.solve(near[fit].T @ near[fit] + penalty, near[fit].T @ wanted[fit])
+        error = (near[test] @ weights - wanted[test]).square().sum()
+        found[way] = 1 - float(error / (wanted[test] - wanted[fit].mean(0)).square().sum())
+    assert found["naive"] > 0.5, found
+    assert found["filled"] < 0.0, found
 
 
 @pytest.mark.parametrize(("form", "name"), [
