@@ -82,6 +82,14 @@ def pipeline(out: Path, tree: dict[str, Any], threads: int) -> None:
         sys.exit(code)
 
 
+def pipelines(trees: dict[Path, dict[str, Any]], jobs: int) -> None:
+    """Run pipelines by folder, `jobs` at once, which share out the cores."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(pipeline, out, tree, threads) for out, tree in trees.items()]:
+            future.result()
+
+
 def metrics(out: Path, stage: str) -> dict[str, float]:
     """Figures of a finished stage; empty when the chain has none of that name."""
     file = out / stage / "lineage.json"
@@ -122,21 +130,14 @@ def main() -> int:
     if not arguments.data.is_dir():
         sys.stdout.write(f"skipped: {arguments.data} is not there (CIFAR-10 as tar shards)\n")
         return 0
-    cores = os.cpu_count() or 1
     teacher = {"name": "clip_teacher", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml",
                "settings": {"run.epochs": 3, "run.evaluate_every": 100}}
-    pipeline(arguments.out / "teacher", {"settings": {"data.root": str(arguments.data)}, "stages": [teacher]}, cores)
+    pipeline(arguments.out / "teacher", {"settings": {"data.root": str(arguments.data)}, "stages": [teacher]}, os.cpu_count() or 1)
     chains = [(style, seed) for style, (_, _, seeds) in STYLES.items() for seed in seeds]
     chains += [("scratch", seed) for seed in SEEDS] + [("untrained", 0)]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = [
-            pool.submit(pipeline, arguments.out / f"{style}-{seed}",
-                        chain(style, arguments.out / "teacher" / "clip_teacher", arguments.data, seed),
-                        max(1, cores // arguments.jobs))
-            for style, seed in chains
-        ]
-        for future in waiting:
-            future.result()
+    trained = arguments.out / "teacher" / "clip_teacher"
+    pipelines({arguments.out / f"{style}-{seed}": chain(style, trained, arguments.data, seed) for style, seed in chains},
+              arguments.jobs)
     text = table(arguments.out, chains)
     (arguments.out / "table.md").write_text(text)
     sys.stdout.write("\n" + text)

@@ -15,11 +15,10 @@ import argparse
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.cifar10_styles import cell, metrics, pipeline
+from tools.cifar10_styles import cell, metrics, pipeline, pipelines
 
 RECIPE = "configs/mim/cifar10_teachers.yaml"
 ALL = ("network", "clip", "pixels")
@@ -130,7 +129,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_teachers"))
     parser.add_argument("--jobs", type=int, default=2, help="students trained at once; the cores are shared out")
     options = parser.parse_args()
-    out, cores = options.out, os.cpu_count() or 1
+    out = options.out
     if not options.data.is_dir():
         sys.stdout.write(f"skipped: {options.data} is not there (CIFAR-10 as tar shards)\n")
         return 0
@@ -138,7 +137,7 @@ def main() -> int:
     pipeline(out / "teachers", {"settings": {"data.root": str(options.data), "run.precision": "fp32"}, "stages": [
         {"name": "clip", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml", "settings": {"run.epochs": 4}},
         {"name": "pixels", "program": "mim", "recipe": "configs/mim/cifar10.yaml", "settings": pixels},
-    ]}, cores)
+    ]}, os.cpu_count() or 1)
     write_recipes(out)
     cache = [sys.executable, "-m", "eva_mim.cli", "cache", str(out / f"{'_'.join(ALL)}.yaml"), f"data.root={options.data}",
              *(f"{name}={value}" for name, value in teachers_of(out).items()), "--program", "mim", "--views", str(VIEWS),
@@ -146,11 +145,7 @@ def main() -> int:
     if code := subprocess.run(cache).returncode:
         return code
     rows = students()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(pipeline, out / f"{row.key}-{seed}", chain(row, out, options.data, seed),
-                               max(1, cores // options.jobs)) for row in rows for seed in row.seeds]
-        for future in waiting:
-            future.result()
+    pipelines({out / f"{row.key}-{seed}": chain(row, out, options.data, seed) for row in rows for seed in row.seeds}, options.jobs)
     text = table(out, rows)
     (out / "table.md").write_text(text)
     sys.stdout.write(text)
