@@ -68,14 +68,16 @@ def chain(style: str, teacher: Path, data: Path, seed: int) -> dict[str, Any]:
     return {"settings": {"data.root": str(data), "run.seed": seed, "data.workers": 0} | STUDENT, "stages": stages}
 
 
-def pipeline(out: Path, tree: dict[str, Any], threads: int) -> None:
-    """Run a pipeline in a process of its own; its log is OUT/log.txt. Exits with its code when it fails."""
+def pipeline(out: Path, tree: dict[str, Any], threads: int | None = None) -> None:
+    """Run a pipeline in a process of its own, by default on all cores; its log is OUT/log.txt. Exits with its code when it
+    fails."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "pipeline.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     started = time.monotonic()
     with (out / "log.txt").open("a") as log:
         line = [sys.executable, "-m", "eva_mim.cli", "pipeline", str(out / "pipeline.yaml"), "--out", str(out)]
-        code = subprocess.run(line, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+        own = os.environ | {"OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
+        code = subprocess.run(line, stdout=log, stderr=log, env=own).returncode
     sys.stdout.write(f"{out}: {'done' if code == 0 else f'failed, see {log.name}'} ({time.monotonic() - started:.0f} s)\n")
     sys.stdout.flush()
     if code:
@@ -132,7 +134,7 @@ def main() -> int:
         return 0
     teacher = {"name": "clip_teacher", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml",
                "settings": {"run.epochs": 3, "run.evaluate_every": 100}}
-    pipeline(arguments.out / "teacher", {"settings": {"data.root": str(arguments.data)}, "stages": [teacher]}, os.cpu_count() or 1)
+    pipeline(arguments.out / "teacher", {"settings": {"data.root": str(arguments.data)}, "stages": [teacher]})
     chains = [(style, seed) for style, (_, _, seeds) in STYLES.items() for seed in seeds]
     chains += [("scratch", seed) for seed in SEEDS] + [("untrained", 0)]
     trained = arguments.out / "teacher" / "clip_teacher"

@@ -12,7 +12,6 @@ finished is not run again. The table is printed and written to OUT/table.md.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +136,7 @@ def main() -> int:
     pipeline(out / "teachers", {"settings": {"data.root": str(options.data), "run.precision": "fp32"}, "stages": [
         {"name": "clip", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml", "settings": {"run.epochs": 4}},
         {"name": "pixels", "program": "mim", "recipe": "configs/mim/cifar10.yaml", "settings": pixels},
-    ]}, os.cpu_count() or 1)
+    ]})
     write_recipes(out)
     cache = [sys.executable, "-m", "eva_mim.cli", "cache", str(out / f"{'_'.join(ALL)}.yaml"), f"data.root={options.data}",
              *(f"{name}={value}" for name, value in teachers_of(out).items()), "--program", "mim", "--views", str(VIEWS),
@@ -145,7 +144,8 @@ def main() -> int:
     if code := subprocess.run(cache).returncode:
         return code
     rows = students()
-    pipelines({out / f"{row.key}-{seed}": chain(row, out, options.data, seed) for row in rows for seed in row.seeds}, options.jobs)
+    chains = {out / f"{row.key}-{seed}": chain(row, out, options.data, seed) for row in rows for seed in row.seeds}
+    pipelines(chains, options.jobs)
     text = table(out, rows)
     (out / "table.md").write_text(text)
     sys.stdout.write(text)
