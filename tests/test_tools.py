@@ -125,7 +125,7 @@ def test_a_table_of_chains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: Any
 ) -> None:
     """Every chain's pipeline would run; its figures come into the table."""
-    def instead(out: Path, tree: dict[str, Any], threads: int) -> None:
+    def instead(out: Path, tree: dict[str, Any], threads: int | None = None) -> None:
         figures(out, tree)
 
     make_folder(tmp_path / "data", {"": 2})

@@ -49,7 +49,7 @@ class Mutant(NamedTuple):
 
 
 NAMED = [
-    ("sign", "eva_mim/tasks/objectives.py", "LossTerm(-_mean(cosine)", "LossTerm(_mean(cosine)"),
+    ("sign", "eva_mim/tasks/objectives.py", "RowLosses(-cosine", "RowLosses(cosine"),
     ("sign", "eva_mim/optim/schedule.py", "0.5 * (start - end)", "0.5 * (end - start)"),
     ("sign", "eva_mim/tasks/contrastive.py", "return -F.logsigmoid(", "return F.logsigmoid("),
     ("off by one", "eva_mim/optim/schedule.py", "(step + 1) / warmup", "step / warmup"),

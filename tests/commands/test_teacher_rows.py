@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from eva_mim.cli import main
+from tests.targets.test_groups import recipe as groups
 from tests.targets.test_lessons import held_out
 from tests.tiny import MIM, teacher_file, write_recipe
 
@@ -67,7 +68,7 @@ def test_its_figures_are_those_of_plain_torch(tmp_path: Path, capsys: pytest.Cap
 def test_a_teacher_that_follows_the_student_is_told_with_its_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["teacher", "check", str(recipe(tmp_path)), "groups.near.image_size=[64, 32, 48]"]) == 0
+    assert main(["teacher", "check", str(groups(tmp_path)), "groups.far.image_size=[64, 32, 48]"]) == 0
     assert "  follows the student's sizes: 16, 24, 32 px" in capsys.readouterr().out.splitlines()
 
 
