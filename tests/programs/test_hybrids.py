@@ -1,4 +1,4 @@
-"""Hybrids and convolutional trunks as masked students: they learn, timm opens them, and classifiers start from them."""
+"""Hybrids and convolutional trunks as masked students: they learn, timm opens them, and later stages start from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import eva_mim
 import eva_mim.trunks.small
-from tests.tiny import CLASSIFY, MIM, records, run, write_recipe
+from tests.tiny import CLASSIFY, CLIP, MIM, records, run, write_recipe
 
 STUDENTS = [("vitamin_nano_32", "masked_conv"), ("vitamin_nano_32", "pixel_fill"), ("convnet_nano_32", "pixel_fill")]
 
@@ -35,7 +35,12 @@ def test_a_student_of_convolutions(name: str, form: str, tmp_path: Path) -> None
     assert tokens.shape[1] == 64
     assert (said.spatial - tokens).abs().max() < 1e-5  # type: ignore[union-attr]
     assert (said.summary - tokens.mean(1)).abs().max() < 1e-5  # type: ignore[union-attr]
-    tree = CLASSIFY | {"student": {"name": name}, "init_from": str(out)}
-    run("classify", write_recipe(tmp_path, tree, "classify.yaml"), tmp_path / "classify", "run.epochs=1", "optim.layer_decay=1.0")
-    loaded = json.loads((tmp_path / "classify" / "lineage.json").read_text())["seeded"]["loaded"]
-    assert {key.replace("fc_norm", "norm") for key in loaded} == set(trunk.state_dict())  # it pools before the norm
+    stages = {"classify": CLASSIFY | {"student": {"name": name}}}
+    if form == "pixel_fill":
+        stages["clip"] = CLIP | {"student": CLIP["student"] | {"name": name}}
+    for stage, tree in stages.items():
+        recipe = write_recipe(tmp_path, tree | {"init_from": str(out)})
+        run(stage, recipe, tmp_path / stage, "run.epochs=1", "optim.layer_decay=1.0")
+        loaded = [key.removeprefix("trunk.") for key in
+                  json.loads((tmp_path / stage / "lineage.json").read_text())["seeded"]["loaded"]]
+        assert {key.replace("fc_norm", "norm") for key in loaded} == set(trunk.state_dict())  # it pools before the norm
