@@ -34,7 +34,7 @@ from eva_mim.students.windows import sides_of
 from eva_mim.targets.normalise import Normaliser
 from eva_mim.tasks.grids import check_grids, fine
 from eva_mim.tasks.masked import Lesson, MaskedFeatures
-from eva_mim.tasks.objectives import SummaryAngle, summary_cosine
+from eva_mim.tasks.objectives import UP_TO_ROTATION, SummaryAngle, summary_cosine
 from eva_mim.teachers import TeacherSettings, matched
 from eva_mim.teachers.open_clip import TextTower
 from eva_mim.trunks import facts
@@ -99,6 +99,7 @@ def lessons_of(recipe: StageRecipe, teachers: Mapping[str, Teacher], device: tor
             summary=summary,
             summary_weight=own.weight * objective.summary_weight,
             normaliser=Normaliser(normaliser, teacher.width, own.path).to(device) if normalised else None,
+            turned=normalised and normaliser.kind == "phi_s" and objective.kind in UP_TO_ROTATION and recipe.run.zero_stage != 3,
             upsample=recipe.head_of(name).upsample,
             interpolate=own.interpolate,
             scaled=objective.kind != "cosine",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from eva_mim.core.contracts import Grid
@@ -160,31 +162,46 @@ class Patches(NamedTuple):
 
 
 def predict(
-    head: nn.Module, cells: Mapping[str, int], patches: Patches, wanted: Mapping[str, Grid | None] | None = None
+    head: nn.Module, cells: Mapping[str, int], patches: Patches, wanted: Mapping[str, Grid | None] | None = None,
+    turns: Mapping[str, Tensor] | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Returns [M, C] predictions; for several heads by the target's name. Of a head that is finer than the patches [M * u^2, C],
     the cells of a patch together, row by row; of one with a grid in `wanted` [B * rows * columns, C], all of that grid; of a
-    head that is not in `wanted`, if this is given, no rows. `head`, `cells`: see `Heads`."""
+    head that is not in `wanted`, if this is given, no rows. `head`, `cells`: see `Heads`; `turns`: [C, C] by the target's name
+    (of a single head the only one), by which the predictions are multiplied."""
+    turns = turns or {}
     if not isinstance(head, nn.ModuleDict):
-        return _predict(head, cells[""], patches)
+        return _predict(head, cells[""], patches, turn=next(iter(turns.values()), None))
     found = {}
     for name, one in head.items():
         if wanted is None or name in wanted:
-            found[name] = _predict(one, cells[name], patches, None if wanted is None else wanted[name])
+            found[name] = _predict(one, cells[name], patches, None if wanted is None else wanted[name], turns.get(name))
         else:
             nothing = Patches(patches.tokens[:0], patches.prefix, patches.grid, patches.places[:0])
             found[name] = _predict(one, cells[name], nothing)
     return found
 
 
-def _predict(head: nn.Module, cells: int, patches: Patches, grid: Grid | None = None) -> Tensor:
+def _predict(head: nn.Module, cells: int, patches: Patches, grid: Grid | None = None, turn: Tensor | None = None) -> Tensor:
     tokens, prefix, own, places = patches
     if isinstance(head, AttentionHead):
         tokens = head.mixing(tokens)
     rows = tokens[:, prefix:]
     rows = rows.flatten(0, 1)[places] if grid is None else resampled(rows, own, grid).flatten(0, 1)
-    prediction: Tensor = head(rows)
+    prediction: Tensor = head(rows) if turn is None else _turned(head, rows, turn, cells)
     return prediction.reshape(prediction.shape[0] * cells, prediction.shape[1] // cells)
+
+
+def _turned(head: nn.Module, rows: Tensor, turn: Tensor, cells: int) -> Tensor:
+    """Returns what a head says, each cell times `turn`, [C, C]. The last layer's weights are multiplied, since they have fewer
+    columns than there are patches in a batch."""
+    last = last_layer(head)
+    prefix = next(f"{name}." if name else "" for name, module in head.named_modules() if module is last)
+    with torch.autocast(rows.device.type, enabled=False):
+        weight, bias = (turn @ one.view(cells, len(turn), -1) for one in (last.weight, last.bias))
+    state = {f"{prefix}weight": weight.flatten(0, 1), f"{prefix}bias": bias.flatten()}
+    found: Tensor = functional_call(head, state, (rows,))
+    return found
 
 
 def resampled(features: Tensor, grid: Grid, other: Grid) -> Tensor:

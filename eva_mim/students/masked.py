@@ -129,14 +129,14 @@ class MaskedStudent(nn.Module):
 
     def forward(
         self, images: Tensor, masked: Tensor | None, target_index: Tensor, wanted: Mapping[str, Grid | None] | None = None,
-        window: int | None = None,
+        window: int | None = None, turns: Mapping[str, Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Returns [M, C] predictions for the patches of `target_index` (see `MaskedBatch`); for several targets by name, those of
         summaries [B, C] as NAME_summary. The patches of `masked` are hidden; None hides no patch.
 
         `wanted`: teachers to predict, each with the grid to which patches are brought by interpolation, all of which are then
         predicted, or None; of other teachers no rows are predicted, but the prediction depends on all their heads' weights.
-        `window`: see `tokens`.
+        `window`: see `tokens`; `turns`: see `predict`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.heads_alone):
             encoded = tokens = self.tokens(images, masked, window)
@@ -146,7 +146,7 @@ class MaskedStudent(nn.Module):
             # A gradient of 0: the optimizer counts the steps of all parameters alike, and ZeRO reduces what it expects.
             tokens = tokens + sum((value.sum() * 0 for value in self._before_heads()), tokens.new_zeros(()))
         patches = Patches(tokens, self.prefix, self.grid_at(images.shape[-1]), target_index)
-        found = predict(self.head, self._cells, patches, wanted)
+        found = predict(self.head, self._cells, patches, wanted, turns)
         if isinstance(found, Tensor):
             return found
         for name, head in self.summary_head.items():

@@ -22,11 +22,13 @@ CONSTANT = 1e-12
 
 
 class Map(NamedTuple):
-    """A normaliser's map: mean [C], W and the inverse of W, diagonals [C] or matrices [C, C]."""
+    """A normaliser's map: mean [C], W and the inverse of W, diagonals [C] or matrices [C, C]; W is a rotation times `scale`."""
 
     mean: Tensor
     forward: Tensor
     backward: Tensor
+    scale: Tensor
+    """Scalar; of use for "phi_s" alone."""
 
     def fast(self) -> Map:
         """Returns the map in fp32."""
@@ -141,7 +143,7 @@ class Normaliser:
         if self._map is None:
             values, mean = self.state["variances"], self.state["mean"]
             deviation = values.clamp(min=FLOOR * float(values.mean())).sqrt()
-            exact = Map(mean, 1 / deviation, deviation)
+            exact = Map(mean, 1 / deviation, deviation, values.new_ones(()))
             if self._full:
                 whole = self.state["vectors"]
                 if self._settings.kind == "phi_s":
@@ -149,7 +151,7 @@ class Normaliser:
                 else:
                     turn = whole.T
                 back = whole if self._settings.kind == "zca" else torch.eye(self.width).to(whole)
-                exact = Map(mean, back @ (turn / deviation[:, None]), (turn.T * deviation) @ back.T)
+                exact = Map(mean, back @ (turn / deviation[:, None]), (turn.T * deviation) @ back.T, 1 / values.mean().sqrt())
             self._map = exact, exact.fast()
         return self._map
 
@@ -163,18 +165,34 @@ class Normaliser:
         fast = self._maps()[1]
         return _times(normalised.float(), fast.backward) + fast.mean
 
+    def turn(self) -> Tensor:
+        """Returns the rotation [C, C] from normalised features to scaled ones, for "phi_s"."""
+        fast = self._maps()[1]
+        return fast.backward * fast.scale
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Returns features [M, C] in fp32 that are normalised up to the rotation, for "phi_s": a loss that does not depend on a
+        rotation is the same, and a product of each row with a matrix is saved."""
+        fast = self._maps()[1]
+        return (features.float() - fast.mean) * fast.scale
+
+    def unscaled(self, scaled: Tensor) -> Tensor:
+        """Returns features [M, C] in the teacher's own space; the inverse of `scaled`."""
+        fast = self._maps()[1]
+        return scaled.float() / fast.scale + fast.mean
+
     @torch.no_grad()
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weight [C, D] and bias [C] of a linear layer with outputs in the teacher's own space, from those of a layer
         with normalised outputs."""
-        mean, _, backward = self._maps()[0]
-        return _through(weight, backward), _through(bias, backward) + mean.to(bias)
+        exact = self._maps()[0]
+        return _through(weight, exact.backward), _through(bias, exact.backward) + exact.mean.to(bias)
 
     @torch.no_grad()
     def unfold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weight and bias of a layer with normalised outputs; the inverse of `fold`."""
-        mean, forward, _ = self._maps()[0]
-        return _through(weight, forward), _through(bias - mean.to(bias), forward)
+        exact = self._maps()[0]
+        return _through(weight, exact.forward), _through(bias - exact.mean.to(bias), exact.forward)
 
     def deviations(self) -> tuple[float, float]:
         """Returns the least and the largest standard deviation of a normalised channel, by the statistics so far."""

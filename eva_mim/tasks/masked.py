@@ -44,6 +44,8 @@ class Lesson:
     """u: a patch of the student is u x u cells of the teacher."""
     interpolate: str | None = None
     """See `TargetTeacherSettings`."""
+    turned: bool = False
+    """True if normalised features are compared up to their rotation (`Normaliser.scaled`)."""
     scaled: bool = False
     """True if the loss of patches also fixes the length of predictions."""
 
@@ -66,7 +68,15 @@ class Lesson:
 
     def native(self, prediction: Tensor) -> Tensor:
         """Returns predictions of spatial features [M, C] in the teacher's own space."""
-        return prediction if self.normaliser is None else self.normaliser.inverse(prediction)
+        if self.normaliser is None:
+            return prediction
+        return self.normaliser.unscaled(prediction) if self.turned else self.normaliser.inverse(prediction)
+
+    def normalised(self, features: Tensor) -> Tensor:
+        """Returns a teacher's spatial features [M, C] as they are predicted."""
+        if self.normaliser is None:
+            return features
+        return self.normaliser.scaled(features) if self.turned else self.normaliser(features)
 
 
 class MaskedFeatures(Task):
@@ -166,9 +176,7 @@ class MaskedFeatures(Task):
         found = {}
         if lesson.spatial is not None:
             prediction = predictions[name]
-            wanted = prediction.detach() if target is None else target.spatial
-            if target is not None and lesson.normaliser is not None:
-                wanted = lesson.normaliser(wanted)
+            wanted = prediction.detach() if target is None else lesson.normalised(target.spatial)
             seen = self._seen(batch) * lesson.upsample**2 if target is not None else 0
             masked = len(prediction) - seen
             if lesson.masked:
@@ -227,7 +235,9 @@ class MaskedFeatures(Task):
         The patches of `masked` are hidden."""
         wanted = {name: self._match(batch, name)[1] for name in self.taught(batch)}
         alike = len(wanted) == len(self.lessons) and not any(wanted.values())
-        more = () if alike and batch.window is None else (None if alike else wanted, batch.window)
+        turns = {name: lesson.normaliser.turn() for name, lesson in self.lessons.items() if lesson.turned and lesson.normaliser}
+        plain = alike and batch.window is None and not turns
+        more = () if plain else (None if alike else wanted, batch.window, turns or None)
         found = student(self.images(batch), masked, index, *more)
         return found if isinstance(found, dict) else dict.fromkeys(self.lessons, found)
 

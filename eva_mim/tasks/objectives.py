@@ -34,6 +34,8 @@ def mean_of(values: Tensor) -> Tensor:
 Objective = Callable[[Tensor, Tensor], RowLosses]
 COSINE_SHARE = 0.9
 """Weight of 1 - cosine beside smooth L1 (AM-RADIO, section 3.2)."""
+UP_TO_ROTATION = ("cosine", "mse")
+"""Names of losses of patches that do not change when prediction and target are rotated alike."""
 SAMPLES = 10_000_000
 """Summaries after which the dispersion of a teacher's directions is fixed (NVIDIA's TAO)."""
 NEAR = 1e-3

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
+from eva_mim.students import HeadSettings
+from eva_mim.students.heads import Patches, mlp, predict
 from eva_mim.targets import NormaliserSettings
 from eva_mim.targets.normalise import Normaliser
 from eva_mim.targets.orthogonal import hadamard, spreading
@@ -191,3 +193,29 @@ def test_it_goes_on_from_its_state_bit_for_bit() -> None:
     assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
     assert torch.equal(whole(first), resumed(first))
     assert not resumed.measuring
+
+
+@pytest.mark.parametrize("width", [12, 10])
+def test_phi_s_up_to_its_rotation(width: int) -> None:
+    """Scaled features are the normalised ones, turned; and so what a turned head says has the same error and gradients."""
+    features = drawn(500, width)
+    made = fitted("phi_s", features)
+    turn = made.turn()
+    assert (turn @ turn.T - torch.eye(width)).abs().max() < 1e-5
+    assert (made.scaled(features) - made(features) @ turn.T).abs().max() < 1e-4
+    assert (made.unscaled(made.scaled(features)) - features).abs().max() < 1e-5 * features.abs().max()
+
+    torch.manual_seed(0)
+    heads = nn.ModuleDict({"a": mlp(8, 4 * width, HeadSettings(width=6))})
+    patches = Patches(torch.randn(3, 5, 8), 1, (2, 2), torch.tensor([0, 3, 5, 6, 11]))
+    wanted = features[:20]
+    errors = []
+    for turns in (None, {"a": turn}):
+        heads.zero_grad()
+        found = predict(heads, {"a": 4}, patches, turns=turns)["a"]  # type: ignore[index]
+        error = (found - (made(wanted) if turns is None else made.scaled(wanted))).square().mean()
+        error.backward()
+        errors.append([error.detach(), *(value.grad.clone() for value in heads.parameters() if value.grad is not None)])
+    assert len(errors[0]) == 7
+    for one, other in zip(*errors, strict=True):
+        assert (one - other).abs().max() < 1e-4 * one.abs().max()
