@@ -291,6 +291,26 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def completed(old: Mapping[str, Any], settings: BaseModel, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings that an earlier version wrote, with those that it did not have yet, as far as they have their defaults
+    now. `tree`: what `settings` are today, as `old` was written."""
+    found = dict(old)
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if name not in tree:
+            continue
+        if name not in old:
+            if not info.is_required() and value == info.get_default(call_default_factory=True):
+                found[name] = tree[name]
+        elif isinstance(value, BaseModel) and isinstance(old[name], Mapping):
+            found[name] = completed(old[name], value, tree[name])
+        elif isinstance(value, dict) and isinstance(old[name], Mapping):
+            found[name] = {key: completed(one, value[key], tree[name][key])
+                           if isinstance(one, Mapping) and isinstance(value.get(key), BaseModel) else one
+                           for key, one in old[name].items()}
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Returns a line "path: old -> new" for each setting that differs."""
     lines: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.run_folder import RunFolder
-from eva_mim.core.settings import differences, digest
+from eva_mim.core.settings import completed, differences, digest
 from eva_mim.run.console import wrapped
 from eva_mim.run.recipe import Recipe
 
@@ -24,21 +24,33 @@ class StageIdentity:
     """Settings that say where the data lies, by dotted name. They are no part of the identity: the records themselves are
     compared (`run.stage.settled`)."""
 
+    recipe: Recipe | None = None
+    """Tells which settings have their defaults; None: all count."""
+
     @property
     def identity(self) -> str:
         """Digest that changes when settings or parents that the result depends on change."""
-        return digest([self.program, self.settings, {name: parent["sha256"] for name, parent in self.parents.items()}])
+        return _digest(self.program, self.settings, self.parents)
 
     def changes(self, record: dict[str, Any]) -> list[str]:
-        """Returns the differences of an earlier lineage record from this stage, as lines; empty if it is of this stage."""
+        """Returns the differences of an earlier lineage record from this stage, as lines; empty if it is of this stage. A setting
+        that the record lacks, because an earlier version wrote it, is none while it has its default."""
         if record.get("identity") == self.identity:
             return []
-        lines = differences(record.get("settings", {}), self.settings)
-        old = record.get("parents", {})
+        before, old = record.get("settings", {}), record.get("parents", {})
+        if self.recipe is not None:
+            before = completed(before, self.recipe, self.settings)
+            if _digest(record.get("program", self.program), before, old) == self.identity:
+                return []
+        lines = differences(before, self.settings)
         lines += differences(record.get("places", {}), self.places)
         lines += [f"{name}: other weights" for name, parent in self.parents.items()
                   if parent["sha256"] != old.get(name, {}).get("sha256")]
         return lines or ["settings of another version"]
+
+
+def _digest(program: str, settings: dict[str, Any], parents: dict[str, dict[str, str]]) -> str:
+    return digest([program, settings, {name: parent["sha256"] for name, parent in parents.items()}])
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def state_of(program: str, recipe: Recipe, out: Path) -> StageState:
             parents[name] = {"path": str(path), "sha256": recipe.parent_hash(name, path)}
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    return _in_folder(StageIdentity(program, recipe.identity_tree(), parents, recipe.places()), out)
+    return _in_folder(StageIdentity(program, recipe.identity_tree(), parents, recipe.places(), recipe), out)
 
 
 def _refuse_occupied(recipe: Recipe, out: Path) -> None:

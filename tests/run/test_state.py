@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from eva_mim.core.run_folder import RunFolder
-from eva_mim.core.settings import parse
-from eva_mim.run.state import state_of
+from eva_mim.core.settings import parse, take
+from eva_mim.run.state import StageIdentity, state_of
 from finetune.classify import StageRecipe
 from tests.conftest import REPOSITORY
 from tests.ranks import on_ranks
@@ -47,6 +48,27 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert "optim.lr" in changed.plan()
     RunFolder(tmp_path / "done").weights.unlink()
     assert not state_of("classify", recipe, tmp_path / "done").finished
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_no_change_while_it_has_its_default(tmp_path: Path) -> None:
+    """A new release must not run finished stages again."""
+    def older(out: Path, *lacking: str, tree: dict[str, Any] = CLASSIFY) -> Any:
+        recipe = parse(StageRecipe, tree, "recipe")
+        identity = state_of("classify", recipe, tmp_path / "none").identity
+        settings = copy.deepcopy(identity.settings)
+        for name in lacking:
+            take(settings, name)
+        write_run(out, tree, identity=StageIdentity("classify", settings, identity.parents).identity, settings=settings)
+        return state_of("classify", recipe, out)
+
+    assert older(tmp_path / "leaf", "optim.weight_decay", "mix").finished
+    given = CLASSIFY | {"optim": CLASSIFY["optim"] | {"weight_decay": 0.123}}
+    changed = older(tmp_path / "given", "optim.weight_decay", tree=given)
+    assert changed.plan() == "runs again: optim.weight_decay: None -> 0.123"
+    mixed = CLASSIFY | {"mix": {"mixup": 0.4}}
+    assert "mix: None -> " in older(tmp_path / "section", "mix", tree=mixed).plan()
+    required = older(tmp_path / "required", "student.name")
+    assert "student.name: None -> vit_nano_patch4_32" in required.plan()
 
 
 def test_a_finished_stage_is_answered_without_torch(tmp_path: Path) -> None:
