@@ -80,6 +80,12 @@ def features(folder, images, teacher):
     return summary, patches
 
 
+def zeroshot(folder, images, teacher):
+    """Returns cosines [B, K] with the classes of the run, for a CLIP teacher that `evaluate.zeroshot` named."""
+    summary, _ = features(folder, images, teacher)
+    return F.normalize(summary, dim=-1) @ load_file(Path(folder) / "zeroshot.safetensors")[teacher].T
+
+
 if __name__ == "__main__":
     run, image, *chosen = sys.argv[1:]
     known = json.loads((Path(run) / "heads.json").read_text())["teachers"]

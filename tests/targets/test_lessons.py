@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from eva_mim.data import SceneSettings
 from eva_mim.data.class_lists import spoken
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView
+from tests.conftest import REPOSITORY
 from tests.tiny import CLIP, MIM, finish, losses, python, records, run, run_until, same_weights, teacher_file, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -238,6 +240,8 @@ def test_zero_shot_through_a_clip_teachers_head_is_that_of_plain_torch(tmp_path:
     said = F.linear(trunk.forward_features(held_out(32))[:, 0], heads["summary_head.clip.weight"],
                     heads["summary_head.clip.bias"])
     assert name == "clip"
+    plain = runpy.run_path(str(REPOSITORY / "docs" / "examples" / "heads_in_plain_torch.py"))
+    assert (plain["zeroshot"](out, held_out_bytes(32), "clip") - F.normalize(said, dim=-1) @ vectors.T).abs().max() < 1e-5
     scenes = SceneSource(SceneSettings(**MIM["data"]["scenes"]), "val")
     labels = torch.tensor([scenes.read(index).label for index in range(len(scenes))])
     top1 = 100 * ((said @ vectors.T).argmax(1) == labels).float().mean().item()
