@@ -57,8 +57,8 @@ def shrunk(tree: dict[str, Any], labels: str, own_teacher: bool) -> dict[str, An
     if "decoder" in student:
         student["decoder"] = {"width": 32, "depth": 1, "heads": 2}
     if "teacher" in tree:
-        patch, size = re.findall(r"patch(\d+)_(\d+)", student["name"])[0]
-        grid = student.get("image_size", int(size)) // int(patch)
+        patch, size = re.findall(r"(?:patch(\d+))?_(\d+)", student["name"])[-1]
+        grid = student.get("image_size", int(size)) // int(patch or 16)  # ViTamin's cells
         tree["teacher"] = TEACHER | {"image_size": 4 * grid} if own_teacher else {}
         tree["evaluate"] = {"images": 8, "bank": 8}
     tree["optim"] = {name: value for name, value in tree["optim"].items() if name != "warmup_steps"} | {"warmup_epochs": 0}
@@ -73,7 +73,7 @@ def shrink(pipeline: str, folder: Path) -> Path:
         tree = shrunk(read_yaml(stage.recipe), "fine" if stage.name == "in21k" else "coarse", stage.teacher is None)
         entry = stage.model_dump(exclude_defaults=True) | {"recipe": str(write_recipe(folder, tree, f"{stage.name}.yaml"))}
         if tree["student"].get("lock_text"):  # the released tower of the recipe is not at hand
-            entry["text_from"] = stages[0]["name"]
+            entry["text_from"] = next(one["name"] for one in stages if one["program"] == "clip")
         stages.append(entry)
     return write_recipe(folder, {"stages": stages, "compare": file.compare}, "pipeline.yaml")
 
