@@ -122,7 +122,7 @@ class StageRecipe(Recipe):
 
     @property
     def group_batches(self) -> list[GroupBatch]:
-        """How the groups cut a step; none without groups."""
+        """Name, images of a step, micro-batch and number of processes of each group; empty without groups."""
         from eva_mim.data.sampler import GroupBatch
 
         return [GroupBatch(name, group.batch, group.micro_batch or self.run.micro_batch, group.ranks)

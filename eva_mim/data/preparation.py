@@ -118,7 +118,7 @@ class TeacherDrop(NamedTuple):
     rate: float
     """Probability for each teacher and image."""
     teachers: int
-    """T."""
+    """Number of teachers of the recipe."""
 
 
 @dataclass(frozen=True)

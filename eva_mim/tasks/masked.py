@@ -51,7 +51,7 @@ class Lesson:
 
     @property
     def running(self) -> dict[str, Normaliser | SummaryAngle]:
-        """Its running statistics, by their names in a checkpoint."""
+        """Running statistics of this teacher's features, by their names in a checkpoint."""
         kinds = {"normaliser": self.normaliser, "angle": self.summary if isinstance(self.summary, SummaryAngle) else None}
         return {name: one for name, one in kinds.items() if one is not None}
 

@@ -26,6 +26,7 @@ from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.export import part, unpooled, write_timm
 from eva_mim.weights.handover import read_parent, seed_trunk
+from eva_mim.weights.names.dinov2 import to_dinov2
 from tests.convert.golden_files import close, converted, same
 from tests.convert.test_convert import drawn
 
@@ -296,6 +297,12 @@ def test_a_masked_student_as_the_vision_tower_of_llava(tmp_path: Path, more: dic
     said = llava(input_ids=text.repeat(len(images), 1), pixel_values=images).logits
     close(llava(inputs_embeds=embedded).logits, said, 1e-5)
     assert said.std(0).max() > 1e-3
+
+
+def test_a_vit_without_positions_is_no_dinov2() -> None:
+    trunk = timm.create_model("vit_nano_patch4_32", num_classes=0, pos_embed="none")
+    with pytest.raises(UserError, match="the model has no positions, and DINOv2 there has a table of them; use --to hf"):
+        to_dinov2(trunk.state_dict(), trunk)
 
 
 def test_a_classifier_s_head_has_no_place_in_dinov2(tmp_path: Path) -> None:

@@ -48,11 +48,11 @@ def to_dinov2(weights: Mapping[str, Tensor], trunk: Any) -> tuple[Converted, dic
         found |= zip(names, value.chunk(len(names)), strict=True)
     found["embeddings.mask_token"] = torch.zeros(1, width, dtype=rows.dtype)
     changed.loaded += found
-    height, side = trunk.patch_embed.img_size, trunk.patch_embed.patch_size
     config = {
         "model_type": kind, "architectures": [CLASSES[kind][0]], "hidden_size": width, "num_hidden_layers": depth,
         "num_attention_heads": trunk.blocks[0].attn.num_heads, "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features // width,
-        "hidden_act": "gelu", "layer_norm_eps": trunk.norm.eps, "image_size": height[0], "patch_size": side[0],
+        "hidden_act": "gelu", "layer_norm_eps": trunk.norm.eps, "image_size": trunk.patch_embed.img_size[0],
+        "patch_size": trunk.patch_embed.patch_size[0],
         "num_channels": trunk.patch_embed.proj.in_channels, "qkv_bias": trunk.blocks[0].attn.qkv.bias is not None,
         "use_swiglu_ffn": False, "num_register_tokens": registers,
     }
@@ -70,6 +70,8 @@ def _check_plain(trunk: Any, weights: Mapping[str, Tensor]) -> None:
                         "transformers opens timm's folder as TimmWrapperModel")
     if trunk.cls_token is None:
         raise UserError("--to transformers: the model has no class token, and DINOv2 there has one; use --to hf")
+    if trunk.pos_embed is None:
+        raise UserError("--to transformers: the model has no positions, and DINOv2 there has a table of them; use --to hf")
     if trunk.patch_embed.img_size[0] != trunk.patch_embed.img_size[1]:
         raise UserError(f"--to transformers: images of {trunk.patch_embed.img_size} are not square")
     block, (rows, columns) = trunk.blocks[0], trunk.patch_embed.patch_size
