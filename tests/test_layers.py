@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_a_file_imports_only_from_its_own_room_and_those_before_it() -> None:
 def test_nothing_lies_outside_the_rooms() -> None:
     assert {path.name for path in (REPOSITORY / "eva_mim").iterdir() if path.is_file()} == {"__init__.py", "cli.py", "py.typed"}
     assert all(room(name) >= 0 for name in MODULES if name not in ROOT)
+
+
+def test_the_installed_package_is_whole() -> None:
+    """Packages are named one by one; `configs` lies elsewhere."""
+    setup = ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    named = setup["options"]["packages"].split()
+    there = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    assert sorted(named) == sorted(there | {"eva_mim.configs"})
 
 
 def test_the_architectures_need_timm_alone() -> None:
