@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_mim.commands.suite import suite
 from eva_mim.commands.sweep import sweep
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
@@ -25,15 +26,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
     if options.on and options.resolution_sweep:
         parser.error("--resolution-sweep is for a run with its own data; leave --on out")
-    if not options.resolution_sweep and any(
-            value is not None for value in (options.jump, options.images, options.to)):
-        parser.error("--jump, --images and --to go with --resolution-sweep")
+    if not options.resolution_sweep and any(value is not None for value in (options.jump, options.images)):
+        parser.error("--jump and --images go with --resolution-sweep")
+    if options.to is not None and not (options.resolution_sweep or options.suite):
+        parser.error("--to goes with --resolution-sweep or --suite")
+    if options.suite and (len(options.on or ()) != 1 or "=" in options.on[0]):
+        parser.error("--suite needs the folder of all its sets, once: --data DIR")
+    if options.suite and any((options.classes, options.csv, options.templates, options.overrides)):
+        parser.error("--suite takes classes and templates from beside the images; leave --classes, --templates, --csv and a.b=c "
+                     "out")
+    if options.probe and not options.suite:
+        parser.error("--probe goes with --suite")
     from eva_mim.run.program import guard
 
     code = [0]
 
     def work() -> None:
-        if options.on:
+        if options.suite:
+            suite(options)
+        elif options.on:
             on_sets(options)
         elif options.resolution_sweep:
             code[0] = sweep(options)
@@ -48,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="eva-mim evaluate",
         description="Without --on: measure the newest checkpoint of a run again, and compare with its record; start it with as "
         "many processes as the run (torchrun ... -m eva_mim.cli evaluate OUT). With --on: accuracy of a finished classifier, or "
-        "zero-shot accuracy of a CLIP model, on other images, on any number of processes.",
+        "zero-shot accuracy of a CLIP model, on other images, on any number of processes. With --suite: a CLIP model on many "
+        "test sets, each with its own metric.",
     )
     parser.add_argument("checkpoint", type=Path, help="folder of a run; with --on of a finished stage, its ema, or of what "
                         "eva-mim convert --to hf wrote")
@@ -59,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
                         "classes; names for a CLIP model's prompts (default: the class folders of val, or ImageNet's 1,000)")
     parser.add_argument("--templates", metavar="openai|simple|FILE", help="prompts of a CLIP model; default openai, 80 of them")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write figures of each class")
+    parser.add_argument("--suite", metavar="NAME|FILE", help="of a CLIP model: figures on a suite of test sets, datacomp38 or a "
+                        "file such as configs/suites/datacomp38.yaml; --data is the folder of their wds_*_test folders")
+    parser.add_argument("--probe", action="store_true", help="with --suite: also a linear probe on sets with training images")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
     parser.add_argument("--resolution-sweep", metavar="A..B[:STEP]", help="of a finished masked stage: figures of each teacher's "
@@ -66,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jump", type=float, metavar="X", help="largest change of a cosine that is no jump "
                         "(default 0.15)")
     parser.add_argument("--images", type=int, metavar="N", help="images of a sweep (default 500)")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="picture of a sweep; default OUT/resolutions.png")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="picture of a sweep, default OUT/resolutions.png; or "
+                        "figures of a suite, default CHECKPOINT/SUITE.json, with a Markdown table beside it")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
     return parser
 

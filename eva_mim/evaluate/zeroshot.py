@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
@@ -23,26 +24,19 @@ from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.files.sidecar import batch_of, describe
 
 
-class ZeroShot(nn.Module):
-    """Zero-shot classifier of a CLIP model that open_clip opens from a folder: a clip stage's result, its `ema`, or the output of
-    `eva-mim convert --to hf`."""
+class FolderClip(nn.Module):
+    """CLIP model that open_clip opens from a folder: a clip stage's result, its `ema`, or what `convert --to hf` wrote."""
 
-    resizing = RESIZING
+    resizing: dict[str, Any] = RESIZING
 
-    def __init__(self, folder: Path, *, classes: str | None, templates: str, precision: str, device: torch.device):
-        """`classes`: a file or folder with class names (`class_lists.read_classes`), default ImageNet's 1,000; `templates`:
-        "openai", "simple" or a file. Every rank must call, since the prompts are divided among the ranks. Raises UserError for a
-        folder that open_clip cannot open, other than bicubic resizing of the shortest side, and unusable class names or
-        templates."""
+    def __init__(self, folder: Path, *, precision: str, device: torch.device):
+        """Raises UserError for a folder that open_clip cannot open, and for other than bicubic resizing of the shortest side."""
         super().__init__()
         import open_clip
 
-        found = describe(folder)
-        self.classes = named_classes(classes)
-        prompts = prompt_templates(templates if templates in ("openai", "simple") else read_lines(Path(templates), "--templates"))
         try:
             self.model: Any = create(f"local-dir:{folder}", by=open_clip.create_model, device=device, weights_only=True).eval()
-            tokenize: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(f"local-dir:{folder}")
+            self.tokenize: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(f"local-dir:{folder}")
         except (RuntimeError, TypeError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise UserError(f"{folder}: open_clip cannot open it: {error}") from None
         pixels = open_clip.get_model_preprocess_cfg(self.model)
@@ -52,21 +46,48 @@ class ZeroShot(nn.Module):
         size = pixels["size"]
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
         self.mean, self.std = tuple(pixels["mean"]), tuple(pixels["std"])
-        self.precision, self.batch = precision, batch_of(found)
+        self.precision, self.device, self.batch = precision, device, batch_of(describe(folder))
         tune(self, device)
-        with torch.inference_mode():
-            weights = class_features(
-                self._encode_text, tokenize, self.classes, prompts, lambda: autocast(device, self.precision), device
-            )
-        self.register_buffer("weights", weights)
 
-    def _encode_text(self, tokens: Tensor) -> Tensor:
+    def context(self) -> Any:
+        """Returns the context of a forward pass, which sets its precision."""
+        return autocast(self.device, self.precision)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the embeddings [B, C] of uint8 images, as the model gives them."""
+        found: Tensor = self.model.encode_image(normalise(images, self.mean, self.std))
+        return found
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Returns unit embeddings [T, C] of token ids [T, L]."""
         features: Tensor = self.model.encode_text(tokens, normalize=True)
         return features
 
+    @torch.inference_mode()
+    def class_weights(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Returns [K, C], a unit embedding for each class. Every rank must call."""
+        return class_features(self.encode_text, self.tokenize, classes, templates, self.context, self.device)
+
+
+class ZeroShot(nn.Module):
+    """Zero-shot classifier of a CLIP model in a folder."""
+
+    resizing = RESIZING
+
+    def __init__(self, folder: Path, *, classes: str | None, templates: str, precision: str, device: torch.device):
+        """`classes`: a file or folder with class names (`class_lists.read_classes`), default ImageNet's 1,000; `templates`:
+        "openai", "simple" or a file. Every rank must call, since the prompts are divided among the ranks. Raises UserError for
+        what `FolderClip` refuses, and unusable class names or templates."""
+        super().__init__()
+        self.classes = named_classes(classes)
+        prompts = prompt_templates(templates if templates in ("openai", "simple") else read_lines(Path(templates), "--templates"))
+        self.clip = FolderClip(folder, precision=precision, device=device)
+        self.image_size, self.batch = self.clip.image_size, self.clip.batch
+        self.register_buffer("weights", self.clip.class_weights(self.classes, prompts))
+
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, K] cosines of uint8 images with the classes."""
-        features = self.model.encode_image(normalise(images, self.mean, self.std), normalize=True).float()
+        features = F.normalize(self.clip(images), dim=-1).float()
         with torch.autocast(features.device.type, enabled=False):
             cosines: Tensor = features @ self.weights.T  # type: ignore[operator]
         return cosines

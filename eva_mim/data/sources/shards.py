@@ -70,7 +70,7 @@ class ShardSource(FileSource):
         self.captions: CaptionFile | None = None
         self.blocks: Blocks | None = None
         self._caption_lines, self._pixels = caption_lines, pixels
-        shards = [found(path) if isinstance(path, Path) else path for path in paths]
+        shards = self.shards = [found(path) if isinstance(path, Path) else path for path in paths]
         self.index = shards_index(shards, skip_bad)
         if remarks := self.index.facts["remarks"]:
             say(f"  {shards[0].folder}: {remarks}")
@@ -104,8 +104,13 @@ class ShardSource(FileSource):
         label = int(self.index["label"][index]) if self.classes else NO_LABEL
         if label == NO_NUMBER or (self.classes and label >= len(self.classes)):
             raise ValueError(f"its label is none of the {len(self.classes or ())} classes")
-        captions = self.captions[index] if self.captions else self._own_captions(index)
-        return Raw(self.key(index), content, label if label != NO_LABEL else None, captions)
+        return Raw(self.key(index), content, label if label != NO_LABEL else None, self.captions_of(index))
+
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """Returns the captions of a record. Raises ValueError for malformed ones, and OSError."""
+        if self.captions:
+            return self.captions[index]
+        return record_captions(self._bytes(index, "text"), self._bytes(index, "described"), self._caption_lines)
 
     def class_counts(self) -> Column | None:
         """Returns [K] int64, the number of images of each class; None without classes."""
@@ -139,9 +144,6 @@ class ShardSource(FileSource):
     def cut(self, pool: float) -> Blocks | None:
         """Returns the blocks of this source; see `cut_shards`."""
         return cut_shards([tar.size for tar in self._tars], self._ends, pool)
-
-    def _own_captions(self, index: int) -> tuple[str, ...]:
-        return record_captions(self._bytes(index, "text"), self._bytes(index, "described"), self._caption_lines)
 
     def _shard(self, index: int) -> int:
         return bisect_right(self._ends, index)

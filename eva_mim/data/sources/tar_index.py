@@ -28,6 +28,8 @@ BLOCK = 512
 """Bytes of a tar block. Every member begins at a multiple of it; the first block is a header, so 0 stands for a missing field."""
 MAX_MEMBER_BYTES = 2**30
 """Maximum size of a picture, label or caption; a larger member counts as missing."""
+MAX_BESIDE = 2**20
+"""Maximum size in bytes of a few numbers beside an image."""
 MAX_HEADER_BYTES = 2**16
 """Maximum size of a name or of metadata before a header (GNU's long names, pax); the format sets no limit, and tarfile reads them
 into memory."""
@@ -149,6 +151,16 @@ def _read(shard: Shard, tar: Shard) -> Content:
         key, members = next(islice(records.items(), int(bare[0]), None))
         facts |= {"bare": str(len(bare)), "bare.first": f"{shard.name}/{key}: {', '.join(members)}"}
     return Content(columns | keys.columns("key"), facts)
+
+
+def members_of(shard: Shard, extension: str) -> Iterator[tuple[str, bytes]]:
+    """Yields key and content of each member KEY.extension of an uncompressed tar; larger ones than `MAX_BESIDE` are passed over.
+    Raises BadShard for a damaged tar, UserError for one that cannot be read."""
+    for name, member, archive in _members(shard, shard):
+        _, dot, kind = name.rpartition("/")[2].partition(".")
+        if dot and kind.lower() == extension and not is_hidden(name) and member.size <= MAX_BESIDE:
+            archive.seek(member.offset)
+            yield name[: len(name) - len(kind) - 1], archive.read(member.size)
 
 
 def _members(shard: Shard, tar: Shard) -> Iterator[tuple[str, Member, BinaryIO]]:

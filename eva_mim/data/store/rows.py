@@ -54,16 +54,16 @@ class Rows(NamedTuple):
     features: Stacked
     """[R, D] fp32."""
     labels: Tensor
-    """[R] int64."""
+    """[R] int64; 0 of a store without labels."""
     places: Tensor
     """[R] int64, position of each image in the source."""
 
     @classmethod
     def of(cls, store: FeatureStore, split: str, network: str) -> Rows:
-        """Returns the rows of a split whose images are all stored, with their labels."""
+        """Returns the rows of a split whose images are all stored, with their labels if it has any."""
         files = store.mapped(split)
         places = torch.cat([file["present"] for file in files]).nonzero()[:, 0]
-        labels = torch.cat([file["label"] for file in files])[places]
+        labels = torch.cat([file["label"] for file in files])[places] if "label" in files[0] else torch.zeros_like(places)
         return cls(Stacked([file[f"{network}.summary"] for file in files], places), labels, places)
 
     def share(self) -> Rows:
