@@ -17,6 +17,7 @@ COMMANDS = PROGRAMS | {
     "data": Command("eva_mim.commands.data", "index, inspect, verify or pack a data set before training on it"),
     "bench": Command("eva_mim.commands.bench", "how fast the data loader is, and where its time goes"),
     "labels": Command("eva_mim.commands.labels", "name the class list of a dataset or a checkpoint"),
+    "sweep": Command("eva_mim.commands.sweep", "the same chain for several towers, numbers of samples, seeds and data"),
     "evaluate": Command("eva_mim.commands.evaluate", "measure a checkpoint again, or on ImageNet's variants"),
     "cache": Command("pretrain.cache", "compute the targets of a masked stage once, for runs without a teacher"),
     "features": Command("eva_mim.commands.features", "write features of images, for search, duplicates and clusters"),

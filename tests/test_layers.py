@@ -40,7 +40,7 @@ LIGHT = [
     "eva_mim.commands.evaluate",
     "eva_mim.commands.replay", "eva_mim.data.class_lists", "eva_mim.commands.labels", "eva_mim.commands.inspect",
     "eva_mim.weights.files.read", "eva_mim.commands.convert", "eva_mim.commands.data", "eva_mim.commands.bench",
-    "eva_mim.commands.pipeline", "eva_mim.run.state",
+    "eva_mim.commands.pipeline", "eva_mim.commands.sweep", "eva_mim.run.state",
 ]
 """What is imported before a recipe is checked: a mistyped setting is answered at once."""
 MAX_FILE, MAX_FUNCTION = 330, 70

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_mim.commands.resolutions import sweep
 from eva_mim.commands.suite import suite
-from eva_mim.commands.sweep import sweep
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.settings import few

@@ -1,145 +1,225 @@
-"""`eva-mim evaluate RUN --resolution-sweep 128..1024`: what each head says over image sizes, as a table and a picture."""
+"""`eva-mim sweep`: the cells of a sweep, each a pipeline, in any order and by several jobs at once; then one table."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import re
+import os
+import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
+
+from eva_mim.commands import chart, positive
+from eva_mim.commands.sweep_table import Row, Size, write
 from eva_mim.core.errors import UserError
-
-if TYPE_CHECKING:
-    from eva_mim.evaluate.resolutions import AtSize
-
-JUMPED = 1
-"""Exit code after a jump."""
-JUMP, IMAGES = 0.15, 500
-"""Largest change of a cosine that is no jump, and images of a sweep, by default."""
-SIZES = 9
-"""Sizes of a sweep without a step, evenly spread over the logarithm."""
-WIDTH, HEIGHT, EDGE = 720, 420, 60
-"""Sides of the picture and of its margins in pixels."""
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
+from eva_mim.core.log import duration, say
+from eva_mim.core.settings import few
+from eva_mim.pipeline.sweep import Cell, Sweep, Values, cells_of, read_sweep
+from eva_mim.run.program import guard
 
 
-def sizes_of(text: str, patch: int) -> list[int]:
-    """Returns the sizes of "128..1024" (nine of them) or "128..1024:64", as whole patches. Raises UserError."""
-    match = re.fullmatch(r"(\d+)\.\.(\d+)(?::(\d+))?", text)
-    if not match:
-        raise UserError(f"--resolution-sweep {text}: write FIRST..LAST or FIRST..LAST:STEP, in pixels")
-    first, last, step = (int(part) if part else None for part in match.groups())
-    assert first is not None
-    assert last is not None
-    if not 0 < first < last or step == 0:
-        raise UserError(f"--resolution-sweep {text}: the first size must be smaller than the last, and the step above 0")
-    if step:
-        wanted: list[float] = list(range(first, last + 1, step))
-    else:
-        wanted = [first * (last / first) ** (number / (SIZES - 1)) for number in range(SIZES)]
-    return sorted({max(1, round(size / patch)) * patch for size in wanted})
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0, 1 if a cell failed, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="eva-mim sweep",
+        description="Trains the same chain of stages for several towers, numbers of samples, seeds and data; what is finished is "
+        "not run again, and several of these commands share the cells of one folder. Then writes OUT/sweep.csv, sweep.md and a "
+        "picture.",
+    )
+    parser.add_argument("sweep", help="YAML file, or the name of one that ships with eva-mim (configs/sweeps/...)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="for all stages of all cells; STAGE.a.b=c for one stage")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep; each cell gets a folder in it")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="cells at once, which share out the cores "
+                        "(default 1)")
+    parser.add_argument("--part", metavar="K/N", help="of N equal parts of the cells the K-th alone, for an array of jobs")
+    parser.add_argument("--start", metavar="WORDS", help='what stands in place of "eva-mim" in a cell\'s command, such as '
+                        '"torchrun --nproc-per-node=8 -m eva_mim.cli"')
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="check all cells and print what they cost")
+    mode.add_argument("--print-shell", action="store_true", help="print each cell's command")
+    mode.add_argument("--table", action="store_true", help="write table and picture of what is finished; run nothing")
+    options = parser.parse_intermixed_args(argv)
+    code = [0]
+
+    def work() -> None:
+        code[0] = sweep_of(options)
+
+    return guard(work) or code[0]
 
 
-def sweep(options: argparse.Namespace) -> int:
-    """Measures the heads of a finished masked stage at several sizes, prints the table and writes the picture; returns 1 if a
-    cosine jumps from one size to the next. Raises UserError."""
-    import eva_mim
-    from eva_mim.core.distributed import setup
-    from eva_mim.core.log import Progress
-    from eva_mim.core.recipe_files import read_yaml
+def sweep_of(options: argparse.Namespace) -> int:
+    """Checks all cells, runs those that are not finished, and writes the table; returns the exit code. Raises UserError."""
+    sweep = read_sweep(options.sweep)
+    cells = cells_of(sweep, options.out, _values(options.overrides))
+    chosen = [cell for number, cell in enumerate(cells) if _in_part(options.part, number)]
+    sizes = checked_sizes(sweep, cells)
+    if options.dry_run:
+        sys.stdout.write(_plan(sweep, cells, sizes))
+        return 0
+    if options.print_shell:
+        start = options.start or "eva-mim"
+        sys.stdout.writelines(f"{start} pipeline {shlex.quote(str(cell.write()))} --out {shlex.quote(str(cell.out))}\n"
+                              for cell in chosen)
+        return 0
+    failed = [] if options.table else run(chosen, options.jobs, options.start)
+    rows = [row for cell in cells if (row := _row(sweep, cell, sizes)) is not None]
+    if not rows:
+        say(f"none of {len(cells)} cells is finished")
+        return 1
+    _check_data(rows)
+    write(sweep, rows, len(cells), options.out)
+    if failed:
+        say(f"{len(failed)} cells failed: {few(failed)}; each folder has its log.txt")
+    return 1 if failed else 0
+
+
+def _values(overrides: Sequence[str]) -> Values:
+    if wrong := [text for text in overrides if "=" not in text]:
+        raise UserError(f"{wrong[0]}: expected a setting as a.b=c")
+    return {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in overrides)}
+
+
+def _in_part(part: str | None, number: int) -> bool:
+    if part is None:
+        return True
+    first, slash, count = part.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise UserError(f"--part {part}: expected K/N, with K from 1 to N")
+    return number % int(count) == int(first) - 1
+
+
+def checked_sizes(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Size]:
+    """Returns what each tower costs, after the networks of one of its cells have been built without memory. Raises one UserError
+    with the mistakes of all towers."""
     from eva_mim.core.registry import PROGRAMS, lookup
-    from eva_mim.core.resolve import resolve
-    from eva_mim.core.run_folder import RunFolder
-    from eva_mim.data.loader import EvalLoader
-    from eva_mim.data.preparation import MaskedPreparation
-    from eva_mim.data.splits import open_splits
-    from eva_mim.data.views import EvalView
-    from eva_mim.evaluate.resolutions import jumps, over_sizes
-    from eva_mim.run.loaders import eval_batch
+    from eva_mim.pipeline.networks import check_networks
+    from eva_mim.pipeline.run import finished_stages
+    from eva_mim.trunks import facts
+    from eva_mim.trunks.meta import multiply_adds
 
-    folder = RunFolder(options.checkpoint)
-    if folder.record().get("program") != "mim":
-        raise UserError(f"{options.checkpoint}: --resolution-sweep is for a finished masked stage (mim)")
-    tree = read_yaml(folder.settings)
-    tree["targets"] = {"cached": None}  # the teachers see other images than those of a cache
-    stage, source = lookup(PROGRAMS, "mim", "program"), str(folder.settings)
-    recipe = resolve(stage.recipe, tree, options.overrides, source)
-    device = setup(recipe.run.device)
-    model: Any = eva_mim.load(options.checkpoint).to(device)
-    if model.patch is None:
-        raise UserError(f"{options.checkpoint}: {recipe.student.name} takes one size alone")
-    images = IMAGES if options.images is None else options.images
-    sizes = sizes_of(options.resolution_sweep, model.patch[0])
-    teachers = {name: teacher.to(device) for name, teacher in stage.networks(recipe).teachers.items()}
-    splits, theirs = open_splits(recipe.data), [teacher.image_size for teacher in teachers.values()]
-
-    def batches(size: int) -> Any:
-        made = MaskedPreparation(EvalView([size, *theirs], recipe.view.crop_pct), 0, training=False)
-        return EvalLoader(splits.val, made, eval_batch(recipe), options.workers, min(images, recipe.evaluate.images))
-
-    progress = Progress("sizes", len(sizes))
-    found = over_sizes(model, teachers, batches, sizes, device, lambda size: progress.advance())
-    sys.stdout.write(table(found))
-    path = options.to or options.checkpoint / "resolutions.png"
-    draw(found, path)
-    sys.stdout.write(f"{path}\n")
-    jump = JUMP if options.jump is None else options.jump
-    for line in (jumped := jumps(found, jump)):
-        sys.stdout.write(f"jump of more than {jump:g}: {line}\n")
-    return JUMPED if jumped else 0
+    found, mistakes = dict[str, Size](), list[str]()
+    for cell in cells:
+        if cell.tower in found:
+            continue
+        try:
+            check_networks(cell.planned, set(finished_stages(cell.planned)))
+            stage = next(one for one in cell.planned if one.entry.name == sweep.stage)
+            student: Any = lookup(PROGRAMS, stage.entry.program, "program").on_meta(stage.recipe).student
+            settings = stage.recipe.student  # type: ignore[attr-defined]
+            trunk = student.trunk
+            found[cell.tower] = Size(float(sum(parameter.numel() for parameter in trunk.parameters())),
+                                     float(multiply_adds(trunk, facts.image_size(trunk, settings), settings.channels)))
+        except UserError as error:
+            mistakes.append(f"{cell.tower}: {error}")
+            found[cell.tower] = Size(math.nan, math.nan)
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return found
 
 
-def table(found: Mapping[str, Sequence[AtSize]]) -> str:
-    """Returns a line for each teacher and size: cosine and squared error / variance of patches, cosine of summaries."""
-    lines = [f"{'teacher':<16} {'px':>5} {'cosine':>8} {'error':>8} {'summary':>8}"]
-    for name, rows in found.items():
-        for row in rows:
-            figures = ("-" if math.isnan(value) else f"{value:.4f}" for value in row[1:])
-            lines.append(f"{name:<16} {row.size:>5} " + " ".join(f"{figure:>8}" for figure in figures))
-    return "\n".join(lines) + "\n"
+def run(cells: Sequence[Cell], jobs: int, start: str | None) -> list[str]:
+    """Runs the cells that are not finished, `jobs` at once; returns the names of those that failed. A cell that another command
+    is running is left to it."""
+    from eva_mim.pipeline.run import finished_stages
+
+    waiting = [cell for cell in cells if len(finished_stages(cell.planned)) < len(cell.planned)]
+    say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
+    began, done, failed = time.monotonic(), [0], list[str]()
+    words = shlex.split(start) if start else [sys.executable, "-m", "eva_mim.cli"]
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+
+    def one(cell: Cell) -> None:
+        if in_use(cell.out):
+            say(f"  {cell.name}: another command is running it")
+            return
+        code, seconds = _run_cell(cell, words, threads)
+        done[0] += 1
+        left = (time.monotonic() - began) / done[0] * (len(waiting) - done[0])
+        if code and not in_use(cell.out):
+            failed.append(cell.name)
+        state = "done" if code == 0 else f"ended with code {code}, see {cell.out / 'log.txt'}"
+        say(f"  {cell.name}: {state} ({duration(seconds)}); {len(waiting) - done[0]} left, about {duration(left)}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(one, cell) for cell in waiting]:
+            future.result()
+    return failed
 
 
-def draw(found: Mapping[str, Sequence[AtSize]], path: Path) -> None:
-    """Writes the cosines over the sizes as a PNG: lines for patches, dots for summaries. Raises UserError for a place that
-    cannot be written."""
-    from PIL import Image, ImageDraw, ImageFont
+def _run_cell(cell: Cell, words: Sequence[str], threads: int | None) -> tuple[int, float]:
+    """Runs a cell in a process of its own, whose output is the cell's log.txt; returns its exit code and seconds."""
+    began, path = time.monotonic(), cell.write()
+    surroundings = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with (cell.out / "log.txt").open("a") as log:
+        line = [*words, "pipeline", str(path), "--out", str(cell.out)]
+        code = subprocess.run(line, stdout=log, stderr=log, env=surroundings).returncode
+    return code, time.monotonic() - began
 
-    from eva_mim.core.files import replacing
 
-    every = [row.size for rows in found.values() for row in rows]
-    low, high = math.log(min(every)), math.log(max(every))
-    picture, font = Image.new("RGB", (WIDTH, HEIGHT), "white"), ImageFont.load_default(12)
-    pen = ImageDraw.Draw(picture)
+def in_use(folder: Path) -> bool:
+    """Returns whether a process holds the folder of a pipeline, or did so within the last minute and a half."""
+    from eva_mim.core.lock import EXPIRED, LOCK
 
-    def place(size: int, value: float) -> tuple[float, float]:
-        across = (math.log(size) - low) / ((high - low) or 1.0)
-        return EDGE + across * (WIDTH - 3 * EDGE), HEIGHT - EDGE - max(0.0, value) * (HEIGHT - 2 * EDGE)
-
-    for tenth in range(0, 11, 2):
-        (left, y), (right, _) = place(min(every), tenth / 10), place(max(every), tenth / 10)
-        pen.line([(left, y), (right, y)], "#dddddd")
-        pen.text((EDGE - 34, y - 7), f"{tenth / 10:.1f}", "black", font)
-    for size in sorted(set(every)):
-        pen.text((place(size, 0)[0] - 10, HEIGHT - EDGE + 8), str(size), "black", font)
-    pen.text((EDGE, 16), "cosine with the teacher over the side of the image in pixels", "black", font)
-    pen.text((EDGE, 34), "line: patches, dots: summary", "#666666", font)
-    for number, (name, rows) in enumerate(found.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        patches = [place(row.size, row.cosine) for row in rows if not math.isnan(row.cosine)]
-        summary = [place(row.size, row.summary) for row in rows if not math.isnan(row.summary)]
-        if len(patches) > 1:
-            pen.line(patches, colour, 2)
-        for x, y in summary:
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        end = (patches or summary)[-1]
-        pen.text((WIDTH - 2 * EDGE + 8, EDGE + 16 * number), name, colour, font)
-        pen.line([(WIDTH - 2 * EDGE - 8, EDGE + 16 * number + 7), (WIDTH - 2 * EDGE + 4, EDGE + 16 * number + 7)], colour, 2)
-        pen.ellipse([end[0] - 2, end[1] - 2, end[0] + 2, end[1] + 2], colour)
     try:
-        with replacing(path) as temporary:
-            picture.save(temporary, "png")
-    except OSError as error:
-        raise UserError(f"--to {path}: {error.strerror}") from None
+        return time.time() - (folder / LOCK).stat().st_mtime < EXPIRED
+    except OSError:
+        return False
+
+
+def _row(sweep: Sweep, cell: Cell, sizes: Mapping[str, Size]) -> Row | None:
+    """Returns the figures of a cell; None unless it is finished. Raises UserError for a figure that a stage does not have."""
+    from eva_mim.core.run_folder import RunFolder
+    from eva_mim.pipeline.run import finished_stages
+
+    if len(finished_stages(cell.planned)) < len(cell.planned):
+        return None
+    records = {stage.entry.name: RunFolder(stage.out).record() for stage in cell.planned}
+    figures: dict[str, float] = {}
+    for figure in sweep.figures:
+        stage, _, name = figure.partition(".")
+        if "/" in name:
+            figures |= _of_suite(cell.out / stage, figure, *name.split("/", 1))
+            continue
+        if name not in records[stage]["metrics"]:
+            raise UserError(f"figures: {stage} has no figure {name}; it has {few(records[stage]['metrics'], 20)}")
+        figures[figure] = float(records[stage]["metrics"][name])
+    seconds = sum(record["seconds"] for record in records.values())
+    data = [str(record["data"]["sha256"]) for record in records.values()]
+    return Row(cell.tower, cell.source, cell.samples, cell.seed, sizes[cell.tower], figures, seconds, cell.name, data)
+
+
+def _of_suite(stage: Path, figure: str, suite: str, mean: str) -> dict[str, float]:
+    """Returns a mean of a suite by the figure's name; nothing before it was measured."""
+    path = stage / f"{suite}.json"
+    try:
+        value = json.loads(path.read_text())["means"][mean]["value"] if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"figures: {path} has no mean {mean!r}: {error!r}") from None
+    return {} if value is None else {figure: float(value)}
+
+
+def _check_data(rows: Sequence[Row]) -> None:
+    """Raises UserError for cells of one source that learned from other records, or were measured on others."""
+    known: dict[str, Row] = {}
+    for row in rows:
+        first = known.setdefault(row.source, row)
+        if first.data != row.data:
+            raise UserError(f"the cells {first.folder} and {row.folder} were trained or measured on other records, and do not "
+                            "belong into one table: the data has changed between them")
+
+
+def _plan(sweep: Sweep, cells: Sequence[Cell], sizes: Mapping[str, Size]) -> str:
+    lines = [f"{'tower':<24} {'parameters':>12} {'multiply-adds':>14} {'cells':>6}"]
+    for tower, size in sizes.items():
+        count = sum(cell.tower == tower for cell in cells)
+        lines.append(f"{tower:<24} {chart.short(size.parameters):>12} {chart.short(size.macs):>14} {count:>6}")
+    images = sum(cell.samples for cell in cells)
+    return "\n".join([*lines, f"{len(cells)} cells; stage {sweep.stage} sees {chart.short(images)} images in all"]) + "\n"

@@ -119,6 +119,11 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
     """Returns the pipeline file and its stages with their final settings, checked before anything runs. Raises one UserError with
     the mistakes of all stages."""
     file = parse(PipelineFile, read_yaml(path), path)
+    return file, planned_stages(file, overrides, out)
+
+
+def planned_stages(file: PipelineFile, overrides: list[str], out: Path) -> list[PlannedStage]:
+    """Returns the stages of a pipeline with their final settings. Raises one UserError with the mistakes of all stages."""
     names = {stage.name for stage in file.stages}
     planned, mistakes = [], []
     for stage in file.stages:
@@ -132,7 +137,7 @@ def plan(path: str, overrides: list[str], out: Path) -> tuple[PipelineFile, list
             mistakes.append(str(error))
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-    return file, planned
+    return planned
 
 
 def _planned(stage: StageEntry, layers: list[list[str]], out: Path) -> PlannedStage:

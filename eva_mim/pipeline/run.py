@@ -28,7 +28,7 @@ def run_pipeline(path: str, overrides: list[str], out: Path) -> None:
             write_summary(out, planned, file.compare)
 
 
-def _finished(planned: list[PlannedStage]) -> dict[str, StageState]:
+def finished_stages(planned: list[PlannedStage]) -> dict[str, StageState]:
     """Returns the state of each stage that is finished and whose parents are, by name. Raises UserError if a parent does not
     exist."""
     found: dict[str, StageState] = {}
@@ -46,7 +46,7 @@ def checked(planned: list[PlannedStage]) -> dict[str, StageState]:
     """Returns the state of each finished stage by name, after the networks of all others were checked. Raises UserError."""
     from eva_mim.pipeline.networks import check_networks
 
-    finished = _finished(planned)
+    finished = finished_stages(planned)
     if len(finished) < len(planned):
         check_networks(planned, set(finished))
     return finished

@@ -32,3 +32,15 @@ def meta_device() -> Iterator[None]:
     """Within it, what is built lies on torch's meta device: no memory for weights, no time for their initial values."""
     with torch.device("meta"), Unfilled():
         yield
+
+
+def multiply_adds(trunk: Any, side: int, channels: int = 3) -> int:
+    """Returns the number of multiply-adds of a trunk on the meta device for an image with this side in pixels: those of all
+    matrix products and convolutions, the products of attention among them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = trunk.training
+    with meta_device(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        trunk.eval()(torch.zeros(1, channels, side, side))
+    trunk.train(training)
+    return int(counter.get_total_flops()) // 2

@@ -265,8 +265,9 @@ def test_clip_benchmark_measures_the_same(shared: Path, tmp_path: Path) -> None:
         out = tmp_path / f"{folder}.json"
         task = "zeroshot_retrieval" if name == "Flickr" else "zeroshot_classification"
         started([sys.executable, "-c", "import eva_mim.trunks.small; from clip_benchmark.cli import main; main()", "eval",
-                 "--dataset", f"wds/{folder}", "--dataset_root", str(data / folder), "--task", task, "--model", f"local-dir:{stage}",
-                 "--pretrained", "", "--no_amp", "--recall_k", "1", "5", "10", "--num_workers", "0", "--output", str(out)],
+                 "--dataset", f"wds/{folder}", "--dataset_root", str(data / folder), "--task", task, "--model",
+                 f"local-dir:{stage}", "--pretrained", "", "--no_amp", "--recall_k", "1", "5", "10", "--num_workers", "0",
+                 "--output", str(out)],
                 PYTHONPATH=str(theirs))
         said = json.loads(out.read_text())["metrics"]
         for mine, other in figures.items():
