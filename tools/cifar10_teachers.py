@@ -101,6 +101,20 @@ def write_recipes(out: Path) -> None:
         (out / f"{'_'.join(names)}.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
 
 
+def prepare(out: Path, data: Path) -> int:
+    """Trains the teachers that are not there, writes the recipes and the cache of all targets; returns the exit code."""
+    pixels = {"teacher": {"kind": "pixels", "name": "patch4", "image_size": 32}, "objective.kind": "mse", "run.epochs": 4}
+    pipeline(out / "teachers", {"settings": {"data.root": str(data), "run.precision": "fp32"}, "stages": [
+        {"name": "clip", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml", "settings": {"run.epochs": 4}},
+        {"name": "pixels", "program": "mim", "recipe": "configs/mim/cifar10.yaml", "settings": pixels},
+    ]})
+    write_recipes(out)
+    cache = [sys.executable, "-m", "eva_mim.cli", "cache", str(out / f"{'_'.join(ALL)}.yaml"), f"data.root={data}",
+             *(f"{name}={value}" for name, value in teachers_of(out).items()), "--program", "mim", "--views", str(VIEWS),
+             "--dtype", "bf16", "--out", str(out / "cache")]
+    return subprocess.run(cache).returncode
+
+
 def table(out: Path, rows: list[Student]) -> str:
     """Returns the table in Markdown: means ± standard deviations (n - 1)."""
     figures = {"k-NN": ("mim", "knn_top1"), "linear probe": ("linear", "top1"), "fine-tuned": ("target", "top1"),
@@ -132,16 +146,7 @@ def main() -> int:
     if not options.data.is_dir():
         sys.stdout.write(f"skipped: {options.data} is not there (CIFAR-10 as tar shards)\n")
         return 0
-    pixels = {"teacher": {"kind": "pixels", "name": "patch4", "image_size": 32}, "objective.kind": "mse", "run.epochs": 4}
-    pipeline(out / "teachers", {"settings": {"data.root": str(options.data), "run.precision": "fp32"}, "stages": [
-        {"name": "clip", "program": "clip", "recipe": "configs/clip/cifar10_teacher.yaml", "settings": {"run.epochs": 4}},
-        {"name": "pixels", "program": "mim", "recipe": "configs/mim/cifar10.yaml", "settings": pixels},
-    ]})
-    write_recipes(out)
-    cache = [sys.executable, "-m", "eva_mim.cli", "cache", str(out / f"{'_'.join(ALL)}.yaml"), f"data.root={options.data}",
-             *(f"{name}={value}" for name, value in teachers_of(out).items()), "--program", "mim", "--views", str(VIEWS),
-             "--dtype", "bf16", "--out", str(out / "cache")]
-    if code := subprocess.run(cache).returncode:
+    if code := prepare(out, options.data):
         return code
     rows = students()
     chains = {out / f"{row.key}-{seed}": chain(row, out, options.data, seed) for row in rows for seed in row.seeds}

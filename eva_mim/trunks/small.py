@@ -31,6 +31,7 @@ default_cfgs = generate_default_cfgs(
         "vit_nano_patch4_24.untrained": {
             **_PIXELS, "input_size": (3, 24, 24), "first_conv": "patch_embed.proj", "classifier": "head"},
         "vit_mini_patch4_32.untrained": {**_PIXELS, "first_conv": "patch_embed.proj", "classifier": "head"},
+        "vit_nano6_patch4_32.untrained": {**_PIXELS, "first_conv": "patch_embed.proj", "classifier": "head"},
         "convnet_nano_32.untrained": {
             **_PIXELS, "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
         "convnet_nano_24.untrained": {
@@ -49,10 +50,11 @@ default_cfgs = generate_default_cfgs(
 VITS: dict[str, dict[str, Any]] = {
     "vit_nano_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
     "vit_nano_patch4_24": {"img_size": 24, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    "vit_nano6_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
     "vit_nano_patch8_64": {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
 }
-"""Sizes of the plain ViTs: 0.5 M parameters, and the mini 1.2."""
+"""Sizes of the plain ViTs: 0.5 M parameters, with 6 blocks 0.7, and the mini 1.2."""
 KNOWN = "vit_tiny_patch16_224"
 """timm's own name of a plain ViT that takes these sizes as keywords."""
 
@@ -78,6 +80,12 @@ def vit_nano_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransf
 def vit_nano_patch4_24(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """Builds a plain ViT, width 96, depth 4, for 24 px."""
     return _vit("vit_nano_patch4_24", pretrained, options)
+
+
+@register_model
+def vit_nano6_patch4_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Builds a plain ViT, width 96, depth 6, for 32 px: as many multiply-adds as `vitamin_nano_32`."""
+    return _vit("vit_nano6_patch4_32", pretrained, options)
 
 
 @register_model
