@@ -3,8 +3,9 @@
     python -m tools.cifar10_hybrids [--data ../shared/data/cifar10] [--out runs/cifar10_hybrids] [--teachers DIR] [--jobs 2]
 
 Students learn from the cache of `tools.cifar10_teachers` (made if it is not there): 10,000 photographs, 4 views, a network that
-saw ImageNet, or a CLIP model. Each is measured on held-out photographs by k-NN, a linear probe, and fine-tuning on the same 10,000
-labels; from scratch by fine-tuning alone. What is finished is not run again. The tables are printed and written to OUT/table.md.
+saw ImageNet, or a CLIP model. Each is measured on held-out photographs by k-NN, a linear probe, and fine-tuning on the same
+10,000 labels; from scratch by fine-tuning alone. What is finished is not run again. The tables are printed and written to
+OUT/table.md.
 """
 
 from __future__ import annotations

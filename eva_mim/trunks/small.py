@@ -41,6 +41,8 @@ default_cfgs = generate_default_cfgs(
         "vit_nano_patch8_64.untrained": {
             **_PIXELS, "input_size": (3, 64, 64), "first_conv": "patch_embed.proj", "classifier": "head"},
         "vitamin_nano_32.untrained": {**_PIXELS, "first_conv": "patch_embed.backbone.stem.conv1", "classifier": "head"},
+        "vitamin_nano_64.untrained": {
+            **_PIXELS, "input_size": (3, 64, 64), "first_conv": "patch_embed.backbone.stem.conv1", "classifier": "head"},
         "convnet_mini_64.untrained": {
             **_PIXELS, "input_size": (3, 64, 64), "first_conv": "stem.conv", "classifier": "head.fc", "pool_size": (8, 8)},
     }
@@ -146,20 +148,20 @@ def convnet_mini_64(pretrained: bool = False, **options: Any) -> ByobNet:
 
 
 HYBRID_WIDTHS, HYBRID_DEPTHS = (32, 48), (1, 2)
-"""Channels and blocks of the convolutional stages, whose maps have a half and a quarter of the image's side."""
+"""Channels and blocks of the convolutional stages, whose maps have a half and a quarter of the stem's sides."""
 
 
 class HybridStem(nn.Module):
-    """Two 3x3 convolutions at the image's own size (ViTamin's have stride 2, for images seven times as large)."""
+    """Two 3x3 convolutions; the first has stride 2 in ViTamin, and 1 for images of a seventh of the size."""
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, stride: int):
         super().__init__()
-        self.conv1 = create_conv2d(channels, width, 3, bias=True)
+        self.conv1 = create_conv2d(channels, width, 3, stride=stride, bias=True)
         self.norm1 = partial(get_norm_act_layer("layernorm2d", "gelu"), eps=1e-6)(width)
         self.conv2 = create_conv2d(width, width, 3, bias=True)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Returns [B, C, H, W] of [B, channels, H, W]."""
+        """Returns [B, C, H / stride, W / stride] of [B, channels, H, W]."""
         out: Tensor = self.conv2(self.norm1(self.conv1(pixels)))
         return out
 
@@ -167,9 +169,9 @@ class HybridStem(nn.Module):
 class HybridStages(nn.Module):
     """Stem and two stages of ViTamin's inverted bottlenecks."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.stem, before = HybridStem(channels, HYBRID_WIDTHS[0]), HYBRID_WIDTHS[0]
+        self.stem, before = HybridStem(channels, HYBRID_WIDTHS[0], stride), HYBRID_WIDTHS[0]
         stages = []
         for width, depth in zip(HYBRID_WIDTHS, HYBRID_DEPTHS, strict=True):
             sizes = [(before, 2), *[(width, 1)] * (depth - 1)]
@@ -178,18 +180,28 @@ class HybridStages(nn.Module):
         self.stages = nn.Sequential(*stages)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Returns a map [B, C, H / 4, W / 4]."""
+        """Returns a map of a quarter of the stem's sides [B, C, h, w]."""
         out: Tensor = self.stages(self.stem(pixels))
         return out
+
+
+def _vitamin(name: str, side: int, stride: int, pretrained: bool, options: dict[str, Any]) -> VisionTransformer:
+    backbone = HybridStages(options.get("in_chans", 3), stride)
+    arguments: dict[str, Any] = {
+        "embed_layer": partial(HybridEmbed, backbone=backbone), "patch_size": 1, "img_size": side, "embed_dim": 96, "depth": 4,
+        "num_heads": 3, "mlp_layer": GeGluMlp, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg",
+    }
+    return build_model_with_cfg(
+        VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments | options)
 
 
 @register_model
 def vitamin_nano_32(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """Builds a hybrid for 32 px, 8 x 8 patches: convolutional stages of widths 32 and 48, then 4 blocks of width 96."""
-    backbone = HybridStages(options.get("in_chans", 3))
-    arguments: dict[str, Any] = {
-        "embed_layer": partial(HybridEmbed, backbone=backbone), "patch_size": 1, "img_size": 32, "embed_dim": 96, "depth": 4,
-        "num_heads": 3, "mlp_layer": GeGluMlp, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg",
-    }
-    return build_model_with_cfg(
-        VisionTransformer, "vitamin_nano_32", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments | options)
+    return _vitamin("vitamin_nano_32", 32, 1, pretrained, options)
+
+
+@register_model
+def vitamin_nano_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Builds the same hybrid for 64 px, with a stride of 2 in its stem, as ViTamin has it: 8 x 8 patches."""
+    return _vitamin("vitamin_nano_64", 64, 2, pretrained, options)

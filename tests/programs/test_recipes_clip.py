@@ -62,6 +62,9 @@ class Published(NamedTuple):
     clip: float | None = 5.0
     precision: str = "fp16"
     optimizer: str = "lamb"
+    constant: bool = False
+    """Learning rate without warm-up and decay."""
+    side: int = 224
 
 
 def vitamin(name: str, batch: int, layers: int, *figures: float, **more: Any) -> Published:
@@ -78,6 +81,8 @@ OPENAI_B, OPENAI_L = ("ViT-B-16-quickgelu", "openai"), ("ViT-L-14-quickgelu", "o
 OPEN_H = ("ViT-H-14", "laion2b_s32b_b79k")
 LTT: dict[str, Any] = {"text_from": ("ViTamin-L", "datacomp1b")}
 LONG: dict[str, Any] = {"samples": 12.8e9, "lr": 2e-3, "warmup": 782, "adam": (0.9, 0.95, 1e-6)}
+XL: dict[str, Any] = LONG | {"warmup": 4436, "side": 256, "text_from": ("ViTamin-XL-256", None)}
+HIGH: dict[str, Any] = {"lr": 1e-5, "warmup": 0, "weight_decay": 0.0, "adam": (0.9, 0.95, 1e-6), "constant": True}
 PUBLISHED = {
     "eva01_g": Published("EVA01-g-14", (256, 160), 11e9, 268_555, Tower(4e-4, 0.85, 40), Tower(4e-5, 0.75, 12), 78.5, 68.5,
                          OPENAI_L, drop_path=0.4, seed=0),  # rates, decays, warm-up: no command; those of g+
@@ -88,13 +93,18 @@ PUBLISHED = {
     "eva02_l": Published("EVA02-L-14", (128, 1024), 4e9, 30_518, Tower(4e-4, 0.85, 24), Tower(4e-5, 0.75, 12), 79.8, 71.2,
                          OPENAI_L),
     "eva02_l_336": Published("EVA02-L-14-336", (128, 480), 2e9, 32_552, Tower(4e-4, 0.75, 24), Tower(4e-5, 0.65, 12), 80.4, 71.7,
-                             ("EVA02-L-14", None)),
+                             ("EVA02-L-14", None), side=336),
     "eva02_e": Published("EVA02-E-14", (144, 800), 4e9, 34_722, Tower(4e-4, 0.9, 64), Tower(4e-5, 0.75, 24), 81.9, 74.7, OPEN_H,
                          patch_dropout=0.5),
     "vitamin_s": vitamin("ViTamin-S", 8192, 14, 62.2, 53.2, 156_250),
     "vitamin_b": vitamin("ViTamin-B", 8192, 14, 68.9, 57.7, 156_250),
     "vitamin_l": vitamin("ViTamin-L", 16384, 31, 73.9, 62.0, 78_125),
     "vitamin_l_long": vitamin("ViTamin-L", 90160, 31, 80.8, 66.7, 141_970, **LONG),
+    "vitamin_l_336": vitamin("ViTamin-L-336", 90200, 31, 81.6, 67.0, 2217, samples=0.2e9, side=336,
+                             text_from=("ViTamin-L", None), **HIGH),
+    "vitamin_xl_long": vitamin("ViTamin-XL-256", 90272, 32, 82.1, 67.6, 141_794, **XL),
+    "vitamin_xl_384": vitamin("ViTamin-XL-384", 90270, 32, 82.6, 68.1, 5672, samples=512e6, side=384,
+                              text_from=("ViTamin-XL-256", None), **HIGH),
     "vitamin_s_ltt": vitamin("ViTamin-S-LTT", 8192, 14, 63.4, 54.6, 156_250, **LTT),
     "vitamin_b_ltt": vitamin("ViTamin-B-LTT", 8192, 14, 70.8, 59.4, 156_250, **LTT),
 }  # fmt: skip
@@ -168,7 +178,7 @@ def test_settings_of_a_published_run(name: str) -> None:
     assert recipe.student.grad_checkpointing
     assert (recipe.student.text.init_from, recipe.student.text.weights) == run.text_from
     assert recipe.contrastive.kind == "clip"
-    if name == "vitamin_l_long":
+    if name in ("vitamin_l_long", "vitamin_xl_long"):
         assert recipe.view.crop_scale == (0.4, 1.0)
         assert (recipe.view.jitter, recipe.view.jitter_prob, recipe.view.grayscale) == ((0.32, 0.32, 0.32, 0.08), 0.8, 0.2)
     else:
@@ -202,8 +212,8 @@ def test_rates_of_a_published_run(name: str) -> None:
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     warmup, total = run.warmup, run.steps
     seen: dict[str, set[float]] = {"visual": set(), "text": set(), "logit_scale": set()}
-    for step in (0, 1, warmup - 1, warmup, total // 2, total - 1):
-        share = (step + 1) / warmup if step < warmup else 0.5 * (1 + cos(pi * (step - warmup) / (total - warmup)))
+    for step in (0, 1, max(0, warmup - 1), warmup, total // 2, total - 1):
+        share = 1.0 if run.constant else (step + 1) / warmup if step < warmup else 0.5 * (1 + cos(pi * (step - warmup) / (total - warmup)))
         lr = lr_at(step, recipe.optim, steps_per_epoch=total, epochs=1)
         for full, parameter in student.model.named_parameters():
             part = full.partition(".")[0]
@@ -234,7 +244,7 @@ def test_student_is_open_clips_model_of_that_name(name: str) -> None:
     assert eps[0] == eps[1]
     assert getattr(student.trunk.patch_drop, "prob", 0.0) == run.patch_dropout
     assert student.trunk.global_pool == model.visual.trunk.global_pool
-    assert student.image_size == (336 if name == "eva02_l_336" else 224)
+    assert student.image_size == run.side
     assert student.mean == (0.48145466, 0.4578275, 0.40821073)
     assert student.std == (0.26862954, 0.26130258, 0.27577711)
 
