@@ -13,7 +13,7 @@ from rich.table import Table
 from eva_mim.core.files import write_text
 from eva_mim.core.log import duration
 from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG, RunFolder
-from eva_mim.trunks import small
+from eva_mim.trunks import small, vitamin
 
 if TYPE_CHECKING:
     from eva_mim.pipeline.plan import PlannedStage
@@ -94,8 +94,12 @@ def _python(stage: PlannedStage) -> list[str]:
     clip, name = stage.entry.program == "clip", stage.entry.name
     config = json.loads((stage.out / (CLIP_CONFIG if clip else TIMM_CONFIG)).read_text())
     architecture = config["model_cfg"]["vision_cfg"]["timm_model_name"] if clip else config["architecture"]
-    own = ["import eva_mim.trunks.small  # makes the small architectures known to timm"]
+    own = []
+    if architecture in small.default_cfgs:
+        own = ["import eva_mim.trunks.small  # makes the small architectures known to timm"]
+    if vitamin.NAME.fullmatch(architecture):
+        own = [f"from eva_mim.trunks.vitamin import register; register({architecture!r})"]
     opens = f'import timm; {name} = timm.create_model("local-dir:{stage.out}", pretrained=True)'
     if clip:
         opens = f'import open_clip; {name}, preprocess = open_clip.create_model_from_pretrained("local-dir:{stage.out}")'
-    return [*(own if architecture in small.default_cfgs else []), opens]
+    return [*own, opens]

@@ -12,6 +12,7 @@ trunk read the mask from a context variable that `hidden` sets around the call o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -157,7 +158,8 @@ def _set_to_0(student: Any, module: nn.Module, inputs: Any, found: Tensor) -> Te
 
 def _without(student: Any, values: Tensor, masked: Tensor) -> Tensor:
     """Returns maps [B, C, H, W] with 0 in masked patches, [B, N]."""
-    (rows, columns), (height, width) = student.grid, values.shape[-2:]
+    scale, (height, width) = math.sqrt(masked.shape[1] / student.patches), values.shape[-2:]  # of several sizes
+    rows, columns = (round(scale * side) for side in student.grid)
     cells = masked.view(len(masked), 1, rows, columns)
     return values.masked_fill(cells.repeat_interleave(height // rows, 2).repeat_interleave(width // columns, 3), 0.0)
 

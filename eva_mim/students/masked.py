@@ -18,7 +18,7 @@ from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
 from eva_mim.students.positions import POSITIONS
 from eva_mim.students.windows import add_windows, sides_of, windowed
 from eva_mim.trunks import facts
-from eva_mim.trunks.create import build_trunk
+from eva_mim.trunks.create import build_trunk, has_tokens
 from eva_mim.trunks.maps import final_grid, tokens_and_grid
 from eva_mim.trunks.pixels import normalise
 
@@ -46,7 +46,7 @@ class MaskedStudent(nn.Module):
         self._hidings = HIDINGS[settings.form]
         self.stem_parameters = tuple(name for hiding in self._hidings for name in hiding.stem_parameters)
         self.any_mask = all(hiding.any_mask for hiding in self._hidings)
-        several = {"dynamic_img_size": True} if sizes else {}
+        several = {"dynamic_img_size": True} if sizes and has_tokens(settings) else {}  # a trunk of maps takes any size
         self.trunk: Any = build_trunk(settings, num_classes=0, global_pool="", **several)
         if why := facts.why_not_masked(self.trunk, pixels_hidden=any(hiding.hides_pixels for hiding in self._hidings)):
             raise UserError(f"student.name: {settings.name} {why}")
@@ -61,9 +61,9 @@ class MaskedStudent(nn.Module):
         self.prefix: int = facts.prefix_tokens(self.trunk)
         if wrong := [size for size in sizes if size * grid[0] % self.image_size]:
             raise UserError(f"groups: {few(wrong)} px are not a whole number of patches of {self.image_size // grid[0]} px")
-        if sizes and (settings.form != "mask_tokens" or settings.positions == "sincos"):
-            raise UserError(f"groups: several sizes need student.form=mask_tokens (now {settings.form}) and student.positions="
-                            f"learned or cropped (now {settings.positions})")
+        if sizes and (settings.form == "visible" or settings.positions == "sincos"):
+            raise UserError(f"groups: several sizes need another student.form than visible (now {settings.form}) and "
+                            f"student.positions=learned or cropped (now {settings.positions})")
         POSITIONS[settings.positions](self.trunk, grid, settings)
         if settings.windows is not None:
             self._check_windows(settings, [grid, *map(self.grid_at, sizes)])

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, model_validator
 
 from eva_mim.core.settings import Settings
+from eva_mim.trunks.vitamin import name_of as vitamin_name
 
 if TYPE_CHECKING:
     from torch import nn
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+SIZES = ("width", "depth", "params")
+"""What is said of a student by the name "vitamin"."""
 
 
 class Tower(NamedTuple):
@@ -35,7 +38,8 @@ class TrunkSettings(Settings):
     """The timm model inside every student."""
 
     name: str
-    """timm's architecture name."""
+    """timm's architecture name. `{name: vitamin, width: 512, depth: 12}` is a ViTamin whose third stage has this width and depth,
+    `{name: vitamin, params: 100e6}` one with about so many parameters; they are read as `name: vitamin_w512_d12`."""
     image_size: int | None = Field(None, ge=1)
     """Input side in pixels; default the architecture's own."""
     patch_size: int | None = Field(None, ge=1)
@@ -55,6 +59,18 @@ class TrunkSettings(Settings):
     architecture's own, of RGB."""
     std: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None = None
     """Standard deviation of each channel."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_vitamin_of_any_size(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("name") != "vitamin":
+            return tree
+        width, depth, parameters = (tree.get(key) for key in SIZES)
+        if any(not isinstance(value, (int, float, type(None))) for value in (width, depth, parameters)):
+            raise ValueError(f"student.width={width}, student.depth={depth}, student.params={parameters}: expected numbers, such "
+                             "as params: 100e+6")
+        kept = {name: value for name, value in tree.items() if name not in SIZES}
+        return kept | {"name": vitamin_name(width, depth, None if parameters is None else float(parameters))}
 
     @property
     def channels(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,14 +16,33 @@ from torch import Tensor, nn
 import eva_mim.trunks.small  # noqa: F401  (registers our small architectures with timm, for all of eva_mim)
 from eva_mim.core.errors import UserError
 from eva_mim.core.registry import nearest
-from eva_mim.trunks import TrunkSettings, facts
+from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG
+from eva_mim.trunks import TrunkSettings, facts, vitamin
 from eva_mim.trunks.meta import meta_device
+
+LOCAL = "local-dir:"
+"""Beginning of a name that stands for a folder, in timm and open_clip."""
 
 
 def create(name: str, *, by: Callable[..., Any] = timm.create_model, **arguments: Any) -> Any:
     """Returns the model of an architecture name, those in `small.py` included. `by` is timm's or open_clip's function; our
-    architectures are registered when this file is imported. Raises the errors of `by`."""
+    architectures are registered when this file is imported, and ViTamins of any size by their name. Raises the errors of
+    `by`."""
+    vitamin.register(_architecture_in(name) if name.startswith(LOCAL) else name)
     return by(name, **arguments)
+
+
+def _architecture_in(name: str) -> str:
+    """Returns the name of the architecture in a folder that timm or open_clip opens; "" if there is none."""
+    for file, path in ((CLIP_CONFIG, ("model_cfg", "vision_cfg", "timm_model_name")), (TIMM_CONFIG, ("architecture",))):
+        try:
+            found: Any = json.loads((Path(name.removeprefix(LOCAL)) / file).read_text())
+            for key in path:
+                found = found[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return str(found)
+    return ""
 
 
 def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
@@ -89,7 +110,7 @@ def scale_patch_gradient(trunk: nn.Module, settings: TrunkSettings) -> None:
 def check_name(name: str, section: str = "student") -> None:
     """Raises UserError, with the most similar names, for an architecture that timm does not have. `section`: path of the settings
     with the name. The tag of pretrained weights after a dot is not checked."""
-    if name.partition(".")[0] not in timm.list_models():
+    if not vitamin.register(name) and name.partition(".")[0] not in timm.list_models():
         raise UserError(f"{section}.name: timm has no {name!r}{nearest(name, timm.list_models(), count=3)}")
 
 

@@ -213,7 +213,8 @@ def test_rates_of_a_published_run(name: str) -> None:
     warmup, total = run.warmup, run.steps
     seen: dict[str, set[float]] = {"visual": set(), "text": set(), "logit_scale": set()}
     for step in (0, 1, max(0, warmup - 1), warmup, total // 2, total - 1):
-        share = 1.0 if run.constant else (step + 1) / warmup if step < warmup else 0.5 * (1 + cos(pi * (step - warmup) / (total - warmup)))
+        risen = 0.5 * (1 + cos(pi * (step - warmup) / (total - warmup)))
+        share = 1.0 if run.constant else (step + 1) / warmup if step < warmup else risen
         lr = lr_at(step, recipe.optim, steps_per_epoch=total, epochs=1)
         for full, parameter in student.model.named_parameters():
             part = full.partition(".")[0]

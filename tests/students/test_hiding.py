@@ -62,6 +62,27 @@ def test_no_hidden_pixel_changes_any_prediction(form: str, name: str, size: int 
     assert not torch.equal(made(images, masked, index), made(seen, masked, index))
 
 
+@pytest.mark.parametrize(("form", "name"), [
+    ("mask_tokens", "vit_nano_patch4_32"), ("pixel_fill", "vitamin_nano_32"), ("masked_conv", "vitamin_nano_32"),
+    ("pixel_fill", "convnet_nano_32"),
+])
+@torch.no_grad()
+def test_nor_at_another_of_its_sizes(form: str, name: str) -> None:
+    """A student of 32 and 48 px sees 48, with registers where its trunk has a place for them."""
+    registers = None if name == "convnet_nano_32" else 2
+    settings = MaskedSettings(name=name, form=form, registers=registers)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    made: Any = randomise(MaskedStudent(settings, 10, MASK, sizes=[48]).eval())
+    assert made.prefix == {"vit_nano_patch4_32": 3, "vitamin_nano_32": 2, "convnet_nano_32": 0}[name]
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (3, 3, 48, 48), dtype=torch.uint8, generator=generator)
+    masked = torch.rand(3, 144, generator=generator).argsort(dim=1) < 72
+    pixels = masked.view(3, 1, 12, 12).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    index = torch.arange(3 * 144)
+    assert torch.equal(made(images, masked, index), made(torch.where(pixels, 255 - images, images), masked, index))
+    assert not torch.equal(made(images, masked, index), made(torch.where(pixels, images, 255 - images), masked, index))
+
+
 def test_a_stem_that_looks_across_patches_needs_its_pixels_hidden() -> None:
     with pytest.raises(UserError, match="stem looks across patches"):
         student("mask_tokens", "vit_tiny_r_s16_p8_224", 64)
