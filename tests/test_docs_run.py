@@ -30,6 +30,7 @@ ELSEWHERE = {
     "bench data photos": "made by a tool", "pack photos": "made by a tool", "data shards": "made by a tool",
     "/cifar10 ": "the tests' own shards have its form", "eva02_b.yaml": "run in tests/pipeline/test_preview.py",
     "caches/scenes_clip": "the demo's stages are run from docs/pipeline.md; tests/tasks/test_distill.py runs such commands",
+    "vitamin_s_masked": "run in tests/pipeline/test_chains.py", "eva-mim sweep": "run in tests/pipeline/test_sweep.py",
     "bench resume": "starts programs; run in tests/commands/test_bench_step.py",
 }
 """Part of a command that is not run here -> reason. All of them are parsed in `test_docs.py`."""

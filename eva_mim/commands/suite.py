@@ -14,6 +14,8 @@ from eva_mim.core.log import say
 from eva_mim.core.settings import few
 from eva_mim.evaluate.suite import Suite, SuiteSet
 
+COUNTS = ("images", "problems")
+"""Figures that are numbers, not percentages."""
 Figures = Mapping[str, Mapping[str, float]]
 """By the set's name its figures by name."""
 
@@ -137,7 +139,9 @@ def write(path: Path, known: Suite, found: Figures, about: Mapping[str, Any]) ->
     metrics = {one.name: one.metric for one in known.sets if one.name in found}
     own = {name: {"value": value, "sets": remark} for name, value, remark in means(known, found)}
     try:
-        write_json(path, {**about, "sets": {name: {"metric": metrics[name], **found[name]} for name in found}, "means": own})
+        sets = {name: {"metric": metrics[name]} | {key: int(value) if key in COUNTS else value for key, value in figures.items()}
+                for name, figures in found.items()}
+        write_json(path, {**about, "sets": sets, "means": own})
         write_text(path.with_suffix(".md"), markdown(known, found))
     except OSError as error:
         raise UserError(f"--to {path}: {error.strerror or error}") from None
