@@ -25,7 +25,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json
 from eva_mim.core.report import KeyReport
 from eva_mim.weights.files.read import content_hash
-from eva_mim.weights.files.sidecar import Description
+from eva_mim.weights.files.sidecar import Description, at
 from eva_mim.weights.names.eva import NormRule, with_norm
 from eva_mim.weights.names.families import detect
 from eva_mim.weights.names.name_tables import OUTSIDE
@@ -81,6 +81,9 @@ def _convert(src: Path, dst: Path, to: str, options: Options) -> dict[str, Any]:
         raise UserError(f"{dst} is the source itself; choose another name")
     container = options.container or (WHOLE if form.whole and (src / f"{WHOLE}.safetensors").is_file() else None)
     source = read_source(src, container)
+    if at(source.description.config, "model_args", "pos_embed") == "learn":
+        raise UserError(f"{src}: its model has no positions at timm's or open_clip's, and student.positions=sincos gave it some, "
+                        "which --to cannot write; the folder itself opens in timm (local-dir:)")
     if source.unknown and not (options.architecture or source.description.architecture):
         raise UserError(f"{source.unknown}\n  If it is under timm's names, name its model with --architecture")
     if options.grid and source.grid and options.grid != source.grid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -76,9 +76,6 @@ class MaskedSettings(TrunkSettings):
     patches alone, and a small decoder predicts the masked ones (MAE, EVA-L). "pixel_fill": masked patches have the mean colour,
     and mask tokens where the trunk has patch tokens: for hybrids and all trunks with a last map. "masked_conv": the same, and the
     convolutional blocks of a hybrid are set to 0 in masked patches again (ConvMAE)."""
-    positions: Literal["learned", "sincos", "cropped"] = "learned"
-    """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L). "cropped": a
-    large table, trained, of which each image gets a random window (CPE of AM-RADIO), for students of many sizes."""
     position_grid: Annotated[int, Field(ge=2), For("positions", "cropped")] = 128
     """Places a side of the table of positions=cropped (RADIO: 128, of 2,048 px)."""
     windows: WindowSettings | None = None
@@ -90,6 +87,15 @@ class MaskedSettings(TrunkSettings):
     """What teachers' summaries are predicted from. "shared": the class token; "per_teacher": a class token for each teacher with
     a summary, in their order: the class token and the first of the `registers`; "none": the mean of the patches."""
     decoder: Annotated[DecoderSettings, For("form", "visible")] = DecoderSettings()
+
+
+T = TypeVar("T", bound=TrunkSettings)
+
+
+def _without_windows(settings: T) -> T:
+    if settings.positions == "cropped":
+        raise ValueError("student.positions=cropped is for masked students (mim); set it to learned")
+    return settings
 
 
 class ClassifierSettings(TrunkSettings):
@@ -105,6 +111,10 @@ class ClassifierSettings(TrunkSettings):
     copy of the row of the same class, which must exist. "shared": rows of common classes are copied, the others are new."""
     head_classes: str | None = None
     """Class list of the head of `init_from`, if the checkpoint has none: a layout, or another input of `eva-mim labels`."""
+
+    @model_validator(mode="after")
+    def _whole_table(self) -> ClassifierSettings:
+        return _without_windows(self)
 
     @model_validator(mode="after")
     def _classes_are_for_rows(self) -> ClassifierSettings:
@@ -190,6 +200,10 @@ class ClipSettings(TrunkSettings):
     text_unlocked_groups: int = Field(0, ge=0)
     """Number of last groups of a locked text tower that are trained. Groups from the last: projection; last block with final
     norm; further blocks; embeddings."""
+
+    @model_validator(mode="after")
+    def _whole_table(self) -> ClipSettings:
+        return _without_windows(self)
 
     @model_validator(mode="after")
     def _locks_lock_something(self) -> ClipSettings:

@@ -92,7 +92,7 @@ class MaskTokens(Hiding):
         """Adds `mask_token` [1, 1, D]. Raises UserError for a trunk that could not tell one mask token from another."""
         if not facts.has_positions(student.trunk) and mask is not None and mask.masked_patches(student.patches):
             raise UserError(f"student.name: {settings.name} has no positions, so that it would predict the same for every masked "
-                            "patch of an image; set mask.ratio=0 to learn without masks, or choose another")
+                            "patch of an image; set student.positions=sincos, or mask.ratio=0 to learn without masks")
         student.mask_token = nn.Parameter(torch.zeros(1, 1, student.trunk.embed_dim))
         student.trunk.patch_embed.register_forward_hook(partial(_put_mask_tokens, student))
 

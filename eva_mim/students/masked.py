@@ -15,7 +15,7 @@ from eva_mim.core.settings import few
 from eva_mim.students import MaskedSettings
 from eva_mim.students.heads import SUMMARY, HeadPlan, Patches, Plans, build_heads, draw_linear, predict
 from eva_mim.students.hiding import HIDINGS, MaskCounts, hidden
-from eva_mim.students.positions import POSITIONS
+from eva_mim.students.positions import cropped
 from eva_mim.students.windows import add_windows, sides_of, windowed
 from eva_mim.trunks import facts
 from eva_mim.trunks.create import build_trunk, has_tokens
@@ -64,7 +64,8 @@ class MaskedStudent(nn.Module):
         if sizes and (settings.form == "visible" or settings.positions == "sincos"):
             raise UserError(f"groups: several sizes need another student.form than visible (now {settings.form}) and "
                             f"student.positions=learned or cropped (now {settings.positions})")
-        POSITIONS[settings.positions](self.trunk, grid, settings)
+        if settings.positions == "cropped":
+            cropped(self.trunk, grid, settings)
         if settings.windows is not None:
             self._check_windows(settings, [grid, *map(self.grid_at, sizes)])
             add_windows(self.trunk, settings.windows.global_blocks)

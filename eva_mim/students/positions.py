@@ -1,9 +1,8 @@
-"""Positions of a student: the table that its trunk adds to the patches, its first values, and how it is read."""
+"""Positions from windows of a large table (CPE): the table that a masked student's trunk reads, and how it is read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,26 +14,11 @@ from torch.nn import functional as F
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
 from eva_mim.students import MaskedSettings
-from eva_mim.trunks.positions import sincos_table
 
 POSITION_TABLE = "position_table"
 """Name of a whole table among the tensors outside the trunk."""
 SCALE, ASPECT = math.sqrt(0.1), (3 / 4, 4 / 3)
 """Smallest side of a window, as a share of the table's, and limits of its aspect ratio (AM-RADIO, appendix on CPE)."""
-
-
-def learned(trunk: Any, grid: Grid, settings: MaskedSettings) -> None:
-    """Keeps timm's position table, which is trained."""
-
-
-def sincos(trunk: Any, grid: Grid, settings: MaskedSettings) -> None:
-    """Sets the trunk's table to fixed sines and cosines, and freezes it. Raises UserError for a trunk without a table."""
-    table: Any = getattr(trunk, "pos_embed", None)
-    if table is None:
-        raise UserError(f"student.positions=sincos: {settings.name} has no absolute positions; set it to learned")
-    extra = table.shape[1] - grid[0] * grid[1]  # class and register tokens with positions; 0 in some models
-    table.data.copy_(sincos_table(grid, table.shape[2], extra))
-    table.requires_grad_(False)
 
 
 def cropped(trunk: Any, grid: Grid, settings: MaskedSettings) -> None:
@@ -103,9 +87,3 @@ def table_for(trunk: Any, table: Tensor, grid: Grid) -> Tensor:
     square = table[:, extra:].reshape(1, *side, -1).permute(0, 3, 1, 2)
     places = top_left(square, grid).flatten(2).transpose(1, 2)
     return torch.cat([table[:, :extra], places.to(table.dtype)], dim=1)
-
-
-POSITIONS: dict[str, Callable[[Any, Grid, MaskedSettings], None]] = {
-    "learned": learned, "sincos": sincos, "cropped": cropped,
-}
-"""Functions by `student.positions`; each changes the trunk in place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,10 @@ class TrunkSettings(Settings):
     registers: int | None = Field(None, ge=0)
     """Number of tokens behind the class token that belong to no patch (timm counts further class tokens among them); default the
     architecture's own."""
+    positions: Literal["learned", "sincos", "cropped"] = "learned"
+    """"learned": timm's position table, trained. "sincos": a fixed sine-cosine table, not trained (MAE, EVA-L); a trunk without
+    positions (ViTamin-XL) gets one. "cropped", for masked students: a large table, trained, of which each image gets a random
+    window (CPE of AM-RADIO), for students of many sizes."""
     drop_path: Rate = 0.0
     """Stochastic depth: the last block's rate, rising linearly from 0 at the first."""
     patch_grad_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
@@ -86,6 +90,10 @@ class TrunkSettings(Settings):
             from eva_mim.trunks.create import registers_keyword
 
             options[registers_keyword(self.name)] = self.registers
+        if self.positions == "sincos":
+            from eva_mim.trunks.create import positions_keywords
+
+            options |= positions_keywords(self.name)
         return {name: value for name, value in options.items() if value is not None}
 
     @model_validator(mode="after")

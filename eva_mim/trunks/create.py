@@ -19,6 +19,7 @@ from eva_mim.core.registry import nearest
 from eva_mim.core.run_folder import CLIP_CONFIG, TIMM_CONFIG
 from eva_mim.trunks import TrunkSettings, facts, vitamin
 from eva_mim.trunks.meta import meta_device
+from eva_mim.trunks.positions import sincos_table
 
 LOCAL = "local-dir:"
 """Beginning of a name that stands for a folder, in timm and open_clip."""
@@ -59,7 +60,20 @@ def build_trunk(settings: TrunkSettings, **options: Any) -> nn.Module:
     if settings.grad_checkpointing:
         trunk.set_grad_checkpointing()  # type: ignore[operator]
     scale_patch_gradient(trunk, settings)
+    if settings.positions == "sincos":
+        fix_positions(trunk, settings)
     return trunk
+
+
+def fix_positions(trunk: Any, settings: TrunkSettings) -> None:
+    """Sets the trunk's table of positions to fixed sines and cosines, and freezes it. Raises UserError for a trunk without a
+    table."""
+    table, grid = getattr(trunk, "pos_embed", None), facts.grid(trunk)
+    if table is None or grid is None:
+        raise UserError(f"student.positions=sincos: {settings.name} has no absolute positions; set it to learned")
+    extra = table.shape[1] - grid[0] * grid[1]  # class and register tokens with positions; 0 in some models
+    table.data.copy_(sincos_table(grid, table.shape[2], extra))
+    table.requires_grad_(False)
 
 
 def _created(name: str, **arguments: Any) -> nn.Module:
@@ -124,6 +138,15 @@ def registers_keyword(name: str) -> str:
     if not isinstance(model, VisionTransformer):
         raise UserError(f"student.registers: {name} has no register tokens; leave it out")
     return "reg_tokens"
+
+
+def positions_keywords(name: str) -> dict[str, Any]:
+    """Returns timm's keywords with which an architecture has a table of positions: none for one that has it anyway."""
+    check_name(name)
+    with meta_device():
+        model = create(name)
+    without = isinstance(model, VisionTransformer) and facts.has_seam(model) and not facts.has_positions(model)
+    return {"pos_embed": "learn"} if without else {}
 
 
 def has_tokens(settings: TrunkSettings) -> bool:

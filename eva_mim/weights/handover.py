@@ -154,6 +154,8 @@ def match(
             wrong.append(f"{name}: {list(given[name].shape)} in the checkpoint, {here}")
     if wrong:
         more = f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        if "pos_embed" in given and "pos_embed" not in state:
+            more += "\n  its positions were fixed ones: set student.positions=sincos"
         raise UserError(
             f"init_from: {parent.path} is of another architecture:\n  " + "\n  ".join(sorted(wrong)[:12]) + more
         )

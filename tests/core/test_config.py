@@ -270,6 +270,8 @@ def test_every_pipeline_plans(path: Path, tmp_path: Path) -> None:
     earlier: set[Path] = set()
     for stage in planned:
         assert stage.recipe.run.seed == 5
+        if stage.entry.text_from:  # a folder, and no name of open_clip's
+            (tmp_path / stage.entry.text_from).mkdir(exist_ok=True)
         parents = set(stage.recipe.parents().values())
         named = {tmp_path / name for name in (stage.entry.init_from, stage.entry.teacher, stage.entry.text_from) if name}
         assert {parent for parent in parents if tmp_path in parent.parents} == named
