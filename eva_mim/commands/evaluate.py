@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_mim.commands.open_vocabulary import segment
 from eva_mim.commands.resolutions import sweep
 from eva_mim.commands.suite import suite
 from eva_mim.core.errors import UserError
@@ -22,14 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 0 or 2 for a user's mistake."""
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
-    if not options.on and any((options.classes, options.csv, options.precision, options.batch, options.templates)):
+    if not (options.on or options.segment) and any(
+            (options.classes, options.csv, options.precision, options.batch, options.templates)):
         parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
     if options.on and options.resolution_sweep:
         parser.error("--resolution-sweep is for a run with its own data; leave --on out")
     if not options.resolution_sweep and any(value is not None for value in (options.jump, options.images)):
         parser.error("--jump and --images go with --resolution-sweep")
-    if options.to is not None and not (options.resolution_sweep or options.suite):
-        parser.error("--to goes with --resolution-sweep or --suite")
+    if options.to is not None and not (options.resolution_sweep or options.suite or options.segment):
+        parser.error("--to goes with --resolution-sweep, --suite or --segment")
+    if options.segment and (options.on or options.suite or options.resolution_sweep or options.csv or options.overrides):
+        parser.error("--segment has its own data; leave --on, --suite, --resolution-sweep, --csv and a.b=c out")
+    if not options.segment and (options.whole or options.ignore is not None):
+        parser.error("--whole and --ignore go with --segment")
     if options.suite and (len(options.on or ()) != 1 or "=" in options.on[0]):
         parser.error("--suite needs the folder of all its sets, once: --data DIR")
     if options.suite and any((options.classes, options.csv, options.templates, options.overrides)):
@@ -44,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         if options.suite:
             suite(options)
+        elif options.segment:
+            segment(options)
         elif options.on:
             on_sets(options)
         elif options.resolution_sweep:
@@ -74,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", metavar="NAME|FILE", help="of a CLIP model: figures on a suite of test sets, datacomp38 or a "
                         "file such as configs/suites/datacomp38.yaml; --data is the folder of their wds_*_test folders")
     parser.add_argument("--probe", action="store_true", help="with --suite: also a linear probe on sets with training images")
+    parser.add_argument("--segment", metavar="DIR", help="of a CLIP model: mIoU of patches by their nearest class text, on "
+                        "DIR/images and DIR/annotations (or masks), with DIR/classes.txt")
+    parser.add_argument("--whole", action="store_true", help="with --segment: the whole image at once, squashed, not in windows")
+    parser.add_argument("--ignore", type=int, metavar="N", help="with --segment: value of pixels without a class (default 255)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
     parser.add_argument("--resolution-sweep", metavar="A..B[:STEP]", help="of a finished masked stage: figures of each teacher's "
@@ -81,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jump", type=float, metavar="X", help="largest change of a cosine that is no jump "
                         "(default 0.15)")
     parser.add_argument("--images", type=int, metavar="N", help="images of a sweep (default 500)")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="picture of a sweep, default OUT/resolutions.png; or "
-                        "figures of a suite, default CHECKPOINT/SUITE.json, with a Markdown table beside it")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="picture of a sweep, default OUT/resolutions.png; "
+                        "figures of a suite, default CHECKPOINT/SUITE.json, with a Markdown table beside it; or a sheet of "
+                        "predictions, default CHECKPOINT/segments.png")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes of each rank")
     return parser
 
