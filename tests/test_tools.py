@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.pipeline.plan import plan
 from eva_mim.pipeline.preview import as_table
+from eva_mim.trunks.create import create
+from eva_mim.trunks.meta import meta_device, multiply_adds
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import pool
 from tests.tiny import python, started
-from tools import cifar10_smoke, cifar10_styles, flickr8k, mutants, seeds
+from tools import cifar10_hybrids, cifar10_smoke, cifar10_styles, cifar10_teachers, flickr8k, mutants, seeds
 
 TOOLS = sorted([path.stem for path in (REPOSITORY / "tools").glob("*.py")]
                + [path.parent.name for path in (REPOSITORY / "tools").glob("*/__main__.py")])
@@ -141,6 +143,33 @@ def test_a_table_of_chains(
     monkeypatch.setattr(sys, "argv", ["tool", "--data", str(tmp_path / "none")])
     assert module.main() == 0
     assert capsys.readouterr().out.startswith(f"skipped: {tmp_path / 'none'} is not there")
+
+
+def test_chains_of_students_from_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of the two tables plans: its student, its teachers and what is hidden; the two trunks cost alike."""
+    monkeypatch.chdir(REPOSITORY)
+    teachers, data = tmp_path / "teachers", tmp_path / "data"
+    teachers.mkdir()
+    cifar10_teachers.write_recipes(teachers)
+    for row in cifar10_teachers.students():
+        tree = cifar10_teachers.chain(row, teachers, data, 1)
+        (tmp_path / "chain.yaml").write_text(yaml.safe_dump(tree))
+        mim: Any = plan(str(tmp_path / "chain.yaml"), [], tmp_path)[1][0].recipe
+        assert tuple(mim.teachers) == row.teachers
+        assert mim.mask.ratio == (0.41 if row.key.endswith("_masked") else 0.0)
+    for one in cifar10_hybrids.ROWS:
+        for teacher in cifar10_hybrids.TEACHERS:
+            tree = cifar10_hybrids.chain(one, teacher, teachers, data, 1)
+            (tmp_path / "chain.yaml").write_text(yaml.safe_dump(tree))
+            planned = plan(str(tmp_path / "chain.yaml"), [], tmp_path)[1]
+            assert {stage.recipe.student.name for stage in planned} == set(one.trunk.values())  # type: ignore[attr-defined]
+            assert planned[-1].recipe.optim.layer_decay == (1.0 if one.settings is None else 0.75)
+            if one.settings is not None:
+                mim = planned[0].recipe
+                assert (list(mim.teachers), mim.mask.ratio) == ([teacher], one.settings["mask.ratio"])
+    with meta_device():
+        costs = [multiply_adds(create(name, num_classes=0), 32) for name in ("vitamin_nano_32", "vit_nano6_patch4_32")]
+    assert costs[1] == pytest.approx(costs[0], rel=0.05)
 
 
 def test_the_smoke_test_fails_below_its_bounds(
