@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import yaml
 
 from eva_mim.commands import chart, positive
 from eva_mim.commands.sweep_table import Row, Size, write
-from eva_mim.core.errors import UserError
+from eva_mim.core.errors import Interrupted, UserError
 from eva_mim.core.log import duration, say
 from eva_mim.core.settings import few
 from eva_mim.pipeline.sweep import Cell, Sweep, Values, cells_of, read_sweep
@@ -125,43 +126,75 @@ def checked_sizes(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Size]:
     return found
 
 
+class Children:
+    """Cells that run in processes of their own. A signal that ends this command is passed on to them, so that each writes a
+    checkpoint; no further cell begins after it."""
+
+    def __init__(self, words: Sequence[str], threads: int | None):
+        """`words`: what stands before "pipeline"; `threads`: of each process, None for its own choice."""
+        self._words, self._surroundings = words, os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        self._alive: set[subprocess.Popen[bytes]] = set()
+        self.caught = 0
+        """Number of the signal; 0 for none."""
+
+    def run(self, cell: Cell) -> int:
+        """Runs a cell, whose output is its log.txt; returns its exit code."""
+        path = cell.write()
+        with (cell.out / "log.txt").open("a") as log:
+            line = [*self._words, "pipeline", str(path), "--out", str(cell.out)]
+            # In a session of its own: a terminal would send Ctrl-C to it as well, and twice means at once.
+            child = subprocess.Popen(line, stdout=log, stderr=log, env=self._surroundings, start_new_session=True)
+            self._alive.add(child)
+            if self.caught:  # it came in between
+                child.terminate()
+            code = child.wait()
+            self._alive.discard(child)
+        return code
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Handles a signal."""
+        self.caught = number
+        for child in list(self._alive):
+            child.terminate()
+
+
 def run(cells: Sequence[Cell], jobs: int, start: str | None) -> list[str]:
     """Runs the cells that are not finished, `jobs` at once; returns the names of those that failed. A cell that another command
-    is running is left to it."""
+    is running is left to it. Raises Interrupted after a signal, when the cells that ran have ended."""
     from eva_mim.pipeline.run import finished_stages
 
     waiting = [cell for cell in cells if len(finished_stages(cell.planned)) < len(cell.planned)]
     say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
     began, done, failed = time.monotonic(), [0], list[str]()
     words = shlex.split(start) if start else [sys.executable, "-m", "eva_mim.cli"]
-    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    children = Children(words, None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs))
 
     def one(cell: Cell) -> None:
+        if children.caught:
+            return
         if in_use(cell.out):
             say(f"  {cell.name}: another command is running it")
             return
-        code, seconds = _run_cell(cell, words, threads)
+        at = time.monotonic()
+        code = children.run(cell)
         done[0] += 1
-        left = (time.monotonic() - began) / done[0] * (len(waiting) - done[0])
-        if code and not in_use(cell.out):
+        if code and not children.caught and not in_use(cell.out):
             failed.append(cell.name)
+        left, spent = len(waiting) - done[0], time.monotonic() - began
         state = "done" if code == 0 else f"ended with code {code}, see {cell.out / 'log.txt'}"
-        say(f"  {cell.name}: {state} ({duration(seconds)}); {len(waiting) - done[0]} left, about {duration(left)}")
+        say(f"  {cell.name}: {state} ({duration(time.monotonic() - at)}); {left} left, about {duration(spent / done[0] * left)}")
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(one, cell) for cell in waiting]:
-            future.result()
+    before = {number: signal.signal(number, children.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            for future in [pool.submit(one, cell) for cell in waiting]:
+                future.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if children.caught:
+        raise Interrupted(children.caught)
     return failed
-
-
-def _run_cell(cell: Cell, words: Sequence[str], threads: int | None) -> tuple[int, float]:
-    """Runs a cell in a process of its own, whose output is the cell's log.txt; returns its exit code and seconds."""
-    began, path = time.monotonic(), cell.write()
-    surroundings = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    with (cell.out / "log.txt").open("a") as log:
-        line = [*words, "pipeline", str(path), "--out", str(cell.out)]
-        code = subprocess.run(line, stdout=log, stderr=log, env=surroundings).returncode
-    return code, time.monotonic() - began
 
 
 def in_use(folder: Path) -> bool:

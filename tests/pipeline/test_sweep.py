@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from eva_mim.commands.sweep_table import Row, Size, slope, table
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.pipeline.sweep import Sweep, cells_of, read_sweep
-from tests.tiny import CLIP, MIM, write_recipe
+from tests.conftest import REPOSITORY
+from tests.tiny import CLIP, MIM, environment, python, write_recipe
 
 FIGURE = "clip.zeroshot_top1"
 
@@ -44,7 +47,7 @@ def cells(path: Path, out: Path) -> list[Any]:
 
 @pytest.mark.slow
 def test_a_sweep_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Half of the cells; again, nothing is run but a cell whose record is lost; cells of other data are not put into one table."""
+    """Half of the cells; then only a cell whose record is lost; cells of other data are not put into one table."""
     out = tmp_path / "out"
     line = ["sweep", str(sweep_file(tmp_path)), "--out", str(out), "--jobs", "2", "--part", "1/2"]
     assert eva_mim(line) == 0
@@ -74,6 +77,17 @@ def test_a_sweep_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     record.write_text(json.dumps(tree))
     assert eva_mim([*line, "--table"]) == 2
     assert "the cells vit-24-0 and vit-72-0 were trained or measured on other records" in capfd.readouterr().err
+    shutil.rmtree(out / "vit-72-0" / "clip")
+    line[line.index("1/2")] = "1/1"
+    with subprocess.Popen(python("eva_mim.cli", *line), cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE,
+                          text=True) as one:
+        assert one.stderr is not None
+        while not (out / "hybrid-24-0" / "log.txt").exists():
+            time.sleep(0.05)
+        one.terminate()
+        assert one.wait(60) == 75
+        assert "stopped; the same command goes on from the last checkpoint" in one.stderr.read()
+    assert not (out / "hybrid-72-0").exists()  # no cell began after the signal
 
 
 def test_cells_hold_their_whole_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
