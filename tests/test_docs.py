@@ -99,6 +99,22 @@ def test_a_plot_is_that_of_its_table(picture: table_plot.Picture) -> None:
         table_plot.rows((docs / picture.page).read_text(), picture), picture)
 
 
+@pytest.mark.parametrize("picture", table_plot.LINES, ids=lambda picture: picture.name)
+def test_lines_are_those_of_their_table(picture: table_plot.Lines) -> None:
+    docs = REPOSITORY / "docs"
+    assert (docs / picture.name).read_text() == table_plot.lined((docs / picture.page).read_text(), picture)
+
+
+def test_lines_of_a_table() -> None:
+    """Two rows over 16, 32 and 64: places by hand on axes of 464 x 224 pixels."""
+    picture = table_plot.Lines("x.svg", "x.md", "student", "a title", 0.0, 1.0)
+    text = "| student | 16 | 32 | 64 | more |\n|---|---|---|---|---|\n| a | 0.5 | 1.0 | 0.0 | x |\n| b & c | 0 | 0 | 0 | y |\n\n"
+    drawn = table_plot.lined(text, picture)
+    assert '<polyline points="48.0,160.0 202.7,48.0 512.0,272.0" fill="none" stroke="#4c78a8"' in drawn
+    assert ">b &amp; c</text>" in drawn
+    assert drawn.count("<polyline") == 2
+
+
 def test_a_plotted_row_has_the_figures_of_all_seeds() -> None:
     table = table_plot.rows((REPOSITORY / "docs" / "results.md").read_text(), table_plot.PICTURES[0])
     assert [len(row.figures) for row in table] == [3, 1, 3, 1, 3]

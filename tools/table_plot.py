@@ -1,4 +1,4 @@
-"""Draws tables of the docs as bars: a bar for each row's mean, a mark for each seed.
+"""Draws tables of the docs: as bars, one for each row's mean with a mark for each seed, or as lines over columns of numbers.
 
     python -m tools.table_plot
 """
@@ -40,6 +40,23 @@ PICTURES = (
 )
 
 
+class Lines(NamedTuple):
+    """A picture of a line for each row of a table, over those columns whose headers are numbers."""
+
+    name: str
+    page: str
+    table: str
+    title: str
+    low: float
+    high: float
+
+
+LINES: tuple[Lines, ...] = ()
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
+WIDTH, HEIGHT, EDGE = 560, 320, 48
+"""Sides of the axes and their margin in pixels; names of lines stand to the right of them."""
+
+
 class Row(NamedTuple):
     """A row of a table."""
 
@@ -52,12 +69,18 @@ class Row(NamedTuple):
         return sum(self.figures) / len(self.figures)
 
 
-def rows(text: str, picture: Picture) -> list[Row]:
-    """Returns the rows of a picture's table on its page. Raises ValueError if there is no such table or column."""
+def cells_of(text: str, picture: Picture | Lines) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a picture's table on its page. Raises ValueError if there is no such table."""
     if (start := text.find(f"| {picture.table} |")) < 0:
         raise ValueError(f"{picture.page}: no table that begins with | {picture.table} |")
     lines = text[start:].split("\n\n")[0].splitlines()
     header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return header, body
+
+
+def rows(text: str, picture: Picture) -> list[Row]:
+    """Returns the rows of a picture's table on its page. Raises ValueError if there is no such table or column."""
+    header, body = cells_of(text, picture)
     found = [(cells[0], cells[header.index(picture.column)]) for cells in body]
     return [Row(name, [float(part) for part in cell.split(",")]) for name, cell in found if cell != "-"]
 
@@ -79,6 +102,34 @@ def drawn(found: list[Row], picture: Picture) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
+def lined(text: str, picture: Lines) -> str:
+    """Returns the picture of lines as SVG. Raises ValueError if there is no such table."""
+    header, body = cells_of(text, picture)
+    columns = [(place, float(name)) for place, name in enumerate(header) if name.replace(".", "").isdigit()]
+    first, last = columns[0][1], columns[-1][1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        up = (y - picture.low) / (picture.high - picture.low)
+        return EDGE + (x - first) / (last - first) * (WIDTH - 2 * EDGE), HEIGHT - EDGE - up * (HEIGHT - 2 * EDGE)
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 300}" height="{HEIGHT}" font-family="sans-serif" '
+           'font-size="12">', '<rect width="100%" height="100%" fill="white"/>',
+           f'<text x="{EDGE}" y="24" fill="#444">{escape(picture.title)}</text>']
+    for step in range(6):
+        value = picture.low + (picture.high - picture.low) * step / 5
+        (left, y), (right, _) = place(first, value), place(last, value)
+        out.append(f'<line x1="{left:.1f}" y1="{y:.1f}" x2="{right:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        out.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    out += [f'<text x="{place(x, picture.low)[0]:.1f}" y="{HEIGHT - EDGE + 18}" text-anchor="middle">{header[column]}</text>'
+            for column, x in columns]
+    for number, row in enumerate(body):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(x, float(row[column])) for column, x in columns))
+        out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        out.append(f'<text x="{WIDTH - EDGE + 12}" y="{EDGE + 18 * number}" fill="{colour}">{escape(row[0])}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
 def main() -> int:
     """Reads the tables, writes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,6 +137,8 @@ def main() -> int:
     docs = parser.parse_args().docs
     for picture in PICTURES:
         (docs / picture.name).write_text(drawn(rows((docs / picture.page).read_text(), picture), picture))
+    for lines in LINES:
+        (docs / lines.name).write_text(lined((docs / lines.page).read_text(), lines))
     return 0
 
 
