@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -89,15 +89,6 @@ class MaskedSettings(TrunkSettings):
     decoder: Annotated[DecoderSettings, For("form", "visible")] = DecoderSettings()
 
 
-T = TypeVar("T", bound=TrunkSettings)
-
-
-def _without_windows(settings: T) -> T:
-    if settings.positions == "cropped":
-        raise ValueError("student.positions=cropped is for masked students (mim); set it to learned")
-    return settings
-
-
 class ClassifierSettings(TrunkSettings):
     """A trunk with a classification head."""
 
@@ -114,7 +105,9 @@ class ClassifierSettings(TrunkSettings):
 
     @model_validator(mode="after")
     def _whole_table(self) -> ClassifierSettings:
-        return _without_windows(self)
+        if self.positions == "cropped":
+            raise ValueError("student.positions=cropped is for masked students (mim); set it to learned")
+        return self
 
     @model_validator(mode="after")
     def _classes_are_for_rows(self) -> ClassifierSettings:
@@ -202,8 +195,12 @@ class ClipSettings(TrunkSettings):
     norm; further blocks; embeddings."""
 
     @model_validator(mode="after")
-    def _whole_table(self) -> ClipSettings:
-        return _without_windows(self)
+    def _positions_are_open_clips(self) -> ClipSettings:
+        if self.positions != "learned":
+            raise ValueError(f"student.positions={self.positions}: a clip stage's tower is open_clip's, with the positions of "
+                             "its architecture or none; leave it out. It cannot start from a masked stage that gave positions to "
+                             "a trunk without any")
+        return self
 
     @model_validator(mode="after")
     def _locks_lock_something(self) -> ClipSettings:

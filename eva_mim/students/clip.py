@@ -45,9 +45,6 @@ class ClipStudent(nn.Module):
                 f"student: open_clip builds {settings.name} by its name alone ({own} px); name an architecture of the "
                 "wanted image_size and patch_size, or register one with timm (see eva_mim/trunks/small.py)"
             )
-        if "pos_embed" in settings.timm_options():
-            raise UserError(f"student.positions=sincos: open_clip builds {settings.name} without positions, so a clip stage "
-                            "cannot have any, nor start from a masked stage that has them")
         if settings.patch_dropout and not hasattr(probe, "patch_drop"):
             raise UserError(f"student.patch_dropout={settings.patch_dropout}: {settings.name} cannot leave out patches; set it "
                             "to 0")

@@ -105,7 +105,10 @@ def test_a_trunk_without_positions_gets_fixed_ones(tmp_path: Path) -> None:
     tree = CLIP | {"student": CLIP["student"] | {"name": "blind_hybrid"}, "init_from": str(out)}
     code, text = said("clip", write_recipe(tmp_path, tree, "clip.yaml"), "student.positions=sincos", "--out", tmp_path / "clip")
     assert code == 2
-    assert "open_clip builds blind_hybrid without positions, so a clip stage cannot have any" in text
+    assert "student.positions=sincos: a clip stage's tower is open_clip's, with the positions of its architecture or none" in text
+    code, text = said("clip", tmp_path / "clip.yaml", "--out", tmp_path / "clip")
+    assert code == 2
+    assert "pos_embed: [1, 64, 96] in the checkpoint, not here" in text
     for target, place in (("open_clip", "x.safetensors"), ("timm", "x.safetensors"), ("hf", "x")):
         code, text = said("convert", out, tmp_path / place, "--to", target)
         assert code == 2
