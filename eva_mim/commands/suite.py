@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,12 @@ def suite(options: argparse.Namespace) -> None:
     if len(missing) == len(places):
         raise UserError(f"--data {root}: none of the {len(places)} sets is there; expected folders such as "
                         f"{root / known.sets[0].homes[0]}/test/0.tar, as DataComp's download_evalsets.py writes them")
+    path = options.to or options.checkpoint / f"{Path(name).stem}.json"
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: choose another place with --to")
     device = setup()
+    if path.exists():
+        say(f"  {path} is replaced")
     if missing:
         say(f"  {len(missing)} of {len(places)} sets are not in {root}: {few(missing, len(missing))}")
     opened = [open_set(one, place, train=options.probe) for one in known.sets if (place := places[one.name]) is not None]
@@ -49,13 +55,13 @@ def suite(options: argparse.Namespace) -> None:
         say(f"  no probe for want of training images (train/0.tar, ...): {few(without, 10)}")
     clip = FolderClip(options.checkpoint, precision=options.precision or "fp32", device=device)
     model = Model(clip, weights_sha256(clip.model.state_dict()), options.batch or clip.batch, options.workers)
+    about = {"suite": Path(name).stem, "checkpoint": str(options.checkpoint), "weights": model.sha256,
+             "precision": clip.precision, "image_size": clip.image_size}
     found: dict[str, dict[str, float]] = {}
     for one in opened:
         found[one.set.name] = figures_of(model, one)
         say(f"  {one.set.name}: {one.set.metric} {found[one.set.name][one.set.metric]:.2f}")
-    run_on_main(lambda: write(options.to or options.checkpoint / f"{Path(name).stem}.json", known, found, {
-        "suite": Path(name).stem, "checkpoint": str(options.checkpoint), "weights": model.sha256,
-        "precision": clip.precision, "image_size": clip.image_size}))
+        run_on_main(lambda: write(path, known, found, about))  # what a later set may stop is not lost
     if is_main():
         sys.stdout.write(table(known, found))
 

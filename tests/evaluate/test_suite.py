@@ -319,7 +319,14 @@ def test_mistakes_are_said_before_anything_is_computed(
     wds(two, [("a.png", png(picture(1))), ("a.cls", b"0")])
     assert "1 records have no group (KEY.npy), such as 0.tar/a" in refused(grouped)
     pairs = suite_file(tmp_path, "name: Two, task: two, images: 1, metric: mean_r1")
-    assert "Two: 0.tar/a has no caption (KEY.txt)" in refused(pairs)
+    assert "Two: 1 of 1 records have no caption (KEY.txt), such as 0.tar/a" in refused(pairs)
+    wds(two, [("a.png", png(picture(1))), ("a.txt", b"one"), ("b.png", png(picture(2)))])
+    assert "Two: 1 of 2 records have no caption (KEY.txt), such as 0.tar/b" in refused(pairs)
+    wds(two, [("a.png", png(picture(1))), ("a.txt", b" \n")])
+    assert "Two: the caption of 0.tar/a is empty" in refused(pairs)
+    line = [str(clip), "--suite", str(path), "--data", str(data), "--to", str(tmp_path / "none" / "x.json")]
+    assert reevaluate.main(line) == 2
+    assert "x.json cannot be written: choose another place with --to" in capsys.readouterr().err
     wino = suite_file(tmp_path, "name: Two, task: two, images: 1, metric: jaccard")
     assert "unpacked from winogavil_images.zip of the data set nlphuji/winogavil" in refused(wino)
     with pytest.raises(UserError, match="needs `column`, the group's place in KEY"):

@@ -80,6 +80,7 @@ def open_set(one: SuiteSet, folder: Path, *, train: bool = False) -> Opened:
     classes = None if retrieval else _lines(folder / CLASSES, one)
     source = _shards(folder / "test", classes, one)
     if retrieval:
+        _check_captions(source, one)
         return Opened(one, source)
     assert classes is not None
     more = _shards(folder / "train", classes, one) if train and (folder / "train").is_dir() else None
@@ -101,6 +102,15 @@ def _shards(folder: Path, classes: tuple[str, ...] | None, one: SuiteSet) -> Sha
         raise UserError(f"{one.name}: {len(missing)} records of {folder} have no label (KEY.cls), such as "
                         f"{source.key(missing[0])}")
     return source
+
+
+def _check_captions(source: ShardSource, one: SuiteSet) -> None:
+    """Raises UserError for a record without the member that holds captions; none is read."""
+    fields = [source.index[field] for field in ("text", "described") if field in source.index]
+    without = np.flatnonzero(np.add.reduce([field > 0 for field in fields]) == 0) if fields else np.arange(len(source))
+    if len(without):
+        raise UserError(f"{one.name}: {len(without)} of {len(source)} records have no caption (KEY.txt), such as "
+                        f"{source.key(int(without[0]))}")
 
 
 def _lines(path: Path, one: SuiteSet) -> tuple[str, ...]:
@@ -168,7 +178,7 @@ def captions_of(source: ShardSource, places: Sequence[int], one: SuiteSet) -> tu
     for row, place in enumerate(places):
         found = [text for text in source.captions_of(place) if text]
         if not found:
-            raise UserError(f"{one.name}: {source.key(place)} has no caption (KEY.txt)")
+            raise UserError(f"{one.name}: the caption of {source.key(place)} is empty")
         texts += found
         owners += [row] * len(found)
     return texts, torch.tensor(owners)
