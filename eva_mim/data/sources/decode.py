@@ -121,6 +121,21 @@ def decoded(content: bytes, pixels: Pixels = RGB) -> Image.Image | Bands:
         return Image.merge("RGB", bands) if pixels.plain else Bands(bands)
 
 
+MASK_MODES = ("L", "P", "I;16", "I", "1")
+"""Pillow's modes of masks; colours would have to be mapped to values first."""
+
+
+def decoded_mask(content: bytes) -> npt.NDArray[np.int64]:
+    """Returns the values [H, W] of a semantic mask: of one channel, or the numbers of a palette. Raises ValueError for colours
+    and too many pixels, and Pillow's errors."""
+    with phase("decode"), Image.open(io.BytesIO(content)) as image:
+        if image.mode not in MASK_MODES:
+            raise ValueError(f"has colours ({image.mode}), no class numbers")
+        if image.width * image.height > MAX_VALUES:
+            raise ValueError(f"has {image.width} x {image.height} pixels")
+        return np.asarray(image).astype(np.int64)
+
+
 class Header(NamedTuple):
     """Facts in the header of an image file."""
 

@@ -9,7 +9,6 @@ As in ADE20K, PATH may begin with the split's folder, such as validation/.
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +20,13 @@ from PIL import Image, UnidentifiedImageError
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 from eva_mim.data.prompts import read_lines
-from eva_mim.data.sources.decode import MAX_VALUES, read_file
+from eva_mim.data.sources.decode import decoded_mask, read_file
 from eva_mim.data.sources.folder import FolderSource
 
 IMAGES, MASKS = "images", ("annotations", "masks")
 IGNORED = 255
 """Value of pixels that belong to no class (PASCAL VOC, ADE20K)."""
 NUMBERED = re.compile(r"(\d+)\s+(\S.*)")
-MODES = ("L", "P", "I;16", "I", "1")
-"""Pillow's modes of masks; colours would have to be mapped to values first."""
 Mask = npt.NDArray[np.int64]
 
 
@@ -98,14 +95,11 @@ class PairSource:
         image = self.images.read(index).image
         assert isinstance(image, Image.Image)
         try:
-            with Image.open(io.BytesIO(read_file(self._mask_of(key)))) as opened:
-                if opened.mode not in MODES:
-                    raise ValueError(f"the mask of {key} has colours ({opened.mode}), no class numbers")
-                if opened.width * opened.height > MAX_VALUES:
-                    raise ValueError(f"the mask of {key} has {opened.width} x {opened.height} pixels")
-                mask = np.asarray(opened).astype(np.int64)
+            mask = decoded_mask(read_file(self._mask_of(key)))
         except UnidentifiedImageError:
             raise ValueError(f"the mask of {key} is no image") from None
+        except ValueError as error:
+            raise ValueError(f"the mask of {key} {error}") from None
         if mask.shape != (image.height, image.width):
             raise ValueError(f"{key} has {image.width} x {image.height} pixels, its mask {mask.shape[1]} x {mask.shape[0]}")
         return image, mask
