@@ -95,7 +95,7 @@ def pipelines(trees: dict[Path, dict[str, Any]], jobs: int) -> None:
 def metrics(out: Path, stage: str) -> dict[str, float]:
     """Figures of a finished stage; empty when the chain has none of that name."""
     file = out / stage / "lineage.json"
-    found: dict[str, float] = json.loads(file.read_text())["metrics"] if file.exists() else {}
+    found: dict[str, float] = json.loads(file.read_text()).get("metrics", {}) if file.exists() else {}
     return found
 
 
