@@ -45,26 +45,41 @@ def cells(path: Path, out: Path) -> list[Any]:
     return cells_of(read_sweep(str(path)), out, {})
 
 
-@pytest.mark.slow
-def test_a_sweep_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Half of the cells; then only a cell whose record is lost; cells of other data are not put into one table."""
-    out = tmp_path / "out"
-    line = ["sweep", str(sweep_file(tmp_path)), "--out", str(out), "--jobs", "2", "--part", "1/2"]
+def swept(folder: Path, out: Path, capfd: pytest.CaptureFixture[str], **changes: Any) -> list[str]:
+    """The line of a sweep of which half of the cells, those of the first tower, were run: the table has their figures."""
+    line = ["sweep", str(sweep_file(folder, **changes)), "--out", str(out), "--jobs", "2", "--part", "1/2"]
     assert eva_mim(line) == 0
     said = capfd.readouterr()
-    assert "2 cells, 0 of them finished before" in said.err
-    assert "2 of 4 cells are finished" in said.err
     with (out / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["tower"], row["samples"], row["seed"]) for row in rows] == [("vit", "24", "0"), ("vit", "72", "0")]
+    assert f"{len(rows)} cells, 0 of them finished before" in said.err
+    assert f"{len(rows)} of {2 * len(rows)} cells are finished" in said.err
     for row in rows:
         record = json.loads((out / row["folder"] / "clip" / "lineage.json").read_text())
         assert float(row[FIGURE]) == record["metrics"]["zeroshot_top1"]
-        assert record["samples_seen"] == int(row["samples"])
+        assert (row["tower"], record["samples_seen"]) == ("vit", int(row["samples"]))
         assert record["settings"]["student"]["name"] == "vit_nano_patch4_32"
-    assert f"| tower | parameters | multiply-adds | {FIGURE}, 24 | {FIGURE}, 72 | per doubling |" in said.out
+    columns = ", ".join(row["samples"] for row in rows).replace(", ", f" | {FIGURE}, ")
+    assert f"| tower | parameters | multiply-adds | {FIGURE}, {columns} | per doubling |" in said.out
     with Image.open(out / "sweep.png") as picture:
         assert picture.size == (3 * 560 + 150, 420)
+    return line
+
+
+@pytest.mark.slow
+def test_a_sweep_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = swept(tmp_path, tmp_path / "out", capfd, samples=[24])
+    assert eva_mim(line) == 0
+    assert "1 cells, 1 of them finished before" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_lost_records_other_data_and_a_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Only a cell whose record is lost is run again; cells of other data are not put into one table; a signal reaches the cells
+    that run, and no other one begins."""
+    out = tmp_path / "out"
+    line = swept(tmp_path, out, capfd)
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/clip/lineage.json")}
     shutil.rmtree(out / "vit-72-0" / "clip")
     assert eva_mim(line) == 0
