@@ -13,15 +13,18 @@ from typing import Any
 
 import timm
 from timm.models import register_model
+from timm.models.vitamin import VitCfg, VitConvCfg
 
 from eva_mim import cli
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.pipeline.plan import PipelineFile
 from tests.tiny import write_recipe
 
-SIZES: dict[str, dict[str, Any]] = {"eva": {"embed_dim": 48, "depth": 2, "num_heads": 2}, "vitamin": {"depth": 1}}
-"""Arguments of an architecture by the beginning of its name; ViTamin's widths cannot be given."""
-SIZES |= {"vit_": SIZES["eva"]}
+SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+CONVOLUTIONS = VitCfg(embed_dim=(8, 16, 48), depths=(1, 1, 1), stem_width=8, head_type="1d",
+                      conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6))  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {"eva": SMALL, "vit_": SMALL, "vitamin": SMALL | {"embed_cfg": CONVOLUTIONS}}
+"""Arguments of an architecture by the beginning of its name."""
 SCENES = {"source": "scenes", "workers": 0}
 DRAWN = {"size": 64, "train": 16, "val": 8}
 RUN = {"epochs": 1, "samples": None, "global_batch": 8, "micro_batch": None, "engine": "local", "zero_stage": 0,
