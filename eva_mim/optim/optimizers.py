@@ -63,7 +63,9 @@ class SkippableAdamW(SkippableOptimizer, torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         """Makes one update; DeepSpeed calls it once for each of its own groups."""
-        result = super().step(closure)
+        # torch wraps the step of AdamW once one is made, and the hooks of this optimizer would be called twice.
+        plain: Any = torch.optim.AdamW.step
+        result = (plain.__wrapped__ if getattr(plain, "hooked", False) else plain)(self, closure)
         if self.measure_update:
             self._squares += [self._squared(group, p) for group in self.param_groups for p in group["params"]
                               if p.grad is not None and "step" in self.state[p]]
