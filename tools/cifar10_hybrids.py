@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.cifar10_styles import cell, metrics, pipelines
+from tools.cifar10_styles import figures_table, pipelines
 from tools.cifar10_teachers import FINE_TUNING_EPOCHS, LABELS, prepare, teachers_of
 
 TEACHERS = {"network": "a network that saw ImageNet", "clip": "a CLIP model"}
@@ -77,17 +77,8 @@ def table(out: Path, teacher: str) -> str:
     """Returns a teacher's table in Markdown: means ± standard deviations (n - 1)."""
     figures = {"k-NN": ("mim", "knn_top1"), "linear probe": ("linear", "top1"), "fine-tuned": ("target", "top1"),
                "cosine": ("mim", "cosine")}
-    lines = [f"| student of {TEACHERS[teacher]} | seeds | {' | '.join(figures)} | fine-tuned, by seed |",
-             "|---" * (len(figures) + 3) + "|"]
-    for row in ROWS:
-        folders = [folder_of(out, row, teacher, seed) for seed in row.seeds]
-        cells = []
-        for stage, key in figures.values():
-            values = [known[key] for folder in folders if key in (known := metrics(folder, stage))]
-            cells.append(cell([100 * value if key == "cosine" else value for value in values]))
-        tuned = ", ".join(f"{metrics(folder, 'target').get('top1', float('nan')):.1f}" for folder in folders)
-        lines.append(f"| {row.name} | {len(folders)} | {' | '.join(cells)} | {tuned} |")
-    return "\n".join(lines) + "\n"
+    rows = [(row.name, [folder_of(out, row, teacher, seed) for seed in row.seeds], figures) for row in ROWS]
+    return figures_table(f"student of {TEACHERS[teacher]}", rows)
 
 
 def main() -> int:

@@ -107,6 +107,21 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
+def figures_table(title: str, rows: list[tuple[str, list[Path], dict[str, tuple[str, str]]]]) -> str:
+    """A table in Markdown: for each row its name, its folders by seed, and its figures by column, each a stage and a name;
+    cosines times 100. The last column has every seed's fine-tuned figure."""
+    columns = list(rows[0][2])
+    lines = [f"| {title} | seeds | {' | '.join(columns)} | fine-tuned, by seed |", "|---" * (len(columns) + 3) + "|"]
+    for name, folders, figures in rows:
+        cells = []
+        for stage, key in figures.values():
+            values = [known[key] for folder in folders if key in (known := metrics(folder, stage))]
+            cells.append(cell([100 * value if key.startswith("cosine") else value for value in values]))
+        tuned = ", ".join(f"{metrics(folder, 'target').get('top1', float('nan')):.1f}" for folder in folders)
+        lines.append(f"| {name} | {len(folders)} | {' | '.join(cells)} | {tuned} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(out: Path, chains: list[tuple[str, int]]) -> str:
     """The table in Markdown; with several seeds mean ± standard deviation, and every seed's fine-tuned figure."""
     names = {style: text for style, (text, _, _) in STYLES.items()}

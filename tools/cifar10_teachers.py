@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.cifar10_styles import cell, metrics, pipeline, pipelines
+from tools.cifar10_styles import figures_table, pipeline, pipelines
 
 RECIPE = "configs/mim/cifar10_teachers.yaml"
 ALL = ("network", "clip", "pixels")
@@ -119,20 +119,12 @@ def table(out: Path, rows: list[Student]) -> str:
     """Returns the table in Markdown: means ± standard deviations (n - 1)."""
     figures = {"k-NN": ("mim", "knn_top1"), "linear probe": ("linear", "top1"), "fine-tuned": ("target", "top1"),
                "zero-shot": ("mim", "zeroshot_top1")}
-    figures |= {f"cosine, {name}": ("mim", f"cosine_{name}") for name in ALL}
-    lines = [f"| student of | seeds | {' | '.join(figures)} | fine-tuned, by seed |", "|---" * (len(figures) + 3) + "|"]
-    for row in rows:
-        folders = [out / f"{row.key}-{seed}" for seed in row.seeds]
-        cells = []
-        for figure, (stage, key) in figures.items():
-            known = [metrics(folder, stage) for folder in folders]
-            alone = row.teachers == (key.removeprefix("cosine_"),)
-            values = [one["cosine" if alone else key] for one in known if ("cosine" if alone else key) in one]
-            scale = 100.0 if figure.startswith("cosine") else 1.0
-            cells.append(cell([scale * value for value in values]))
-        tuned = ", ".join(f"{metrics(folder, 'target').get('top1', float('nan')):.1f}" for folder in folders)
-        lines.append(f"| {row.name} | {len(folders)} | {' | '.join(cells)} | {tuned} |")
-    return "\n".join(lines) + "\n"
+
+    def cosines(row: Student) -> dict[str, tuple[str, str]]:
+        return {f"cosine, {name}": ("mim", "cosine" if row.teachers == (name,) else f"cosine_{name}") for name in ALL}
+
+    return figures_table("student of", [
+        (row.name, [out / f"{row.key}-{seed}" for seed in row.seeds], figures | cosines(row)) for row in rows])
 
 
 def main() -> int:

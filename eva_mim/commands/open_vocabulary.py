@@ -27,7 +27,7 @@ def segment(options: argparse.Namespace) -> None:
     import torch
 
     from eva_mim.core.distributed import all_reduce_sum, is_main, rank, setup, world_size
-    from eva_mim.data.prompts import prompt_templates, read_lines
+    from eva_mim.data.prompts import told_templates
     from eva_mim.data.sources.masks import IGNORED, PairSource, read_mask_classes
     from eva_mim.evaluate.segmentation import confusion, figures
 
@@ -38,9 +38,7 @@ def segment(options: argparse.Namespace) -> None:
     names = [(name, value) for name, value in zip(classes.names, classes.values, strict=True) if value != ignore]
     classes = classes._replace(names=tuple(name for name, _ in names), values=tuple(value for _, value in names))
     device = setup()
-    told = options.templates or "openai"
-    templates = prompt_templates(told if told in ("openai", "simple") else read_lines(Path(told), "--templates"))
-    model = _PatchTexts(options, classes.names, templates, device)
+    model = _PatchTexts(options, classes.names, told_templates(options.templates or "openai"), device)
     matrix = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64, device=device)
     own, broken, shown = range(rank(), len(source), world_size()), 0, list[tuple[Any, str]]()
     progress = Progress("images", len(source))
@@ -78,10 +76,7 @@ class _PatchTexts:
         from eva_mim.evaluate.zeroshot import FolderClip
         from eva_mim.teachers import TeacherSettings
         from eva_mim.teachers.open_clip import stage_teacher
-        from eva_mim.weights.files.sidecar import describe
 
-        if not describe(options.checkpoint).open_clip:
-            raise UserError(f"{options.checkpoint} is no CLIP model (open_clip_config.json)")
         clip = FolderClip(options.checkpoint, precision=options.precision or "fp32", device=device)
         self._weights, self._context = clip.class_weights(classes, templates), clip.context
         settings = TeacherSettings(kind="stage", name=str(options.checkpoint), project=True)

@@ -29,14 +29,11 @@ def suite(options: argparse.Namespace) -> None:
     from eva_mim.evaluate.suite.measure import Model, figures_of
     from eva_mim.evaluate.suite.sets import folder_of, open_set
     from eva_mim.evaluate.zeroshot import FolderClip
-    from eva_mim.weights.files.sidecar import describe
 
     name, root = options.suite, Path(options.on[0])
     known = read_suite(name)
     if not root.is_dir():
         raise UserError(f"--data {root}: not a folder")
-    if not describe(options.checkpoint).open_clip:
-        raise UserError(f"{options.checkpoint} is no CLIP model (open_clip_config.json)")
     places = {one.name: folder_of(one, root) for one in known.sets}
     missing = [name for name, place in places.items() if place is None]
     if len(missing) == len(places):
@@ -50,10 +47,10 @@ def suite(options: argparse.Namespace) -> None:
         say(f"  {path} is replaced")
     if missing:
         say(f"  {len(missing)} of {len(places)} sets are not in {root}: {few(missing, len(missing))}")
+    clip = FolderClip(options.checkpoint, precision=options.precision or "fp32", device=device)
     opened = [open_set(one, place, train=options.probe) for one in known.sets if (place := places[one.name]) is not None]
     if options.probe and (without := [one.set.name for one in opened if one.classes and one.train is None]):
         say(f"  no probe for want of training images (train/0.tar, ...): {few(without, 10)}")
-    clip = FolderClip(options.checkpoint, precision=options.precision or "fp32", device=device)
     model = Model(clip, weights_sha256(clip.model.state_dict()), options.batch or clip.batch, options.workers)
     about = {"suite": Path(name).stem, "checkpoint": str(options.checkpoint), "weights": model.sha256,
              "precision": clip.precision, "image_size": clip.image_size}

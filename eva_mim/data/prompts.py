@@ -60,3 +60,8 @@ def prompt_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
 
     known = {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}
     return tuple(make("{}") for make in known[templates])
+
+
+def told_templates(told: str) -> tuple[str, ...]:
+    """Returns the templates of --templates: "openai", "simple", or a file with one a line. Raises UserError for the file."""
+    return prompt_templates(told if told in ("openai", "simple") else read_lines(Path(told), "--templates"))

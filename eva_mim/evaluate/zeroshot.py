@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 from eva_mim.data.class_lists import SYNSET, read_classes, spoken
-from eva_mim.data.prompts import imagenet_names, prompt_templates, read_lines
+from eva_mim.data.prompts import imagenet_names, told_templates
 from eva_mim.engine.step import autocast
 from eva_mim.evaluate.contrastive import class_features
 from eva_mim.trunks.config import RESIZING
@@ -30,9 +30,13 @@ class FolderClip(nn.Module):
     resizing: dict[str, Any] = RESIZING
 
     def __init__(self, folder: Path, *, precision: str, device: torch.device):
-        """Raises UserError for a folder that open_clip cannot open, and for other than bicubic resizing of the shortest side."""
+        """Raises UserError for a folder that is no CLIP model or that open_clip cannot open, and for other than bicubic resizing
+        of the shortest side."""
         super().__init__()
         import open_clip
+
+        if not describe(folder).open_clip:
+            raise UserError(f"{folder} is no CLIP model (open_clip_config.json)")
 
         try:
             self.model: Any = create(f"local-dir:{folder}", by=open_clip.create_model, device=device, weights_only=True).eval()
@@ -80,7 +84,7 @@ class ZeroShot(nn.Module):
         what `FolderClip` refuses, and unusable class names or templates."""
         super().__init__()
         self.classes = named_classes(classes)
-        prompts = prompt_templates(templates if templates in ("openai", "simple") else read_lines(Path(templates), "--templates"))
+        prompts = told_templates(templates)
         self.clip = FolderClip(folder, precision=precision, device=device)
         self.image_size, self.batch = self.clip.image_size, self.clip.batch
         self.register_buffer("weights", self.clip.class_weights(self.classes, prompts))

@@ -18,10 +18,8 @@ from eva_mim.commands import evaluate as reevaluate
 from eva_mim.core.errors import UserError
 from eva_mim.data.sources.masks import MaskClasses, PairSource, read_mask_classes
 from eva_mim.evaluate.segmentation import confusion, figures, slid, starts
-from eva_mim.students import ClipSettings
-from eva_mim.students.clip import ClipStudent
 from tests.conftest import picture
-from tests.students.tiny_towers import clip_folder
+from tests.students.tiny_towers import random_clip
 from tests.tiny import finish, python
 
 NAMES = ("wall", "sky", "tree", "sea")
@@ -82,10 +80,7 @@ def test_windows_against_a_loop() -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_command_against_open_clips_own_model(whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(3)
-    settings = ClipSettings.model_validate({"name": "vit_nano_patch4_32", "embed_dim": 16, "pool": "avg",
-                                            "text": {"width": 16, "layers": 2, "heads": 2, "context_length": 12}})
-    clip = Path(clip_folder(tmp_path / "clip", ClipStudent(settings).eval()))
+    clip = random_clip(tmp_path / "clip")
     root = pairs(tmp_path / "data", [(40, 32), (32, 32), (30, 64)])
     (tmp_path / "templates.txt").write_text("a photo of a {}.")
     line = [str(clip), "--segment", str(root), "--templates", str(tmp_path / "templates.txt"), *(["--whole"] if whole else [])]

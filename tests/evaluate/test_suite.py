@@ -24,10 +24,8 @@ from eva_mim.commands.suite import means, read_suite, table
 from eva_mim.core.errors import UserError
 from eva_mim.evaluate.suite import metrics
 from eva_mim.evaluate.suite.measure import prompted
-from eva_mim.students import ClipSettings
-from eva_mim.students.clip import ClipStudent
 from tests.conftest import REPOSITORY, picture, png, write_tar
-from tests.students.tiny_towers import clip_folder
+from tests.students.tiny_towers import random_clip
 from tests.tiny import command, finish, python, started
 
 CLASSES = ("ant", "bee", "tench", "sea fox", "eel", "gnu")
@@ -42,10 +40,7 @@ CLIENT = ["clip-benchmark==1.6.2", "webdataset", "braceexpand", "pycocoevalcap",
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     """A CLIP model with random weights in a folder as a stage leaves it."""
-    torch.manual_seed(3)
-    settings = ClipSettings(name="vit_nano_patch4_32", embed_dim=16, pool="avg",
-                            text={"width": 16, "layers": 2, "heads": 2, "context_length": 12})  # fmt: skip
-    return Path(clip_folder(tmp_path / "stage", ClipStudent(settings).eval()))
+    return random_clip(tmp_path / "stage")
 
 
 def npy(*values: int) -> bytes:

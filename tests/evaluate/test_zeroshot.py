@@ -15,12 +15,10 @@ from eva_mim.data.class_lists import class_id, layout_of
 from eva_mim.data.prompts import imagenet_names
 from eva_mim.data.views import to_tensor
 from eva_mim.evaluate.zeroshot import ZeroShot, named_classes
-from eva_mim.students import ClipSettings
-from eva_mim.students.clip import ClipStudent
 from eva_mim.trunks.pixels import normalise
 from tests.conftest import make_folder
 from tests.evaluate.test_accuracy import rows
-from tests.students.tiny_towers import clip_folder
+from tests.students.tiny_towers import random_clip
 from tests.tiny import finish, python
 
 CLASSES = ("ant", "bee", "n01440764 tench", "dog", "eel", "sea fox", "gnu")
@@ -30,10 +28,7 @@ TEMPLATES = ("a {}.", "the {} again", "no {} here, no {}")
 @pytest.fixture
 def stage(tmp_path: Path) -> Path:
     """A CLIP model with random weights in a folder as a stage leaves it."""
-    torch.manual_seed(3)
-    settings = ClipSettings(name="vit_nano_patch4_32", embed_dim=16, pool="avg",
-                            text={"width": 16, "layers": 2, "heads": 2, "context_length": 12})  # fmt: skip
-    return Path(clip_folder(tmp_path / "stage", ClipStudent(settings).eval()))
+    return random_clip(tmp_path / "stage")
 
 
 def reference(stage: Path, folder: Path) -> tuple[int, int, int]:

@@ -79,3 +79,11 @@ def pairs(seed: int, count: int = 3, length: int = 9) -> tuple[Tensor, Tensor]:
         texts[row, :words] = torch.randint(1, 40000, (words,), generator=generator)
         texts[row, words] = 49407
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator), texts
+
+
+def random_clip(folder: Path) -> Path:
+    """A CLIP model of our smallest ViT with random weights, in a folder as a stage leaves it."""
+    torch.manual_seed(3)
+    text = {"width": 16, "layers": 2, "heads": 2, "context_length": 12}
+    settings = ClipSettings.model_validate({"name": "vit_nano_patch4_32", "embed_dim": 16, "pool": "avg", "text": text})
+    return Path(clip_folder(folder, ClipStudent(settings).eval()))
