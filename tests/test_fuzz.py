@@ -27,10 +27,11 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.settings import override, parse
-from eva_mim.data import ColumnSettings, DataSettings
+from eva_mim.data import DataSettings
 from eva_mim.data.loader import Reader
 from eva_mim.data.preparation import Item, MaskedPreparation
 from eva_mim.data.sampler import Place
+from eva_mim.data.source_settings import ColumnSettings
 from eva_mim.data.sources.captions import record_captions
 from eva_mim.data.sources.folder import open_folder
 from eva_mim.data.sources.index import Content, Texts, read_index, write_index

@@ -234,7 +234,7 @@ def _write_nearest(path: Path, kept: list[Batch], splits: dict[str, Source], k: 
     import torch
     from torch.nn import functional as F
 
-    from eva_mim.commands.sheet import write_sheet
+    from eva_mim.evaluate.sheet import write_sheet
 
     where = [(batch.split, place, key) for batch in kept for place, key in zip(batch.places, batch.keys, strict=True)]
     rows = F.normalize(torch.from_numpy(np.concatenate([batch.summary for batch in kept])), dim=1)

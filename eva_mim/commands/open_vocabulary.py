@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from eva_mim.evaluate.segmentation import Segmented
 
+IMAGES, MASKS = "images", ("annotations", "masks")
 SHOWN, NAMED = 6, 5
 """Images on the sheet of predictions; broken images that are named."""
 
@@ -28,34 +29,41 @@ def segment(options: argparse.Namespace) -> None:
 
     from eva_mim.core.distributed import all_reduce_sum, is_main, rank, setup, world_size
     from eva_mim.data.prompts import told_templates
-    from eva_mim.data.sources.masks import IGNORED, PairSource, read_mask_classes
+    from eva_mim.data.source_settings import SegmentationSettings
+    from eva_mim.data.sources.folder import FolderSource, Masks
+    from eva_mim.data.sources.masks import read_mask_classes
     from eva_mim.evaluate.segmentation import confusion, figures
+    from eva_mim.evaluate.sheet import coloured, write_sheet
 
     root = Path(options.segment)
-    source = PairSource(root)
-    classes = read_mask_classes(Path(options.classes) if options.classes else root / "classes.txt")
-    ignore = IGNORED if options.ignore is None else options.ignore
-    names = [(name, value) for name, value in zip(classes.names, classes.values, strict=True) if value != ignore]
-    classes = classes._replace(names=tuple(name for name, _ in names), values=tuple(value for _, value in names))
+    masks = next((root / name for name in MASKS if (root / name).is_dir()), None)
+    if not (root / IMAGES).is_dir() or masks is None:
+        raise UserError(f"{root}: expected folders {IMAGES} and {' or '.join(MASKS)}")
+    ignore = SegmentationSettings().ignore if options.ignore is None else options.ignore
+    classes = read_mask_classes(Path(options.classes) if options.classes else root / "classes.txt", ignore)
     device = setup()
+    source, count = FolderSource(root / IMAGES, None, masks=Masks(masks, classes)), len(classes.names)
     model = _PatchTexts(options, classes.names, told_templates(options.templates or "openai"), device)
-    matrix = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64, device=device)
+    matrix = torch.zeros(count, count, dtype=torch.int64, device=device)
     own, broken, shown = range(rank(), len(source), world_size()), 0, list[tuple[Any, str]]()
     progress = Progress("images", len(source))
     for index in own:
         progress.advance(world_size())
         try:
-            image, mask = source.read(index)
-            truth = torch.from_numpy(classes.labels(mask, ignore)).to(device)
+            sample = source.read(index)
         except (ValueError, OSError) as error:
             broken += 1
             if broken <= NAMED:
-                sys.stderr.write(f"  left out: {error}\n")
+                sys.stderr.write(f"  left out: {source.key(index)}: {error}\n")
             continue
+        image: Any = sample.image
+        segmentation: Any = sample.segmentation
+        truth = torch.from_numpy(segmentation).to(device)
         said = model.map_of(image, (truth.shape[0], truth.shape[1]))
-        matrix += confusion(truth, said, len(classes.names))
+        matrix += confusion(truth, said, count)
         if is_main() and len(shown) < 3 * SHOWN:
-            shown += [(image, source.key(index)), (coloured(truth), "truth"), (coloured(said), "nearest text")]
+            shown += [(image, source.key(index)), (coloured(segmentation), "truth"),
+                      (coloured(said.cpu().numpy()), "nearest text")]
     counts = all_reduce_sum(torch.cat([matrix.flatten(), matrix.new_tensor([broken])]))
     matrix, broken = counts[:-1].view_as(matrix), int(counts[-1])
     if not matrix.any():
@@ -63,8 +71,6 @@ def segment(options: argparse.Namespace) -> None:
     if is_main():
         sys.stdout.write(table(figures(matrix), classes.names, len(source) - broken, broken))
         path = options.to or options.checkpoint / "segments.png"
-        from eva_mim.commands.sheet import write_sheet
-
         sys.stdout.write(f"{write_sheet(shown, len(shown), 3, path)}\n")
 
 
@@ -109,18 +115,6 @@ class _PatchTexts:
             found = self._tower(windows)
         cosines: Tensor = F.normalize(found.spatial.float(), dim=-1) @ self._weights.T
         return cosines.transpose(1, 2).reshape(len(windows), -1, *found.grid)
-
-
-def coloured(labels: Tensor) -> Image:
-    """Returns [H, W] class numbers as a picture: a colour for each class, white for -1."""
-    from PIL import Image as Pillow
-
-    picture = Pillow.fromarray((labels + 1).clamp(max=255).byte().cpu().numpy()).convert("P")
-    palette = [255, 255, 255]
-    for number in range(255):  # hues that are far apart for neighbouring numbers
-        palette += [round(127 + 120 * math.sin(2.4 * number + 2.1 * channel)) for channel in range(3)]
-    picture.putpalette(palette)
-    return picture.convert("RGB")
 
 
 def table(found: Segmented, names: tuple[str, ...], images: int, broken: int) -> str:

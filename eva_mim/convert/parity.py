@@ -19,7 +19,7 @@ from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
-from eva_mim.data import SceneSettings
+from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import to_tensor

@@ -37,6 +37,8 @@ class Sample(NamedTuple):
     label: int | None = None
     captions: tuple[str, ...] = ()
     """All captions of the image; "" for a caption without text."""
+    segmentation: npt.NDArray[np.int16] | None = None
+    """[H, W] class number of each pixel, -1 for a pixel of no class; None unless `data.segmentation` is set."""
 
 
 class Blocks(NamedTuple):

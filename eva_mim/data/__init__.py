@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from eva_mim.core.settings import PLACE, RUNTIME, For, Settings
+from eva_mim.data.source_settings import ColumnSettings, SceneSettings, SegmentationSettings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0)]
@@ -41,32 +42,6 @@ MIN_BROKEN = 10
 def too_many(broken: int, images: int, max_broken: float) -> bool:
     """Returns True if `broken` of `images` are more than both `MIN_BROKEN` and the share `max_broken` (`data.max_broken`)."""
     return broken > max(MIN_BROKEN, max_broken * images)
-
-
-class SceneSettings(Settings):
-    """Settings of the built-in dataset: pictures drawn from (seed, index)."""
-
-    size: int = Field(64, ge=8)
-    """Side of a picture in pixels."""
-    train: int = Field(4000, ge=1)
-    """Number of training pictures."""
-    val: int = Field(1000, ge=1)
-    """Number of held-out pictures."""
-    labels: str = Field("fine", pattern="^(fine|coarse)$")
-    """"fine": texture and shape of the first object (24 classes); "coarse": its shape (6 classes)."""
-    seed: int = 0
-    """Seed of the drawings (not of the run)."""
-
-
-class ColumnSettings(Settings):
-    """Names of a list's columns; for JSON lines, of the keys in each line."""
-
-    image: str = "image"
-    """Column with the image's path, relative to the list's own folder."""
-    captions: str | list[str] | None = None
-    """One or more columns with captions; a cell of JSONL or Parquet may hold several."""
-    label: str | None = None
-    """Column with the image's class: its name, or its number in `data.classes`."""
 
 
 FILES = For("source", "folder", "shards", "list")
@@ -123,6 +98,8 @@ class SourceSettings(Settings):
     """Number of training images that are used, the first ones of the source; None: all."""
     val_limit: int | None = Field(None, ge=1)
     """Number of held-out images that are used, the first ones; None: all."""
+    segmentation: SegmentationSettings | None = None
+    """Semantic segmentation maps of the images, which the stage `segment` learns; null: not read."""
     scenes: Annotated[SceneSettings, For("source", "scenes")] = SceneSettings()
 
     @property
@@ -144,6 +121,16 @@ class SourceSettings(Settings):
         if self.exif and not self.pixels.plain:
             raise ValueError("data.exif=true is for 8-bit RGB photographs; leave it out with data.channels other than 3 or "
                              "data.window")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_fit_the_source(self) -> SourceSettings:
+        if (self.source == "list" and self.segmentation is not None) != (self.columns.mask is not None):
+            raise ValueError(f"data.columns.mask={self.columns.mask}: a list has it for data.segmentation, and for that alone")
+        if self.segmentation is not None:
+            self.segmentation.check(self.source, held_out=self.val is not None)
+        if self.segmentation is not None and self.exif:
+            raise ValueError("data.exif=true would turn images and not their masks; leave it out with data.segmentation")
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ STRIDE = 2 / 3
 def confusion(truth: Tensor, said: Tensor, classes: int) -> Tensor:
     """Returns [K, K] numbers of pixels by true and said class, of class numbers of any equal shape; truth -1 is left out."""
     there = truth >= 0
-    return torch.bincount(truth[there] * classes + said[there], minlength=classes**2).view(classes, classes)
+    return torch.bincount(truth[there].long() * classes + said[there], minlength=classes**2).view(classes, classes)
 
 
 class Segmented(NamedTuple):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from eva_mim.cli import main
 from eva_mim.commands import features as commands_features
-from eva_mim.commands.sheet import GAP, LINE, TILE
+from eva_mim.evaluate.sheet import GAP, LINE, TILE
 from eva_mim.students import ClassifierSettings, ClipSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.clip import ClipStudent

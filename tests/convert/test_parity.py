@@ -23,7 +23,7 @@ import eva_mim.trunks.small  # noqa: F401
 from eva_mim.convert import parity
 from eva_mim.convert.parity import BOUNDS, compare, outputs, sample_images, sample_tokens, streamed, unloaded
 from eva_mim.core.errors import UserError
-from eva_mim.data import SceneSettings
+from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.weights.files.lazy import deferred
 from eva_mim.weights.files.read import open_checkpoint

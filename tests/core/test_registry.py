@@ -19,7 +19,8 @@ from eva_mim.core.contracts import Engine, Features, Sample, Source, Teacher
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json
 from eva_mim.core.registry import ENGINES, PROGRAMS, SOURCES, TEACHERS, Command, lookup, nearest
-from eva_mim.data import ColumnSettings, DataSettings, SceneSettings
+from eva_mim.data import DataSettings
+from eva_mim.data.source_settings import ColumnSettings, SceneSettings
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, TextSettings
 from eva_mim.students.clip import ClipStudent

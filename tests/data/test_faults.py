@@ -17,9 +17,10 @@ import pytest
 
 from eva_mim.core.contracts import Batch, Source
 from eva_mim.core.errors import UserError
-from eva_mim.data import ColumnSettings, DataSettings
+from eva_mim.data import DataSettings
 from eva_mim.data.loader import EvalLoader
 from eva_mim.data.preparation import MaskedPreparation
+from eva_mim.data.source_settings import ColumnSettings
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.views import EvalView
 from tests.conftest import make_folder, make_shards, picture, png, write_tar

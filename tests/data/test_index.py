@@ -16,7 +16,8 @@ from eva_mim.cli import main
 from eva_mim.core import distributed
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
-from eva_mim.data import ColumnSettings, DataSettings
+from eva_mim.data import DataSettings
+from eva_mim.data.source_settings import ColumnSettings
 from eva_mim.data.sources import folder as folder_module
 from eva_mim.data.sources import shards as shards_module
 from eva_mim.data.sources.decode import SUFFIXES

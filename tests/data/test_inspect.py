@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from eva_mim.cli import main
 from eva_mim.commands.data import speed
 from eva_mim.commands.data.inspect import COLUMNS, spread
-from eva_mim.commands.sheet import LINE, TILE
 from eva_mim.core.timing import Stopwatch
 from eva_mim.data import DataSettings
 from eva_mim.data.sources.folder import open_folder
+from eva_mim.evaluate.sheet import LINE, TILE
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 
 

@@ -17,6 +17,7 @@ from eva_mim.cli import main
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.core.contracts import Sample
 from tests.conftest import REPOSITORY, make_folder, picture, png
+from tests.data.test_masks import as_folder, settings_of, values
 from tests.tiny import environment
 
 
@@ -184,3 +185,18 @@ def test_labels_are_not_lost_on_the_way(tmp_path: Path, capsys: pytest.CaptureFi
     (first / "names.txt").rename(first / "classes.txt")
     one, other = packed(first), packed(again)
     assert [(s.label, s.captions, s.image.tobytes()) for s in one] == [(s.label, s.captions, s.image.tobytes()) for s in other]
+
+
+def test_masks_travel_with_their_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "data", tmp_path / "shards"
+    settings = settings_of(root, as_folder(root, 3))
+    (root / "annotations" / "training" / "000.png").write_bytes(b"no mask")
+    maps = [f"data.segmentation.{name}={value}" for name, value in settings.segmentation or () if value not in (None, ".png")]
+    told = ["data.source=folder", "data.train=images/training", "data.val=images/validation", *maps]
+    assert pack(root, out, *told) == 0
+    printed = capsys.readouterr()
+    assert "1 unreadable" in printed.out
+    after = samples(out, "val", *[word.strip("'") for word in printed.out.split("data.root=")[1].split()[1:]])
+    for key, sample in zip(original_keys(out, "val"), after, strict=True):
+        assert sample.segmentation is not None
+        assert (sample.segmentation == values(int(Path(key).stem)).astype(int) - 1).all()

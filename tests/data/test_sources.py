@@ -13,8 +13,9 @@ import pytest
 
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
-from eva_mim.data import DataSettings, SceneSettings
+from eva_mim.data import DataSettings
 from eva_mim.data.prompts import filled
+from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.folder import open_folder
 from eva_mim.data.sources.scenes import COLOURS, open_scenes
 from eva_mim.data.sources.shards import open_shards

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eva_mim.core.contracts import Sample
-from eva_mim.data import SceneSettings
 from eva_mim.data.loader import EvalLoader
 from eva_mim.data.preparation import ImageTextPreparation
+from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView
 from eva_mim.evaluate import retrieval as module

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from eva_mim.commands import evaluate as reevaluate
 from eva_mim.core.errors import UserError
-from eva_mim.data.sources.masks import MaskClasses, PairSource, read_mask_classes
+from eva_mim.data.sources.folder import FolderSource, Masks
+from eva_mim.data.sources.masks import read_mask_classes
 from eva_mim.evaluate.segmentation import confusion, figures, slid, starts
 from tests.conftest import picture
 from tests.students.tiny_towers import random_clip
@@ -140,32 +141,23 @@ def test_masks_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture
     palette = Image.new("P", (40, 32), 2)
     palette.putpalette([9, 9, 9] * 256)
     palette.save(masks / "05.png")
-    source, classes = PairSource(root), read_mask_classes(root / "classes.txt")
-    for index, text in enumerate(("00.png has 40 x 32 pixels, its mask 30 x 32", "", "has colours (RGB), no class numbers",
-                                  "03.png is no image")):  # fmt: skip
-        if text:
-            with pytest.raises(ValueError, match=re.escape(text)):
-                source.read(index)
-    with pytest.raises(ValueError, match=r"values 9 belong to none of 4 classes and are not ignored \(255\)"):
-        classes.labels(source.read(1)[1], 255)
-    assert set(classes.labels(source.read(4)[1], 255).flat) == {3}
-    assert set(classes.labels(source.read(5)[1], 255).flat) == {2}
+    classes = read_mask_classes(root / "classes.txt", 255)
+    source = FolderSource(root / "images", None, masks=Masks(masks.parent, classes))
+    for index, text in enumerate(("it has 40 x 32 pixels, its mask 30 x 32",
+                                  "its mask values 9 belong to none of 4 classes and are not ignored (255)",
+                                  "its mask has colours (RGB) in place of class numbers", "its mask is no image")):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(text)):
+            source.read(index)
+    for index, value in ((4, 3), (5, 2)):
+        found = source.read(index).segmentation
+        assert found is not None
+        assert (found == value).all()
     (masks / "05.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 6 images have no mask in annotations/, such as validation/05\.png"):
-        PairSource(root)
-    with pytest.raises(UserError, match="expected folders images and annotations or masks"):
-        PairSource(tmp_path)
-
-
-def test_classes_with_values_of_their_own(tmp_path: Path) -> None:
-    """As in COCO's list of panoptic classes, whose numbers have gaps."""
-    (tmp_path / "classes.txt").write_text("0\tunlabeled\n2\tbicycle\n17 sea lion\n")
-    classes = read_mask_classes(tmp_path / "classes.txt")
-    assert classes == MaskClasses(("unlabeled", "bicycle", "sea lion"), (0, 2, 17))
-    assert classes.labels(np.array([[0, 17, 2, 255]]), 255).tolist() == [[0, 2, 1, -1]]
-    (tmp_path / "classes.txt").write_text("1 a\n1 b\n")
-    with pytest.raises(UserError, match="the values 1 stand there twice"):
-        read_mask_classes(tmp_path / "classes.txt")
+    with pytest.raises(UserError, match=r"annotations: 1 of 6 images have no mask there, such as validation/05\.png for "):
+        FolderSource(root / "images", None, masks=Masks(masks.parent, classes))
+    clip = str(random_clip(tmp_path / "clip"))
+    assert reevaluate.main([clip, "--segment", str(tmp_path / "clip")]) == 2
+    assert "expected folders images and annotations or masks" in capsys.readouterr().err
 
 
 def test_options_without_their_command_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

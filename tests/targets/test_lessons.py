@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import eva_mim.trunks.small  # noqa: F401
-from eva_mim.data import SceneSettings
 from eva_mim.data.class_lists import spoken
+from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import EvalView
 from tests.conftest import REPOSITORY

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eva_mim.data import SceneSettings
+from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.scenes import SceneSource
 
 SIDE, QUALITY, DIFFERENT = 400, 95, 64

@@ -15,13 +15,14 @@ from eva_mim.commands import positive
 from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
-from eva_mim.commands.sheet import write_sheet
 from eva_mim.core.contracts import Sample, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
 from eva_mim.data.class_lists import spoken
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sources.decode import FileSource, header
+from eva_mim.data.sources.masks import segment_names
+from eva_mim.evaluate.sheet import coloured, write_sheet
 
 CHUNK = 64
 BARS, BAR = 24, 40
@@ -61,7 +62,8 @@ def inspect(
 ) -> None:
     """Prints a report on every split; with `out`, writes a contact sheet of each there. At most `images` images of a split are
     examined, evenly spread; classes are counted over all images. Raises UserError if no image can be read."""
-    for name, source in every_split(read_data(what, overrides)):
+    settings = read_data(what, overrides)
+    for name, source in every_split(settings):
         sys.stdout.write(f"{name}: {len(source)} images\n")
         if isinstance(source, FileSource):
             _report_images(_look_around(name, source, min(images, len(source)), processes), len(source))
@@ -72,7 +74,11 @@ def inspect(
                 sys.stdout.write("  labels that no class list names: set data.classes to use them\n")
         if out is not None:
             places = spread(len(source), min(COLUMNS * ROWS, len(source)))
-            sheet = write_sheet(_cells(source, places), len(places), COLUMNS, out / f"{name}.png")
+            cells, count = _cells(source, places), len(places)
+            if any(one.segmentation is not None for one in settings.sources.values()):
+                places = places[: COLUMNS * ROWS // 2]
+                cells, count = _mapped_cells(source, places, segment_names(settings)), 2 * len(places)
+            sheet = write_sheet(cells, count, COLUMNS, out / f"{name}.png")
             sys.stdout.write(f"  contact sheet: {sheet}\n")
         sys.stdout.write("\n")
 
@@ -141,17 +147,32 @@ def _report_classes(classes: Sequence[str], counts: Any) -> None:
         sys.stdout.write(f"    {classes[label][:width]:<{width}} {counts[label]:>8} {bar}\n")
 
 
+def _read(source: Source, place: int) -> Sample | str:
+    """Returns a record; of a broken one the error, for its cell."""
+    try:
+        return source.read(place)
+    except UserError:  # the error concerns more than one record
+        raise
+    except Exception as error:  # a record may be broken in any way
+        return f"{source.key(place)}: {type(error).__name__}"
+
+
 def _cells(source: Source, places: Sequence[int]) -> Iterator[tuple[Any, str]]:
-    """Yields each record's image, and its class or caption; of a broken record the error."""
-    for place in places:
-        try:
-            sample = source.read(place)
-        except UserError:  # the error concerns more than one record
-            raise
-        except Exception as error:  # a record may be broken in any way
-            yield None, f"{source.key(place)}: {type(error).__name__}"
+    """Yields each record's image, and its class or caption."""
+    for found in (_read(source, place) for place in places):
+        yield (None, found) if isinstance(found, str) else (found.image, _words(found, source.classes))
+
+
+def _mapped_cells(source: Source, places: Sequence[int], names: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """Yields each record's image and its segmentation map, with the largest classes of the map."""
+    for found in (_read(source, place) for place in places):
+        if isinstance(found, str) or found.segmentation is None:
+            yield from [(None, found if isinstance(found, str) else f"{found.key}: no map")] * 2
             continue
-        yield sample.image, _words(sample, source.classes)
+        yield found.image, _words(found, source.classes)
+        counts = np.bincount(found.segmentation[found.segmentation >= 0], minlength=len(names))
+        largest = [number for number in np.argsort(-counts)[:3].tolist() if counts[number]]
+        yield coloured(found.segmentation), ", ".join(names[number] for number in largest) or "no class"
 
 
 def _words(sample: Sample, classes: Sequence[str] | None) -> str:

@@ -27,13 +27,13 @@ from eva_mim.core.lock import is_lock, locked
 from eva_mim.core.log import Progress, duration, say
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
-from eva_mim.data import DataSettings, Pixels, too_many
+from eva_mim.data import DataSettings, too_many
 from eva_mim.data.quarantine import read_quarantine
 from eva_mim.data.sources.decode import FileSource, Raw, header
 from eva_mim.data.sources.index import Column
 
 FORMAT = "eva-mim pack 1"
-PLAN = "pack.json"
+PLAN, SEGMENTS = "pack.json", "segments.txt"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "NPY": "npy"}
 """Image formats -> extensions of the members of a shard."""
 
@@ -99,11 +99,13 @@ def _write(
     classes = next(iter(splits.values())).classes
     if classes is not None:
         write_text(out / CLASSES, "".join(f"{name}\n" for name in classes))
+    if (maps := settings.segmentation) is not None and maps.classes is not None:
+        write_text(out / SEGMENTS, (settings.own_root / maps.classes).read_text(encoding="utf-8"))
     jobs = {name: Job(out, name, seed, len(source), _left_out(settings, source), settings.max_broken)
             for name, source in splits.items()}
     for name, source in splits.items():
         _pack_split(source, jobs[name], per_shard, processes)
-    _prove(jobs, classes, settings.pixels)
+    _prove(jobs, classes, settings)
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
@@ -189,6 +191,10 @@ def _not_too_many(faults: list[str], records: int, share: float) -> None:
 def _members(raw: Raw) -> Iterator[tuple[str, bytes]]:
     """Yields extension and content of each member of a record. Raises the errors of `decode.header` if the file is no image."""
     yield EXTENSIONS[header(raw.content).format], raw.content
+    if raw.mask is not None:
+        if (kind := header(raw.mask).format) != "PNG":
+            raise ValueError(f"its mask is a {kind}, and shards have PNG masks")
+        yield "seg.png", raw.mask
     if raw.label is not None:
         yield "cls", str(raw.label).encode()
     told: dict[str, Any] = {"key": raw.key} | ({"captions": raw.captions} if raw.captions else {})
@@ -201,14 +207,17 @@ def _order(seed: int | None, split: str, records: int) -> Column:
     return np.arange(records) if seed is None else np.random.default_rng(derive(seed, f"pack-{split}")).permutation(records)
 
 
-def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, pixels: Pixels) -> None:
+def _prove(jobs: dict[str, Job], classes: tuple[str, ...] | None, packed: DataSettings) -> None:
     """Opens the shards as training would, and prints the settings for it. Raises UserError if too many records are missing."""
-    out = next(iter(jobs.values())).out
+    out, pixels, maps = next(iter(jobs.values())).out, packed.pixels, packed.segmentation
     settings = ["data.source=shards", *(f"data.{name}={name}-*.tar" for name in jobs)]
     settings += [] if classes is None else [f"data.classes={CLASSES}"]
     settings += ["data.exif=true"] if pixels.exif else []
     if not pixels.plain:
         settings += [f"data.channels={pixels.channels}", f"data.window={json.dumps(pixels.window)}"]
+    if maps is not None:
+        settings += [f"data.segmentation.classes={SEGMENTS}", f"data.segmentation.ignore={maps.ignore}"]
+        settings += [] if maps.label_map is None else [f"data.segmentation.label_map={json.dumps(maps.label_map)}"]
     for name, source in every_split(read_data(str(out), settings)):
         job = jobs[name]
         missing = job.records - len(job.left_out) - len(source)

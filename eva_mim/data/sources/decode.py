@@ -18,6 +18,7 @@ from eva_mim.core.bands import Bands
 from eva_mim.core.contracts import Sample
 from eva_mim.core.timing import phase
 from eva_mim.data import MAX_CHANNELS, RGB, Pixels
+from eva_mim.data.sources.masks import MaskClasses, Segmentation
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Suffixes of image files, in folders and in shards."""
@@ -47,16 +48,23 @@ class Raw(NamedTuple):
     """Bytes of the image file."""
     label: int | None = None
     captions: tuple[str, ...] = ()
+    mask: bytes | None = None
+    """Bytes of the semantic mask's file; None if it has none, or masks are not read."""
 
-    def sample(self, pixels: Pixels = RGB) -> Sample:
-        """Returns the record with its image decoded. Raises the errors of `decoded`."""
-        return Sample(self.key, decoded(self.content, pixels), self.label, self.captions)
+    def sample(self, pixels: Pixels = RGB, classes: MaskClasses | None = None) -> Sample:
+        """Returns the record with its image decoded, and its mask, if there are `classes`. Raises the errors of `decoded`, and
+        ValueError for a mask that is missing, has another size than the image, or has values that are no class."""
+        image = decoded(self.content, pixels)
+        found = None if classes is None else _segmentation(self.mask, image.size, classes)
+        return Sample(self.key, image, self.label, self.captions, found)
 
 
 class FileSource(ABC):
     """A `contracts.Source` of image files, whose records can be counted and copied without being decoded."""
 
     classes: tuple[str, ...] | None
+    mask_classes: MaskClasses | None = None
+    """Classes of the semantic masks, which belong to each record then; None if masks are not read."""
     _pixels: Pixels
 
     @property
@@ -90,7 +98,7 @@ class FileSource(ABC):
 
     def read(self, index: int) -> Sample:
         """Reads and decodes one record. Raises the errors of `raw` and `decoded`."""
-        return self.raw(index).sample(self._pixels)
+        return self.raw(index).sample(self._pixels, self.mask_classes)
 
 
 def suffixes(pixels: Pixels) -> tuple[str, ...]:
@@ -130,10 +138,26 @@ def decoded_mask(content: bytes) -> npt.NDArray[np.int64]:
     and too many pixels, and Pillow's errors."""
     with phase("decode"), Image.open(io.BytesIO(content)) as image:
         if image.mode not in MASK_MODES:
-            raise ValueError(f"has colours ({image.mode}), no class numbers")
+            raise ValueError(f"has colours ({image.mode}) in place of class numbers")
         if image.width * image.height > MAX_VALUES:
             raise ValueError(f"has {image.width} x {image.height} pixels")
         return np.asarray(image).astype(np.int64)
+
+
+def _segmentation(content: bytes | None, size: tuple[int, int], classes: MaskClasses) -> Segmentation:
+    """Returns the class numbers [H, W] of the mask of an image of `size` (width, height)."""
+    if content is None:
+        raise ValueError("no mask")
+    try:
+        mask = decoded_mask(content)
+        found = classes.numbered(mask)
+    except UnidentifiedImageError:
+        raise ValueError("its mask is no image") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"its mask {error}") from None
+    if mask.shape != size[::-1]:
+        raise ValueError(f"it has {size[0]} x {size[1]} pixels, its mask {mask.shape[1]} x {mask.shape[0]}")
+    return found
 
 
 class Header(NamedTuple):

@@ -17,11 +17,12 @@ import numpy as np
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress, say
-from eva_mim.core.settings import few
+from eva_mim.core.settings import digest, few
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
+from eva_mim.data.sources.masks import MaskClasses, mask_classes
 from eva_mim.data.sources.passed_over import CAPTIONS, PassedOver, is_hidden
 from eva_mim.data.sources.split_names import looks_held_out
 
@@ -30,14 +31,30 @@ SETTLED_NS = 2 * 10**9
 later change may have the same time stamp (file systems keep times in steps of up to 2 seconds)."""
 
 
+class Masks(NamedTuple):
+    """Semantic masks of a folder of images."""
+
+    folder: Path
+    classes: MaskClasses
+    suffix: str = ".png"
+
+    def name(self, key: str) -> str:
+        """Returns the path below the folder of an image's mask."""
+        return os.path.splitext(key)[0] + self.suffix
+
+
 class FolderSource(FileSource):
-    """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions."""
+    """Image files below a folder, sorted by path; `KEY.txt` or `KEY.json` beside `KEY.jpg` holds its captions. Masks lie in a
+    folder of their own, under the images' names."""
 
     blocks = None
 
-    def __init__(self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB):
-        """Every rank must call. Raises UserError for an unreadable folder, no images, or images that belong to none of
-        `classes`."""
+    def __init__(
+        self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB,
+        masks: Masks | None = None,
+    ):
+        """Every rank must call. Raises UserError for an unreadable folder, no images, images that belong to none of `classes`,
+        or images without a mask."""
         self.folder = folder
         self.classes = classes
         self.captions: CaptionFile | None = None
@@ -52,6 +69,21 @@ class FolderSource(FileSource):
         self._labels = [label.get(name.partition("/")[0]) for name in self.folders]
         if classes is not None:
             self._refuse_strangers()
+        self._masks = masks
+        if masks is not None:
+            self.mask_classes = masks.classes
+            self.fingerprint = digest([self.fingerprint, masks.classes.fingerprint, self._matched(masks)])
+
+    def _matched(self, masks: Masks) -> str:
+        """Returns the fingerprint of the masks. Raises UserError for images without one."""
+        found = folder_index(masks.folder, (masks.suffix[masks.suffix.rindex(".") :],))
+        folders = found.texts("folders")
+        there = {os.path.join(folders[place], found.text("name", row)) for row, place in enumerate(found["folder"])}
+        missing = [key for key in map(self.key, range(len(self))) if masks.name(key) not in there]
+        if missing:
+            raise UserError(f"{masks.folder}: {len(missing)} of {len(self)} images have no mask there, such as "
+                            f"{masks.name(missing[0])} for {missing[0]}")
+        return found.facts["fingerprint"]
 
     def _refuse_strangers(self) -> None:
         used = np.bincount(self.index["folder"], minlength=len(self.folders)).nonzero()[0].tolist()
@@ -74,7 +106,8 @@ class FolderSource(FileSource):
         key = self.key(index)
         path = self.folder / key
         label = self._labels[self.index["folder"][index]] if self.classes else None
-        return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(index, path))
+        mask = read_file(self._masks.folder / self._masks.name(key)) if self._masks else None
+        return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(index, path), mask)
 
     def class_counts(self) -> Column | None:
         """Returns [K] int64, the number of images of each class; None without classes."""
@@ -110,13 +143,23 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
         raise UserError(f"data.train: {root} has a sub-folder '{found[0]}' beside others. If it is held out, set data.train and "
                         f"data.val={found[0]}; if it is a class, set data.train=.")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
-    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels)
+    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels, _masks(settings, split))
     if split == "train":
         if settings.train != ".":
             _refuse_splits_below(source)
         _say_deep_classes(source)
     source.captions = open_captions(settings, split, source.stems, source.fingerprint, f"images in {folder}")
     return source
+
+
+def _masks(settings: SourceSettings, split: str) -> Masks | None:
+    classes, chosen = mask_classes(settings), settings.segmentation
+    if classes is None or chosen is None:
+        return None
+    folder = settings.own_root / str(chosen.train if split == "train" else chosen.val)
+    if not folder.is_dir():
+        raise UserError(f"data.segmentation.{split}: {folder} is not a folder")
+    return Masks(folder, classes, chosen.suffix)
 
 
 def _refuse_splits_below(source: FolderSource) -> None:

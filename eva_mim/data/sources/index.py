@@ -27,7 +27,7 @@ from eva_mim.core.files import replacing
 from eva_mim.core.log import duration, say
 from eva_mim.core.settings import digest
 
-VERSION = 6
+VERSION = 7
 """Version of the columns' layout, which is part of every file's name."""
 DTYPES = {"U8": np.uint8, "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64}
 """safetensors' names of the columns' types."""

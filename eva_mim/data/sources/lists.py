@@ -17,12 +17,15 @@ import numpy as np
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.registry import nearest
-from eva_mim.data import RGB, ColumnSettings, Pixels, SourceSettings
+from eva_mim.core.settings import digest
+from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.class_lists import known_as
 from eva_mim.data.prompts import class_file
+from eva_mim.data.source_settings import ColumnSettings
 from eva_mim.data.sources.captions import as_captions
 from eva_mim.data.sources.decode import ARRAYS, SUFFIXES, FileSource, Raw, read_file
 from eva_mim.data.sources.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
+from eva_mim.data.sources.masks import MaskClasses, mask_classes
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 """Pairs of a line or row number and its {column: value}."""
@@ -36,13 +39,16 @@ class ListSource(FileSource):
     blocks = None
 
     def __init__(
-        self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None, pixels: Pixels = RGB
+        self, path: Path, root: Path, columns: ColumnSettings, classes: tuple[str, ...] | None, pixels: Pixels = RGB,
+        mask_classes: MaskClasses | None = None,
     ):
         """`classes`: class names by label; the label column holds names, or numbers if no value is a name. Every rank must call.
         Raises UserError for mistakes of the list, and if none of its first images exists."""
         self.classes, self._pixels = classes if columns.label is not None else None, pixels
         self.index = list_index(path, root, columns)
-        self.fingerprint = self.index.facts["fingerprint"]
+        self.fingerprint, self.mask_classes = self.index.facts["fingerprint"], mask_classes
+        if mask_classes is not None:
+            self.fingerprint = digest([self.fingerprint, mask_classes.fingerprint])
         self.folder, self._captioned = path.parent, bool(caption_columns(columns))
         if not any((self.folder / self.key(row)).is_file() for row in range(min(PROBED, len(self)))):
             raise UserError(f"{path}: none of its first {min(PROBED, len(self))} images exists; paths are relative to the list: "
@@ -60,7 +66,8 @@ class ListSource(FileSource):
         """Reads one image file, and its captions from the index. Raises OSError, and ValueError for a too large file."""
         label = self._labels[self.index["label"][index]] if self._labels else None
         captions = self._captions(index) if self._captioned else ()
-        return Raw(self.key(index), read_file(self.folder / self.key(index)), label, captions)
+        mask = read_file(self.folder / self.index.text("mask", index)) if self.mask_classes else None
+        return Raw(self.key(index), read_file(self.folder / self.key(index)), label, captions, mask)
 
     def class_counts(self) -> Column | None:
         """Returns [K] int64, the number of images of each class; None without classes."""
@@ -85,7 +92,7 @@ def open_list(settings: SourceSettings, split: str) -> ListSource | None:
     classes, root = class_file(settings), settings.own_root
     if classes is None and settings.columns.label is not None:  # the training list alone decides the labels
         classes = sorted_names(root / settings.train, list_index(root / settings.train, root, settings.columns), settings.columns)
-    return ListSource(root / name, root, settings.columns, classes, settings.pixels)
+    return ListSource(root / name, root, settings.columns, classes, settings.pixels, mask_classes(settings))
 
 
 def list_index(path: Path, root: Path, columns: ColumnSettings) -> Index:
@@ -109,11 +116,13 @@ def list_index(path: Path, root: Path, columns: ColumnSettings) -> Index:
 
 
 def _read(path: Path, root: Path, columns: ColumnSettings) -> Content:
-    images, captions, labels = Texts(), Texts(), Texts()
+    images, captions, labels, masks = Texts(), Texts(), Texts(), Texts()
     ends, chosen, first, number = array("Q"), array("I"), array("Q"), dict[str, int]()
     for row_number, row in read_list(path, columns):
         where = f"{path}:{row_number}"
         images.add(_inside(row[columns.image], root, path.parent, where))
+        if columns.mask is not None:
+            masks.add(_inside(row[columns.mask], root, path.parent, where))
         for text in _captions(row, columns, where):
             captions.add(text)
         ends.append(len(captions))
@@ -128,6 +137,7 @@ def _read(path: Path, root: Path, columns: ColumnSettings) -> Content:
         raise UserError(f"{path}: no images in this list")
     own = {"captions": narrow(np.frombuffer(ends, np.uint64)), "label": np.frombuffer(chosen, np.uint32),
            "labels.row": np.frombuffer(first, np.uint64)}
+    own |= masks.columns("mask") if columns.mask is not None else {}
     return Content(own | images.columns("image") | captions.columns("caption") | labels.columns("labels"), {})
 
 
@@ -137,7 +147,8 @@ def read_list(path: Path, columns: ColumnSettings) -> Rows:
     reader = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a list must be .csv, .tsv, .jsonl or .parquet")
-    wanted = {"image": [columns.image], "captions": caption_columns(columns), "label": [columns.label] if columns.label else []}
+    wanted = {"image": [columns.image], "captions": caption_columns(columns), "label": [columns.label] if columns.label else [],
+              "mask": [columns.mask] if columns.mask else []}
     names, rows = reader(path, [name for group in wanted.values() for name in group])
     for setting, group in wanted.items():
         for name in group:

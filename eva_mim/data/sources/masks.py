@@ -1,105 +1,118 @@
-"""Images with semantic masks: pairs of files in two folders, and the classes of the masks' values.
-
-    DIR/images/PATH.jpg
-    DIR/annotations/PATH.png    or DIR/masks/PATH.png: one channel, or a palette whose numbers are the values
-    DIR/classes.txt             a class a line; its value is the line's number from 0, or stands before the name ("17 cat")
-
-As in ADE20K, PATH may begin with the split's folder, such as validation/.
-"""
+"""Semantic masks: their classes, and the class numbers of their values."""
 
 from __future__ import annotations
 
+import csv
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from eva_mim.core.errors import UserError
-from eva_mim.core.settings import few
+from eva_mim.core.registry import nearest
+from eva_mim.core.settings import digest, few
+from eva_mim.data import DataSettings, SourceSettings
 from eva_mim.data.prompts import read_lines
-from eva_mim.data.sources.decode import decoded_mask, read_file
-from eva_mim.data.sources.folder import FolderSource
 
-IMAGES, MASKS = "images", ("annotations", "masks")
-IGNORED = 255
-"""Value of pixels that belong to no class (PASCAL VOC, ADE20K)."""
-NUMBERED = re.compile(r"(\d+)\s+(\S.*)")
-Mask = npt.NDArray[np.int64]
+NUMBERED = re.compile(r"(\d{1,9})(?:\s*:\s*|\s+)(\S.*)")
+IGNORED = -1
+"""Number of pixels that belong to no class."""
+GROUND = "ground"
+"""Class of what is behind the things of built-in pictures."""
+T = TypeVar("T", str, int)
+Segmentation = npt.NDArray[np.int16]
+"""[H, W] class numbers from 0; `IGNORED` for pixels of no class."""
 
 
 class MaskClasses(NamedTuple):
-    """Names of the classes, and the values that stand for them in masks."""
+    """Names of the classes, and the class numbers of the values in masks."""
 
     names: tuple[str, ...]
-    values: tuple[int, ...]
+    numbers: dict[int, int]
+    """Value -> class number, `IGNORED` for ignored values."""
 
-    def labels(self, mask: Mask, ignore: int) -> Mask:
-        """Returns [H, W] class numbers from 0, -1 for ignored pixels. Raises ValueError for a value that is no class."""
-        table = np.full(int(max(*self.values, int(mask.max(initial=0)), ignore)) + 1, -2, np.int64)
-        table[list(self.values)] = np.arange(len(self.values))
-        table[ignore] = -1
-        found: Mask = table[mask]
-        if (found == -2).any():
-            strange = np.unique(mask[found == -2])
-            raise ValueError(f"values {few(strange.tolist())} belong to none of {len(self.names)} classes and are not ignored "
-                             f"({ignore})")
+    def numbered(self, mask: npt.NDArray[np.int64]) -> Segmentation:
+        """Returns the class numbers of the values [H, W] of a mask. Raises ValueError for a value that is no class."""
+        top, strange = max(self.numbers) + 1, IGNORED - 1
+        table = np.full(top + 1, strange, np.int16)
+        table[list(self.numbers)] = list(self.numbers.values())
+        found: Segmentation = table[np.where((mask < 0) | (mask > top), top, mask)]
+        if (found == strange).any():
+            ignored = [value for value, number in self.numbers.items() if number == IGNORED]
+            raise ValueError(f"values {few(np.unique(mask[found == strange]).tolist())} belong to none of {len(self.names)} "
+                             f"classes and are not ignored ({few(ignored)})")
         return found
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of names and values."""
+        return digest([self.names, sorted(self.numbers.items())])
 
-def read_mask_classes(path: Path) -> MaskClasses:
-    """Returns the classes of a file. Raises UserError for one that is missing, empty, or names a value twice."""
-    lines = read_lines(path, "classes")
-    numbered = [NUMBERED.fullmatch(line.strip()) for line in lines]
-    if all(numbered):
-        found = [(int(match[1]), match[2]) for match in numbered if match is not None]
-    else:
-        found = [(number, line.strip()) for number, line in enumerate(lines)]
-    if not found:
+
+def mask_classes(settings: SourceSettings) -> MaskClasses | None:
+    """Returns the classes of a source's masks; None if they are not read. Raises UserError."""
+    chosen = settings.segmentation
+    if chosen is None or chosen.classes is None:
+        return None
+    return read_mask_classes(settings.own_root / chosen.classes, chosen.ignore, chosen.label_map)
+
+
+def segment_names(settings: DataSettings) -> tuple[str, ...]:
+    """Returns the class names of the segmentation maps of all sources. Raises UserError for a source without maps, and for
+    sources with other classes."""
+    from eva_mim.data.sources.scenes import scene_segments
+
+    found = dict[str, tuple[str, ...]]()
+    for path, source in settings.sources.items():
+        if source.segmentation is None:
+            raise UserError(f"{path}.segmentation must be given: the segmentation maps to learn (docs/segmentation.md)")
+        classes = mask_classes(source)
+        found[path] = scene_segments(source.scenes) if classes is None else classes.names
+    first, *others = found
+    for other in others:
+        if found[other] != found[first]:
+            raise UserError(f"{other}.segmentation: its {len(found[other])} classes are not the {len(found[first])} of {first}")
+    return found[first]
+
+
+def read_mask_classes(path: Path, ignore: int, label_map: dict[str, list[str]] | None = None) -> MaskClasses:
+    """Returns the classes of a file, without those whose value is `ignore`, grouped by `label_map`. Raises UserError for a file
+    that is missing, empty, or names a value twice, and for groups that do not fit."""
+    listed = _listed(path)
+    if twice := _twice(value for value, _ in listed):
+        raise UserError(f"{path}: the values {few(sorted(twice))} stand there twice")
+    listed = [(value, name) for value, name in listed if value != ignore]
+    if not listed:
         raise UserError(f"{path}: no classes")
-    values, names = zip(*found, strict=True)
-    if twice := sorted({value for value in values if values.count(value) > 1}):
-        raise UserError(f"{path}: the values {few(twice)} stand there twice")
-    return MaskClasses(tuple(names), tuple(values))
+    names = tuple(name for _, name in listed)
+    if label_map is None:
+        return MaskClasses(names, {value: number for number, (value, _) in enumerate(listed)} | {ignore: IGNORED})
+    group_of = {old: number for number, group in enumerate(label_map.values()) for old in group}
+    for name in group_of:
+        if name not in names:
+            raise UserError(f"data.segmentation.label_map: {path} has no class {name!r}{nearest(name, names)}")
+    if again := _twice(old for group in label_map.values() for old in group) | (_twice(names) & group_of.keys()):
+        raise UserError(f"data.segmentation.label_map: {few(sorted(again))}: twice in it, or in {path}")
+    return MaskClasses(tuple(label_map), {value: group_of.get(name, IGNORED) for value, name in listed} | {ignore: IGNORED})
 
 
-class PairSource:
-    """Images and their masks, in the order of the images' paths."""
+def _listed(path: Path) -> list[tuple[int, str]]:
+    """Returns (value, name) of the classes in a file."""
+    lines = read_lines(path, "classes")
+    if lines and {"Idx", "Name"} <= set(lines[0].split("\t")):  # ADE20K's objectInfo150.txt
+        return [(int(row["Idx"]), row["Name"]) for row in csv.DictReader(lines, delimiter="\t")]
+    matches = [NUMBERED.fullmatch(line.strip()) for line in lines]
+    if not any(matches):
+        return [(number, line.strip()) for number, line in enumerate(lines)]
+    for line, match in zip(lines, matches, strict=True):
+        if match is None:
+            raise UserError(f"{path}: {line.strip()[:40]!r} has no value before the name, unlike others; give each one or none")
+    return [(int(match[1]), match[2]) for match in matches if match is not None]
 
-    def __init__(self, root: Path):
-        """Raises UserError for folders that are missing, and for images without a mask."""
-        masks = next((root / name for name in MASKS if (root / name).is_dir()), None)
-        if not (root / IMAGES).is_dir() or masks is None:
-            raise UserError(f"{root}: expected folders {IMAGES} and {' or '.join(MASKS)}")
-        self.images, self.masks = FolderSource(root / IMAGES, None), masks
-        without = [key for key in map(self.images.key, range(len(self.images))) if not self._mask_of(key).is_file()]
-        if without:
-            raise UserError(f"{root}: {len(without)} of {len(self.images)} images have no mask in {masks.name}/, such as "
-                            f"{without[0]}")
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def key(self, index: int) -> str:
-        """Returns the image's path below the folder of images."""
-        return self.images.key(index)
-
-    def _mask_of(self, key: str) -> Path:
-        return (self.masks / key).with_suffix(".png")
-
-    def read(self, index: int) -> tuple[Image.Image, Mask]:
-        """Returns image and mask [H, W] of one size. Raises ValueError and OSError for files that cannot be used."""
-        key = self.key(index)
-        image = self.images.read(index).image
-        assert isinstance(image, Image.Image)
-        try:
-            mask = decoded_mask(read_file(self._mask_of(key)))
-        except UnidentifiedImageError:
-            raise ValueError(f"the mask of {key} is no image") from None
-        except ValueError as error:
-            raise ValueError(f"the mask of {key} {error}") from None
-        if mask.shape != (image.height, image.width):
-            raise ValueError(f"{key} has {image.width} x {image.height} pixels, its mask {mask.shape[1]} x {mask.shape[0]}")
-        return image, mask
+def _twice(values: Iterable[T]) -> set[T]:
+    return {value for value, count in Counter(values).items() if count > 1}

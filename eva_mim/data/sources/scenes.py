@@ -10,12 +10,15 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from eva_mim.core.contracts import Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import digest
-from eva_mim.data import SceneSettings, SourceSettings
+from eva_mim.data import SourceSettings
+from eva_mim.data.source_settings import SceneSettings
+from eva_mim.data.sources.masks import GROUND, Segmentation
 
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checked")
@@ -45,11 +48,11 @@ class SceneSource:
 
     blocks = None
 
-    def __init__(self, settings: SceneSettings, split: str):
-        self.settings, self.split = settings, split
+    def __init__(self, settings: SceneSettings, split: str, *, maps: bool = False):
+        """`maps`: pictures come with their segmentation maps."""
+        self.settings, self.split, self.maps = settings, split, maps
         self.fingerprint = digest([settings.model_dump(), split])
-        fine = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
-        self.classes: tuple[str, ...] | None = fine if settings.labels == "fine" else SHAPES
+        self.classes: tuple[str, ...] | None = scene_classes(settings)
         self._size = settings.train if split == "train" else settings.val
 
     def __len__(self) -> int:
@@ -73,24 +76,39 @@ class SceneSource:
         first = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), first_colour)
         second = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), second_colour)
         relation = rng.choice(RELATIONS)
-        image = draw(first, second, relation, ground, self.settings.size, rng)
-        name = f"{first.texture} {first.shape}" if self.settings.labels == "fine" else first.shape
         assert self.classes is not None
+        numbers = [self.classes.index(self._class_of(thing)) for thing in (first, second)]
+        image, segmentation = draw(first, second, relation, ground, self.settings.size, rng, numbers)
         # If captions always named both colours, two words would distinguish most pairs, and shapes would not be learned.
         colour = f"{first.colour} " if rng.random() < 0.5 else ""
         caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
-        return Sample(self.key(index), image, self.classes.index(name), (caption,))
+        return Sample(self.key(index), image, numbers[0], (caption,), segmentation if self.maps else None)
+
+    def _class_of(self, thing: Thing) -> str:
+        return f"{thing.texture} {thing.shape}" if self.settings.labels == "fine" else thing.shape
+
+
+def scene_classes(settings: SceneSettings) -> tuple[str, ...]:
+    """Returns the class names by label."""
+    fine = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
+    return fine if settings.labels == "fine" else SHAPES
+
+
+def scene_segments(settings: SceneSettings) -> tuple[str, ...]:
+    """Returns the class names of segmentation maps by number: the ground, and those of the labels."""
+    return (GROUND, *scene_classes(settings))
 
 
 def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
     """Returns the source of a split ("train" or "val")."""
-    return SceneSource(settings.scenes, split)
+    return SceneSource(settings.scenes, split, maps=settings.segmentation is not None)
 
 
 def draw(
-    first: Thing, second: Thing, relation: str, ground: str, size: int, rng: random.Random
-) -> Image.Image:
-    """Returns a `size` x `size` RGB picture; the first thing is the larger one."""
+    first: Thing, second: Thing, relation: str, ground: str, size: int, rng: random.Random, classes: Sequence[int]
+) -> tuple[Image.Image, Segmentation]:
+    """Returns a `size` x `size` RGB picture, whose first thing is the larger one, and its segmentation map: 0 for the ground, for
+    a thing its number in `classes` and 1. A pixel at an edge belongs to what its upper left quarter shows."""
     side = size * OVERSAMPLE
     shade = tuple(channel // 2 + rng.randint(24, 72) for channel in COLOURS[ground])
     image = Image.new("RGB", (side, side), shade)
@@ -101,9 +119,12 @@ def draw(
         pen.rectangle((x, y, x + length, y + length // 3), fill=tint)
     big, small = side * rng.randint(50, 62) // 100, side * rng.randint(22, 28) // 100
     near, far = _places(relation, side, big, small, rng)
-    _paste(image, second, far, small)
-    _paste(image, first, near, big)
-    return image.reduce(OVERSAMPLE)
+    numbers = Image.new("L", (side, side))
+    for thing, corner, length, number in ((second, far, small, classes[1]), (first, near, big, classes[0])):
+        stencil = _stencil(thing, length)
+        image.paste(_texture(thing, length), corner, stencil)
+        numbers.paste(number + 1, (*corner, corner[0] + length, corner[1] + length), stencil)
+    return image.reduce(OVERSAMPLE), np.asarray(numbers)[::OVERSAMPLE, ::OVERSAMPLE].astype(np.int16)
 
 
 def _places(
@@ -119,10 +140,10 @@ def _places(
     return (across_big, start), (across_small, end)
 
 
-def _paste(image: Image.Image, thing: Thing, corner: tuple[int, int], size: int) -> None:
+def _stencil(thing: Thing, size: int) -> Image.Image:
     stencil = Image.new("1", (size, size))
     _outline(ImageDraw.Draw(stencil), thing.shape, size)
-    image.paste(_texture(thing, size), corner, stencil)
+    return stencil
 
 
 def _outline(pen: ImageDraw.ImageDraw, shape: str, size: int) -> None:

@@ -73,7 +73,7 @@ def _remarks(parts: Sequence[Index]) -> list[str]:
 
 def _joined(parts: Sequence[Index]) -> dict[str, Column]:
     columns = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
-    for field in ("text", "described"):
+    for field in ("text", "described", "mask"):
         if any(part[field].any() for part in parts):
             columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
     starts = np.cumsum([0] + [len(part["key"]) for part in parts])

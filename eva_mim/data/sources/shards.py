@@ -21,13 +21,14 @@ from eva_mim.core.contracts import Blocks
 from eva_mim.core.distributed import is_main, run_on
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
-from eva_mim.core.settings import few
+from eva_mim.core.settings import digest, few
 from eva_mim.core.timing import phase
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.prompts import class_file, class_words
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
 from eva_mim.data.sources.decode import FileSource, Raw
 from eva_mim.data.sources.index import Column
+from eva_mim.data.sources.masks import MaskClasses, mask_classes
 from eva_mim.data.sources.remote import as_url, listed, read_range, read_ranges
 from eva_mim.data.sources.shard_index import shards_index
 from eva_mim.data.sources.split_names import looks_held_out
@@ -104,7 +105,8 @@ class ShardSource(FileSource):
         label = int(self.index["label"][index]) if self.classes else NO_LABEL
         if label == NO_NUMBER or (self.classes and label >= len(self.classes)):
             raise ValueError(f"its label is none of the {len(self.classes or ())} classes")
-        return Raw(self.key(index), content, label if label != NO_LABEL else None, self.captions_of(index))
+        mask = self._bytes(index, "mask") if self.mask_classes else None
+        return Raw(self.key(index), content, label if label != NO_LABEL else None, self.captions_of(index), mask)
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         """Returns the captions of a record. Raises ValueError for malformed ones, and OSError."""
@@ -140,6 +142,13 @@ class ShardSource(FileSource):
             label = int(labels[wrong[0]])
             raise UserError(f"data.classes: {setting} has {len(self.classes)} names, but {self.key(int(wrong[0]))} has "
                             f"{'a label that is no number' if label == NO_NUMBER else f'label {label}'}")
+
+    def read_masks(self, classes: MaskClasses) -> None:
+        """Reads each record's mask from here on. Raises UserError if no record has one."""
+        if "mask" not in self.index:
+            raise UserError(f"data.segmentation: no record of {self.shards[0].folder} has a mask (KEY.seg.png, KEY.mask.png)")
+        self.mask_classes = classes
+        self.fingerprint = digest([self.fingerprint, classes.fingerprint])
 
     def cut(self, pool: float) -> Blocks | None:
         """Returns the blocks of this source; see `cut_shards`."""
@@ -236,6 +245,8 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
         _refuse_names_by_url(settings)
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
     source = ShardSource(paths, classes, settings.caption_lines, settings.pixels, skip_bad=skip_bad)
+    if (masks := mask_classes(settings)) is not None:
+        source.read_masks(masks)
     source.check_labels(str(settings.classes or settings.class_names))
     source.blocks = source.cut(settings.shuffle_gb * 1e9)
     records = f"records of {as_url(root) or root}/{pattern or '*.tar*'}"

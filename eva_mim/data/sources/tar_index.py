@@ -22,7 +22,8 @@ from eva_mim.data.sources.index import VERSION, Column, Content, Index, Texts, c
 from eva_mim.data.sources.passed_over import is_hidden
 from eva_mim.data.sources.remote import Reading
 
-FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",)}
+FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",),
+          "mask": ("seg.png", "mask.png")}
 """Columns of the index -> extensions; the first extension that a record has is taken."""
 BLOCK = 512
 """Bytes of a tar block. Every member begins at a multiple of it; the first block is a header, so 0 stands for a missing field."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eva_mim.core.bands import Bands
@@ -37,6 +40,17 @@ def write_sheet(cells: Iterable[tuple[Image.Image | Bands | None, str]], count: 
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     return path
+
+
+def coloured(segmentation: npt.NDArray[np.integer]) -> Image.Image:
+    """Returns a segmentation map [H, W] as a picture: a colour for each class number, white for -1."""
+    picture = Image.fromarray((segmentation % len(_COLOURS)).astype(np.uint8)).convert("P")
+    picture.putpalette([channel for colour in _COLOURS for channel in colour])
+    return Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, "white"), Image.fromarray(segmentation >= 0))
+
+
+_COLOURS = [tuple(round(127 + 120 * math.sin(2.4 * number + 2.1 * channel)) for channel in range(3)) for number in range(256)]
+"""Colours of class numbers; hues are far apart for neighbouring numbers."""
 
 
 def _as_colours(image: Image.Image | Bands) -> Image.Image:
