@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import model_validator
 
 from eva_mim.core.distributed import world_size
-from eva_mim.data import ViewSettings
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClassifierSettings
@@ -79,14 +79,17 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 def image_parts(recipe: StageRecipe, student: Classifier, splits: Splits, device: torch.device) -> Parts:
     """Returns task, data and evaluator of a classifier that is trained on images."""
     from eva_mim.data.preparation import LabelledPreparation
+    from eva_mim.data.views import EvalView, TrainView
     from eva_mim.evaluate.labels import ClassifierEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader
     from eva_mim.run.loop import Parts
     from eva_mim.tasks.labels import Labels
 
     classes, sizes = len(splits.train.classes or ()), [student.image_size]
-    train = train_loader(recipe, splits.train, sizes, recipe.view, LabelledPreparation, pixels=(student.mean, student.std))
-    evaluator = ClassifierEvaluator(eval_loader(recipe, splits.val, sizes, recipe.view, LabelledPreparation), device)
+    view = TrainView(recipe.view, sizes, pixels=(student.mean, student.std))
+    train = train_loader(recipe, splits.train, view, LabelledPreparation)
+    val = eval_loader(recipe, splits.val, EvalView(sizes, recipe.view.crop_pct), LabelledPreparation)
+    evaluator = ClassifierEvaluator(val, device)
     return Parts(Labels(student, classes, recipe.mix), train, evaluator, recipe.data.max_broken)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
-from eva_mim.data import ViewSettings
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.students import ProbeSettings
 from eva_mim.tasks import MixSettings

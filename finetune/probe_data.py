@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import FeatureBatch, Features, LabelledBatch, TrainData
+from eva_mim.core.batches import FeatureBatch, LabelledBatch
+from eva_mim.core.contracts import Features, TrainData
 from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
@@ -26,7 +27,7 @@ from eva_mim.data.store.files import FeatureStore, NetworkFacts, SplitFacts, Sto
 from eva_mim.data.store.rows import EvalRows, Positions, RowLoader, Rows
 from eva_mim.data.store.write import Pair, store_of
 from eva_mim.data.subset import Subset
-from eva_mim.data.views import EvalView
+from eva_mim.data.views import EvalView, TrainView
 from eva_mim.evaluate.features import ridge_accuracy
 from eva_mim.evaluate.probe import ProbeEvaluator
 from eva_mim.run.loaders import batch_cut, eval_batch, eval_loader, train_loader
@@ -53,12 +54,14 @@ def probe_parts(recipe: StageRecipe, student: LinearProbe, splits: Splits, devic
         train, val, select, fixed = _from_features(recipe, student, splits, device)
     else:
         sizes, source = [student.image_size], splits.train
-        val, select = eval_loader(recipe, splits.val, sizes, recipe.view, LabelledPreparation), ()
+        view = EvalView(sizes, recipe.view.crop_pct)
+        val, select = eval_loader(recipe, splits.val, view, LabelledPreparation), ()
         if len(names) > 1:
             kept, aside = set_aside(len(source), recipe.probe.select)
-            select = eval_loader(recipe, Subset(source, aside), sizes, recipe.view, LabelledPreparation)
+            select = eval_loader(recipe, Subset(source, aside), view, LabelledPreparation)
             source = Subset(source, kept)
-        train = train_loader(recipe, source, sizes, recipe.view, LabelledPreparation, pixels=(student.mean, student.std))
+        drawn = TrainView(recipe.view, sizes, pixels=(student.mean, student.std))
+        train = train_loader(recipe, source, drawn, LabelledPreparation)
     evaluator = ProbeEvaluator(val, select, names, fixed=fixed, device=device)
     return Parts(ProbeTask(student, names, recipe.mix.smoothing), train, evaluator, recipe.data.max_broken)
 

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import store_index
-from eva_mim.data import ViewSettings
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import ClipSettings, clip_file
@@ -168,6 +168,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     from eva_mim.data.preparation import ImageTextPreparation
     from eva_mim.data.prompts import prompt_templates
     from eva_mim.data.splits import open_splits
+    from eva_mim.data.views import EvalView, TrainView
     from eva_mim.evaluate.contrastive import ClipEvaluator
     from eva_mim.run.loaders import eval_loader, seed_from, train_loader
     from eva_mim.run.loop import Parts
@@ -190,7 +191,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
             "no zero-shot figures")
         classes = None
     evaluator = ClipEvaluator(
-        eval_loader(recipe, splits.val, sizes, recipe.view, paired),
+        eval_loader(recipe, splits.val, EvalView(sizes, recipe.view.crop_pct), paired),
         tokenize=tokenize,
         classes=classes,
         templates=recipe.data.templates,
@@ -205,7 +206,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
         write_json(out / CLIP_CONFIG, student.open_clip_config())
 
     say_cut_captions(student, splits.train)
-    train = train_loader(recipe, splits.train, sizes, view_of(recipe, store), partial(paired, **_along(recipe, store)))
+    view = TrainView(view_of(recipe, store), sizes)
+    train = train_loader(recipe, splits.train, view, partial(paired, **_along(recipe, store)))
     weight = recipe.contrastive.distill.teacher.weight if recipe.contrastive.distill else 1.0
     task = ImageText(student, Contrastive(recipe.contrastive), {name: TARGETS[name] for name in student.distilled}, weight)
     if recipe.student.init == "clip" and recipe.init_from is not None:

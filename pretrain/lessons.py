@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import MaskedBatch, Teacher, TrainData
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Teacher, TrainData
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json, write_weights

@@ -15,7 +15,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256
 from eva_mim.core.run_folder import head_file, store_index
 from eva_mim.core.settings import Settings
-from eva_mim.data import MaskSettings, ViewSettings
+from eva_mim.data.view_settings import MaskSettings, ViewSettings
 from eva_mim.run.program import Stage, leave
 from eva_mim.run.recipe import Recipe
 from eva_mim.students import HeadSettings, MaskedSettings
@@ -250,6 +250,7 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     from eva_mim.data.preparation import LabelledPreparation, MaskedPreparation, TeacherDrop
     from eva_mim.data.splits import open_splits
+    from eva_mim.data.views import EvalView, TrainView
     from eva_mim.evaluate.masked import MaskedFeatureEvaluator
     from eva_mim.run.loaders import eval_loader, train_loader
     from eva_mim.run.loop import Parts
@@ -263,8 +264,8 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
 
     splits = open_splits(recipe.data)
     store = open_store(targets_of(recipe), splits)
-    view = view_of(recipe, store)
-    if recipe.mask.replay and view.count is None:
+    drawn = view_of(recipe, store)
+    if recipe.mask.replay and drawn.count is None:
         raise UserError("mask.replay=true has no effect while each epoch has new views; set view.count, or targets.cached")
     made = networks(recipe)
     taught.check_mosaics(recipe, made)
@@ -284,18 +285,20 @@ def build(recipe: StageRecipe, device: torch.device) -> Built:
     sizes = [size for part in parts for shown in part for size in shown.sizes]
     labelled = _labelled(splits)
     prompts = taught.class_vectors(recipe, splits.val.classes if labelled else None, device)
-    held_out = [eval_loader(recipe, splits.val, part[0].sizes, recipe.view, partial(masked["val"], groups=[part[:1]]),
+    crop_pct = recipe.view.crop_pct
+    held_out = [eval_loader(recipe, splits.val, EvalView(part[0].sizes, crop_pct), partial(masked["val"], groups=[part[:1]]),
                             recipe.evaluate.images) for part in parts]
     evaluator = MaskedFeatureEvaluator(
         task,
         held_out,
-        eval_loader(recipe, splits.train, [parts[0][0].side], recipe.view, LabelledPreparation, recipe.evaluate.bank),
+        eval_loader(recipe, splits.train, EvalView([parts[0][0].side], crop_pct), LabelledPreparation, recipe.evaluate.bank),
         labelled=labelled,
         device=device,
         prompts=prompts,
     )
 
-    train = train_loader(recipe, splits.train, sizes, view, partial(masked["train"], groups=parts), groups=recipe.group_batches)
+    view = TrainView(drawn, sizes)
+    train = train_loader(recipe, splits.train, view, partial(masked["train"], groups=parts), recipe.group_batches)
     return Built(
         Parts(task, train, evaluator, recipe.data.max_broken),
         partial(taught.export, recipe, made, lessons, prompts),

@@ -15,11 +15,11 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.rng import derive, isolated
 from eva_mim.core.settings import differences, few
-from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.sampler import evenly
 from eva_mim.data.splits import Splits, pixels_of
 from eva_mim.data.store.files import Dtype, FeatureStore, SplitFacts, StoreFacts, read_facts
 from eva_mim.data.store.write import described
+from eva_mim.data.view_settings import MaskSettings, ViewSettings
 from eva_mim.run.loaders import seed_from
 from eva_mim.targets.cached import StoredTeacher
 from eva_mim.teachers import TeacherSettings, build_teacher

@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from eva_mim.cli import main as eva_mim
-from eva_mim.core.contracts import Batch
+from eva_mim.core.batches import Batch
 from eva_mim.core.losses import StepOutput
 from eva_mim.engine import loss_scale as step
 from eva_mim.run.program import leave

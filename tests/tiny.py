@@ -37,7 +37,11 @@ CLIP: dict[str, Any] = {
                 "text": {"width": 32, "layers": 1, "heads": 2, "context_length": 12}},
 }
 CLASSIFY: dict[str, Any] = {"data": SCENES, "run": RUN, "optim": OPTIM, "student": VIT}
-MODULES = {"mim": "pretrain.mim", "clip": "pretrain.clip", "classify": "finetune.classify", "probe": "finetune.probe"}
+SEGMENT: dict[str, Any] = {
+    "data": SCENES | {"segmentation": {}}, "run": RUN, "optim": OPTIM, "student": VIT, "view": {"scale": [0.75, 1.5]},
+}
+MODULES = {"mim": "pretrain.mim", "clip": "pretrain.clip", "classify": "finetune.classify", "probe": "finetune.probe",
+           "segment": "finetune.segment"}
 
 
 def write_recipe(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") -> Path:

@@ -15,12 +15,15 @@ from torch.nn import functional as F
 
 from eva_mim.convert.verify import reopened
 from eva_mim.convert.writers import Model
-from eva_mim.core.contracts import Features, Grid, LabelledBatch, Task
+from eva_mim.core.batches import LabelledBatch
+from eva_mim.core.contracts import Features, Grid, Task
 from eva_mim.core.files import sha256
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.report import KeyReport
 from eva_mim.data.preparation import LabelledPreparation
 from eva_mim.data.splits import open_splits
+from eva_mim.data.view_settings import ViewSettings
+from eva_mim.data.views import EvalView, TrainView
 from eva_mim.run.loaders import eval_loader, train_loader
 from eva_mim.run.loop import Parts
 from eva_mim.run.program import Stage
@@ -87,6 +90,12 @@ class Brightness(nn.Module):
         return self.out(self.trunk(images.float() / 255))[:, 0]
 
 
+class BrightnessRecipe(Recipe):
+    """Settings of the stage."""
+
+    view: ViewSettings = ViewSettings()
+
+
 class BrightnessTask(Task):
     """Squared error of the brightness."""
 
@@ -111,16 +120,16 @@ class BrightnessEvaluator:
         return {"error": float(torch.cat(errors).abs().mean())}
 
 
-def networks(recipe: Recipe, classes: int | None = None, *, weights: bool = True) -> Networks:
+def networks(recipe: BrightnessRecipe, classes: int | None = None, *, weights: bool = True) -> Networks:
     """The student of the toy stage."""
     return Networks(Brightness(recipe))
 
 
-def build(recipe: Recipe, device: torch.device) -> Built:
+def build(recipe: BrightnessRecipe, device: torch.device) -> Built:
     """Parts of the toy stage."""
     splits, student = open_splits(recipe.data), networks(recipe).student
-    train = train_loader(recipe, splits.train, [32], recipe.view, LabelledPreparation)
-    evaluator = BrightnessEvaluator(eval_loader(recipe, splits.val, [32], recipe.view, LabelledPreparation))
+    train = train_loader(recipe, splits.train, TrainView(recipe.view, [32]), LabelledPreparation)
+    evaluator = BrightnessEvaluator(eval_loader(recipe, splits.val, EvalView([32]), LabelledPreparation))
 
     def export(out: Path, weights: dict[str, Tensor]) -> None:
         write_timm(out, student.trunk, recipe.student, {n[6:]: v for n, v in weights.items() if n.startswith("trunk.")})
@@ -128,7 +137,7 @@ def build(recipe: Recipe, device: torch.device) -> Built:
     return Built(Parts(BrightnessTask(student), train, evaluator, recipe.data.max_broken), export, splits.facts())
 
 
-STAGE = Stage("brightness", Recipe, networks, build)
+STAGE = Stage("brightness", BrightnessRecipe, networks, build)
 
 
 # ---- a command

@@ -103,7 +103,7 @@ class _PatchTexts:
         width, height = (side if self._whole else max(side, round(scale * length)) for length in image.size)
         pixels = to_tensor(image.resize((width, height), Pillow.Resampling.BICUBIC)).to(self._device)
         with torch.inference_mode():
-            scores = slid(pixels, side, self._scores)
+            (scores,) = slid([pixels], side, self._scores)
             found: Tensor = F.interpolate(scores[None], size, mode="bilinear")[0].argmax(0)
         return found
 

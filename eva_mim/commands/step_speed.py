@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from eva_mim.commands import program_of
-from eva_mim.core.contracts import Batch, MaskedBatch
+from eva_mim.core.batches import Batch, MaskedBatch
 from eva_mim.core.distributed import is_main, rank, world_size
 from eva_mim.core.files import write_text
 from eva_mim.core.recipe_files import read_yaml

@@ -16,8 +16,8 @@ from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.registry import TEACHERS, lookup
 from eva_mim.core.resolve import resolve
 from eva_mim.core.settings import parse
-from eva_mim.data import ViewSettings
 from eva_mim.data.source_settings import SceneSettings
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.run.program import guard
 from eva_mim.students import MaskedSettings
 from eva_mim.tasks import TargetTeacherSettings

@@ -8,11 +8,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from eva_mim.core.distributed import is_main
 from eva_mim.core.files import write_text
 from eva_mim.core.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SAY_EVERY = 10.0
 """Seconds between progress lines."""
@@ -85,6 +88,13 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def draw(self, name: str, step: int, picture: Image) -> None:
+        """Adds a picture to TensorBoard."""
+        if self._board is not None:
+            import numpy as np
+
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Flushes both logs to disk, so that no checkpoint is newer than they are."""

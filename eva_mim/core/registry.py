@@ -53,6 +53,7 @@ PROGRAMS = {
     "clip": Command("pretrain.clip:STAGE", "contrastive image-text training"),
     "classify": Command("finetune.classify:STAGE", "fine-tuning of a classifier (the broad and the target stage)"),
     "probe": Command("finetune.probe:STAGE", "linear probe on frozen features"),
+    "segment": Command("finetune.segment:STAGE", "semantic segmentation"),
 }
 """Stages: each place is a `run.program.Stage`, whose module also runs as `python -m MODULE`."""
 

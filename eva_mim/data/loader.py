@@ -21,7 +21,8 @@ from typing import Any, Generic, NamedTuple, TypeGuard
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from eva_mim.core.contracts import B, Batch, Sample, Source
+from eva_mim.core.batches import B, Batch
+from eva_mim.core.contracts import Sample, Source
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say

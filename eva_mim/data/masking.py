@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from eva_mim.core.contracts import Grid
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 
 ATTEMPTS = 10
 """Attempts to place a block before the mask is finished without it (BeiT, masking_generator.py)."""

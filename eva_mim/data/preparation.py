@@ -11,16 +11,19 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import B, ImageTextBatch, LabelledBatch, MaskedBatch, Sample
+from eva_mim.core.batches import B, ImageTextBatch, LabelledBatch, MaskedBatch, SegmentedBatch, WholeImages
+from eva_mim.core.contracts import Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.timing import phase
+from eva_mim.data.dense_views import Pair
 from eva_mim.data.masking import Mask
 from eva_mim.data.prompts import filled
 from eva_mim.data.sampler import Place
 
 T = TypeVar("T")
-View = Callable[..., dict[int, Tensor]]
-"""Function of an image, a random generator and perhaps some sizes that returns {side in pixels: [channels, side, side]}."""
+View = Callable[..., Any]
+"""Function of an image, a random generator and perhaps some sizes that returns {side in pixels: [channels, side, side]}; or of an
+image, its segmentation map and a random generator that returns both (`dense_views.Pair`)."""
 Tokenize = Callable[[list[str]], Tensor]
 """Function of T texts that returns [T, L] int64 token ids."""
 Stored = Callable[[int, int], dict[str, Tensor]]
@@ -83,7 +86,8 @@ class Preparation(ABC, Generic[B]):
 
     def views_of(self, sample: Sample, place: Place) -> dict[int, Tensor]:
         """Returns the views of a sample, {side in pixels: [channels, side, side]}."""
-        return self.view(sample.image, self.drawn("view", place))
+        views: dict[int, Tensor] = self.view(sample.image, self.drawn("view", place))
+        return views
 
     def view_of(self, place: Place) -> int:
         """Returns the number of the view that is shown at a place."""
@@ -231,6 +235,41 @@ class LabelledPreparation(Preparation[LabelledBatch]):
         """Returns the batch; see `Preparation.batch`."""
         images, labels = zip(*contents, strict=True)
         return LabelledBatch(index, torch.stack(images), torch.tensor(labels), broken=broken)
+
+
+@dataclass(frozen=True)
+class _DensePreparation(Preparation[B]):
+    """Preparation of images together with their segmentation maps."""
+
+    def check(self, sample: Sample, classes: Classes) -> None:
+        """Raises ValueError for a sample without a map."""
+        if sample.segmentation is None:
+            raise ValueError("no segmentation map (data.segmentation)")
+
+    def content(self, sample: Sample, place: Place, classes: Classes) -> Pair:
+        """Returns image and map."""
+        pair: Pair = self.view(sample.image, sample.segmentation, self.drawn("view", place))
+        return pair
+
+
+@dataclass(frozen=True)
+class SegmentedPreparation(_DensePreparation[SegmentedBatch]):
+    """Preparation of crops with their segmentation maps, for training."""
+
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> SegmentedBatch:
+        """Returns the batch; see `Preparation.batch`."""
+        images, maps = zip(*contents, strict=True)
+        return SegmentedBatch(index, torch.stack(images), torch.stack(maps), broken=broken)
+
+
+@dataclass(frozen=True)
+class WholePreparation(_DensePreparation[WholeImages]):
+    """Preparation of whole images with their segmentation maps, for evaluation."""
+
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> WholeImages:
+        """Returns the batch; see `Preparation.batch`."""
+        images, maps = zip(*contents, strict=True)
+        return WholeImages(index, images, maps, broken=broken)
 
 
 def _stacked(stored: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

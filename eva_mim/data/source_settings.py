@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from eva_mim.core.settings import Settings
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class SceneSettings(Settings):

@@ -21,7 +21,7 @@ from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
 from eva_mim.core.rng import isolated
 from eva_mim.core.timing import phase
-from eva_mim.data import ViewSettings
+from eva_mim.data.view_settings import ViewSettings
 
 CROP_TRIES = 10
 """Random boxes tried before a central box is used (torchvision's RandomResizedCrop)."""

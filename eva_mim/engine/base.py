@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Rates, StateGroup, Task
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Rates, StateGroup, Task
 from eva_mim.core.losses import StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.engine.loss_scale import LossScale

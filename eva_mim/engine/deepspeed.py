@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eva_mim.core.contracts import Batch, Rates, Task
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Rates, Task
 from eva_mim.core.distributed import is_main, local_rank, rank, set_timeout, world_size
 from eva_mim.core.losses import StepOutput
 from eva_mim.data.sampler import cut_batch

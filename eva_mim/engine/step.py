@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Rates, Task
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Rates, Task
 from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine.loss_scale import LossScale

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import LabelledBatch
+from eva_mim.core.batches import LabelledBatch
 from eva_mim.core.distributed import all_reduce_sum
 from eva_mim.core.errors import UserError
 from eva_mim.core.run_folder import TIMM_CONFIG, WEIGHTS

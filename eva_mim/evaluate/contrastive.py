@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Autocast, ImageTextBatch
+from eva_mim.core.batches import ImageTextBatch
+from eva_mim.core.contracts import Autocast
 from eva_mim.core.distributed import all_gather_rows, rank, world_size
 from eva_mim.data.prompts import filled, prompt_templates
 from eva_mim.evaluate.counts import TopCounts

@@ -57,7 +57,8 @@ def _labelled(files: FolderSource, labels: Sequence[int | None]) -> Subset:
 def without_border(border: int, view: View, image: Image | Bands, rng: random.Random) -> dict[int, Tensor]:
     """Returns the view of an image without `border` pixels at each of its edges, {side in pixels: [channels, side, side]}."""
     width, height = image.size
-    return view(image.crop((border, border, width - border, height - border)), rng)
+    views: dict[int, Tensor] = view(image.crop((border, border, width - border, height - border)), rng)
+    return views
 
 
 def open_variant(name: str, folder: Path, own: tuple[str, ...]) -> Variant:

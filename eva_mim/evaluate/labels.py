@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Autocast, LabelledBatch
+from eva_mim.core.batches import LabelledBatch
+from eva_mim.core.contracts import Autocast
 from eva_mim.evaluate.counts import TopCounts
 
 

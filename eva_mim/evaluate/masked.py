@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Autocast, Features, LabelledBatch, MaskedBatch
+from eva_mim.core.batches import LabelledBatch, MaskedBatch
+from eva_mim.core.contracts import Autocast, Features
 from eva_mim.core.distributed import all_gather_rows, all_reduce_sum
 from eva_mim.core.log import say
 from eva_mim.evaluate import features

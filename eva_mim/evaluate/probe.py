@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Autocast, FeatureBatch, LabelledBatch
+from eva_mim.core.batches import FeatureBatch, LabelledBatch
+from eva_mim.core.contracts import Autocast
 from eva_mim.evaluate.counts import TopCounts
 from eva_mim.tasks.probe import logits_of
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import MaskedBatch, Teacher
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Teacher
 from eva_mim.students.heads import resampled
 
 

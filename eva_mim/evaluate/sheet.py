@@ -22,6 +22,18 @@ TILE, LINE, GAP = 144, 26, 4
 def write_sheet(cells: Iterable[tuple[Image.Image | Bands | None, str]], count: int, columns: int, path: Path) -> Path:
     """Writes `count` cells of (picture or none, words) in rows as a PNG; returns its path. Raises UserError for a place that
     cannot be written."""
+    sheet = drawn_sheet(cells, count, columns)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            sheet.save(temporary, "png")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return path
+
+
+def drawn_sheet(cells: Iterable[tuple[Image.Image | Bands | None, str]], count: int, columns: int) -> Image.Image:
+    """Returns `count` cells of (picture or none, words) in rows."""
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * (TILE + GAP) + GAP, rows * (TILE + LINE + GAP) + GAP), "white")
     font = ImageFont.load_default(11)
@@ -33,13 +45,7 @@ def write_sheet(cells: Iterable[tuple[Image.Image | Bands | None, str]], count: 
         label = Image.new("RGB", (TILE, LINE), "white")  # longer text is cut off at its edge
         ImageDraw.Draw(label).text((0, 1), "\n".join(textwrap.wrap(text, 23)[:2]), "black", font, spacing=1)
         sheet.paste(label, (left, top + TILE))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            sheet.save(temporary, "png")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return path
+    return sheet
 
 
 def coloured(segmentation: npt.NDArray[np.integer]) -> Image.Image:

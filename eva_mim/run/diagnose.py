@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Batch, Task
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Task
 
 Layers = dict[str, dict[str, float]]
 """Layer -> {"weight", "output", "gradient"} -> largest absolute value (NaN if any is NaN), in order of computation."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from eva_mim.core.contracts import Batch, Engine
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Engine
 from eva_mim.core.distributed import barrier, grouped, is_main, world_size
 from eva_mim.core.files import write_json, write_weights
 from eva_mim.core.run_folder import RunFolder

@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from eva_mim.core.contracts import B, Source
+from eva_mim.core.batches import B
+from eva_mim.core.contracts import Source
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.log import say
 from eva_mim.core.report import KeyReport
-from eva_mim.data import ViewSettings
+from eva_mim.data.dense_views import DenseEvalView, DenseTrainView
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import Preparation
 from eva_mim.data.sampler import GroupBatch
 from eva_mim.data.subset import order_of
-from eva_mim.data.views import EvalView, Statistics, TrainView
+from eva_mim.data.views import EvalView, TrainView
 from eva_mim.engine import RunSettings
 from eva_mim.run.recipe import Recipe
 from eva_mim.trunks.facts import mean_std
@@ -30,24 +31,22 @@ def batch_cut(run: RunSettings) -> dict[str, Any]:
 
 
 def train_loader(
-    recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
-    pixels: Statistics | None = None, groups: Sequence[GroupBatch] = (),
+    recipe: Recipe, source: Source, view: TrainView | DenseTrainView, kind: Callable[..., Preparation[B]],
+    groups: Sequence[GroupBatch] = (),
 ) -> TrainLoader[B]:
-    """Returns the loader of this rank's training batches, which the preparation `kind` makes from views of these sizes in pixels;
-    `pixels` are mean and std by channel, for `view.erase`; `groups` cut a step, if there are any. Raises UserError if a batch
-    cannot be divided among the processes, or is larger than the data."""
+    """Returns the loader of this rank's training batches, which the preparation `kind` makes from views; `groups` cut a step, if
+    there are any. Raises UserError if a batch cannot be divided among the processes, or is larger than the data."""
     order = order_of(source, **batch_cut(recipe.run), groups=groups)
-    made = kind(TrainView(view, sizes, pixels), recipe.run.seed, view_seed=view.seed, views=view.count)
+    made = kind(view, recipe.run.seed, view_seed=view.settings.seed, views=view.settings.count)
     return TrainLoader(source, made, order, recipe.data.workers)
 
 
 def eval_loader(
-    recipe: Recipe, source: Source, sizes: Sequence[int], view: ViewSettings, kind: Callable[..., Preparation[B]],
-    limit: int | None = None,
+    recipe: Recipe, source: Source, view: EvalView | DenseEvalView, kind: Callable[..., Preparation[B]], limit: int | None = None,
 ) -> EvalLoader[B]:
     """Returns the loader of this rank's held-out batches, with fixed views and masks (the same for every run seed). `limit`:
     largest number of images, spread evenly over the source; None for all."""
-    made = kind(EvalView(sizes, view.crop_pct), 0, training=False)
+    made = kind(view, 0, training=False)
     return EvalLoader(source, made, eval_batch(recipe), recipe.data.workers, limit)
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from eva_mim.core.contracts import Batch, Engine, Evaluator, StateGroup, Task, TrainData
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Engine, Evaluator, StateGroup, Task, TrainData
 from eva_mim.core.devices import set_arithmetic
-from eva_mim.core.distributed import all_reduce_sum, barrier, detect_lost_processes, is_main, rank, world_size
+from eva_mim.core.distributed import all_reduce_sum, barrier, detect_lost_processes, is_main, rank, run_on_main, world_size
 from eva_mim.core.errors import Diverged, Interrupted, UserError
 from eva_mim.core.log import RunLog, duration, say
 from eva_mim.core.rng import derive, seed_all
@@ -34,6 +35,9 @@ from eva_mim.run.meter import Meter, Row
 from eva_mim.run.signals import PATIENCE, Agreement, Hung, caught_signals, interruptible
 from eva_mim.run.stability import SkipCounter, SkippedData, SpikeAlarm
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @dataclass
 class Parts:
@@ -43,6 +47,9 @@ class Parts:
     train: TrainData
     evaluator: Evaluator
     max_broken: float
+    report: Callable[[Path, Callable[[Image], None]], None] | None = None
+    """(run folder, function that adds a picture to TensorBoard): writes tables and pictures of the last evaluation. The main
+    rank calls it after each one; None: there are none."""
 
 
 class RunState(NamedTuple):
@@ -266,6 +273,8 @@ class Loop:
         with self.engine.full_module() as module:
             self.metrics = measure(self.parts.evaluator, module, self.ema, partial(autocast, self.device, precision))
         self.log.write("final" if final else "eval", self.step, self.step * self.run.global_batch, self.metrics)
+        if self.parts.report is not None:
+            run_on_main(partial(self.parts.report, self.out, partial(self.log.draw, "held_out", self.step)))
         took = time.perf_counter() - began
         say(wrapped(f"held out, epoch {self.step / self.steps_per_epoch:g}, {precision}:", self.metrics, f"({duration(took)})"))
         self.meter.started += took

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import model_validator
 
 from eva_mim.core.settings import For, Settings
-from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.data import DataSettings
+from eva_mim.data.view_settings import CommonViewSettings
 from eva_mim.engine import RunSettings
 from eva_mim.optim import OptimSettings, check_sharding
 from eva_mim.trunks import TrunkSettings
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 class Recipe(Settings):
     """Settings of one stage. A run starts from its own last checkpoint, else from `init_from`, else from scratch."""
 
+    reads_maps: ClassVar[bool] = False
+    """True for a stage that learns segmentation maps."""
     init_from: str | None = None
     """Source of the trunk's weights: folder of an earlier stage, or any checkpoint that `eva-mim inspect` recognises."""
     hand_over: Annotated[HandOverSettings, For("init_from")] = HandOverSettings()
     data: DataSettings
     student: TrunkSettings
-    view: ViewSettings = ViewSettings()
+    view: CommonViewSettings
     run: RunSettings
     optim: OptimSettings
 
@@ -41,10 +44,16 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _augmentations_are_for_colours(self) -> Recipe:
-        for name in ("randaugment", "jitter", "grayscale"):
-            if (value := getattr(self.view, name)) and not self.data.plain:
+        for name in ("randaugment", "jitter", "grayscale", "photometric"):
+            if (value := getattr(self.view, name, None)) and not self.data.plain:
                 raise ValueError(f"view.{name}={value} is for 8-bit RGB images; leave it out with data.channels other than 3 or "
                                  "data.window")
+        return self
+
+    @model_validator(mode="after")
+    def _maps_are_learned(self) -> Recipe:
+        if not self.reads_maps and (named := [path for path, one in self.data.sources.items() if one.segmentation is not None]):
+            raise ValueError(f"{named[0]}.segmentation has no effect here: segmentation maps are for `segment`; leave it out")
         return self
 
     @model_validator(mode="after")

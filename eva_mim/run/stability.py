@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Batch, TrainData
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import TrainData
 from eva_mim.core.distributed import run_on_main
 from eva_mim.core.files import write_json
 from eva_mim.core.run_folder import RunFolder

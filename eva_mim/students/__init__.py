@@ -116,6 +116,53 @@ class ClassifierSettings(TrunkSettings):
         return self
 
 
+class SegmentationHeadSettings(Settings):
+    """The head of a segmentation model."""
+
+    kind: Literal["linear", "upernet"] = "linear"
+    """"linear": batch norm and a 1 x 1 convolution on the grid of patches (the probe of DINOv2 and RADIO). "upernet": UperNet, of
+    transformers (pip install 'eva-mim[dense]'), on maps of 4, 8, 16 and 32 pixels a cell, with an auxiliary FCN head in
+    training."""
+    blocks: tuple[int, ...] | None = Field(None, min_length=1)
+    """Blocks or stages of the trunk, from 0 (-1 is the last), whose maps the head sees. linear: any, side by side; default the
+    last. upernet: four; default four evenly spaced ones (EVA-02 B: 3, 5, 7, 11)."""
+    normed: bool | None = None
+    """True: the maps pass the trunk's last norm. Default true for linear (DINOv2), false for upernet (EVA-02)."""
+    width: Annotated[int, For("kind", "upernet")] = Field(512, ge=1)
+    """Channels of UperNet."""
+    auxiliary: Annotated[float, Field(ge=0.0), For("kind", "upernet")] = 0.4
+    """Factor on the loss of the auxiliary head, which sees the third map; 0: there is none."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of channels that are dropped before the last convolution (mmsegmentation)."""
+
+    @model_validator(mode="after")
+    def _four_maps(self) -> SegmentationHeadSettings:
+        if self.kind == "upernet" and self.blocks is not None and len(self.blocks) != 4:
+            raise ValueError(f"student.head.blocks={list(self.blocks)}: UperNet sees four")
+        return self
+
+
+class SegmenterSettings(TrunkSettings):
+    """A trunk with a head that gives each pixel a class."""
+
+    head: SegmentationHeadSettings = SegmentationHeadSettings()
+    frozen: bool = False
+    """True: the head alone is trained (a probe of the trunk)."""
+
+    @model_validator(mode="after")
+    def _whole_table(self) -> SegmenterSettings:
+        if self.positions == "cropped":
+            raise ValueError("student.positions=cropped is for masked students (mim); set it to learned")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_trunks_are_still(self) -> SegmenterSettings:
+        for name, still in (("drop_path", 0.0), ("grad_checkpointing", False), ("patch_grad_scale", 1.0)):
+            if self.frozen and getattr(self, name) != still:
+                raise ValueError(f"student.{name}={getattr(self, name)} has no effect with student.frozen=true; leave it out")
+        return self
+
+
 class ProbeSettings(Settings):
     """Training of a linear probe."""
 

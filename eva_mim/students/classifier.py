@@ -8,9 +8,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.distributed import all_reduce_sum, world_size
 from eva_mim.core.files import weights_sha256
 from eva_mim.students import ClassifierSettings
+from eva_mim.students.norms import GlobalNorm
 from eva_mim.trunks import facts
 from eva_mim.trunks.create import build_trunk, has_tokens
 from eva_mim.trunks.pixels import normalise
@@ -40,33 +40,6 @@ class Classifier(nn.Module):
         return {name.removeprefix("trunk."): value for name, value in weights.items() if name.startswith("trunk.")}
 
 
-class GlobalNorm(nn.BatchNorm1d):
-    """BatchNorm1d without learned scale, with the statistics of all ranks' rows: a step does not depend on the number of ranks.
-
-    It passes no gradient back, because its input are frozen features.
-    """
-
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-6, affine=False)  # EVA 4.4
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Returns [B, D] standardised rows of [B, D] features; in training every rank must call."""
-        if not self.training:
-            return super().forward(rows)
-        exact = rows.detach().double()
-        sums, squares = all_reduce_sum(torch.stack([exact.sum(0), exact.square().sum(0)]))
-        count = len(rows) * world_size()
-        mean = sums / count
-        variance = (squares / count - mean.square()).clamp(min=0)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        self.running_mean.lerp_(mean.float(), self.momentum)
-        self.running_var.lerp_((variance * (count / max(1, count - 1))).float(), self.momentum)
-        standard: Tensor = ((exact - mean) * (variance + self.eps).rsqrt()).float()
-        return standard
-
-
 class LinearProbe(Classifier):
     """Linear layers on the pooled features of a frozen trunk, which are standardised without learned scale (EVA 4.4).
 
@@ -80,7 +53,7 @@ class LinearProbe(Classifier):
         super().__init__(settings, classes)
         self.trunk.requires_grad_(False)
         width: int = self.trunk.num_features  # type: ignore[assignment]
-        self.norm = GlobalNorm(width)
+        self.norm = GlobalNorm(width, eps=1e-6, affine=False)  # EVA 4.4
         first = nn.Linear(width, classes)
         nn.init.trunc_normal_(first.weight, std=0.01)
         nn.init.zeros_(first.bias)

@@ -14,7 +14,8 @@ from eva_mim.core.settings import For, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eva_mim.core.contracts import Features, Grid, MaskedBatch, Teacher
+    from eva_mim.core.batches import MaskedBatch
+    from eva_mim.core.contracts import Features, Grid, Teacher
 
 KINDS = For("kind", "channel", "phi_s", "pca", "zca")
 

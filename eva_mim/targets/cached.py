@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import Features, Grid, MaskedBatch
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Features, Grid
 from eva_mim.core.errors import UserError
 from eva_mim.data.store.files import FeatureStore, hidden_places, unpacked
 from eva_mim.students.heads import resampled

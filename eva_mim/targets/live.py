@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from eva_mim.core.contracts import Features, MaskedBatch, Teacher
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Features, Teacher
 from eva_mim.core.timing import phase
 from eva_mim.targets import Cells, Target
 from eva_mim.targets.cached import chosen

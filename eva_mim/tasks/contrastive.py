@@ -12,7 +12,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eva_mim.core.contracts import ImageTextBatch, Task
+from eva_mim.core.batches import ImageTextBatch
+from eva_mim.core.contracts import Task
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.losses import GradCacheStep, LossTerm, StepOutput
 from eva_mim.core.timing import phase

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import LabelledBatch, Task
+from eva_mim.core.batches import LabelledBatch
+from eva_mim.core.contracts import Task
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.tasks import MixSettings

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Grid, MaskedBatch, StateGroup, Task
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Grid, StateGroup, Task
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
 from eva_mim.students.heads import SUMMARY

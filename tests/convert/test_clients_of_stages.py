@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import write_json, write_weights
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.clip import ClipStudent, as_open_clip

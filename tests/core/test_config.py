@@ -15,7 +15,8 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import MAX_RECIPE_BYTES, find_recipe, read_yaml
 from eva_mim.core.registry import PROGRAMS, lookup
 from eva_mim.core.settings import Settings, as_tree, differences, digest, override, parse, setting_names
-from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.data import DataSettings
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.optim import OptimSettings
 from eva_mim.pipeline.plan import plan
 from eva_mim.run.recipe import Recipe

@@ -12,7 +12,8 @@ import yaml
 from eva_mim.core.errors import UserError
 from eva_mim.core.resolve import resolve
 from eva_mim.core.settings import For, Settings, as_tree, dependents, override, parse, put
-from eva_mim.data import DataSettings, MaskSettings
+from eva_mim.data import DataSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.optim import OptimSettings
 from eva_mim.pipeline.plan import plan
 from eva_mim.students import HeadSettings, InitSettings, MaskedSettings

@@ -24,11 +24,12 @@ from eva_mim.cli import main
 from eva_mim.core.bands import Bands
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
-from eva_mim.data import RGB, Pixels, ViewSettings
+from eva_mim.data import RGB, Pixels
 from eva_mim.data.sources.decode import decoded, header, planes
 from eva_mim.data.sources.folder import FolderSource, open_folder
 from eva_mim.data.sources.lists import open_list
 from eva_mim.data.sources.shards import ShardSource, open_shards
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.data.views import EvalView, TrainView
 from eva_mim.trunks.pixels import normalise
 from finetune.classify import StageRecipe as ClassifyRecipe

@@ -16,7 +16,7 @@ import torch
 from eva_mim.core.contracts import Sample, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
-from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.data import DataSettings
 from eva_mim.data.class_lists import spoken
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import ImageTextPreparation, MaskedPreparation
@@ -25,6 +25,7 @@ from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.sources.captions import CaptionFile
 from eva_mim.data.sources.shards import open_shards
 from eva_mim.data.splits import open_splits
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.data.views import EvalView, TrainView
 from tests.conftest import make_folder, make_shards, picture, png, write_tar
 from tests.data.test_loader import tokenize

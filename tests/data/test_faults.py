@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eva_mim.core.contracts import Batch, Source
+from eva_mim.core.batches import Batch
+from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.data import DataSettings
 from eva_mim.data.loader import EvalLoader

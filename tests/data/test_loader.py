@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from eva_mim.core.contracts import B, Batch, MaskedBatch, Source
+from eva_mim.core.batches import B, Batch, MaskedBatch
+from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
-from eva_mim.data import DataSettings, MaskSettings, ViewSettings
+from eva_mim.data import DataSettings
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.masking import BlockMask
 from eva_mim.data.preparation import ImageTextPreparation, MaskedPreparation, Preparation
@@ -24,6 +25,7 @@ from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.folder import open_folder
 from eva_mim.data.sources.scenes import SceneSource
+from eva_mim.data.view_settings import MaskSettings, ViewSettings
 from eva_mim.data.views import EvalView, TrainView
 from tests.conftest import make_folder
 from tests.ranks import Launched, script

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
 from eva_mim.data.masking import BlockMask, RandomMask, make_mask
+from eva_mim.data.view_settings import MaskSettings
 
 Cell = tuple[int, int]
 

@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import as_tree, parse
-from eva_mim.data import DataSettings, ViewSettings
+from eva_mim.data import DataSettings
 from eva_mim.data.loader import TrainLoader
 from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sampler import MixedOrder, MixedPart, Place, take_turns, whole_weights
 from eva_mim.data.splits import open_splits
 from eva_mim.data.subset import Mixture
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.data.views import TrainView
 from tests.conftest import make_folder, make_shards, picture
 

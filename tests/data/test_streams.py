@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from eva_mim.core.contracts import MaskedBatch, Sample
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import parse
-from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.masking import make_mask
 from eva_mim.data.preparation import ImageTextPreparation, MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder, Place
 from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.scenes import SceneSource
+from eva_mim.data.view_settings import MaskSettings, ViewSettings
 from eva_mim.data.views import EvalView, TrainView
 from pretrain import mim
 from tests.tiny import MIM

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from eva_mim.core.errors import UserError
 from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.rng import isolated
-from eva_mim.data import ViewSettings
+from eva_mim.data.view_settings import ViewSettings
 from eva_mim.data.views import EvalView, TrainView, crop_box
 from eva_mim.trunks.pixels import normalise
 from tests.conftest import REPOSITORY, picture

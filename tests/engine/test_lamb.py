@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eva_mim.core.contracts import FeatureBatch, Rates
+from eva_mim.core.batches import FeatureBatch
+from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import FeatureBatch, Rates, Task
+from eva_mim.core.batches import FeatureBatch
+from eva_mim.core.contracts import Rates, Task
 from eva_mim.core.distributed import rank, setup, world_size
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.engine import RunSettings, build_engine

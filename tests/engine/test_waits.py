@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eva_mim.core.contracts import FeatureBatch, Rates
+from eva_mim.core.batches import FeatureBatch
+from eva_mim.core.contracts import Rates
 from eva_mim.core.settings import parse
 from eva_mim.engine import RunSettings, build_engine
 from eva_mim.optim import OptimSettings

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import ImageTextBatch, LabelledBatch, MaskedBatch
+from eva_mim.core.batches import ImageTextBatch, LabelledBatch, MaskedBatch
 from eva_mim.evaluate.contrastive import ClipEvaluator, by_rank
 from eva_mim.evaluate.features import knn_accuracy, ridge_accuracy
 from eva_mim.evaluate.labels import ClassifierEvaluator

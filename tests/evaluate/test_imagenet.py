@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eva_mim.core.contracts import LabelledBatch, Sample
+from eva_mim.core.batches import LabelledBatch
+from eva_mim.core.contracts import Sample
 from eva_mim.core.errors import UserError
 from eva_mim.data.class_lists import layout_classes
 from eva_mim.data.views import EvalView

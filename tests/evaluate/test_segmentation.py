@@ -74,9 +74,12 @@ def test_windows_against_a_loop() -> None:
             window = image[None, :, top : top + 20, left : left + 20]
             scores[:, top : top + 20, left : left + 20] += F.interpolate(map_of(window), (20, 20), mode="bilinear")[0]
             counts[top : top + 20, left : left + 20] += 1
-    torch.testing.assert_close(slid(image, 20, map_of), scores / counts)
+    torch.testing.assert_close(next(slid([image], 20, map_of)), scores / counts)
     whole = image[:, :20, :20]
-    torch.testing.assert_close(slid(whole, 20, map_of), F.interpolate(map_of(whole[None]), (20, 20), mode="bilinear")[0])
+    alone = F.interpolate(map_of(whole[None]), (20, 20), mode="bilinear")[0]
+    several = slid([whole, image, whole], 20, map_of, most=4)
+    for one, wanted in zip(several, (alone, scores / counts, alone), strict=True):
+        torch.testing.assert_close(one, wanted)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import FeatureBatch, Rates
+from eva_mim.core.batches import FeatureBatch
+from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data.preparation import LabelledPreparation
@@ -24,6 +25,7 @@ from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.splits import open_splits
 from eva_mim.data.store.rows import EvalRows, RowLoader, Rows, Stacked
 from eva_mim.data.subset import Subset
+from eva_mim.data.views import EvalView, TrainView
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
 from eva_mim.evaluate.features import ridge_accuracy
@@ -224,7 +226,7 @@ def test_batches_of_rows_are_the_batches_of_images(probe: dict[str, Any]) -> Non
     kept, _ = set_aside(len(source), 0.25)
     whole = Rows(stacked(torch.randn(len(source), 5)), torch.tensor([source.read(i).label for i in range(len(source))]),
                  torch.arange(len(source)))
-    images = train_loader(recipe, Subset(source, kept), [32], recipe.view, LabelledPreparation)
+    images = train_loader(recipe, Subset(source, kept), TrainView(recipe.view, [32]), LabelledPreparation)
     order = {"seed": recipe.run.seed, "global_batch": 24, "micro_batch": 6}
     rows = RowLoader(whole, kept, GlobalOrder(len(kept), **order), source.key)
     assert rows.steps_per_epoch == images.steps_per_epoch == 3
@@ -253,7 +255,7 @@ def test_features_are_the_trunks_on_the_held_out_view(probe: dict[str, Any], cap
     splits = open_splits(recipe.data)
     rows = []
     for source in splits:
-        batches = list(eval_loader(recipe, source, [32], recipe.view, LabelledPreparation))
+        batches = list(eval_loader(recipe, source, EvalView([32]), LabelledPreparation))
         images = torch.cat([batch.images for batch in batches]).float() / 255
         mean, std = (torch.tensor(trunk.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
         with torch.no_grad():
@@ -273,7 +275,7 @@ def accuracy(out: Path, tree: dict[str, Any]) -> float:
     """Percent of the held-out images that timm's model in `out` names rightly."""
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     recipe = parse(StageRecipe, tree, "recipe")
-    batches = list(eval_loader(recipe, open_splits(recipe.data).val, [32], recipe.view, LabelledPreparation))
+    batches = list(eval_loader(recipe, open_splits(recipe.data).val, EvalView([32]), LabelledPreparation))
     images = torch.cat([batch.images for batch in batches]).float() / 255
     mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():

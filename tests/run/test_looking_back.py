@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.commands.evaluate import table
-from eva_mim.core.contracts import FeatureBatch
+from eva_mim.core.batches import FeatureBatch
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import Stopwatch, measuring, phase
 from eva_mim.run.diagnose import diagnose, first_bad, largest_of

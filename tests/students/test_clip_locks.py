@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eva_mim.core.contracts import ImageTextBatch, Rates
+from eva_mim.core.batches import ImageTextBatch
+from eva_mim.core.contracts import Rates
 from eva_mim.core.errors import UserError
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine

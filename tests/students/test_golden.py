@@ -10,7 +10,7 @@ from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import ClassifierSettings, DecoderSettings, MaskedSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.students.masked import MaskedStudent

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.heads import HeadPlan
 from eva_mim.students.masked import MaskedStudent

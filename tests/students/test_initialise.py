@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import DecoderSettings, InitSettings, MaskedSettings
 from eva_mim.students.initialise import initialise
 from eva_mim.students.masked import MaskedStudent

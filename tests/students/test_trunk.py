@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import ClassifierSettings, ClipSettings, DecoderSettings, MaskedSettings, TextSettings
 from eva_mim.students.classifier import Classifier, LinearProbe
 from eva_mim.students.clip import ClipStudent

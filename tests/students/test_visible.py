@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
 from tests.students.test_masked import images_and_mask, normalised, pixel_mask, randomise

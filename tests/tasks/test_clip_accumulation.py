@@ -13,13 +13,15 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 import eva_mim.trunks.small  # noqa: F401  registers the architectures
-from eva_mim.core.contracts import ImageTextBatch, Rates
+from eva_mim.core.batches import ImageTextBatch
+from eva_mim.core.contracts import Rates
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.settings import parse
 from eva_mim.data.preparation import ImageTextPreparation
 from eva_mim.data.splits import open_splits
+from eva_mim.data.views import TrainView
 from eva_mim.engine import RunSettings
 from eva_mim.engine.local import LocalEngine
 from eva_mim.optim import OptimSettings
@@ -234,7 +236,7 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "4")
     recipe = parse(StageRecipe, CLIP | {"run": CLIP["run"] | {"global_batch": 2}}, "r.yaml")
     with pytest.raises(UserError, match=r"run.global_batch=2 is not a multiple of 4 processes; nearest: run.global_batch=4"):
-        train_loader(recipe, open_splits(recipe.data).train, [32], recipe.view, ImageTextPreparation)
+        train_loader(recipe, open_splits(recipe.data).train, TrainView(recipe.view, [32]), ImageTextPreparation)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from eva_mim.cli import main
-from eva_mim.core.contracts import ImageTextBatch
+from eva_mim.core.batches import ImageTextBatch
 from eva_mim.core.settings import parse
 from eva_mim.data.sampler import Place
 from eva_mim.data.splits import open_splits

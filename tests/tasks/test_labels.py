@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import LabelledBatch
+from eva_mim.core.batches import LabelledBatch
 from eva_mim.tasks import MixSettings
 from eva_mim.tasks.labels import Labels
 

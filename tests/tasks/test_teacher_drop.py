@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_mim.core.contracts import Grid, MaskedBatch
+from eva_mim.core.batches import MaskedBatch
+from eva_mim.core.contracts import Grid
 from eva_mim.core.settings import parse
 from eva_mim.targets import Cells, Target
 from eva_mim.tasks.masked import Lesson, MaskedFeatures

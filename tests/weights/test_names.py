@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import LayerNorm
 
 from eva_mim.core.errors import UserError
-from eva_mim.data import MaskSettings
+from eva_mim.data.view_settings import MaskSettings
 from eva_mim.students import DecoderSettings, MaskedSettings
 from eva_mim.students.masked import MaskedStudent
 from eva_mim.trunks.meta import meta_device

@@ -11,13 +11,13 @@ from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.resolve import resolve
 from eva_mim.core.timing import Stopwatch, measuring, phase
-from eva_mim.data import MaskSettings, ViewSettings
 from eva_mim.data.loader import Reader, TrainLoader
 from eva_mim.data.masking import make_mask
 from eva_mim.data.preparation import MaskedPreparation
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.splits import open_splits
 from eva_mim.data.subset import order_of
+from eva_mim.data.view_settings import MaskSettings, ViewSettings
 from eva_mim.data.views import TrainView
 
 BATCH = 64

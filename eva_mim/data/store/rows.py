@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eva_mim.core.contracts import FeatureBatch
+from eva_mim.core.batches import FeatureBatch
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.data.sampler import GlobalOrder
 from eva_mim.data.store.files import FeatureStore

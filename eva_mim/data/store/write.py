@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from eva_mim.core.contracts import Features, ImageTextBatch, MaskedBatch, Source
+from eva_mim.core.batches import ImageTextBatch, MaskedBatch
+from eva_mim.core.contracts import Features, Source
 from eva_mim.core.distributed import rank, run_on, run_on_main, world_size
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import flush_folder, replacing, sha256, write_json, write_text
