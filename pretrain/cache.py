@@ -51,14 +51,14 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     options that have no effect there."""
     from eva_mim.core.recipe_files import read_yaml
     from eva_mim.core.resolve import resolve
-    from pretrain import clip, mim
+    from pretrain import clip, mim, mim_recipe
 
     program = program_of(options.recipe, options.program)
     if program not in ("mim", "clip"):
         raise UserError(f"{options.recipe} is of {program}, which has no teacher: a cache is for mim and clip")
     tree, wanted = read_yaml(options.recipe), None
     if program == "mim":
-        wanted = mim.targets_of(resolve(mim.StageRecipe, tree, options.overrides, options.recipe))
+        wanted = mim.targets_of(resolve(mim_recipe.StageRecipe, tree, options.overrides, options.recipe))
     else:
         wanted = clip.targets_of(resolve(clip.StageRecipe, tree, options.overrides, options.recipe))
     if wanted is None:

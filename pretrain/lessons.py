@@ -47,7 +47,7 @@ from eva_mim.weights.files.read import open_checkpoint
 
 if TYPE_CHECKING:
     from eva_mim.run.stage import Networks
-    from pretrain.mim import StageRecipe
+    from pretrain.mim_recipe import StageRecipe
 
 
 def sized_teachers(recipe: StageRecipe) -> dict[str, TeacherSettings]:

@@ -15,6 +15,7 @@ import yaml
 
 from eva_mim.convert.targets import FORMATS
 from eva_mim.core.errors import UserError
+from eva_mim.core.run_folder import SEGMENTATION
 from eva_mim.run.program import guard
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -59,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         if options.adaptors:
             return _adaptors(options)
+        if options.to == "onnx" and (options.src / SEGMENTATION).is_file():
+            from eva_mim.convert.adaptors import convert_segmenter
+
+            return _say(convert_segmenter(options.src, options.dst, overwrite=options.overwrite), options)
         from eva_mim.convert.convert import Options, convert
 
         record = convert(options.src, options.dst, options.to, Options(
@@ -73,12 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _adaptors(options: argparse.Namespace) -> None:
-    from eva_mim.convert.adaptors import convert_adaptors, convert_tower, report
+    from eva_mim.convert.adaptors import convert_adaptors, convert_tower
 
     if options.to not in ("onnx", "hf"):
         raise UserError(f"--adaptors goes with --to onnx or hf, not {options.to}: the folder of a stage has its heads already")
     work = convert_adaptors if options.to == "onnx" else convert_tower
-    record = work(options.src, options.dst, options.adaptors.split(","), overwrite=options.overwrite)
+    _say(work(options.src, options.dst, options.adaptors.split(","), overwrite=options.overwrite), options)
+
+
+def _say(record: dict[str, Any], options: argparse.Namespace) -> None:
+    from eva_mim.convert.adaptors import report
+
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if options.json else report(record, options.dst))
 
 

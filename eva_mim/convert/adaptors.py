@@ -1,5 +1,5 @@
-"""A masked stage with the heads of its teachers as one ONNX graph, proved by onnxruntime; or with one of them as a vision tower
-of transformers, proved by that library."""
+"""A stage with its heads as one ONNX graph, proved by onnxruntime: a masked stage's for teachers, a segmentation stage's; or with
+one for a teacher as a vision tower of transformers, proved by that library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eva_mim.convert.onnx import session_of, write_graph
 from eva_mim.convert.parity import BOUNDS, compare, sample_images
 from eva_mim.core.errors import UserError
 from eva_mim.core.files import sha256, write_json
-from eva_mim.core.run_folder import HEADS_CONFIG, TIMM_CONFIG
+from eva_mim.core.run_folder import HEADS_CONFIG, PROGRAM, SEGMENTATION, TIMM_CONFIG
 from eva_mim.trunks.pixels import normalise
 from eva_mim.weights.adaptors import BACKBONE, FeatureModel, HeadsFacts, Output, load
 from eva_mim.weights.files.formats import read_json
@@ -55,9 +55,27 @@ def convert_adaptors(src: Path, dst: Path, names: Sequence[str], *, overwrite: b
         raise UserError(f"{src}: --adaptors is for a finished masked stage (heads.json)")
     chosen = list(model.adaptors) if list(names) == ["all"] else list(names)
     graph = _Graph(model, chosen).eval()
-    size = (model.image_size, model.image_size)
-    images = sample_images(size, channels=len(model.mean)).float() / 255
-    expected = graph.named(images)
+    images = sample_images((model.image_size, model.image_size), channels=len(model.mean)).float() / 255
+    return _proved_graph(graph, images, graph.named(images), src, dst, {"adaptors": chosen})
+
+
+@torch.no_grad()
+def convert_segmenter(src: Path, dst: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes a finished segmentation stage as a graph: `image` [B, channels, S, S] from 0 to 1, of the stage's own size S, B
+    free; `scores` [B, K, S, S]. Returns the record that lies beside it. Raises UserError, and leaves no file behind, if its
+    outputs differ."""
+    check_destination(dst, "onnx", overwrite)
+    about, channels = read_json(src / SEGMENTATION), read_json(src / TIMM_CONFIG)["pretrained_cfg"]["input_size"][0]
+    program = torch.export.load(src / PROGRAM).module()
+    images = sample_images((about["image_size"],) * 2, channels=channels).float() / 255
+    return _proved_graph(program, images, {"scores": program(images)}, src, dst, {"classes": about["classes"]})
+
+
+def _proved_graph(
+    graph: nn.Module, images: Tensor, expected: dict[str, Tensor], src: Path, dst: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a network as a graph from `image` to the outputs `expected` of `images`; returns its record, with `facts`. Raises
+    UserError, and leaves no file behind, if onnxruntime computes others."""
     with staged(dst) as stage:
         path = stage / dst.name
         write_graph(graph, {"image": images[:2]}, list(expected), {"image": {0: torch.export.Dim("images")}}, path)
@@ -68,7 +86,7 @@ def convert_adaptors(src: Path, dst: Path, names: Sequence[str], *, overwrite: b
         if not parity.passed:
             raise UserError(f"{src}: the outputs of the graph differ from the stage's; nothing was written\n{parity}")
         record = {
-            "source": str(src), "adaptors": chosen, "image_size": list(size), "input": "image, from 0 to 1",
+            "source": str(src), **facts, "image_size": list(images.shape[2:]), "input": "image, from 0 to 1",
             "parity": parity.as_dict(), "open_with": f"onnxruntime.InferenceSession({str(dst)!r})",
             "files": {file.name: sha256(file) for file in sorted(stage.iterdir())},
         }

@@ -90,15 +90,16 @@ class DenseTrainView:
 class DenseEvalView:
     """View for evaluation: the short side of the image becomes `side`, and neither is shorter; the map keeps its own size."""
 
-    def __init__(self, side: int, multiple: int = 1):
-        """Both sides become whole numbers of `multiple`, by which `side` can be divided; the longer one is enlarged for it."""
-        self.side, self.multiple = side, multiple
+    def __init__(self, side: int, multiple: int = 1, *, square: bool = False):
+        """Both sides become whole numbers of `multiple`, by which `side` can be divided; the longer one is enlarged for it.
+        `square`: both become `side`, whatever the aspect ratio."""
+        self.side, self.multiple, self.square = side, multiple, square
 
     def __call__(self, image: Image.Image | Bands, segmentation: Segmentation, rng: random.Random) -> Pair:
         """Returns the resized image and the map as it is. It draws no random numbers."""
         pixels, truth = to_tensor(image), torch.from_numpy(segmentation)
-        height, width = (max(self.side, -(-length // self.multiple) * self.multiple)
-                         for length in resized_size(truth.shape, self.side))
+        shape = (1, 1) if self.square else truth.shape
+        height, width = (max(self.side, -(-length // self.multiple) * self.multiple) for length in resized_size(shape, self.side))
         with phase("crop and resize"):
             return _image_resized(pixels, (height, width)), truth
 

@@ -15,6 +15,7 @@ from eva_mim.core.distributed import all_gather_rows, all_reduce_sum
 from eva_mim.core.log import say
 from eva_mim.evaluate import features
 from eva_mim.evaluate.contrastive import zero_shot
+from eva_mim.evaluate.patches import PatchProbe
 from eva_mim.students.heads import SUMMARY
 from eva_mim.targets.cached import chosen
 from eva_mim.tasks.masked import MaskedFeatures
@@ -38,12 +39,12 @@ class MaskedFeatureEvaluator:
 
     def __init__(
         self, task: MaskedFeatures, val: Sequence[Iterable[MaskedBatch]], bank: Iterable[LabelledBatch], *, labelled: bool,
-        device: torch.device, prompts: Prompts | None = None,
+        device: torch.device, prompts: Prompts | None = None, probe: PatchProbe | None = None,
     ):
         """`val`: held-out batches of each group of teachers; those of the first give the figures of features. `bank`: labelled
-        training images at its size."""
+        training images at its size. `probe`: of its patches by segmentation maps."""
         self.task, self.val, self.bank, self.labelled, self.device = task, val, bank, labelled, device
-        self.prompts = prompts
+        self.prompts, self.probe = prompts, probe
         self.headline = "cosine" if any(lesson.spatial for lesson in task.lessons.values()) else "summary_cosine"
 
     def __call__(self, student: Any, autocast: Autocast) -> dict[str, float]:
@@ -53,7 +54,7 @@ class MaskedFeatureEvaluator:
         prediction. `error`: squared error / variance of the targets (1: as good as their mean), where the loss fixes the scale.
         `summary_cosine`: of summaries. Of several teachers the mean, and each one's as FIGURE_NAME. `feature_std`,
         `effective_rank`: see `features.py`. `knn_top1`, `ridge_top1` (on the mean of the patches) and `knn_class_top1` (on the
-        class tokens): percent, if labels exist."""
+        class tokens): percent, if labels exist. `segmentation_miou`: see `PatchProbe`."""
         found = _Sums(self.device)
         rows, labels, said = [], [], []
         for first, batch in self._batches():
@@ -89,6 +90,8 @@ class MaskedFeatureEvaluator:
         if self.prompts is not None:
             summaries, truth = (torch.cat(part) for part in zip(*said, strict=True))
             result |= zero_shot(summaries, truth, self.prompts.vectors)
+        if self.probe is not None:
+            result |= self.probe(student, autocast)
         if self.labelled:
             result |= self._labelled(student, autocast, mean, token, all_gather_rows(torch.cat(labels)))
         return result

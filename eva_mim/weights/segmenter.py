@@ -28,10 +28,10 @@ class PlainSegmenter(nn.Module):
         super().__init__()
         self.segmenter = segmenter
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Returns [B, K, S, S] scores of [B, channels, S, S] float32 images in [0, 1]."""
-        scores = self.segmenter(255 * images)[MAIN]
-        return F.interpolate(scores.float(), images.shape[2:], mode="bilinear")
+        scores = self.segmenter(255 * image)[MAIN]
+        return F.interpolate(scores.float(), image.shape[2:], mode="bilinear")
 
 
 def write_segmenter(

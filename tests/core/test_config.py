@@ -22,7 +22,7 @@ from eva_mim.pipeline.plan import plan
 from eva_mim.run.recipe import Recipe
 from finetune.probe import StageRecipe as ProbeRecipe
 from pretrain.clip import StageRecipe as ClipRecipe
-from pretrain.mim import StageRecipe as MimRecipe
+from pretrain.mim_recipe import StageRecipe as MimRecipe
 from tests.conftest import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
@@ -125,7 +125,8 @@ def test_setting_names_are_the_dotted_paths_of_the_tree() -> None:
         return {prefix + name for name in tree}.union(*below)
 
     null = tuple(f"teacher.{section}." for section in ("objective", "head", "normaliser"))
-    outside = ("data.held_out.", "data.segmentation.", "teachers.*.", "groups.*.", "student.windows.", *null)  # where not given
+    empty = "data.held_out.", "data.segmentation.", "evaluate.segmentation.", "teachers.*.", "groups.*.", "student.windows."
+    outside = (*empty, *null)  # null and empty where they are not given
     own = {name for name in setting_names(MimRecipe) if not name.startswith(outside)}
     assert own == paths(parse(MimRecipe, minimal(), "r.yaml").model_dump(mode="json"))
 

@@ -20,7 +20,7 @@ from eva_mim.students import HeadSettings, InitSettings, MaskedSettings
 from eva_mim.targets import NormaliserSettings
 from eva_mim.tasks import TargetTeacherSettings
 from finetune.classify import StageRecipe as ClassifyRecipe
-from pretrain.mim import StageRecipe as MimRecipe
+from pretrain.mim_recipe import StageRecipe as MimRecipe
 
 PARTS = {"data": DataSettings, "mask": MaskSettings, "student": MaskedSettings, "student.init": InitSettings,
          "student.head": HeadSettings, "optim": OptimSettings, "teacher": TargetTeacherSettings,

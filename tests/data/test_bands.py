@@ -34,7 +34,7 @@ from eva_mim.data.views import EvalView, TrainView
 from eva_mim.trunks.pixels import normalise
 from finetune.classify import StageRecipe as ClassifyRecipe
 from pretrain.clip import StageRecipe as ClipRecipe
-from pretrain.mim import StageRecipe as MimRecipe
+from pretrain.mim_recipe import StageRecipe as MimRecipe
 from tests import tiny
 from tests.conftest import picture, png, write_tar
 

@@ -20,7 +20,7 @@ from eva_mim.data.source_settings import SceneSettings
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.view_settings import MaskSettings, ViewSettings
 from eva_mim.data.views import EvalView, TrainView
-from pretrain import mim
+from pretrain import mim, mim_recipe
 from tests.tiny import MIM
 
 SIZES = [16, 24]
@@ -146,7 +146,7 @@ def test_streams_are_functions_of_seed_purpose_number_and_index() -> None:
 def test_a_recipe_says_how_many_views() -> None:
     """`view.count` and `view.seed`, in the loader of a stage."""
     tree = MIM | {"view": {"count": 2, "seed": 3}}
-    recipes = [parse(mim.StageRecipe, tree | {"run": MIM["run"] | {"seed": seed}}, "r.yaml") for seed in (0, 1)]
+    recipes = [parse(mim_recipe.StageRecipe, tree | {"run": MIM["run"] | {"seed": seed}}, "r.yaml") for seed in (0, 1)]
     loaders = [mim.build(recipe, torch.device("cpu")).parts.train for recipe in recipes]
     ours, theirs = ([rows_of(batch for step in loader.steps(start, start + 4) for batch in step) for start in (0, 4, 8)]
                     for loader in loaders)

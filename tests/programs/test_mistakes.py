@@ -18,7 +18,7 @@ from eva_mim.run.state import state_of
 from eva_mim.students.classifier import Classifier
 from eva_mim.teachers import TeacherSettings, build_teacher
 from finetune.classify import StageRecipe
-from pretrain.mim import StageRecipe as MimRecipe
+from pretrain.mim_recipe import StageRecipe as MimRecipe
 from tests.conftest import REPOSITORY, make_folder
 from tests.ranks import Launched, script
 from tests.tiny import CLASSIFY, MIM, records, run, write_recipe

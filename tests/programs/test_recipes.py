@@ -25,7 +25,8 @@ from eva_mim.optim.schedule import lr_at, rates_at
 from eva_mim.teachers import TeacherSettings
 from eva_mim.teachers.open_clip import read_tower
 from eva_mim.trunks.meta import meta_device
-from pretrain.mim import STAGE, StageRecipe
+from pretrain.mim import STAGE
+from pretrain.mim_recipe import StageRecipe
 from tests.conftest import REPOSITORY, make_folder
 
 IN_21K = 14_197_122

@@ -27,7 +27,7 @@ from eva_mim.trunks.create import build_trunk
 from eva_mim.trunks.meta import meta_device
 from eva_mim.trunks.pixels import normalise
 from pretrain.clip import STAGE, StageRecipe
-from pretrain.mim import StageRecipe as MimRecipe
+from pretrain.mim_recipe import StageRecipe as MimRecipe
 from tests.conftest import REPOSITORY
 
 

@@ -12,7 +12,8 @@ from eva_mim.core.recipe_files import read_yaml
 from eva_mim.core.settings import parse
 from eva_mim.pipeline.networks import check_networks
 from eva_mim.pipeline.plan import plan
-from pretrain.mim import STAGE, StageRecipe
+from pretrain.mim import STAGE
+from pretrain.mim_recipe import StageRecipe
 from tests.conftest import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"

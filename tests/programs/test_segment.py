@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 import eva_mim.trunks.small  # noqa: F401
+from eva_mim.commands import convert
 from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
 from eva_mim.data.splits import open_splits
@@ -119,6 +121,16 @@ def test_the_folder_is_a_trunk_for_timm_and_for_the_next_stage(upernet: Path, re
     assert set(load_file(tmp_path / "out" / "head.safetensors")) == {
         "head.norm.weight", "head.norm.bias", "head.norm.running_mean", "head.norm.running_var", "head.norm.num_batches_tracked",
         "head.classifier.weight", "head.classifier.bias"}
+
+
+def test_as_an_onnx_graph(upernet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime says what the exported program says, of other numbers of images too."""
+    assert convert.main([str(upernet), str(tmp_path / "s.onnx"), "--to", "onnx"]) == 0
+    assert "scores" in capsys.readouterr().out
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (scores,) = onnxruntime.InferenceSession(str(tmp_path / "s.onnx")).run(["scores"], {"image": images.numpy()})
+    wanted = torch.export.load(upernet / "segmenter.pt2").module()(images)
+    torch.testing.assert_close(torch.from_numpy(scores), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_of_predictions(upernet: Path) -> None:

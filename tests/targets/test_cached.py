@@ -18,7 +18,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.lock import locked
 from eva_mim.core.settings import parse
 from eva_mim.data.store.files import FeatureStore, packed, unpacked
-from pretrain import mim
+from pretrain import mim, mim_recipe
 from tests.conftest import picture
 from tests.tiny import MIM, finish, losses, python, run, same_weights, stopped_after, teacher_file, write_recipe
 
@@ -218,7 +218,7 @@ def test_a_seed_of_the_run_may_differ(home: Path) -> None:
     rows = []
     for seed in (0, 1):
         tree = read(home) | {"run": read(home)["run"] | {"seed": seed}, "targets": {"cached": str(home / "cache-fp32")}}
-        built = mim.build(parse(mim.StageRecipe, tree, "r"), torch.device("cpu"))
+        built = mim.build(parse(mim_recipe.StageRecipe, tree, "r"), torch.device("cpu"))
         batches = [batch for step in built.parts.train.steps(0, 4) for batch in step]
         rows.append({index: batch.stored["teacher.summary"][row] for batch in batches
                      for row, index in enumerate(batch.index.tolist())})

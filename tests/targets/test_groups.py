@@ -14,7 +14,8 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data.sampler import GroupBatch, Piece, cut_groups
 from eva_mim.students.heads import resampled
-from pretrain.mim import STAGE, StageRecipe
+from pretrain.mim import STAGE
+from pretrain.mim_recipe import StageRecipe
 from tests.tiny import MIM, finish, losses, python, records, run, run_until, same_weights, teacher_file, write_recipe
 
 ROUNDING = 5e-5

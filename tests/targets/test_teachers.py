@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
-from pretrain.mim import StageRecipe
+from pretrain.mim_recipe import StageRecipe
 from tests.tiny import MIM, losses, records, run, write_recipe
 
 TEACHERS = {

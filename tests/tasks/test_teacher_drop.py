@@ -15,7 +15,7 @@ from eva_mim.core.settings import parse
 from eva_mim.targets import Cells, Target
 from eva_mim.tasks.masked import Lesson, MaskedFeatures
 from eva_mim.tasks.objectives import masked_mse, summary_cosine
-from pretrain.mim import StageRecipe
+from pretrain.mim_recipe import StageRecipe
 from tests.tiny import MIM
 
 IMAGES, SIDE, WIDTH = 6, 3, 4
