@@ -36,7 +36,7 @@ class EvaluateSettings(Settings):
 class StageRecipe(Recipe):
     """Settings of a segmentation stage."""
 
-    reads_maps: ClassVar[bool] = True
+    reads: ClassVar[str | None] = "segmentation"
     student: SegmenterSettings
     view: DenseViewSettings = DenseViewSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -32,7 +32,8 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 GRACE = 10.0
 """Seconds for the other ranks to come to an end after one has failed."""
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PROGRAMS = ("pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "finetune.probe_data", "finetune.segment")
+PROGRAMS = ("pretrain.mim", "pretrain.clip", "finetune.classify", "finetune.probe", "finetune.probe_data", "finetune.segment",
+            "finetune.video")
 SLOW_TO_IMPORT = ("open_clip", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard", "fsspec")
 """What the programs import when they first need it; DeepSpeed's Muon, which it imports for any optimizer, takes 4 s."""
 _pools: dict[int, Pool] = {}

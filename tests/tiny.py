@@ -40,8 +40,12 @@ CLASSIFY: dict[str, Any] = {"data": SCENES, "run": RUN, "optim": OPTIM, "student
 SEGMENT: dict[str, Any] = {
     "data": SCENES | {"segmentation": {}}, "run": RUN, "optim": OPTIM, "student": VIT, "view": {"scale": [0.75, 1.5]},
 }
+CLIPS: dict[str, Any] = {
+    "data": SCENES | {"video": {"length": 6}}, "run": RUN, "optim": OPTIM, "student": VIT | {"frames": 3},
+    "mix": {"smoothing": 0.0},
+}
 MODULES = {"mim": "pretrain.mim", "clip": "pretrain.clip", "classify": "finetune.classify", "probe": "finetune.probe",
-           "segment": "finetune.segment"}
+           "segment": "finetune.segment", "video": "finetune.video"}
 
 
 def write_recipe(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") -> Path:

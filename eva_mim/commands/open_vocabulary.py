@@ -30,8 +30,8 @@ def segment(options: argparse.Namespace) -> None:
     from eva_mim.core.distributed import all_reduce_sum, is_main, rank, setup, world_size
     from eva_mim.data.prompts import told_templates
     from eva_mim.data.source_settings import SegmentationSettings
-    from eva_mim.data.sources.folder import FolderSource, Masks
-    from eva_mim.data.sources.masks import read_mask_classes
+    from eva_mim.data.sources.folder import FolderSource
+    from eva_mim.data.sources.masks import Masks, read_mask_classes
     from eva_mim.evaluate.segmentation import confusion, figures
     from eva_mim.evaluate.sheet import coloured, write_sheet
 

@@ -116,11 +116,13 @@ def _section(recipe: dict[str, Any], source: str, name: str | None) -> dict[str,
 def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:
     """Returns a description of the pictures, and the pictures: 32 built-in drawings, or at most 32 of a folder, evenly spread.
     Raises UserError for an unusable folder."""
+    from eva_mim.data.sources.clips import still
+
     if folder is None:
         from eva_mim.data.sources.scenes import SceneSource
 
         scenes = SceneSource(SceneSettings(), "val")
-        return f"{PICTURES} built-in drawings", [scenes.read(index).image for index in range(PICTURES)]
+        return f"{PICTURES} built-in drawings", [still(scenes.read(index).image) for index in range(PICTURES)]
     from eva_mim.data.sources.folder import FolderSource
 
     if not folder.is_dir():
@@ -132,7 +134,7 @@ def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:
     pictures = []
     for index in (number * (len(source) - 1) // (count - 1) for number in range(count)):
         try:
-            pictures.append(source.read(index).image)
+            pictures.append(still(source.read(index).image))
         except Exception as error:  # a file may be broken in any way
             raise UserError(f"--images: {source.key(index)}: {type(error).__name__}: {error}") from None
     return f"{count} of the {len(source)} in {folder}", pictures

@@ -20,6 +20,7 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
 from eva_mim.data.source_settings import SceneSettings
+from eva_mim.data.sources.clips import still
 from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.scenes import SceneSource
 from eva_mim.data.views import to_tensor
@@ -231,7 +232,7 @@ def sample_images(size: tuple[int, int], folder: Path | None = None, count: int 
 
     if folder is None:
         scenes = SceneSource(SceneSettings(size=max(size)), "val")
-        drawn = torch.stack([pixels(scenes.read(index).image) for index in range((count + 1) // 2)])
+        drawn = torch.stack([pixels(still(scenes.read(index).image)) for index in range((count + 1) // 2)])
         seeded = torch.Generator().manual_seed(derive(0, "parity images"))
         noise = torch.randint(256, (count - len(drawn), channels, *size), generator=seeded, dtype=torch.uint8)
         return torch.cat([drawn, noise])
@@ -239,7 +240,7 @@ def sample_images(size: tuple[int, int], folder: Path | None = None, count: int 
     for index in range(len(source)):
         if len(read) < count:
             with suppress(Exception):  # a file may be broken in any way
-                read.append(pixels(source.read(index).image))
+                read.append(pixels(still(source.read(index).image)))
     if not read:
         raise UserError(f"{folder}: none of its {len(source)} images can be read")
     return torch.stack(read)

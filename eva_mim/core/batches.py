@@ -106,6 +106,16 @@ class LabelledBatch(Batch):
 
 
 @dataclass(frozen=True)
+class VideoBatch(Batch):
+    """Clips with their class labels."""
+
+    images: Tensor
+    """[B, T, 3, H, W] uint8, T frames of each clip; held out [B, V, T, 3, H, W], V choices of frames and crops."""
+    labels: Tensor
+    """[B] int64."""
+
+
+@dataclass(frozen=True)
 class FeatureBatch(Batch):
     """Features of a frozen network in place of its images."""
 

@@ -28,12 +28,20 @@ Autocast = Callable[[], Any]
 """Returns a context with the precision of a forward pass."""
 
 
+class Clip(Protocol):
+    """Frames of a video, in order."""
+
+    def __len__(self) -> int: ...
+    def frames(self, indices: Sequence[int]) -> list[Image]:
+        """Returns the frames at rising positions, 8-bit RGB of one size. Raises any exception if one cannot be decoded."""
+
+
 class Sample(NamedTuple):
     """One record of a source, before a view is made of it."""
 
     key: str
-    image: Image | Bands
-    """An `Image` is 8-bit RGB."""
+    image: Image | Bands | Clip
+    """An `Image` is 8-bit RGB; a `Clip` where `data.video` is set, and only there."""
     label: int | None = None
     captions: tuple[str, ...] = ()
     """All captions of the image; "" for a caption without text."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from eva_mim.core.settings import PLACE, RUNTIME, For, Settings
-from eva_mim.data.source_settings import ColumnSettings, SceneSettings, SegmentationSettings, Share
+from eva_mim.data.source_settings import ColumnSettings, SceneSettings, SegmentationSettings, Share, VideoSettings
 
 MAX_CHANNELS = 512
 """Maximum number of channels; hyperspectral cameras have 200 to 400."""
@@ -98,6 +98,8 @@ class SourceSettings(Settings):
     """Number of held-out images that are used, the first ones; None: all."""
     segmentation: SegmentationSettings | None = None
     """Semantic segmentation maps of the images, which the stage `segment` learns; null: not read."""
+    video: VideoSettings | None = None
+    """Clips in place of images, which the stage `video` learns; null: images."""
     scenes: Annotated[SceneSettings, For("source", "scenes")] = SceneSettings()
 
     @property
@@ -129,6 +131,16 @@ class SourceSettings(Settings):
             self.segmentation.check(self.source, held_out=self.val is not None)
         if self.segmentation is not None and self.exif:
             raise ValueError("data.exif=true would turn images and not their masks; leave it out with data.segmentation")
+        return self
+
+    @model_validator(mode="after")
+    def _clips_fit_the_source(self) -> SourceSettings:
+        if self.video is None:
+            return self
+        self.video.check(self.source)
+        if not self.pixels.plain or self.exif or self.segmentation is not None:
+            raise ValueError("data.video: clips are of 8-bit RGB and have no maps; leave data.channels, data.window, data.exif "
+                             "and data.segmentation out")
         return self
 
     @model_validator(mode="after")

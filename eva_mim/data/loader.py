@@ -92,7 +92,7 @@ class Reader(Dataset["Item | str | Failure"], Generic[B]):
             try:
                 sample = self.source.read(index)
                 self.preparation.check(sample, self.source.classes)
-                return sample, index, tuple(broken)
+                return self.preparation.decoded(sample, place._replace(index=index)), index, tuple(broken)
             except UserError:  # the error concerns more than one record
                 raise
             except Quarantined as reason:  # counted when the list was made

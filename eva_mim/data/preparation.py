@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from eva_mim.core.batches import B, ImageTextBatch, LabelledBatch, MaskedBatch, SegmentedBatch, WholeImages
+from eva_mim.core.bands import Bands
+from eva_mim.core.batches import B, ImageTextBatch, LabelledBatch, MaskedBatch, SegmentedBatch, VideoBatch, WholeImages
 from eva_mim.core.contracts import Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.timing import phase
+from eva_mim.data.clip_views import FrameChoice
 from eva_mim.data.dense_views import Pair
 from eva_mim.data.masking import Mask
 from eva_mim.data.prompts import filled
 from eva_mim.data.sampler import Place
+from eva_mim.data.sources.clips import DecodedFrames
 
 T = TypeVar("T")
 View = Callable[..., Any]
@@ -66,6 +70,11 @@ class Preparation(ABC, Generic[B]):
 
     def check(self, sample: Sample, classes: Classes) -> None:
         """Raises ValueError for a record that cannot be used although its image is readable."""
+
+    def decoded(self, sample: Sample, place: Place) -> Sample:
+        """Returns the sample with everything decoded that is shown at a place: of a clip the chosen frames. Raises any exception
+        for a record that cannot be decoded."""
+        return sample
 
     @abstractmethod
     def content(self, sample: Sample, place: Place, classes: Classes) -> Any:
@@ -235,6 +244,40 @@ class LabelledPreparation(Preparation[LabelledBatch]):
         """Returns the batch; see `Preparation.batch`."""
         images, labels = zip(*contents, strict=True)
         return LabelledBatch(index, torch.stack(images), torch.tensor(labels), broken=broken)
+
+
+@dataclass(frozen=True)
+class ClipPreparation(Preparation[VideoBatch]):
+    """Preparation of clips with class labels."""
+
+    choice: FrameChoice
+    """Which frames of a clip are seen."""
+    with_views: tuple[str, ...] = field(default=("view", "frames"), kw_only=True)
+
+    def check(self, sample: Sample, classes: Classes) -> None:
+        """Raises ValueError for a clip that has too few frames."""
+        assert not isinstance(sample.image, (Image.Image, Bands))
+        if (length := len(sample.image)) < self.choice.frames:
+            raise ValueError(f"it has {length} frames, fewer than student.frames={self.choice.frames}")
+
+    def decoded(self, sample: Sample, place: Place) -> Sample:
+        """Returns the sample with its chosen frames alone; see `Preparation.decoded`."""
+        assert not isinstance(sample.image, (Image.Image, Bands))
+        length = len(sample.image)
+        chosen = self.choice.drawn(length, self.drawn("frames", place)) if self.training else self.choice.held_out(length)
+        wanted = sorted(set(chosen))
+        found = dict(zip(wanted, sample.image.frames(wanted), strict=True))
+        return sample._replace(image=DecodedFrames([found[index] for index in chosen]))
+
+    def content(self, sample: Sample, place: Place, classes: Classes) -> tuple[Tensor, int]:
+        """Returns views of the frames and the label."""
+        assert sample.label is not None
+        return self.view(sample.image, self.drawn("view", place)), sample.label
+
+    def batch(self, index: Tensor, contents: Sequence[Any], broken: tuple[str, ...]) -> VideoBatch:
+        """Returns the batch; see `Preparation.batch`."""
+        images, labels = zip(*contents, strict=True)
+        return VideoBatch(index, torch.stack(images), torch.tensor(labels), broken=broken)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,23 @@ class ColumnSettings(Settings):
     """Column with the path of the image's mask, relative to the list's own folder, for `data.segmentation`."""
 
 
+class VideoSettings(Settings):
+    """Clips in place of images. Shards have them as KEY.mp4 (webm, mkv, avi, mov) or as frames KEY.000.jpg, KEY.001.jpg, ...; the
+    `image` column of a list names video files. Built-in pictures move, and the direction is their label."""
+
+    frames: bool = False
+    """folder: True: each folder with images is a clip, whose frames they are in the order of their names. False: each video file
+    is one."""
+    length: int = Field(16, ge=1)
+    """scenes: frames of a clip."""
+
+    def check(self, source: str) -> None:
+        """Raises ValueError for settings that do not fit a source."""
+        for name, fits in (("frames", "folder"), ("length", "scenes")):
+            if getattr(self, name) != type(self).model_fields[name].default and source != fits:
+                raise ValueError(f"data.video.{name} has no effect with data.source={source}; leave it out")
+
+
 class SegmentationSettings(Settings):
     """Semantic segmentation maps: for each pixel of an image the number of a class, in a mask file of the image's size with one
     channel or a palette. Built-in pictures have maps of their own: the ground, and what they show."""

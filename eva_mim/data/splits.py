@@ -20,6 +20,7 @@ from eva_mim.data import DataSettings, PartSettings, SourceSettings
 from eva_mim.data.overlap import refuse_shared
 from eva_mim.data.prompts import class_words, prompt_templates
 from eva_mim.data.quarantine import Quarantine, read_quarantine
+from eva_mim.data.sources.clips import still
 from eva_mim.data.subset import NONE, Complement, Mixture, Positions, Subset
 
 LOOKS = 4
@@ -67,7 +68,8 @@ def _looks(source: Source) -> list[str]:
         if isinstance(sample, Exception):
             found.append(type(sample).__name__)
             continue
-        bands = sample.image.each if isinstance(sample.image, Bands) else [sample.image]
+        image = still(sample.image)
+        bands = image.each if isinstance(image, Bands) else [image]
         found.append(hashlib.sha256(b"".join(band.tobytes() for band in bands)).hexdigest())
     return found
 

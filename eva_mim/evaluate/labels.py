@@ -1,5 +1,5 @@
-"""Held-out accuracy of a classifier. Every rank measures its own samples, and the counts are summed over all ranks, so no sample
-counts twice."""
+"""Held-out accuracy of a classifier, of images or clips. Every rank measures its own samples, and the counts are summed over all
+ranks, so no sample counts twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eva_mim.core.batches import LabelledBatch
+from eva_mim.core.batches import LabelledBatch, VideoBatch
 from eva_mim.core.contracts import Autocast
 from eva_mim.evaluate.counts import TopCounts
 
@@ -29,4 +29,24 @@ class ClassifierEvaluator:
             with autocast():
                 logits = student(batch.images).float()
             counts.add(logits, batch.labels, F.cross_entropy(logits, batch.labels, reduction="sum"))
+        return counts.figures()
+
+
+class ClipEvaluator:
+    """Evaluator of a classifier of clips: accuracy of the mean probabilities of all choices of frames and crops."""
+
+    headline = "top1"
+
+    def __init__(self, val: Iterable[VideoBatch], device: torch.device):
+        self.val, self.device = val, device
+
+    def __call__(self, student: nn.Module, autocast: Autocast) -> dict[str, float]:
+        """Returns `top1` and `top5` in percent, and `loss` without label smoothing."""
+        counts = TopCounts(self.device)
+        for batch in (batch.to(self.device) for batch in self.val):
+            clips, views = batch.images.shape[:2]
+            with autocast():
+                logits = student(batch.images.flatten(0, 1)).float()
+            means = logits.softmax(-1).view(clips, views, -1).mean(1).log()
+            counts.add(means, batch.labels, F.nll_loss(means, batch.labels, reduction="sum"))
         return counts.figures()

@@ -12,6 +12,7 @@ from eva_mim.core.contracts import Source
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.log import say
 from eva_mim.core.report import KeyReport
+from eva_mim.data.clip_views import ClipEvalView, ClipTrainView
 from eva_mim.data.dense_views import DenseEvalView, DenseTrainView
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import Preparation
@@ -31,7 +32,7 @@ def batch_cut(run: RunSettings) -> dict[str, Any]:
 
 
 def train_loader(
-    recipe: Recipe, source: Source, view: TrainView | DenseTrainView, kind: Callable[..., Preparation[B]],
+    recipe: Recipe, source: Source, view: TrainView | DenseTrainView | ClipTrainView, kind: Callable[..., Preparation[B]],
     groups: Sequence[GroupBatch] = (),
 ) -> TrainLoader[B]:
     """Returns the loader of this rank's training batches, which the preparation `kind` makes from views; `groups` cut a step, if
@@ -42,7 +43,8 @@ def train_loader(
 
 
 def eval_loader(
-    recipe: Recipe, source: Source, view: EvalView | DenseEvalView, kind: Callable[..., Preparation[B]], limit: int | None = None,
+    recipe: Recipe, source: Source, view: EvalView | DenseEvalView | ClipEvalView, kind: Callable[..., Preparation[B]],
+    limit: int | None = None,
 ) -> EvalLoader[B]:
     """Returns the loader of this rank's held-out batches, with fixed views and masks (the same for every run seed). `limit`:
     largest number of images, spread evenly over the source; None for all."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Recipe(Settings):
     """Settings of one stage. A run starts from its own last checkpoint, else from `init_from`, else from scratch."""
 
-    reads_maps: ClassVar[bool] = False
-    """True for a stage that learns segmentation maps."""
+    reads: ClassVar[str | None] = None
+    """Section of `data` that only this kind of stage reads: "segmentation", "video"."""
     init_from: str | None = None
     """Source of the trunk's weights: folder of an earlier stage, or any checkpoint that `eva-mim inspect` recognises."""
     hand_over: Annotated[HandOverSettings, For("init_from")] = HandOverSettings()
@@ -51,9 +51,13 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _maps_are_learned(self) -> Recipe:
-        if not self.reads_maps and (named := [path for path, one in self.data.sources.items() if one.segmentation is not None]):
-            raise ValueError(f"{named[0]}.segmentation has no effect here: segmentation maps are for `segment`; leave it out")
+    def _sections_are_read(self) -> Recipe:
+        for section, program in (("segmentation", "segment"), ("video", "video")):
+            for path, one in self.data.sources.items():
+                if (there := getattr(one, section) is not None) and self.reads != section:
+                    raise ValueError(f"{path}.{section} is for the stage `{program}`, and has no effect here; leave it out")
+                if not there and self.reads == section:
+                    raise ValueError(f"{path}.{section} must be given: what this stage learns from (docs/{section}.md)")
         return self
 
     @model_validator(mode="after")

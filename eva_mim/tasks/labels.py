@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eva_mim.core.batches import LabelledBatch
+from eva_mim.core.batches import LabelledBatch, VideoBatch
 from eva_mim.core.contracts import Task
 from eva_mim.core.losses import LossTerm, StepOutput
 from eva_mim.core.timing import phase
@@ -26,11 +26,12 @@ class Labels(Task):
                 settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes
             )
 
-    def loss(self, student: Callable[..., Any], batch: LabelledBatch) -> StepOutput:
+    def loss(self, student: Callable[..., Any], batch: LabelledBatch | VideoBatch) -> StepOutput:
         """Returns the mean cross entropy of the batch, in fp32."""
         images, target = batch.images, batch.labels
         if self._mix is not None:
-            images, target = self._mix(images.float(), target)
+            mixed, target = self._mix(images.float().flatten(1, -3), target)  # of a clip all frames alike
+            images = mixed.view(images.shape)
         smoothing = 0.0 if self._mix is not None else self.settings.smoothing
         with phase("student"):
             logits: Tensor = student(images)

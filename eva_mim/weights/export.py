@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from eva_mim.core.files import write_json, write_weights
-from eva_mim.core.run_folder import TIMM_CONFIG, WEIGHTS
+from eva_mim.core.files import replacing, write_json, write_weights
+from eva_mim.core.run_folder import PROGRAM, TIMM_CONFIG, WEIGHTS
 from eva_mim.trunks import TrunkSettings, facts
 from eva_mim.trunks.config import timm_config
 
@@ -27,6 +29,18 @@ def write_timm(
     it."""
     write_weights(out / WEIGHTS, weights)
     write_json(out / TIMM_CONFIG, timm_description(trunk, settings, classes=classes, global_pool=global_pool, crop_pct=crop_pct))
+
+
+def write_program(out: Path, module: nn.Module, weights: dict[str, Tensor], example: Tensor) -> None:
+    """Writes a module with these weights as a program of one input, of any number of images or clips, that plain torch runs:
+    `torch.export.load(OUT/program.pt2).module()`. `example`: an input, [B > 1, ...] fp32."""
+    module = module.cpu().float().eval().requires_grad_(False)
+    module.load_state_dict(weights)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own library
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
+        with replacing(out / PROGRAM) as temporary, temporary.open("wb") as file:
+            torch.export.save(program, file)  # type: ignore[arg-type]  # any file opened for writing
 
 
 def timm_description(

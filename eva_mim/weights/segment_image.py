@@ -1,4 +1,4 @@
-"""Segments an image with the `segmenter.pt2` beside this file: python segment_image.py IMAGE MAP.png
+"""Segments an image with the `program.pt2` beside this file: python segment_image.py IMAGE MAP.png
 
 Needs torch, numpy and pillow. The values of the map are the class numbers of segmentation.json.
 """
@@ -33,7 +33,7 @@ def segment(program: torch.nn.Module, about: dict[str, Any], image: Image.Image)
 
 if __name__ == "__main__":
     about = json.loads((FOLDER / "segmentation.json").read_text())
-    program = torch.export.load(FOLDER / "segmenter.pt2").module()
+    program = torch.export.load(FOLDER / "program.pt2").module()
     with torch.inference_mode(), Image.open(sys.argv[1]) as opened:
         found = segment(program, about, opened.convert("RGB"))
     Image.fromarray(found.numpy().astype(np.uint16)).save(sys.argv[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eva_mim.core.files import replacing, write_json, write_text, write_weights
-from eva_mim.core.run_folder import HEAD, PROGRAM, SEGMENTATION
+from eva_mim.core.files import write_json, write_text, write_weights
+from eva_mim.core.run_folder import HEAD, SEGMENTATION
 from eva_mim.students import SegmenterSettings
 from eva_mim.students.segmenter import MAIN, Segmenter
-from eva_mim.weights.export import part, unpooled, write_timm
+from eva_mim.weights.export import part, unpooled, write_program, write_timm
 
 SCRIPT = "segment_image.py"
 """File of this package that is copied into the folder."""
@@ -44,12 +43,7 @@ def write_segmenter(
     about: dict[str, Any] = {"classes": list(names), "image_size": student.image_size, "stride": stride,
                              "blocks": list(student.blocks), "head": settings.head.model_dump(mode="json")}
     write_json(out / SEGMENTATION, about)
-    plain = PlainSegmenter(deepcopy(student)).cpu().float().eval().requires_grad_(False)
-    plain.segmenter.load_state_dict(weights)
     example = torch.zeros(2, len(student.mean), student.image_size, student.image_size)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own library
-        program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
-        with replacing(out / PROGRAM) as temporary, temporary.open("wb") as file:
-            torch.export.save(program, file)  # type: ignore[arg-type]  # any file opened for writing
+    inside = {f"segmenter.{name}": value for name, value in weights.items()}
+    write_program(out, PlainSegmenter(deepcopy(student)), inside, example)
     write_text(out / SCRIPT, Path(__file__).with_name(SCRIPT).read_text())

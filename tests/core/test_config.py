@@ -125,7 +125,8 @@ def test_setting_names_are_the_dotted_paths_of_the_tree() -> None:
         return {prefix + name for name in tree}.union(*below)
 
     null = tuple(f"teacher.{section}." for section in ("objective", "head", "normaliser"))
-    empty = "data.held_out.", "data.segmentation.", "evaluate.segmentation.", "teachers.*.", "groups.*.", "student.windows."
+    empty = ("data.held_out.", "data.segmentation.", "data.video.", "evaluate.segmentation.", "teachers.*.", "groups.*.",
+             "student.windows.")
     outside = (*empty, *null)  # null and empty where they are not given
     own = {name for name in setting_names(MimRecipe) if not name.startswith(outside)}
     assert own == paths(parse(MimRecipe, minimal(), "r.yaml").model_dump(mode="json"))

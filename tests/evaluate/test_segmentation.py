@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from eva_mim.commands import evaluate as reevaluate
 from eva_mim.core.errors import UserError
-from eva_mim.data.sources.folder import FolderSource, Masks
-from eva_mim.data.sources.masks import read_mask_classes
+from eva_mim.data.sources.folder import FolderSource
+from eva_mim.data.sources.masks import Masks, read_mask_classes
 from eva_mim.evaluate.segmentation import confusion, figures, slid, starts
 from tests.conftest import picture
 from tests.students.tiny_towers import random_clip

@@ -83,7 +83,7 @@ def test_figures_are_those_of_a_plain_script_and_scikit_learn(upernet: Path, tmp
     truths, said = [], []
     script = runpy.run_path(str(upernet / "segment_image.py"))  # as a program it would be started once for each picture
     about = json.loads((upernet / "segmentation.json").read_text())
-    program = torch.export.load(upernet / "segmenter.pt2").module()
+    program = torch.export.load(upernet / "program.pt2").module()
     for index in range(len(source)):
         sample = source.read(index)
         assert sample.segmentation is not None
@@ -129,7 +129,7 @@ def test_as_an_onnx_graph(upernet: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "scores" in capsys.readouterr().out
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     (scores,) = onnxruntime.InferenceSession(str(tmp_path / "s.onnx")).run(["scores"], {"image": images.numpy()})
-    wanted = torch.export.load(upernet / "segmenter.pt2").module()(images)
+    wanted = torch.export.load(upernet / "program.pt2").module()(images)
     torch.testing.assert_close(torch.from_numpy(scores), wanted, rtol=1e-4, atol=1e-4)
 
 

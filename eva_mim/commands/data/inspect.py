@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from eva_mim.commands import positive
 from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import every_split, read_data
 from eva_mim.commands.data.parallel import RecordPool, chunks
+from eva_mim.core.bands import Bands
 from eva_mim.core.contracts import Sample, Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress
@@ -64,9 +66,13 @@ def inspect(
     examined, evenly spread; classes are counted over all images. Raises UserError if no image can be read."""
     settings = read_data(what, overrides)
     for name, source in every_split(settings):
-        sys.stdout.write(f"{name}: {len(source)} images\n")
-        if isinstance(source, FileSource):
+        clips = any(one.video is not None for one in settings.sources.values())
+        sys.stdout.write(f"{name}: {len(source)} {'clips' if clips else 'images'}\n")
+        if isinstance(source, FileSource) and source.clips:
+            _report_clips(source, min(images, len(source)))
+        elif isinstance(source, FileSource):
             _report_images(_look_around(name, source, min(images, len(source)), processes), len(source))
+        if isinstance(source, FileSource):
             counts = source.class_counts()
             if counts is not None and source.classes is not None:
                 _report_classes(source.classes, counts)
@@ -75,6 +81,9 @@ def inspect(
         if out is not None:
             places = spread(len(source), min(COLUMNS * ROWS, len(source)))
             cells, count = _cells(source, places), len(places)
+            if clips:
+                places = spread(len(source), min(ROWS, len(source)))
+                cells, count = _clip_cells(source, places), COLUMNS * len(places)
             if any(one.segmentation is not None for one in settings.sources.values()):
                 places = places[: COLUMNS * ROWS // 2]
                 cells, count = _mapped_cells(source, places, segment_names(settings)), 2 * len(places)
@@ -131,6 +140,42 @@ def _report_images(found: Sequence[Look | Fault], total: int) -> None:
         lines.append(f"captions     {captions.min()} to {captions.max()} an image, {words:.1f} words each; "
                      f"{(captions == 0).mean():.1%} of the images have none")
     sys.stdout.writelines(f"  {line}\n" for line in lines)
+
+
+def _report_clips(source: Any, count: int) -> None:
+    """Prints numbers of frames. Raises UserError if no clip can be read."""
+    lengths, faults = list[int](), list[str]()
+    progress = Progress("looking at clips", count)
+    for place in spread(len(source), count):
+        found = _read(source, place)
+        progress.advance()
+        if isinstance(found, str):
+            faults.append(found)
+        else:
+            assert not isinstance(found.image, (Image.Image, Bands))
+            lengths.append(len(found.image))
+    if not lengths:
+        raise UserError(f"none of {count} clips can be read; the first: {faults[0]}")
+    low, middle, high = (int(value) for value in np.percentile(lengths, (0, 50, 100)))
+    sys.stdout.write(f"  looked at {count} clips, {len(faults)} unreadable\n")
+    sys.stdout.writelines(f"    {fault}\n" for fault in faults[:3])
+    sys.stdout.write(f"  {low} to {high} frames, median {middle}\n")
+
+
+def _clip_cells(source: Source, places: Sequence[int]) -> Iterator[tuple[Any, str]]:
+    """Yields of each clip evenly spread frames, the first one with its class and number of frames."""
+    for found in (_read(source, place) for place in places):
+        try:
+            if isinstance(found, str):
+                raise ValueError(found)
+            assert not isinstance(found.image, (Image.Image, Bands))
+            chosen = spread(len(found.image), COLUMNS)
+            frames = found.image.frames(chosen)
+        except Exception as error:  # a clip may be broken in any way
+            yield from [(None, str(error))] * COLUMNS
+            continue
+        words = f"{_words(found, source.classes)}, {len(found.image)} frames"
+        yield from zip(frames, [words, *(f"frame {place}" for place in chosen[1:])], strict=True)
 
 
 def _report_classes(classes: Sequence[str], counts: Any) -> None:

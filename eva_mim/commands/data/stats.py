@@ -24,6 +24,7 @@ from eva_mim.core.rng import derive
 from eva_mim.data import DataSettings, SourceSettings
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sampler import MixedOrder, MixedPart
+from eva_mim.data.sources.clips import still
 from eva_mim.data.sources.decode import OPEN
 from eva_mim.data.splits import open_splits
 from eva_mim.data.subset import Mixture, Subset
@@ -147,7 +148,7 @@ def sample_of(source: Source, count: int) -> Source:
 
 def look(source: Source, record: int, most: int) -> Seen:
     """Returns the statistics of one image, with at most `most` of its values. Raises the errors of reading it."""
-    image = source.read(record).image
+    image = still(source.read(record).image)
     planes = [np.asarray(band) for band in (image.each if isinstance(image, Bands) else image.split())]
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
     square = np.array([np.square(plane, dtype=np.float64).mean() for plane in planes])

@@ -20,27 +20,16 @@ from eva_mim.core.log import Progress, say
 from eva_mim.core.settings import digest, few
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.sources.clips import VIDEOS, require_decoder
 from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
-from eva_mim.data.sources.masks import MaskClasses, mask_classes
+from eva_mim.data.sources.masks import Masks, mask_classes
 from eva_mim.data.sources.passed_over import CAPTIONS, PassedOver, is_hidden
 from eva_mim.data.sources.split_names import looks_held_out
 
 SETTLED_NS = 2 * 10**9
 """Minimum age of a folder's last change, in nanoseconds, when its index is made. An index made earlier is made again, since a
 later change may have the same time stamp (file systems keep times in steps of up to 2 seconds)."""
-
-
-class Masks(NamedTuple):
-    """Semantic masks of a folder of images."""
-
-    folder: Path
-    classes: MaskClasses
-    suffix: str = ".png"
-
-    def name(self, key: str) -> str:
-        """Returns the path below the folder of an image's mask."""
-        return os.path.splitext(key)[0] + self.suffix
 
 
 class FolderSource(FileSource):
@@ -51,15 +40,15 @@ class FolderSource(FileSource):
 
     def __init__(
         self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB,
-        masks: Masks | None = None,
+        masks: Masks | None = None, *, clips: bool = False,
     ):
-        """Every rank must call. Raises UserError for an unreadable folder, no images, images that belong to none of `classes`,
-        or images without a mask."""
+        """`clips`: of video files. Every rank must call. Raises UserError for an unreadable folder, no images, images that belong
+        to none of `classes` or have no mask."""
         self.folder = folder
         self.classes = classes
         self.captions: CaptionFile | None = None
-        self._caption_lines, self._pixels = caption_lines, pixels
-        self.index = folder_index(folder, suffixes(pixels))
+        self._caption_lines, self._pixels, self.clips = caption_lines, pixels, clips
+        self.index = folder_index(folder, VIDEOS if clips else suffixes(pixels))
         self.folders = self.index.texts("folders")
         """Paths of all folders, below `folder`."""
         if passed_over := self.index.facts["passed_over"]:
@@ -105,9 +94,13 @@ class FolderSource(FileSource):
         """Reads one file and its captions. Raises OSError, and ValueError for a too large file or malformed captions."""
         key = self.key(index)
         path = self.folder / key
-        label = self._labels[self.index["folder"][index]] if self.classes else None
+        label = self.label(index)
         mask = read_file(self._masks.folder / self._masks.name(key)) if self._masks else None
         return Raw(key, read_file(path), label, self.captions[index] if self.captions else self._beside(index, path), mask)
+
+    def label(self, index: int) -> int | None:
+        """Returns the class of an image; None without classes."""
+        return self._labels[self.index["folder"][index]] if self.classes else None
 
     def class_counts(self) -> Column | None:
         """Returns [K] int64, the number of images of each class; None without classes."""
@@ -127,7 +120,7 @@ class FolderSource(FileSource):
         return record_captions(text, described, self._caption_lines)
 
 
-def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
+def open_folder(settings: SourceSettings, split: str) -> FileSource | None:
     """Returns the source of a split ("train" or "val"); None if the split has no folder of its own. Raises UserError for a
     missing or unusable folder."""
     root, chosen = settings.own_root, settings.train if split == "train" else settings.val
@@ -143,7 +136,14 @@ def open_folder(settings: SourceSettings, split: str) -> FolderSource | None:
         raise UserError(f"data.train: {root} has a sub-folder '{found[0]}' beside others. If it is held out, set data.train and "
                         f"data.val={found[0]}; if it is a class, set data.train=.")
     # The training folder alone decides the labels, so that a split with fewer classes keeps them.
-    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels, _masks(settings, split))
+    if settings.video is not None and settings.video.frames:
+        from eva_mim.data.sources.frames import FrameFolders
+
+        return FrameFolders(FolderSource(folder, classes))
+    if settings.video is not None:
+        require_decoder()
+    masks, clips = _masks(settings, split), settings.video is not None
+    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels, masks, clips=clips)
     if split == "train":
         if settings.train != ".":
             _refuse_splits_below(source)

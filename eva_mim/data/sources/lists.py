@@ -23,6 +23,7 @@ from eva_mim.data.class_lists import known_as
 from eva_mim.data.prompts import class_file
 from eva_mim.data.source_settings import ColumnSettings
 from eva_mim.data.sources.captions import as_captions
+from eva_mim.data.sources.clips import require_decoder
 from eva_mim.data.sources.decode import ARRAYS, SUFFIXES, FileSource, Raw, read_file
 from eva_mim.data.sources.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
 from eva_mim.data.sources.masks import MaskClasses, mask_classes
@@ -92,7 +93,11 @@ def open_list(settings: SourceSettings, split: str) -> ListSource | None:
     classes, root = class_file(settings), settings.own_root
     if classes is None and settings.columns.label is not None:  # the training list alone decides the labels
         classes = sorted_names(root / settings.train, list_index(root / settings.train, root, settings.columns), settings.columns)
-    return ListSource(root / name, root, settings.columns, classes, settings.pixels, mask_classes(settings))
+    source = ListSource(root / name, root, settings.columns, classes, settings.pixels, mask_classes(settings))
+    if settings.video is not None:
+        require_decoder()
+        source.clips = True
+    return source
 
 
 def list_index(path: Path, root: Path, columns: ColumnSettings) -> Index:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -51,6 +52,18 @@ class MaskClasses(NamedTuple):
     def fingerprint(self) -> str:
         """Digest of names and values."""
         return digest([self.names, sorted(self.numbers.items())])
+
+
+class Masks(NamedTuple):
+    """Semantic masks of a folder of images."""
+
+    folder: Path
+    classes: MaskClasses
+    suffix: str = ".png"
+
+    def name(self, key: str) -> str:
+        """Returns the path below the folder of an image's mask."""
+        return os.path.splitext(key)[0] + self.suffix
 
 
 def mask_classes(settings: SourceSettings) -> MaskClasses | None:

@@ -18,6 +18,7 @@ from eva_mim.core.rng import derive
 from eva_mim.core.settings import digest
 from eva_mim.data import SourceSettings
 from eva_mim.data.source_settings import SceneSettings
+from eva_mim.data.sources.clips import DrawnFrames
 from eva_mim.data.sources.masks import GROUND, Segmentation
 
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
@@ -33,6 +34,8 @@ COLOURS = {
     "black": (24, 24, 28),
 }
 RELATIONS = ("left of", "right of", "above", "below")
+DIRECTIONS = ("left", "right", "up", "down")
+"""Classes of moving pictures."""
 OVERSAMPLE = 2
 """Factor by which pictures are drawn larger, before they are reduced by averaging."""
 
@@ -48,11 +51,11 @@ class SceneSource:
 
     blocks = None
 
-    def __init__(self, settings: SceneSettings, split: str, *, maps: bool = False):
-        """`maps`: pictures come with their segmentation maps."""
-        self.settings, self.split, self.maps = settings, split, maps
-        self.fingerprint = digest([settings.model_dump(), split])
-        self.classes: tuple[str, ...] | None = scene_classes(settings)
+    def __init__(self, settings: SceneSettings, split: str, *, maps: bool = False, frames: int | None = None):
+        """`maps`: pictures come with their segmentation maps; `frames`: they are clips of so many frames."""
+        self.settings, self.split, self.maps, self.frames = settings, split, maps, frames
+        self.fingerprint = digest([settings.model_dump(), split, *([] if frames is None else [frames])])
+        self.classes: tuple[str, ...] | None = scene_classes(settings) if frames is None else DIRECTIONS
         self._size = settings.train if split == "train" else settings.val
 
     def __len__(self) -> int:
@@ -71,6 +74,8 @@ class SceneSource:
 
     def read(self, index: int) -> Sample:
         """Draws picture `index`; returns it with its caption and label."""
+        if self.frames is not None:
+            return self._clip(index, self.frames)
         rng = random.Random(derive(self.settings.seed, f"scenes-{self.split}", index))
         ground, first_colour, second_colour = rng.sample(list(COLOURS), 3)
         first = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), first_colour)
@@ -83,6 +88,11 @@ class SceneSource:
         colour = f"{first.colour} " if rng.random() < 0.5 else ""
         caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
         return Sample(self.key(index), image, numbers[0], (caption,), segmentation if self.maps else None)
+
+    def _clip(self, index: int, frames: int) -> Sample:
+        rng = random.Random(derive(self.settings.seed, f"clips-{self.split}", index))
+        label = rng.randrange(len(DIRECTIONS))
+        return Sample(self.key(index), moving(label, frames, self.settings.size, rng), label)
 
     def _class_of(self, thing: Thing) -> str:
         return f"{thing.texture} {thing.shape}" if self.settings.labels == "fine" else thing.shape
@@ -101,7 +111,30 @@ def scene_segments(settings: SceneSettings) -> tuple[str, ...]:
 
 def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
     """Returns the source of a split ("train" or "val")."""
-    return SceneSource(settings.scenes, split, maps=settings.segmentation is not None)
+    return SceneSource(settings.scenes, split, maps=settings.segmentation is not None,
+                       frames=None if settings.video is None else settings.video.length)
+
+
+def moving(direction: int, frames: int, size: int, rng: random.Random) -> DrawnFrames:
+    """Returns a clip of a thing that moves in one of `DIRECTIONS` over half to all of the picture's side, and comes in again on
+    the other side. It begins anywhere, so that a single frame says nothing of the direction."""
+    side = size * OVERSAMPLE
+    ground, colour = rng.sample(list(COLOURS), 2)
+    thing, length = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), colour), side * rng.randint(30, 45) // 100
+    behind = _ground(ground, side, rng)
+    texture, stencil = _texture(thing, length), _stencil(thing, length)
+    start, way = (rng.randrange(side), rng.randrange(side)), side * rng.randint(50, 100) // 100
+    step = ((-1, 0), (1, 0), (0, -1), (0, 1))[direction]
+
+    def frame(number: int) -> Image.Image:
+        image, gone = behind.copy(), way * number // max(1, frames - 1)
+        left, top = ((begin + sign * gone) % side for begin, sign in zip(start, step, strict=True))
+        for across in (left - side, left):
+            for down in (top - side, top):
+                image.paste(texture, (across, down), stencil)
+        return image.reduce(OVERSAMPLE)
+
+    return DrawnFrames(frames, frame)
 
 
 def draw(
@@ -110,13 +143,7 @@ def draw(
     """Returns a `size` x `size` RGB picture, whose first thing is the larger one, and its segmentation map: 0 for the ground, for
     a thing its number in `classes` and 1. A pixel at an edge belongs to what its upper left quarter shows."""
     side = size * OVERSAMPLE
-    shade = tuple(channel // 2 + rng.randint(24, 72) for channel in COLOURS[ground])
-    image = Image.new("RGB", (side, side), shade)
-    pen = ImageDraw.Draw(image)
-    for _ in range(12):  # an irregular background of low contrast, so that empty patches differ
-        x, y, length = rng.randrange(side), rng.randrange(side), rng.randrange(side // 8, side // 2)
-        tint = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in shade)
-        pen.rectangle((x, y, x + length, y + length // 3), fill=tint)
+    image = _ground(ground, side, rng)
     big, small = side * rng.randint(50, 62) // 100, side * rng.randint(22, 28) // 100
     near, far = _places(relation, side, big, small, rng)
     numbers = Image.new("L", (side, side))
@@ -125,6 +152,17 @@ def draw(
         image.paste(_texture(thing, length), corner, stencil)
         numbers.paste(number + 1, (*corner, corner[0] + length, corner[1] + length), stencil)
     return image.reduce(OVERSAMPLE), np.asarray(numbers)[::OVERSAMPLE, ::OVERSAMPLE].astype(np.int16)
+
+
+def _ground(colour: str, side: int, rng: random.Random) -> Image.Image:
+    shade = tuple(channel // 2 + rng.randint(24, 72) for channel in COLOURS[colour])
+    image = Image.new("RGB", (side, side), shade)
+    pen = ImageDraw.Draw(image)
+    for _ in range(12):  # an irregular background of low contrast, so that empty patches differ
+        x, y, length = rng.randrange(side), rng.randrange(side), rng.randrange(side // 8, side // 2)
+        tint = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in shade)
+        pen.rectangle((x, y, x + length, y + length // 3), fill=tint)
+    return image
 
 
 def _places(

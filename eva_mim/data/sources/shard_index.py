@@ -44,7 +44,7 @@ def shards_index(shards: Sequence[Shard], skip_bad: bool) -> Index:
         sizes = [len(parts[number]["image"]) if number in parts else 0 for number in range(len(shards))]
         columns["shards"] = narrow(np.cumsum(sizes))
         used = [shards[number] for number in parts]
-        if not columns["image"].any():
+        if not columns["image"].any() and "video" not in columns and "frames" not in columns:
             raise UserError(f"{folder}: no images in {few((shard.name for shard in used), 3)} (members KEY.jpg, KEY.png)")
         if empty := [shards[number].name for number, part in parts.items() if not len(part["image"])]:
             say(f"  {folder}: {len(empty)} of {len(shards)} shards hold no records: {few(empty)}")
@@ -73,14 +73,26 @@ def _remarks(parts: Sequence[Index]) -> list[str]:
 
 def _joined(parts: Sequence[Index]) -> dict[str, Column]:
     columns = {name: np.concatenate([part[name] for part in parts]) for name in ("image", "image.size", "label", "key")}
-    for field in ("text", "described", "mask"):
+    for field in ("text", "described", "mask", "video"):
         if any(part[field].any() for part in parts):
             columns |= {name: np.concatenate([part[name] for part in parts]) for name in (field, f"{field}.size")}
-    starts = np.cumsum([0] + [len(part["key"]) for part in parts])
-    columns["key.ends"] = narrow(
-        np.concatenate([part["key.ends"] + start for part, start in zip(parts, starts[:-1], strict=True)])
-    )
+    if any("frames" in part for part in parts):
+        filmed = [part if "frames" in part else _without_frames(len(part["image"])) for part in parts]
+        columns |= {name: np.concatenate([part[name] for part in filmed]) for name in ("frames", "frames.size")}
+        columns["frames.ends"] = _shifted([part["frames.ends"] for part in filmed], [len(part["frames"]) for part in filmed])
+    columns["key.ends"] = _shifted([part["key.ends"] for part in parts], [len(part["key"]) for part in parts])
     return columns
+
+
+def _without_frames(records: int) -> dict[str, Column]:
+    nothing = np.zeros(0, np.uint32)
+    return {"frames": nothing, "frames.size": nothing, "frames.ends": np.zeros(records, np.uint64)}
+
+
+def _shifted(ends: Sequence[Column], lengths: Sequence[int]) -> Column:
+    """Returns the ends of all parts in a column that has the parts of these lengths one after another."""
+    starts = np.cumsum([0, *lengths])[:-1]
+    return narrow(np.concatenate([part + start for part, start in zip(ends, starts, strict=True)]))
 
 
 def _index_each(shards: Sequence[Shard]) -> dict[int, str]:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from eva_mim.core.contracts import Blocks
+from eva_mim.core.contracts import Blocks, Sample
 from eva_mim.core.distributed import is_main, run_on
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
@@ -26,6 +26,7 @@ from eva_mim.core.timing import phase
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.prompts import class_file, class_words
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
+from eva_mim.data.sources.clips import FrameFiles, require_decoder
 from eva_mim.data.sources.decode import FileSource, Raw
 from eva_mim.data.sources.index import Column
 from eva_mim.data.sources.masks import MaskClasses, mask_classes
@@ -99,14 +100,18 @@ class ShardSource(FileSource):
         """Reads one record. Raises ValueError for a record without image or with an invalid label, and OSError."""
         self._read_ahead(index)
         with phase("read"):
-            content = self._bytes(index, "image")
+            content = self._bytes(index, "video" if self.clips else "image")
         if content is None:
-            raise ValueError("no image member")
+            raise ValueError(f"no {'video' if self.clips else 'image'} member")
+        mask = self._bytes(index, "mask") if self.mask_classes else None
+        return Raw(self.key(index), content, self._label(index), self.captions_of(index), mask)
+
+    def _label(self, index: int) -> int | None:
+        """Returns the label of a record; None for one without. Raises ValueError for one that is no class."""
         label = int(self.index["label"][index]) if self.classes else NO_LABEL
         if label == NO_NUMBER or (self.classes and label >= len(self.classes)):
             raise ValueError(f"its label is none of the {len(self.classes or ())} classes")
-        mask = self._bytes(index, "mask") if self.mask_classes else None
-        return Raw(self.key(index), content, label if label != NO_LABEL else None, self.captions_of(index), mask)
+        return label if label != NO_LABEL else None
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         """Returns the captions of a record. Raises ValueError for malformed ones, and OSError."""
@@ -150,6 +155,25 @@ class ShardSource(FileSource):
         self.mask_classes = classes
         self.fingerprint = digest([self.fingerprint, classes.fingerprint])
 
+    def read_clips(self) -> None:
+        """Reads clips from here on: video files, or the frames of records without one. Raises UserError if no record has any."""
+        if "video" in self.index:
+            require_decoder()
+        elif "frames" not in self.index:
+            raise UserError(f"data.video: no record of {self.shards[0].folder} has a clip (KEY.mp4, KEY.000.jpg)")
+        self.clips = True
+        self.fingerprint = digest([self.fingerprint, "clips"])
+
+    def clip(self, index: int) -> Sample:
+        """Returns a clip; its frames are read later. Raises the errors of `raw`, and PyAV's."""
+        if "frames" not in self.index or ("video" in self.index and self.index["video"][index]):
+            return super().clip(index)
+        first, end = int(self.index["frames.ends"][index - 1]) if index else 0, int(self.index["frames.ends"][index])
+        if first == end:
+            raise ValueError("no video member, and no frames")
+        frames = FrameFiles(end - first, lambda place: self._member(self._shard(index), "frames", first + place))
+        return Sample(self.key(index), frames, self._label(index), self.captions_of(index))
+
     def cut(self, pool: float) -> Blocks | None:
         """Returns the blocks of this source; see `cut_shards`."""
         return cut_shards([tar.size for tar in self._tars], self._ends, pool)
@@ -158,14 +182,20 @@ class ShardSource(FileSource):
         return bisect_right(self._ends, index)
 
     def _bytes(self, index: int, field: str) -> bytes | None:
-        block = int(self.index[field][index]) if field in self.index else 0
-        if not block:
+        if field not in self.index or not self.index[field][index]:
             return None
-        number, size = self._shard(index), int(self.index[f"{field}.size"][index])
-        if self._tars[number].remote:
-            content = self._fetched(index, number, block * BLOCK, size)
+        return self._member(self._shard(index), field, index, index)
+
+    def _member(self, number: int, field: str, place: int, record: int | None = None) -> bytes:
+        """Returns the bytes of a member of a shard by its place in a column. `record`: whose fields come with one request, if the
+        shard is remote; None: it is read alone."""
+        start, size = int(self.index[field][place]) * BLOCK, int(self.index[f"{field}.size"][place])
+        if not self._tars[number].remote:
+            content = os.pread(self._opened(number).fileno(), size, start)
+        elif record is None:
+            content = read_range(self._tars[number].place, start, start + size)
         else:
-            content = os.pread(self._opened(number).fileno(), size, block * BLOCK)
+            content = self._fetched(record, number, start, size)
         if len(content) < size:
             raise ValueError(f"{self._names[number]} ends after {len(content)} of its {size} bytes")
         return content
@@ -245,6 +275,8 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
         _refuse_names_by_url(settings)
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
     source = ShardSource(paths, classes, settings.caption_lines, settings.pixels, skip_bad=skip_bad)
+    if settings.video is not None:
+        source.read_clips()
     if (masks := mask_classes(settings)) is not None:
         source.read_masks(masks)
     source.check_labels(str(settings.classes or settings.class_names))

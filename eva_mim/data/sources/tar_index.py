@@ -7,6 +7,7 @@ checked against the file.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -14,17 +15,21 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
+from eva_mim.data.sources.clips import VIDEOS
 from eva_mim.data.sources.decode import ARRAYS, SUFFIXES
 from eva_mim.data.sources.index import VERSION, Column, Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.sources.passed_over import is_hidden
 from eva_mim.data.sources.remote import Reading
 
 FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",),
-          "mask": ("seg.png", "mask.png")}
+          "mask": ("seg.png", "mask.png"), "video": tuple(suffix[1:] for suffix in VIDEOS)}
 """Columns of the index -> extensions; the first extension that a record has is taken."""
+FRAME = re.compile(rf"(\d{{1,9}})\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})")
+"""Extension of a clip's frame, which has its number."""
 BLOCK = 512
 """Bytes of a tar block. Every member begins at a multiple of it; the first block is a header, so 0 stands for a missing field."""
 MAX_MEMBER_BYTES = 2**30
@@ -145,13 +150,33 @@ def _read(shard: Shard, tar: Shard) -> Content:
         taken = [next((members[e] for e in extensions if e in members), NOWHERE) for members in records.values()]
         columns[field] = np.array([member.offset // BLOCK for member in taken], np.uint32)
         columns[f"{field}.size"] = np.array([member.size for member in taken], np.uint32)
+    columns |= _frames(list(records.values()))
     columns["label"] = np.array([labels.get(key, NO_LABEL) for key in records], np.int32)
-    bare = (columns["image"] == 0).nonzero()[0]
+    bare = ((columns["image"] == 0) & (columns["video"] == 0) & ~_filmed(columns)).nonzero()[0]
     facts = {"fingerprint": shard.name, "repeated": str(repeated), "hidden": str(hidden)}
     if len(bare):
         key, members = next(islice(records.items(), int(bare[0]), None))
         facts |= {"bare": str(len(bare)), "bare.first": f"{shard.name}/{key}: {', '.join(members)}"}
     return Content(columns | keys.columns("key"), facts)
+
+
+def _frames(records: list[dict[str, Member]]) -> dict[str, Column]:
+    """Returns block and size of each record's frames, by their numbers (columns `frames`), and where those of each record end;
+    nothing if there are none."""
+    every = [sorted((int(match[1]), member) for extension, member in members.items() if (match := FRAME.fullmatch(extension)))
+             for members in records]
+    if not any(every):
+        return {}
+    flat = [member for frames in every for _, member in frames]
+    return {"frames": np.array([member.offset // BLOCK for member in flat], np.uint32),
+            "frames.size": np.array([member.size for member in flat], np.uint32),
+            "frames.ends": np.cumsum([len(frames) for frames in every]).astype(np.uint64)}
+
+
+def _filmed(columns: dict[str, Column]) -> npt.NDArray[np.bool_]:
+    """Returns which records have frames."""
+    ends = columns.get("frames.ends")
+    return np.zeros(len(columns["image"]), bool) if ends is None else np.diff(ends, prepend=0) > 0
 
 
 def members_of(shard: Shard, extension: str) -> Iterator[tuple[str, bytes]]:
