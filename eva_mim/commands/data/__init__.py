@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": Command("eva_mim.commands.data.verify",
                       "decode every image and list the broken ones for data.quarantine; an interrupted check goes on"),
     "pack": Command("eva_mim.commands.data.pack", "write tar shards; an interrupted command goes on"),
+    "merge": Command("eva_mim.commands.data.merge", "join data sets by their classes' names, without what any of them holds out"),
 }
 """Commands by name. Each module has `add_options(parser)` and `run(options)`; the options have `what` and `overrides` besides the
 command's own."""
