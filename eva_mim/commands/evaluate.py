@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eva_mim.commands import positive
+from eva_mim.commands.clips import clips
 from eva_mim.commands.open_vocabulary import segment
 from eva_mim.commands.resolutions import sweep
 from eva_mim.commands.suite import suite
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 0 or 2 for a user's mistake."""
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
-    if not (options.on or options.segment) and any(
+    if not (options.on or options.segment or options.video) and any(
             (options.classes, options.csv, options.precision, options.batch, options.templates)):
         parser.error("--classes, --templates, --csv, --precision and --batch go with --on; a run's settings are given as a.b=c")
     if options.on and options.resolution_sweep:
@@ -36,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--segment has its own data; leave --on, --suite, --resolution-sweep, --csv and a.b=c out")
     if not options.segment and (options.whole or options.ignore is not None):
         parser.error("--whole and --ignore go with --segment")
+    if options.video and (options.on or options.suite or options.segment or options.resolution_sweep or options.csv):
+        parser.error("--video has its own data; leave --on, --suite, --segment, --resolution-sweep and --csv out")
+    if options.frames is not None and not options.video:
+        parser.error("--frames goes with --video")
     if options.suite and (len(options.on or ()) != 1 or "=" in options.on[0]):
         parser.error("--suite needs the folder of all its sets, once: --data DIR")
     if options.suite and any((options.classes, options.csv, options.templates, options.overrides)):
@@ -52,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             suite(options)
         elif options.segment:
             segment(options)
+        elif options.video:
+            clips(options)
         elif options.on:
             on_sets(options)
         elif options.resolution_sweep:
@@ -86,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
                         "DIR/images and DIR/annotations (or masks), with DIR/classes.txt")
     parser.add_argument("--whole", action="store_true", help="with --segment: the whole image at once, squashed, not in windows")
     parser.add_argument("--ignore", type=int, metavar="N", help="with --segment: value of pixels without a class (default 255)")
+    parser.add_argument("--video", metavar="DIR", help="of a CLIP model: zero-shot accuracy on clips in class folders, by the "
+                        "mean of their frames; a.b=c are settings of the data, such as data.video.frames=true")
+    parser.add_argument("--frames", type=positive, metavar="N", help="with --video: frames of a clip (default 8)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
     parser.add_argument("--resolution-sweep", metavar="A..B[:STEP]", help="of a finished masked stage: figures of each teacher's "

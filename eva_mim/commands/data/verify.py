@@ -9,9 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from eva_mim.commands.data import add_processes
 from eva_mim.commands.data.index import every_split, read_data
+from eva_mim.commands.data.inspect import spread
 from eva_mim.commands.data.parallel import RecordPool, chunks
+from eva_mim.core.bands import Bands
 from eva_mim.core.contracts import Source
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import Progress, duration, say
@@ -24,6 +28,8 @@ CHUNK = 64
 KEEP_EVERY = 30.0
 """Seconds between writings of the list, from which an interrupted command continues."""
 SHOWN = 3
+FRAMES = 8
+"""Frames of a clip that are decoded, evenly spread."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +102,10 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
 
 
 def decode(source: Source, record: int) -> None:
-    """Decodes one record. Raises the errors of reading it."""
-    source.read(record)
+    """Decodes one record, of a clip a few frames. Raises the errors of reading it."""
+    image = source.read(record).image
+    if not isinstance(image, (Image.Image, Bands)):
+        image.frames(spread(len(image), min(FRAMES, len(image))))
 
 
 def _write(listed: Quarantine) -> None:
