@@ -40,7 +40,7 @@ CLASSIFY: dict[str, Any] = {"data": SCENES, "run": RUN, "optim": OPTIM, "student
 SEGMENT: dict[str, Any] = {
     "data": SCENES | {"segmentation": {}}, "run": RUN, "optim": OPTIM, "student": VIT, "view": {"scale": [0.75, 1.5]},
 }
-CLIPS: dict[str, Any] = {
+VIDEO: dict[str, Any] = {
     "data": SCENES | {"video": {"length": 6}}, "run": RUN, "optim": OPTIM, "student": VIT | {"frames": 3},
     "mix": {"smoothing": 0.0},
 }

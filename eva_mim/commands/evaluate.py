@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from eva_mim.commands import positive
-from eva_mim.commands.clips import clips
 from eva_mim.commands.open_vocabulary import segment
 from eva_mim.commands.resolutions import sweep
 from eva_mim.commands.suite import suite
+from eva_mim.commands.zero_shot_videos import zero_shot_videos
 from eva_mim.core.errors import UserError
 from eva_mim.core.log import say
 from eva_mim.core.settings import few
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.segment:
             segment(options)
         elif options.video:
-            clips(options)
+            zero_shot_videos(options)
         elif options.on:
             on_sets(options)
         elif options.resolution_sweep:
@@ -94,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
                         "DIR/images and DIR/annotations (or masks), with DIR/classes.txt")
     parser.add_argument("--whole", action="store_true", help="with --segment: the whole image at once, squashed, not in windows")
     parser.add_argument("--ignore", type=int, metavar="N", help="with --segment: value of pixels without a class (default 255)")
-    parser.add_argument("--video", metavar="DIR", help="of a CLIP model: zero-shot accuracy on clips in class folders, by the "
+    parser.add_argument("--video", metavar="DIR", help="of a CLIP model: zero-shot accuracy on videos in class folders, by the "
                         "mean of their frames; a.b=c are settings of the data, such as data.video.frames=true")
-    parser.add_argument("--frames", type=positive, metavar="N", help="with --video: frames of a clip (default 8)")
+    parser.add_argument("--frames", type=positive, metavar="N", help="with --video: frames of a video (default 8)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32, that of the figures on record")
     parser.add_argument("--batch", type=int, metavar="N", help="images in one forward pass; default: as in the run")
     parser.add_argument("--resolution-sweep", metavar="A..B[:STEP]", help="of a finished masked stage: figures of each teacher's "

@@ -116,7 +116,7 @@ def _section(recipe: dict[str, Any], source: str, name: str | None) -> dict[str,
 def pictures_of(folder: Path | None) -> tuple[str, list[Image | Bands]]:
     """Returns a description of the pictures, and the pictures: 32 built-in drawings, or at most 32 of a folder, evenly spread.
     Raises UserError for an unusable folder."""
-    from eva_mim.data.sources.clips import still
+    from eva_mim.data.sources.videos import still
 
     if folder is None:
         from eva_mim.data.sources.scenes import SceneSource

@@ -20,9 +20,9 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.rng import derive
 from eva_mim.core.settings import few
 from eva_mim.data.source_settings import SceneSettings
-from eva_mim.data.sources.clips import still
 from eva_mim.data.sources.folder import FolderSource
 from eva_mim.data.sources.scenes import SceneSource
+from eva_mim.data.sources.videos import still
 from eva_mim.data.views import to_tensor
 from eva_mim.trunks.meta import Unfilled
 from eva_mim.weights.files.lazy import materialise

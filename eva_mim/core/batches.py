@@ -107,10 +107,10 @@ class LabelledBatch(Batch):
 
 @dataclass(frozen=True)
 class VideoBatch(Batch):
-    """Clips with their class labels."""
+    """Videos with their class labels."""
 
     images: Tensor
-    """[B, T, 3, H, W] uint8, T frames of each clip; held out [B, V, T, 3, H, W], V choices of frames and crops."""
+    """[B, T, 3, H, W] uint8, T frames of each video; held out [B, V, T, 3, H, W], V clips times crops."""
     labels: Tensor
     """[B] int64."""
 

@@ -28,7 +28,7 @@ Autocast = Callable[[], Any]
 """Returns a context with the precision of a forward pass."""
 
 
-class Clip(Protocol):
+class Video(Protocol):
     """Frames of a video, in order."""
 
     def __len__(self) -> int: ...
@@ -40,8 +40,8 @@ class Sample(NamedTuple):
     """One record of a source, before a view is made of it."""
 
     key: str
-    image: Image | Bands | Clip
-    """An `Image` is 8-bit RGB; a `Clip` where `data.video` is set, and only there."""
+    image: Image | Bands | Video
+    """An `Image` is 8-bit RGB; a `Video` where `data.video` is set, and only there."""
     label: int | None = None
     captions: tuple[str, ...] = ()
     """All captions of the image; "" for a caption without text."""

@@ -54,7 +54,7 @@ PROGRAMS = {
     "classify": Command("finetune.classify:STAGE", "fine-tuning of a classifier (the broad and the target stage)"),
     "probe": Command("finetune.probe:STAGE", "linear probe on frozen features"),
     "segment": Command("finetune.segment:STAGE", "semantic segmentation"),
-    "video": Command("finetune.video:STAGE", "classification of clips"),
+    "video": Command("finetune.video:STAGE", "classification of videos"),
 }
 """Stages: each place is a `run.program.Stage`, whose module also runs as `python -m MODULE`."""
 

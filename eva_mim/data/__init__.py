@@ -99,7 +99,7 @@ class SourceSettings(Settings):
     segmentation: SegmentationSettings | None = None
     """Semantic segmentation maps of the images, which the stage `segment` learns; null: not read."""
     video: VideoSettings | None = None
-    """Clips in place of images, which the stage `video` learns; null: images."""
+    """Videos in place of images, which the stage `video` learns; null: images."""
     scenes: Annotated[SceneSettings, For("source", "scenes")] = SceneSettings()
 
     @property
@@ -134,12 +134,12 @@ class SourceSettings(Settings):
         return self
 
     @model_validator(mode="after")
-    def _clips_fit_the_source(self) -> SourceSettings:
+    def _videos_fit_the_source(self) -> SourceSettings:
         if self.video is None:
             return self
         self.video.check(self.source)
         if not self.pixels.plain or self.exif or self.segmentation is not None:
-            raise ValueError("data.video: clips are of 8-bit RGB and have no maps; leave data.channels, data.window, data.exif "
+            raise ValueError("data.video: videos are of 8-bit RGB and have no maps; leave data.channels, data.window, data.exif "
                              "and data.segmentation out")
         return self
 

@@ -17,12 +17,12 @@ from eva_mim.core.batches import B, ImageTextBatch, LabelledBatch, MaskedBatch, 
 from eva_mim.core.contracts import Sample
 from eva_mim.core.rng import derive
 from eva_mim.core.timing import phase
-from eva_mim.data.clip_views import FrameChoice
 from eva_mim.data.dense_views import Pair
 from eva_mim.data.masking import Mask
 from eva_mim.data.prompts import filled
 from eva_mim.data.sampler import Place
-from eva_mim.data.sources.clips import DecodedFrames
+from eva_mim.data.sources.videos import DecodedFrames
+from eva_mim.data.video_views import FrameChoice
 
 T = TypeVar("T")
 View = Callable[..., Any]
@@ -72,7 +72,7 @@ class Preparation(ABC, Generic[B]):
         """Raises ValueError for a record that cannot be used although its image is readable."""
 
     def decoded(self, sample: Sample, place: Place) -> Sample:
-        """Returns the sample with everything decoded that is shown at a place: of a clip the chosen frames. Raises any exception
+        """Returns the sample with everything decoded that is shown at a place: of a video the chosen frames. Raises any exception
         for a record that cannot be decoded."""
         return sample
 
@@ -247,15 +247,15 @@ class LabelledPreparation(Preparation[LabelledBatch]):
 
 
 @dataclass(frozen=True)
-class ClipPreparation(Preparation[VideoBatch]):
-    """Preparation of clips with class labels."""
+class VideoPreparation(Preparation[VideoBatch]):
+    """Preparation of videos with class labels."""
 
     choice: FrameChoice
-    """Which frames of a clip are seen."""
+    """Which frames of a video are seen."""
     with_views: tuple[str, ...] = field(default=("view", "frames"), kw_only=True)
 
     def check(self, sample: Sample, classes: Classes) -> None:
-        """Raises ValueError for a clip that has too few frames."""
+        """Raises ValueError for a video that has too few frames."""
         assert not isinstance(sample.image, (Image.Image, Bands))
         if (length := len(sample.image)) < self.choice.frames:
             raise ValueError(f"it has {length} frames, fewer than student.frames={self.choice.frames}")

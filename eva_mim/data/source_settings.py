@@ -40,14 +40,14 @@ class ColumnSettings(Settings):
 
 
 class VideoSettings(Settings):
-    """Clips in place of images. Shards have them as KEY.mp4 (webm, mkv, avi, mov) or as frames KEY.000.jpg, KEY.001.jpg, ...; the
-    `image` column of a list names video files. Built-in pictures move, and the direction is their label."""
+    """Videos in place of images. Shards have them as KEY.mp4 (webm, mkv, avi, mov) or as frames KEY.000.jpg, KEY.001.jpg, ...;
+    the `image` column of a list names video files. Built-in pictures move, and the direction is their label."""
 
     frames: bool = False
-    """folder: True: each folder with images is a clip, whose frames they are in the order of their names. False: each video file
+    """folder: True: each folder with images is a video, whose frames they are in the order of their names. False: each video file
     is one."""
     length: int = Field(16, ge=1)
-    """scenes: frames of a clip."""
+    """scenes: frames of a video."""
 
     def check(self, source: str) -> None:
         """Raises ValueError for settings that do not fit a source."""

@@ -20,7 +20,7 @@ from eva_mim.data import DataSettings, PartSettings, SourceSettings
 from eva_mim.data.overlap import refuse_shared
 from eva_mim.data.prompts import class_words, prompt_templates
 from eva_mim.data.quarantine import Quarantine, read_quarantine
-from eva_mim.data.sources.clips import still
+from eva_mim.data.sources.videos import still
 from eva_mim.data.subset import NONE, Complement, Mixture, Positions, Subset
 
 LOOKS = 4

@@ -56,19 +56,19 @@ class ViewSettings(CommonViewSettings):
         return self
 
 
-class ClipViewSettings(ViewSettings):
-    """Which frames of a clip are seen, and views of them: a crop, flip and augmentation is that of all its frames."""
+class VideoViewSettings(ViewSettings):
+    """Which frames of a video are seen, and views of them: a crop, flip and augmentation is that of all its frames."""
 
     crop_scale: tuple[Share, Share] = (0.5, 1.0)
     sampling: Literal["uniform", "dense"] = "uniform"
-    """"uniform": a frame of each of `student.frames` equal parts of the clip (TSN), in training a random one. "dense": frames
+    """"uniform": a frame of each of `student.frames` equal parts of the video (TSN), in training a random one. "dense": frames
     `stride` apart, from a random one on."""
     stride: Annotated[int, For("sampling", "dense")] = Field(4, ge=1)
     """Distance of frames."""
     clips: int = Field(1, ge=1)
     """Held-out choices of frames, whose answers are averaged: uniform at other places of the parts, dense from others on."""
     crops: Literal[1, 3] = 1
-    """Held-out crops of each choice: the centre, or three along the long side."""
+    """Held-out crops of each clip: the centre, or three along the long side."""
 
 
 class DenseViewSettings(CommonViewSettings):

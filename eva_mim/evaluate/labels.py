@@ -1,4 +1,4 @@
-"""Held-out accuracy of a classifier, of images or clips. Every rank measures its own samples, and the counts are summed over all
+"""Held-out accuracy of a classifier, of images or videos. Every rank measures its own samples, and the counts are summed over all
 ranks, so no sample counts twice."""
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ClassifierEvaluator:
         return counts.figures()
 
 
-class ClipEvaluator:
-    """Evaluator of a classifier of clips: accuracy of the mean probabilities of all choices of frames and crops."""
+class VideoEvaluator:
+    """Evaluator of a classifier of videos: accuracy of the mean probabilities of all clips and crops."""
 
     headline = "top1"
 
@@ -44,9 +44,9 @@ class ClipEvaluator:
         """Returns `top1` and `top5` in percent, and `loss` without label smoothing."""
         counts = TopCounts(self.device)
         for batch in (batch.to(self.device) for batch in self.val):
-            clips, views = batch.images.shape[:2]
+            videos, views = batch.images.shape[:2]
             with autocast():
                 logits = student(batch.images.flatten(0, 1)).float()
-            means = logits.softmax(-1).view(clips, views, -1).mean(1).log()
+            means = logits.softmax(-1).view(videos, views, -1).mean(1).log()
             counts.add(means, batch.labels, F.nll_loss(means, batch.labels, reduction="sum"))
         return counts.figures()

@@ -12,12 +12,12 @@ from eva_mim.core.contracts import Source
 from eva_mim.core.distributed import rank, world_size
 from eva_mim.core.log import say
 from eva_mim.core.report import KeyReport
-from eva_mim.data.clip_views import ClipEvalView, ClipTrainView
 from eva_mim.data.dense_views import DenseEvalView, DenseTrainView
 from eva_mim.data.loader import EvalLoader, TrainLoader
 from eva_mim.data.preparation import Preparation
 from eva_mim.data.sampler import GroupBatch
 from eva_mim.data.subset import order_of
+from eva_mim.data.video_views import VideoEvalView, VideoTrainView
 from eva_mim.data.views import EvalView, TrainView
 from eva_mim.engine import RunSettings
 from eva_mim.run.recipe import Recipe
@@ -32,7 +32,7 @@ def batch_cut(run: RunSettings) -> dict[str, Any]:
 
 
 def train_loader(
-    recipe: Recipe, source: Source, view: TrainView | DenseTrainView | ClipTrainView, kind: Callable[..., Preparation[B]],
+    recipe: Recipe, source: Source, view: TrainView | DenseTrainView | VideoTrainView, kind: Callable[..., Preparation[B]],
     groups: Sequence[GroupBatch] = (),
 ) -> TrainLoader[B]:
     """Returns the loader of this rank's training batches, which the preparation `kind` makes from views; `groups` cut a step, if
@@ -43,7 +43,7 @@ def train_loader(
 
 
 def eval_loader(
-    recipe: Recipe, source: Source, view: EvalView | DenseEvalView | ClipEvalView, kind: Callable[..., Preparation[B]],
+    recipe: Recipe, source: Source, view: EvalView | DenseEvalView | VideoEvalView, kind: Callable[..., Preparation[B]],
     limit: int | None = None,
 ) -> EvalLoader[B]:
     """Returns the loader of this rank's held-out batches, with fixed views and masks (the same for every run seed). `limit`:

@@ -116,11 +116,11 @@ class ClassifierSettings(TrunkSettings):
         return self
 
 
-class VideoSettings(ClassifierSettings):
-    """A classifier of clips."""
+class VideoClassifierSettings(ClassifierSettings):
+    """A classifier of videos."""
 
     frames: int = Field(16, ge=1)
-    """T, frames of a clip that it sees."""
+    """T, frames of a video that it sees."""
     time: Literal["joint", "mean"] = "joint"
     """"joint": attention over the patches of all frames (EVA-01), of plain transformers and hybrids. "mean": the mean of the
     answers to single frames, of any trunk."""

@@ -1,4 +1,4 @@
-"""Classifiers of clips: a timm model with its head that sees all frames at once, or the mean of its answers to single frames."""
+"""Classifiers of videos: a timm model with its head that sees all frames at once, or the mean of its answers to single frames."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.students import VideoSettings
+from eva_mim.students import VideoClassifierSettings
 from eva_mim.students.classifier import Classifier
 from eva_mim.trunks import facts
 from eva_mim.trunks.pixels import normalise
 
 
 class VideoClassifier(Classifier):
-    """A timm model with `classes` outputs for clips of `settings.frames` frames.
+    """A timm model with `classes` outputs for videos of `settings.frames` frames.
 
     Joint attention (EVA-01): the patches of all frames are tokens of one sequence, with learned positions of the frames, which
     start at zero, beside those of patches; class and register tokens are there once. The head reads the mean of all patches. A
-    clip of one frame gives what the image classifier gives. Raises UserError for a trunk that is no plain transformer.
+    video of one frame gives what the image classifier gives. Raises UserError for a trunk that is no plain transformer.
     """
 
-    def __init__(self, settings: VideoSettings, classes: int):
+    def __init__(self, settings: VideoClassifierSettings, classes: int):
         super().__init__(settings, classes)
         self.frames, self.joint = settings.frames, settings.time == "joint"
         if not self.joint:
@@ -37,7 +37,7 @@ class VideoClassifier(Classifier):
         self.time_embed = nn.Parameter(torch.zeros(1, self.frames, 1, facts.width(trunk)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns [B, K] logits of clips [B, T, 3, H, W], uint8 or 0 to 255."""
+        """Returns [B, K] logits of videos [B, T, 3, H, W], uint8 or 0 to 255."""
         count = images.shape[1]
         pixels = normalise(images.flatten(0, 1), self.mean, self.std)
         if not self.joint:

@@ -30,7 +30,7 @@ class Labels(Task):
         """Returns the mean cross entropy of the batch, in fp32."""
         images, target = batch.images, batch.labels
         if self._mix is not None:
-            mixed, target = self._mix(images.float().flatten(1, -3), target)  # of a clip all frames alike
+            mixed, target = self._mix(images.float().flatten(1, -3), target)  # of a video all frames alike
             images = mixed.view(images.shape)
         smoothing = 0.0 if self._mix is not None else self.settings.smoothing
         with phase("student"):

@@ -32,7 +32,7 @@ def write_timm(
 
 
 def write_program(out: Path, module: nn.Module, weights: dict[str, Tensor], example: Tensor) -> None:
-    """Writes a module with these weights as a program of one input, of any number of images or clips, that plain torch runs:
+    """Writes a module with these weights as a program of one input, of any number of images or videos, that plain torch runs:
     `torch.export.load(OUT/program.pt2).module()`. `example`: an input, [B > 1, ...] fp32."""
     module = module.cpu().float().eval().requires_grad_(False)
     module.load_state_dict(weights)

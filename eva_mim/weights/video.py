@@ -16,20 +16,20 @@ from eva_mim.students.video import VideoClassifier, resized_times
 from eva_mim.weights.export import write_program
 from eva_mim.weights.files.read import open_checkpoint
 
-SCRIPT = "classify_clip.py"
+SCRIPT = "classify_video.py"
 """File of this package that is copied into the folder."""
 TIMES = "time_embed"
 
 
 class PlainVideo(nn.Module):
-    """A classifier of clips of images in [0, 1]."""
+    """A classifier of videos of images in [0, 1]."""
 
     def __init__(self, classifier: VideoClassifier):
         super().__init__()
         self.classifier = classifier
 
     def forward(self, image: Tensor) -> Tensor:
-        """Returns [B, K] logits of [B, T, 3, S, S] float32 clips in [0, 1]."""
+        """Returns [B, K] logits of [B, T, 3, S, S] float32 videos in [0, 1]."""
         logits: Tensor = self.classifier(255 * image)
         return logits
 

@@ -19,15 +19,15 @@ import eva_mim.trunks.small  # noqa: F401
 from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
 from eva_mim.data.splits import open_splits
-from tests.data.test_clips import contents, video
-from tests.tiny import CLASSIFY, CLIPS, MIM, environment, losses, run, run_until, same_weights, teacher_file, write_recipe
+from tests.data.test_videos import contents, encoded
+from tests.tiny import CLASSIFY, MIM, VIDEO, environment, losses, run, run_until, same_weights, teacher_file, write_recipe
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), CLIPS)
+    return write_recipe(tmp_path_factory.mktemp("recipe"), VIDEO)
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +55,20 @@ def test_figures_are_those_of_the_exported_program(out: Path) -> None:
     assert record["seeded"]["reasons"]["time_embed"] == "zero: the parent has no positions of frames"
     assert len(losses(out)) == 8
     about, program = json.loads((out / "video.json").read_text()), torch.export.load(out / "program.pt2").module()
-    shown = runpy.run_path(str(out / "classify_clip.py"))["shown"]
-    source, right = open_splits(parse(DataSettings, CLIPS["data"], "data")).val, 0
+    shown = runpy.run_path(str(out / "classify_video.py"))["shown"]
+    source, right = open_splits(parse(DataSettings, VIDEO["data"], "data")).val, 0
     for index in range(len(source)):
         sample = source.read(index)
-        clip: Any = sample.image
-        frames = clip.frames([int((part + 0.5) * len(clip) / about["frames"]) for part in range(about["frames"])])
+        video: Any = sample.image
+        frames = video.frames([int((part + 0.5) * len(video) / about["frames"]) for part in range(about["frames"])])
         with torch.inference_mode():
             right += int(program(shown(frames, about["image_size"])[None]).argmax()) == sample.label
     assert record["metrics"]["top1"] == pytest.approx(100 * right / len(source), abs=1e-4)
 
 
 def test_the_script_in_the_folder(out: Path, tmp_path: Path) -> None:
-    (tmp_path / "clip.mp4").write_bytes(video(20))
-    done = subprocess.run([sys.executable, out / "classify_clip.py", tmp_path / "clip.mp4"], env=environment(), cwd=tmp_path,
+    (tmp_path / "video.mp4").write_bytes(encoded(20))
+    done = subprocess.run([sys.executable, out / "classify_video.py", tmp_path / "video.mp4"], env=environment(), cwd=tmp_path,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -109,9 +109,9 @@ def test_positions_of_frames_go_on_with_more_frames(out: Path, recipe: Path, tmp
 
 
 def test_real_videos_in_folders(tmp_path: Path) -> None:
-    """Encoded files, decoded by loader processes; the clips of 3 frames are named and replaced."""
-    data = contents(tmp_path / "clips", "files") | {"root": str(tmp_path / "clips"), "val_share": 0.34, "max_broken": 1.0}
-    tree = CLIPS | {"data": data | {"workers": 2}, "student": CLIPS["student"] | {"frames": 4}}
+    """Encoded files, decoded by loader processes; the videos of 3 frames are named and replaced."""
+    data = contents(tmp_path / "videos", "files") | {"root": str(tmp_path / "videos"), "val_share": 0.34, "max_broken": 1.0}
+    tree = VIDEO | {"data": data | {"workers": 2}, "student": VIDEO["student"] | {"frames": 4}}
     more = ["run.global_batch=4", "view.crops=3", "view.sampling=dense", "view.stride=2", "run.epochs=4"]
     said = run("video", write_recipe(tmp_path, tree), tmp_path / "out", *more).stderr
     assert "it has 3 frames, fewer than student.frames=4" in said

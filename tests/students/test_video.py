@@ -1,4 +1,4 @@
-"""Classifiers of clips against the image classifier, against attention over all frames done another way; kinds of trunks."""
+"""Classifiers of videos against the image classifier, against attention over all frames done another way; kinds of trunks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eva_mim.core.errors import UserError
-from eva_mim.students import VideoSettings
+from eva_mim.students import VideoClassifierSettings
 from eva_mim.students.video import VideoClassifier, resized_times
 from eva_mim.trunks.pixels import normalise
 
@@ -20,10 +20,10 @@ def classifier(name: str = "vit_nano_patch4_32", frames: int = 3, **settings: An
     torch.manual_seed(0)
     side = {"image_size": SIZES[name]} if name in SIZES else {}
     own = {"name": name, "frames": frames, "head_scale": 1.0, **side, **settings}
-    return VideoClassifier(VideoSettings.model_validate(own), 5).eval()
+    return VideoClassifier(VideoClassifierSettings.model_validate(own), 5).eval()
 
 
-def clips(count: int, frames: int, side: int = 32) -> torch.Tensor:
+def videos_of(count: int, frames: int, side: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, frames, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -34,7 +34,7 @@ def test_one_frame_is_the_image_classifier(name: str, pool: str) -> None:
         pool = "avg"  # they have no class token
     model = classifier(name, frames=1, global_pool=pool)
     side = model.image_size
-    images = clips(2, 1, side)
+    images = videos_of(2, 1, side)
     with torch.no_grad():
         alone = model.trunk(normalise(images[:, 0], model.mean, model.std))
         torch.testing.assert_close(model(images), alone, rtol=1e-4, atol=1e-5)
@@ -42,11 +42,11 @@ def test_one_frame_is_the_image_classifier(name: str, pool: str) -> None:
 
 @torch.no_grad()
 def test_attention_over_all_frames_against_a_wide_picture() -> None:
-    """Without positions, the frames of a clip are the columns of one wide picture."""
+    """Without positions, the frames of a video are the columns of one wide picture."""
     model = classifier(registers=2)
     trunk: Any = model.trunk
     trunk.pos_embed.zero_()
-    images = clips(2, 3)
+    images = videos_of(2, 3)
     wide = images.permute(0, 2, 3, 1, 4).reshape(2, 3, 32, 96)
     patches = trunk.patch_embed.proj(normalise(wide, model.mean, model.std)).flatten(2).transpose(1, 2)
     extra = [getattr(trunk, name).expand(2, -1, -1) for name in ("cls_token", "reg_token") if getattr(trunk, name) is not None]
@@ -77,7 +77,7 @@ def test_rotary_positions_are_those_of_each_frame() -> None:
     trunk: Any = model.trunk
     trunk.blocks = nn.ModuleList([Recorder()])
     model.time_embed.normal_()
-    images = clips(2, 3, 28)
+    images = videos_of(2, 3, 28)
     model(images)
     found = trunk.blocks[0]
     patches, tokens, rope = 4, found.tokens, found.rope
@@ -94,7 +94,7 @@ def test_rotary_positions_are_those_of_each_frame() -> None:
 def test_the_mean_over_frames() -> None:
     for name in ("vit_nano_patch4_32", "convnext_atto"):
         model = classifier(name, time="mean")
-        images = clips(2, 3, 64 if name == "convnext_atto" else 32)
+        images = videos_of(2, 3, 64 if name == "convnext_atto" else 32)
         alone = torch.stack([model.trunk(normalise(images[:, frame], model.mean, model.std)) for frame in range(3)])
         torch.testing.assert_close(model(images), alone.mean(0), rtol=1e-4, atol=1e-5)
         assert not hasattr(model, "time_embed")
@@ -104,7 +104,7 @@ def test_recomputed_activations_have_the_same_gradients() -> None:
     gradients = []
     for again in (False, True):
         model = classifier("eva02_tiny_patch14_224", grad_checkpointing=again).train()
-        model(clips(2, 3, 28)).square().sum().backward()
+        model(videos_of(2, 3, 28)).square().sum().backward()
         gradients.append({name: value.grad for name, value in model.named_parameters()})
         assert model.time_embed.grad is not None
         assert model.time_embed.grad.abs().max() > 0

@@ -66,10 +66,10 @@ def inspect(
     examined, evenly spread; classes are counted over all images. Raises UserError if no image can be read."""
     settings = read_data(what, overrides)
     for name, source in every_split(settings):
-        clips = any(one.video is not None for one in settings.sources.values())
-        sys.stdout.write(f"{name}: {len(source)} {'clips' if clips else 'images'}\n")
-        if isinstance(source, FileSource) and source.clips:
-            _report_clips(source, min(images, len(source)))
+        videos = any(one.video is not None for one in settings.sources.values())
+        sys.stdout.write(f"{name}: {len(source)} {'videos' if videos else 'images'}\n")
+        if isinstance(source, FileSource) and source.videos:
+            _report_videos(source, min(images, len(source)))
         elif isinstance(source, FileSource):
             _report_images(_look_around(name, source, min(images, len(source)), processes), len(source))
         if isinstance(source, FileSource):
@@ -81,9 +81,9 @@ def inspect(
         if out is not None:
             places = spread(len(source), min(COLUMNS * ROWS, len(source)))
             cells, count = _cells(source, places), len(places)
-            if clips:
+            if videos:
                 places = spread(len(source), min(ROWS, len(source)))
-                cells, count = _clip_cells(source, places), COLUMNS * len(places)
+                cells, count = _video_cells(source, places), COLUMNS * len(places)
             if any(one.segmentation is not None for one in settings.sources.values()):
                 places = places[: COLUMNS * ROWS // 2]
                 cells, count = _mapped_cells(source, places, segment_names(settings)), 2 * len(places)
@@ -142,10 +142,10 @@ def _report_images(found: Sequence[Look | Fault], total: int) -> None:
     sys.stdout.writelines(f"  {line}\n" for line in lines)
 
 
-def _report_clips(source: Any, count: int) -> None:
-    """Prints numbers of frames. Raises UserError if no clip can be read."""
+def _report_videos(source: Any, count: int) -> None:
+    """Prints numbers of frames. Raises UserError if no video can be read."""
     lengths, faults = list[int](), list[str]()
-    progress = Progress("looking at clips", count)
+    progress = Progress("looking at videos", count)
     for place in spread(len(source), count):
         found = _read(source, place)
         progress.advance()
@@ -155,15 +155,15 @@ def _report_clips(source: Any, count: int) -> None:
             assert not isinstance(found.image, (Image.Image, Bands))
             lengths.append(len(found.image))
     if not lengths:
-        raise UserError(f"none of {count} clips can be read; the first: {faults[0]}")
+        raise UserError(f"none of {count} videos can be read; the first: {faults[0]}")
     low, middle, high = (int(value) for value in np.percentile(lengths, (0, 50, 100)))
-    sys.stdout.write(f"  looked at {count} clips, {len(faults)} unreadable\n")
+    sys.stdout.write(f"  looked at {count} videos, {len(faults)} unreadable\n")
     sys.stdout.writelines(f"    {fault}\n" for fault in faults[:3])
     sys.stdout.write(f"  {low} to {high} frames, median {middle}\n")
 
 
-def _clip_cells(source: Source, places: Sequence[int]) -> Iterator[tuple[Any, str]]:
-    """Yields of each clip evenly spread frames, the first one with its class and number of frames."""
+def _video_cells(source: Source, places: Sequence[int]) -> Iterator[tuple[Any, str]]:
+    """Yields of each video evenly spread frames, the first one with its class and number of frames."""
     for found in (_read(source, place) for place in places):
         try:
             if isinstance(found, str):
@@ -171,7 +171,7 @@ def _clip_cells(source: Source, places: Sequence[int]) -> Iterator[tuple[Any, st
             assert not isinstance(found.image, (Image.Image, Bands))
             chosen = spread(len(found.image), COLUMNS)
             frames = found.image.frames(chosen)
-        except Exception as error:  # a clip may be broken in any way
+        except Exception as error:  # a video may be broken in any way
             yield from [(None, str(error))] * COLUMNS
             continue
         words = f"{_words(found, source.classes)}, {len(found.image)} frames"

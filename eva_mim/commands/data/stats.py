@@ -24,8 +24,8 @@ from eva_mim.core.rng import derive
 from eva_mim.data import DataSettings, SourceSettings
 from eva_mim.data.quarantine import Fault
 from eva_mim.data.sampler import MixedOrder, MixedPart
-from eva_mim.data.sources.clips import still
 from eva_mim.data.sources.decode import OPEN
+from eva_mim.data.sources.videos import still
 from eva_mim.data.splits import open_splits
 from eva_mim.data.subset import Mixture, Subset
 

@@ -29,7 +29,7 @@ KEEP_EVERY = 30.0
 """Seconds between writings of the list, from which an interrupted command continues."""
 SHOWN = 3
 FRAMES = 8
-"""Frames of a clip that are decoded, evenly spread."""
+"""Frames of a video that are decoded, evenly spread."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +102,7 @@ def _check(name: str, source: Source, listed: Quarantine, processes: int | None)
 
 
 def decode(source: Source, record: int) -> None:
-    """Decodes one record, of a clip a few frames. Raises the errors of reading it."""
+    """Decodes one record, of a video a few frames. Raises the errors of reading it."""
     image = source.read(record).image
     if not isinstance(image, (Image.Image, Bands)):
         image.frames(spread(len(image), min(FRAMES, len(image))))

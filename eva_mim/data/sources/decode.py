@@ -65,8 +65,8 @@ class FileSource(ABC):
     classes: tuple[str, ...] | None
     mask_classes: MaskClasses | None = None
     """Classes of the semantic masks, which belong to each record then; None if masks are not read."""
-    clips: bool = False
-    """True if the records are clips."""
+    videos: bool = False
+    """True if the records are videos."""
     _pixels: Pixels
 
     @property
@@ -99,12 +99,12 @@ class FileSource(ABC):
         return ()
 
     def read(self, index: int) -> Sample:
-        """Reads and decodes one record; of a clip the frames are decoded later. Raises the errors of `raw` and `decoded`."""
-        return self.clip(index) if self.clips else self.raw(index).sample(self._pixels, self.mask_classes)
+        """Reads and decodes one record; of a video the frames are decoded later. Raises the errors of `raw` and `decoded`."""
+        return self.video(index) if self.videos else self.raw(index).sample(self._pixels, self.mask_classes)
 
-    def clip(self, index: int) -> Sample:
+    def video(self, index: int) -> Sample:
         """Reads one record whose file is a video. Raises the errors of `raw`, and PyAV's."""
-        from eva_mim.data.sources.clips import VideoFile
+        from eva_mim.data.sources.videos import VideoFile
 
         raw = self.raw(index)
         return Sample(raw.key, VideoFile(raw.content), raw.label, raw.captions)

@@ -20,12 +20,12 @@ from eva_mim.core.log import Progress, say
 from eva_mim.core.settings import digest, few
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.sources.clips import VIDEOS, require_decoder
 from eva_mim.data.sources.decode import ARRAYS, FileSource, Raw, read_file, suffixes
 from eva_mim.data.sources.index import Column, Content, Index, Texts, open_index, say_indexed
 from eva_mim.data.sources.masks import Masks, mask_classes
 from eva_mim.data.sources.passed_over import CAPTIONS, PassedOver, is_hidden
 from eva_mim.data.sources.split_names import looks_held_out
+from eva_mim.data.sources.videos import VIDEOS, require_decoder
 
 SETTLED_NS = 2 * 10**9
 """Minimum age of a folder's last change, in nanoseconds, when its index is made. An index made earlier is made again, since a
@@ -40,15 +40,15 @@ class FolderSource(FileSource):
 
     def __init__(
         self, folder: Path, classes: tuple[str, ...] | None, caption_lines: bool = False, pixels: Pixels = RGB,
-        masks: Masks | None = None, *, clips: bool = False,
+        masks: Masks | None = None, *, videos: bool = False,
     ):
-        """`clips`: of video files. Every rank must call. Raises UserError for an unreadable folder, no images, images that belong
-        to none of `classes` or have no mask."""
+        """`videos`: of video files. Every rank must call. Raises UserError for an unreadable folder, no images, images that
+        belong to none of `classes` or have no mask."""
         self.folder = folder
         self.classes = classes
         self.captions: CaptionFile | None = None
-        self._caption_lines, self._pixels, self.clips = caption_lines, pixels, clips
-        self.index = folder_index(folder, VIDEOS if clips else suffixes(pixels))
+        self._caption_lines, self._pixels, self.videos = caption_lines, pixels, videos
+        self.index = folder_index(folder, VIDEOS if videos else suffixes(pixels))
         self.folders = self.index.texts("folders")
         """Paths of all folders, below `folder`."""
         if passed_over := self.index.facts["passed_over"]:
@@ -142,8 +142,8 @@ def open_folder(settings: SourceSettings, split: str) -> FileSource | None:
         return FrameFolders(FolderSource(folder, classes))
     if settings.video is not None:
         require_decoder()
-    masks, clips = _masks(settings, split), settings.video is not None
-    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels, masks, clips=clips)
+    masks, videos = _masks(settings, split), settings.video is not None
+    source = FolderSource(folder, classes, settings.caption_lines, settings.pixels, masks, videos=videos)
     if split == "train":
         if settings.train != ".":
             _refuse_splits_below(source)

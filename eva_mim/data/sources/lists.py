@@ -23,10 +23,10 @@ from eva_mim.data.class_lists import known_as
 from eva_mim.data.prompts import class_file
 from eva_mim.data.source_settings import ColumnSettings
 from eva_mim.data.sources.captions import as_captions
-from eva_mim.data.sources.clips import require_decoder
 from eva_mim.data.sources.decode import ARRAYS, SUFFIXES, FileSource, Raw, read_file
 from eva_mim.data.sources.index import Column, Content, Index, Texts, narrow, open_index, say_indexed
 from eva_mim.data.sources.masks import MaskClasses, mask_classes
+from eva_mim.data.sources.videos import require_decoder
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 """Pairs of a line or row number and its {column: value}."""
@@ -96,7 +96,7 @@ def open_list(settings: SourceSettings, split: str) -> ListSource | None:
     source = ListSource(root / name, root, settings.columns, classes, settings.pixels, mask_classes(settings))
     if settings.video is not None:
         require_decoder()
-        source.clips = True
+        source.videos = True
     return source
 
 

@@ -18,8 +18,8 @@ from eva_mim.core.rng import derive
 from eva_mim.core.settings import digest
 from eva_mim.data import SourceSettings
 from eva_mim.data.source_settings import SceneSettings
-from eva_mim.data.sources.clips import DrawnFrames
 from eva_mim.data.sources.masks import GROUND, Segmentation
+from eva_mim.data.sources.videos import DrawnFrames
 
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checked")
@@ -52,7 +52,7 @@ class SceneSource:
     blocks = None
 
     def __init__(self, settings: SceneSettings, split: str, *, maps: bool = False, frames: int | None = None):
-        """`maps`: pictures come with their segmentation maps; `frames`: they are clips of so many frames."""
+        """`maps`: pictures come with their segmentation maps; `frames`: they are videos of so many frames."""
         self.settings, self.split, self.maps, self.frames = settings, split, maps, frames
         self.fingerprint = digest([settings.model_dump(), split, *([] if frames is None else [frames])])
         self.classes: tuple[str, ...] | None = scene_classes(settings) if frames is None else DIRECTIONS
@@ -75,7 +75,7 @@ class SceneSource:
     def read(self, index: int) -> Sample:
         """Draws picture `index`; returns it with its caption and label."""
         if self.frames is not None:
-            return self._clip(index, self.frames)
+            return self._video(index, self.frames)
         rng = random.Random(derive(self.settings.seed, f"scenes-{self.split}", index))
         ground, first_colour, second_colour = rng.sample(list(COLOURS), 3)
         first = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), first_colour)
@@ -89,8 +89,8 @@ class SceneSource:
         caption = f"a {colour}{first.texture} {first.shape} {relation} a {second.shape}"
         return Sample(self.key(index), image, numbers[0], (caption,), segmentation if self.maps else None)
 
-    def _clip(self, index: int, frames: int) -> Sample:
-        rng = random.Random(derive(self.settings.seed, f"clips-{self.split}", index))
+    def _video(self, index: int, frames: int) -> Sample:
+        rng = random.Random(derive(self.settings.seed, f"videos-{self.split}", index))
         label = rng.randrange(len(DIRECTIONS))
         return Sample(self.key(index), moving(label, frames, self.settings.size, rng), label)
 
@@ -116,7 +116,7 @@ def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
 
 
 def moving(direction: int, frames: int, size: int, rng: random.Random) -> DrawnFrames:
-    """Returns a clip of a thing that moves in one of `DIRECTIONS` over half to all of the picture's side, and comes in again on
+    """Returns a video of a thing that moves in one of `DIRECTIONS` over half to all of the picture's side, and comes in again on
     the other side. It begins anywhere, so that a single frame says nothing of the direction."""
     side = size * OVERSAMPLE
     ground, colour = rng.sample(list(COLOURS), 2)

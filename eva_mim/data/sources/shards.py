@@ -26,7 +26,6 @@ from eva_mim.core.timing import phase
 from eva_mim.data import RGB, Pixels, SourceSettings
 from eva_mim.data.prompts import class_file, class_words
 from eva_mim.data.sources.captions import CaptionFile, open_captions, record_captions
-from eva_mim.data.sources.clips import FrameFiles, require_decoder
 from eva_mim.data.sources.decode import FileSource, Raw
 from eva_mim.data.sources.index import Column
 from eva_mim.data.sources.masks import MaskClasses, mask_classes
@@ -35,6 +34,7 @@ from eva_mim.data.sources.shard_index import shards_index
 from eva_mim.data.sources.split_names import looks_held_out
 from eva_mim.data.sources.tar_index import BLOCK, FIELDS, NO_LABEL, NO_NUMBER, Shard, found
 from eva_mim.data.sources.unpack import unpack
+from eva_mim.data.sources.videos import FrameFiles, require_decoder
 
 MAX_OPEN = 512
 """Maximum number of shards that a process holds open; systems allow about a thousand files. Two pools fit into it: a loader
@@ -100,9 +100,9 @@ class ShardSource(FileSource):
         """Reads one record. Raises ValueError for a record without image or with an invalid label, and OSError."""
         self._read_ahead(index)
         with phase("read"):
-            content = self._bytes(index, "video" if self.clips else "image")
+            content = self._bytes(index, "video" if self.videos else "image")
         if content is None:
-            raise ValueError(f"no {'video' if self.clips else 'image'} member")
+            raise ValueError(f"no {'video' if self.videos else 'image'} member")
         mask = self._bytes(index, "mask") if self.mask_classes else None
         return Raw(self.key(index), content, self._label(index), self.captions_of(index), mask)
 
@@ -155,19 +155,19 @@ class ShardSource(FileSource):
         self.mask_classes = classes
         self.fingerprint = digest([self.fingerprint, classes.fingerprint])
 
-    def read_clips(self) -> None:
-        """Reads clips from here on: video files, or the frames of records without one. Raises UserError if no record has any."""
+    def read_videos(self) -> None:
+        """Reads videos from here on: video files, or the frames of records without one. Raises UserError if no record has any."""
         if "video" in self.index:
             require_decoder()
         elif "frames" not in self.index:
-            raise UserError(f"data.video: no record of {self.shards[0].folder} has a clip (KEY.mp4, KEY.000.jpg)")
-        self.clips = True
-        self.fingerprint = digest([self.fingerprint, "clips"])
+            raise UserError(f"data.video: no record of {self.shards[0].folder} has a video (KEY.mp4, KEY.000.jpg)")
+        self.videos = True
+        self.fingerprint = digest([self.fingerprint, "videos"])
 
-    def clip(self, index: int) -> Sample:
-        """Returns a clip; its frames are read later. Raises the errors of `raw`, and PyAV's."""
+    def video(self, index: int) -> Sample:
+        """Returns a video; its frames are read later. Raises the errors of `raw`, and PyAV's."""
         if "frames" not in self.index or ("video" in self.index and self.index["video"][index]):
-            return super().clip(index)
+            return super().video(index)
         first, end = int(self.index["frames.ends"][index - 1]) if index else 0, int(self.index["frames.ends"][index])
         if first == end:
             raise ValueError("no video member, and no frames")
@@ -276,7 +276,7 @@ def open_shards(settings: SourceSettings, split: str) -> ShardSource | None:
     classes, skip_bad = class_file(settings) or class_words(settings), settings.bad_shards == "skip"
     source = ShardSource(paths, classes, settings.caption_lines, settings.pixels, skip_bad=skip_bad)
     if settings.video is not None:
-        source.read_clips()
+        source.read_videos()
     if (masks := mask_classes(settings)) is not None:
         source.read_masks(masks)
     source.check_labels(str(settings.classes or settings.class_names))

@@ -19,17 +19,17 @@ import numpy.typing as npt
 
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import digest
-from eva_mim.data.sources.clips import VIDEOS
 from eva_mim.data.sources.decode import ARRAYS, SUFFIXES
 from eva_mim.data.sources.index import VERSION, Column, Content, Index, Texts, cache_folder, read_index, write_index
 from eva_mim.data.sources.passed_over import is_hidden
 from eva_mim.data.sources.remote import Reading
+from eva_mim.data.sources.videos import VIDEOS
 
 FIELDS = {"image": tuple(suffix[1:] for suffix in SUFFIXES + ARRAYS), "text": ("txt",), "described": ("json",),
           "mask": ("seg.png", "mask.png"), "video": tuple(suffix[1:] for suffix in VIDEOS)}
 """Columns of the index -> extensions; the first extension that a record has is taken."""
 FRAME = re.compile(rf"(\d{{1,9}})\.(?:{'|'.join(suffix[1:] for suffix in SUFFIXES)})")
-"""Extension of a clip's frame, which has its number."""
+"""Extension of a video's frame, which has its number."""
 BLOCK = 512
 """Bytes of a tar block. Every member begins at a multiple of it; the first block is a header, so 0 stands for a missing field."""
 MAX_MEMBER_BYTES = 2**30

@@ -1,4 +1,4 @@
-"""Classifies a video with the `program.pt2` beside this file: python classify_clip.py VIDEO
+"""Classifies a video with the `program.pt2` beside this file: python classify_video.py VIDEO
 
 Needs torch, numpy, pillow and av. It sees one frame of each equal part of the video, of the middle square.
 """

@@ -1,4 +1,4 @@
-"""Clips: frames of a video file, of image files, or drawn; none is decoded before it is asked for."""
+"""Videos: frames of a video file, of image files, or drawn; none is decoded before it is asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from eva_mim.core.bands import Bands
-from eva_mim.core.contracts import Clip
+from eva_mim.core.contracts import Video
 from eva_mim.core.errors import UserError
 from eva_mim.core.timing import phase
 from eva_mim.data.sources.decode import MAX_VALUES, decoded
@@ -23,8 +23,8 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 MAX_FRAMES = 10**6
 
 
-def still(image: Image.Image | Bands | Clip) -> Image.Image | Bands:
-    """Returns an image as it is, and of a clip the frame in the middle. Raises the errors of decoding it."""
+def still(image: Image.Image | Bands | Video) -> Image.Image | Bands:
+    """Returns an image as it is, and of a video the frame in the middle. Raises the errors of decoding it."""
     if isinstance(image, (Image.Image, Bands)):
         return image
     return image.frames([len(image) // 2])[0]

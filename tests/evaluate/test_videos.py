@@ -1,4 +1,4 @@
-"""Zero-shot accuracy on clips: a CLIP model in a folder against open_clip's own model and transforms; broken clips are found."""
+"""Zero-shot accuracy on videos: a CLIP model in a folder against open_clip's own model and transforms; broken files are found."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
 from eva_mim.data.splits import open_splits
 from tests.conftest import picture
-from tests.data.test_clips import contents, video
+from tests.data.test_videos import contents, encoded
 from tests.students.tiny_towers import random_clip
 
 
 @torch.no_grad()
 def test_the_command_against_open_clips_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, root = random_clip(tmp_path / "clip"), tmp_path / "clips"
+    folder, root = random_clip(tmp_path / "clip"), tmp_path / "videos"
     for label, name in enumerate(("jumping_high", "running")):
         for number in range(4):
             (root / name / str(number)).mkdir(parents=True)
@@ -42,18 +42,18 @@ def test_the_command_against_open_clips_own_model(tmp_path: Path, capsys: pytest
     source, right = open_splits(settings).train.source, 0
     for index in range(8):
         sample = source.read(index)
-        clip: Any = sample.image
-        frames = torch.stack([transform(frame) for frame in clip.frames([1, 3, 5])])
+        video: Any = sample.image
+        frames = torch.stack([transform(frame) for frame in video.frames([1, 3, 5])])
         mean = F.normalize(model.encode_image(frames, normalize=True).mean(0), dim=0)
         right += int((texts @ mean).argmax()) == sample.label
-    assert re.match(r"8 clips, 3 frames each: top-1 ([\d.]+), top-5 100\.00\n", said)
+    assert re.match(r"8 videos, 3 frames each: top-1 ([\d.]+), top-5 100\.00\n", said)
     assert float(said.split("top-1 ")[1].split(",")[0]) == pytest.approx(100 * right / 8, abs=0.01)
 
 
 def test_what_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clip = str(random_clip(tmp_path / "clip"))
     (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "a.mp4").write_bytes(video(5))
+    (tmp_path / "flat" / "a.mp4").write_bytes(encoded(5))
     assert evaluate.main([clip, "--video", str(tmp_path / "flat")]) == 2
     assert "has no class folders" in capsys.readouterr().err
     for words, text in ((["--frames", "3"], "--frames goes with --video"), (["--video", "x", "--on", "y"], "has its own data")):
@@ -63,10 +63,10 @@ def test_what_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_broken_clips_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    contents(tmp_path / "clips", "files")
-    path = tmp_path / "clips" / "run" / "1.mp4"
+    contents(tmp_path / "videos", "files")
+    path = tmp_path / "videos" / "run" / "1.mp4"
     path.write_bytes(path.read_bytes()[:700])
-    words = ["data", "verify", str(tmp_path / "clips"), "data.video={}", "--out", str(tmp_path / "bad.json"), "--processes", "1"]
+    words = ["data", "verify", str(tmp_path / "videos"), "data.video={}", "--out", str(tmp_path / "bad.json"), "--processes", "1"]
     assert main(words) == 0
     assert "6 images, 1 broken" in capsys.readouterr().out
     assert "1.mp4" in json.dumps(json.loads((tmp_path / "bad.json").read_text()))

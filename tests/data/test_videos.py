@@ -1,4 +1,4 @@
-"""Clips of video files, frames and drawings: which frames are read, by written tables and by the frames' shades; bad files."""
+"""Videos of video files, frames and drawings: which frames are read, by written tables and by the frames' shades; bad files."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-from eva_mim.core.contracts import Clip
+from eva_mim.core.contracts import Video
 from eva_mim.core.errors import UserError
 from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
-from eva_mim.data.clip_views import ClipEvalView, ClipTrainView, FrameChoice
 from eva_mim.data.loader import EvalLoader
-from eva_mim.data.preparation import ClipPreparation
+from eva_mim.data.preparation import VideoPreparation
 from eva_mim.data.source_settings import SceneSettings
-from eva_mim.data.sources.clips import DecodedFrames, VideoFile
 from eva_mim.data.sources.scenes import DIRECTIONS, SceneSource
+from eva_mim.data.sources.videos import DecodedFrames, VideoFile
 from eva_mim.data.splits import open_splits
-from eva_mim.data.view_settings import ClipViewSettings
+from eva_mim.data.video_views import FrameChoice, VideoEvalView, VideoTrainView
+from eva_mim.data.view_settings import VideoViewSettings
 from tests.conftest import picture, png, write_tar
 
 
@@ -37,7 +37,7 @@ def grey(number: int) -> int:
     return 12 + 6 * (number % 40)
 
 
-def video(frames: int, *, size: tuple[int, int] = (64, 48), times: list[int] | None = None, form: str = "mp4") -> bytes:
+def encoded(frames: int, *, size: tuple[int, int] = (64, 48), times: list[int] | None = None, form: str = "mp4") -> bytes:
     """A file whose frame i has the shade grey(i), with B-frames, a key frame every 12, and `times` in 1/1000 s."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as container:
@@ -55,32 +55,32 @@ def video(frames: int, *, size: tuple[int, int] = (64, 48), times: list[int] | N
     return buffer.getvalue()
 
 
-def shades(clip: Clip, indices: list[int]) -> list[int]:
+def shades(video: Video, indices: list[int]) -> list[int]:
     """Which frames these are, by their shades."""
-    return [round((float(np.asarray(frame).mean()) - 12) / 6) for frame in clip.frames(indices)]
+    return [round((float(np.asarray(frame).mean()) - 12) / 6) for frame in video.frames(indices)]
 
 
 @pytest.mark.parametrize("form", ["mp4", "matroska", "avi"])
 def test_frames_of_a_file(form: str) -> None:
-    clip = VideoFile(video(40, form=form))
-    assert len(clip) == 40
+    video = VideoFile(encoded(40, form=form))
+    assert len(video) == 40
     for indices in ([0], [39], [5, 17, 30], [3, 3, 4, 39], list(range(40)), [11, 12, 13], [20, 21]):
-        assert shades(clip, indices) == indices
-    assert shades(clip, [7]) == [7]  # back to an earlier frame in another call
+        assert shades(video, indices) == indices
+    assert shades(video, [7]) == [7]  # back to an earlier frame in another call
 
 
 def test_frames_at_uneven_times() -> None:
     """Frames are counted, not seconds."""
     times = np.cumsum(np.random.default_rng(0).integers(5, 400, 30)).tolist()
-    clip = VideoFile(video(30, times=times))
-    assert len(clip) == 30
+    video = VideoFile(encoded(30, times=times))
+    assert len(video) == 30
     for indices in ([0, 10, 20, 29], [28, 29], list(range(0, 30, 3))):
-        assert shades(clip, indices) == indices
+        assert shades(video, indices) == indices
 
 
 def test_files_that_are_no_videos(tmp_path: Path) -> None:
     """None of them is a hang, a crash, or opens another file."""
-    whole = video(20)
+    whole = encoded(20)
     secret = tmp_path / "secret.mp4"
     secret.write_bytes(whole)
     playlist = f"#EXTM3U\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
@@ -122,16 +122,16 @@ def test_the_choice_of_frames_against_written_tables() -> None:
 
 
 def test_a_view_is_the_same_for_all_frames() -> None:
-    """Of a clip of one picture all frames of a view are equal; held out, the crops are where they should be."""
-    clip = DecodedFrames([picture(3, (60, 40))] * 4)
-    settings = ClipViewSettings(flip=0.5, randaugment="rand-m9-n2", grayscale=0.3, erase=0.5)
-    view = ClipTrainView(settings, 32, ((0.5,) * 3, (0.5,) * 3))
-    found = [view(clip, random.Random(seed)) for seed in range(8)]
+    """Of a video of one picture all frames of a view are equal; held out, the crops are where they should be."""
+    video = DecodedFrames([picture(3, (60, 40))] * 4)
+    settings = VideoViewSettings(flip=0.5, randaugment="rand-m9-n2", grayscale=0.3, erase=0.5)
+    view = VideoTrainView(settings, 32, ((0.5,) * 3, (0.5,) * 3))
+    found = [view(video, random.Random(seed)) for seed in range(8)]
     assert all(torch.equal(frames, frames[:1].expand_as(frames)) for frames in found)
     assert not torch.equal(found[0], found[1])
     moving = DecodedFrames([picture(seed, (60, 40)) for seed in range(4)])
     for crops, offsets in ((1, [8]), (3, [0, 8, 16])):
-        shown = ClipEvalView(ClipViewSettings(crops=crops), 32, 2)(moving, random.Random(0))
+        shown = VideoEvalView(VideoViewSettings(crops=crops), 32, 2)(moving, random.Random(0))
         assert shown.shape == (2 * crops, 2, 3, 32, 32)
         for number, left in enumerate(offsets):
             for frame in range(4):
@@ -172,12 +172,12 @@ def test_a_single_drawn_frame_says_nothing_of_the_direction() -> None:
 
 
 def contents(root: Path, kind: str) -> dict[str, Any]:
-    """Six clips of 20 frames in two classes, one with 3 frames; frames are shades."""
+    """Six videos of 20 frames in two classes, one with 3 frames; frames are shades."""
     lengths = {f"{name}/{number}": 3 if number == 2 else 20 for name in ("jump", "run") for number in range(3)}
     if kind == "files":
         for name, length in lengths.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / f"{name}.mp4").write_bytes(video(length))
+            (root / f"{name}.mp4").write_bytes(encoded(length))
         return {"source": "folder", "video": {}, "train": "."}
     frames = {name: [png(Image.new("RGB", (64, 48), (grey(i),) * 3)) for i in range(length)] for name, length in lengths.items()}
     if kind == "frames":
@@ -189,12 +189,12 @@ def contents(root: Path, kind: str) -> dict[str, Any]:
     members = list[tuple[str, bytes]]()
     for place, (name, each) in enumerate(frames.items()):
         if kind == "shards":
-            members.append((f"{place}.mp4", video(lengths[name])))
+            members.append((f"{place}.mp4", encoded(lengths[name])))
         else:
             members += [(f"{place}.{i:03d}.png", content) for i, content in enumerate(each)]
         members.append((f"{place}.cls", b"0" if name.startswith("jump") else b"1"))
     write_tar(root / "a-0.tar", members[: len(members) // 2])
-    write_tar(root / "a-1.tar", [("note.txt", b"no clip"), *members[len(members) // 2 :]])
+    write_tar(root / "a-1.tar", [("note.txt", b"no video"), *members[len(members) // 2 :]])
     (root / "classes.txt").write_text("jump\nrun\n")
     return {"source": "shards", "video": {}, "train": "a-*.tar", "classes": "classes.txt"}
 
@@ -213,12 +213,12 @@ def test_every_source_gives_the_same_clips(kind: str, tmp_path: Path, capsys: py
                     source.read(index)
                 continue
             sample = source.read(index)
-            clip: Any = sample.image
-            found.append((sample.label, len(clip), shades(clip, [0, len(clip) // 2, len(clip) - 1])))
+            video: Any = sample.image
+            found.append((sample.label, len(video), shades(video, [0, len(video) // 2, len(video) - 1])))
     wanted = [(label, length, [0, length // 2, length - 1]) for label in (0, 1) for length in (20, 20, 3)]
     assert sorted(found) == sorted(wanted)
     assert splits.facts()["train"] == len(splits.train)
-    loader = EvalLoader(splits.train, ClipPreparation(ClipEvalView(ClipViewSettings(), 16, 5), 0, training=False,
+    loader = EvalLoader(splits.train, VideoPreparation(VideoEvalView(VideoViewSettings(), 16, 5), 0, training=False,
                                                       choice=FrameChoice(5)), 4, 0)
     batches = list(loader)
     said = capsys.readouterr().err
@@ -233,12 +233,12 @@ def test_every_source_gives_the_same_clips(kind: str, tmp_path: Path, capsys: py
 
 def test_videos_of_a_list(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / f"{name}.mp4").write_bytes(video(9))
+        (tmp_path / f"{name}.mp4").write_bytes(encoded(9))
         (tmp_path / f"{name}.csv").write_text(f"path,kind\n{name}.mp4,x\n")
     tree = {"source": "list", "root": str(tmp_path), "train": "a.csv", "val": "b.csv", "video": {},
             "columns": {"image": "path", "label": "kind"}}
-    clip: Any = open_splits(parse(DataSettings, tree, "data")).val.read(0).image
-    assert shades(clip, [8]) == [8]
+    video: Any = open_splits(parse(DataSettings, tree, "data")).val.read(0).image
+    assert shades(video, [8]) == [8]
 
 
 def test_frames_of_several_sizes_are_a_broken_clip(tmp_path: Path) -> None:
@@ -249,16 +249,16 @@ def test_frames_of_several_sizes_are_a_broken_clip(tmp_path: Path) -> None:
         Image.new("RGB", (64, 48)).save(tmp_path / "b" / f"{number}.png")
     tree = {"source": "folder", "root": str(tmp_path), "train": ".", "val_share": 0.5, "video": {"frames": True}}
     source = open_splits(parse(DataSettings, tree, "data")).train.source
-    clip: Any = source.read(0).image
+    video: Any = source.read(0).image
     with pytest.raises(ValueError, match=re.escape("its frames have several sizes: 48 x 64, 64 x 48")):
-        clip.frames(range(6))
+        video.frames(range(6))
 
 
 @pytest.mark.parametrize(("tree", "text"), [
     ({"source": "scenes", "video": {"frames": True}}, "data.video.frames has no effect with data.source=scenes"),
     ({"source": "shards", "video": {"length": 4}}, "data.video.length has no effect with data.source=shards"),
-    ({"source": "shards", "video": {}, "exif": True}, "data.video: clips are of 8-bit RGB and have no maps"),
-    ({"source": "scenes", "video": {}, "segmentation": {}}, "data.video: clips are of 8-bit RGB and have no maps"),
+    ({"source": "shards", "video": {}, "exif": True}, "data.video: videos are of 8-bit RGB and have no maps"),
+    ({"source": "scenes", "video": {}, "segmentation": {}}, "data.video: videos are of 8-bit RGB and have no maps"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(tree: dict[str, Any], text: str, tmp_path: Path) -> None:
     tree = tree | ({} if tree["source"] == "scenes" else {"root": str(tmp_path)})
@@ -270,7 +270,7 @@ def test_settings_that_do_not_fit(tree: dict[str, Any], text: str, tmp_path: Pat
 def test_shards_without_clips(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.png", png(picture(0)))])
     tree = {"source": "shards", "root": str(tmp_path), "train": "a.tar", "video": {}}
-    with pytest.raises(UserError, match=r"no record of .* has a clip \(KEY\.mp4, KEY\.000\.jpg\)"):
+    with pytest.raises(UserError, match=r"no record of .* has a video \(KEY\.mp4, KEY\.000\.jpg\)"):
         open_splits(parse(DataSettings, tree, "data"))
 
 
@@ -278,6 +278,6 @@ def test_real_frames(shared: Path) -> None:
     tree = {"source": "shards", "root": str(shared / "data" / "video_smoke"), "train": "*.tar", "classes": "classes.txt",
             "val_share": 0.5, "video": {}}
     splits = open_splits(parse(DataSettings, tree, "data"))
-    clips: list[Any] = [source.read(index).image for source in splits for index in range(len(source))]
-    assert sorted(map(len, clips)) == [15, 15, 18, 18] or all(15 <= len(clip) <= 18 for clip in clips)
-    assert {clip.frames([0])[0].size for clip in clips} == {(426, 240), (320, 180)}
+    videos: list[Any] = [source.read(index).image for source in splits for index in range(len(source))]
+    assert sorted(map(len, videos)) == [15, 15, 18, 18] or all(15 <= len(video) <= 18 for video in videos)
+    assert {video.frames([0])[0].size for video in videos} == {(426, 240), (320, 180)}

@@ -1,4 +1,4 @@
-"""Which frames of a clip are seen, and views of them."""
+"""Which frames of a video are seen, and views of them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from eva_mim.core.contracts import Clip
+from eva_mim.core.contracts import Video
 from eva_mim.core.timing import phase
-from eva_mim.data.view_settings import ClipViewSettings
+from eva_mim.data.view_settings import VideoViewSettings
 from eva_mim.data.views import Statistics, TrainView, to_tensor
 
 
 class FrameChoice(NamedTuple):
-    """Choice of frames from a clip that has at least `frames`."""
+    """Choice of frames from a video that has at least `frames`."""
 
     frames: int
     """T, frames that are seen."""
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: int = 1
-    """Distance of frames of dense sampling; shorter in clips that do not last so long."""
+    """Distance of frames of dense sampling; shorter in videos that do not last so long."""
     clips: int = 1
     """Held-out choices."""
 
     def drawn(self, length: int, rng: random.Random) -> list[int]:
-        """Returns the positions of T frames of a clip of `length` for training, in rising order."""
+        """Returns the positions of T frames of a video of `length` for training, in rising order."""
         if self.sampling == "uniform":
             return [self._in_part(length, part, rng.random()) for part in range(self.frames)]
         return self._from(length, rng.randint(0, length - self._span(length)))
@@ -59,31 +59,31 @@ class FrameChoice(NamedTuple):
         return [first + number * self._step(length) for number in range(self.frames)]
 
 
-class ClipTrainView:
+class VideoTrainView:
     """View for training: that of `TrainView`, the same crop, flip and augmentation for all frames."""
 
-    def __init__(self, settings: ClipViewSettings, side: int, pixels: Statistics | None = None):
+    def __init__(self, settings: VideoViewSettings, side: int, pixels: Statistics | None = None):
         self.settings, self._side, self._view = settings, side, TrainView(settings, [side], pixels)
 
-    def __call__(self, clip: Clip, rng: random.Random) -> Tensor:
-        """Returns [T, 3, side, side] uint8 of all frames of a clip."""
+    def __call__(self, video: Video, rng: random.Random) -> Tensor:
+        """Returns [T, 3, side, side] uint8 of all frames of a video."""
         seed = rng.getrandbits(62)
-        frames = clip.frames(range(len(clip)))
+        frames = video.frames(range(len(video)))
         return torch.stack([self._view(frame, random.Random(seed))[self._side] for frame in frames])
 
 
-class ClipEvalView:
+class VideoEvalView:
     """View for evaluation: the short side is resized to floor(side / crop_pct), then the centre is cropped, or three squares
     along the long side: both ends and the middle."""
 
-    def __init__(self, settings: ClipViewSettings, side: int, frames: int):
+    def __init__(self, settings: VideoViewSettings, side: int, frames: int):
         """`frames`: T, of each choice."""
         self._side, self._frames, self._short = side, frames, int(side / settings.crop_pct)
         self._places = (0.5,) if settings.crops == 1 else (0.0, 0.5, 1.0)
 
-    def __call__(self, clip: Clip, rng: random.Random) -> Tensor:
+    def __call__(self, video: Video, rng: random.Random) -> Tensor:
         """Returns [V, T, 3, side, side] uint8, V choices of frames times crops. It draws no random numbers."""
-        frames = clip.frames(range(len(clip)))
+        frames = video.frames(range(len(video)))
         with phase("crop and resize"):
             pixels = torch.stack([to_tensor(resize(frame, self._short, InterpolationMode.BICUBIC)) for frame in frames])
             height, width = pixels.shape[2:]

@@ -1,4 +1,4 @@
-"""`eva-mim evaluate CLIP --video DIR`: zero-shot accuracy on clips, by the mean of their frames' embeddings."""
+"""`eva-mim evaluate CLIP --video DIR`: zero-shot accuracy on videos, by the mean of their frames' embeddings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from eva_mim.core.errors import UserError
 from eva_mim.core.settings import few
 
 
-def clips(options: argparse.Namespace) -> None:
-    """Measures a CLIP model on clips in class folders: those of `val`, if there are any, else all. Raises UserError."""
+def zero_shot_videos(options: argparse.Namespace) -> None:
+    """Measures a CLIP model on videos in class folders: those of `val`, if there are any, else all. Raises UserError."""
     import torch
     from torch.nn import functional as F
 
     from eva_mim.core.distributed import is_main, setup
-    from eva_mim.data.clip_views import ClipEvalView, FrameChoice
     from eva_mim.data.loader import EvalLoader
-    from eva_mim.data.preparation import ClipPreparation
+    from eva_mim.data.preparation import VideoPreparation
     from eva_mim.data.prompts import told_templates
-    from eva_mim.data.view_settings import ClipViewSettings
+    from eva_mim.data.video_views import FrameChoice, VideoEvalView
+    from eva_mim.data.view_settings import VideoViewSettings
     from eva_mim.evaluate.counts import TopCounts
     from eva_mim.evaluate.zeroshot import FolderClip, named_classes
 
@@ -30,7 +30,7 @@ def clips(options: argparse.Namespace) -> None:
     if source.classes is None:
         raise UserError(f"{options.video} has no class folders, which name the classes")
     if without := source.unlabelled():
-        raise UserError(f"{options.video}: {len(without)} clips have no label, such as {source.key(without[0])}")
+        raise UserError(f"{options.video}: {len(without)} videos have no label, such as {source.key(without[0])}")
     classes = source.classes if options.classes is None else named_classes(options.classes)
     if len(classes) != len(source.classes):
         raise UserError(f"--classes {options.classes}: {len(classes)} names for {len(source.classes)} classes "
@@ -40,7 +40,7 @@ def clips(options: argparse.Namespace) -> None:
     spoken = tuple(name.replace("_", " ") for name in classes)
     weights = clip.class_weights(spoken, told_templates(options.templates or "openai"))
     frames = options.frames or 8
-    preparation = ClipPreparation(ClipEvalView(ClipViewSettings(), clip.image_size, frames), 0, training=False,
+    preparation = VideoPreparation(VideoEvalView(VideoViewSettings(), clip.image_size, frames), 0, training=False,
                                   choice=FrameChoice(frames))
     batch = max(1, (options.batch or clip.batch) // frames)
     counts = TopCounts(device)
@@ -53,4 +53,5 @@ def clips(options: argparse.Namespace) -> None:
             counts.add(logits, one.labels, F.cross_entropy(logits, one.labels, reduction="sum"))
     figures = counts.figures()
     if is_main():
-        sys.stdout.write(f"{len(source)} clips, {frames} frames each: top-1 {figures['top1']:.2f}, top-5 {figures['top5']:.2f}\n")
+        figures = {name: f"{value:.2f}" for name, value in figures.items()}
+        sys.stdout.write(f"{len(source)} videos, {frames} frames each: top-1 {figures['top1']}, top-5 {figures['top5']}\n")
