@@ -92,7 +92,6 @@ class VideoFile:
                     raise ValueError(f"frame {times.index(time)} of {len(times)} cannot be decoded")
         return [found[time] for time in wanted]
 
-
     def _counted(self, indices: Sequence[int], length: int) -> list[Image.Image]:
         """Returns frames by decoding all from the first: AVI files do not say when a frame is shown, only when it is decoded."""
         self._container.seek(0)
