@@ -104,7 +104,7 @@ def test_a_step_is_measured_between_two_steps_of_the_optimizer(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_alternate_and_leave_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A program of somebody else is measured, and ended after the last measured step; what it wrote is removed."""
     (tmp_path / "train.py").write_text(TRAINING.replace("STEPS", "10**9"))

@@ -31,6 +31,8 @@ ELSEWHERE = {
     "/cifar10 ": "the tests' own shards have its form", "eva02_b.yaml": "run in tests/pipeline/test_preview.py",
     "caches/scenes_clip": "the demo's stages are run from docs/pipeline.md; tests/tasks/test_distill.py runs such commands",
     "vitamin_s_masked": "run in tests/pipeline/test_chains.py", "eva-mim sweep": "run in tests/pipeline/test_sweep.py",
+    "own_masks": "a folder of the reader's", "own_videos": "a folder of the reader's",
+    "data merge": "run in tests/data/test_merge.py",
     "bench resume": "starts programs; run in tests/commands/test_bench_step.py",
 }
 """Part of a command that is not run here -> reason. All of them are parsed in `test_docs.py`."""
@@ -83,7 +85,8 @@ def test_what_is_not_run_is_named_for_a_reason() -> None:
     every = [f"{' '.join(words)} " for page in pages for words in commands(REPOSITORY / page)]
     assert not [part for part in ELSEWHERE if not any(part in line for line in every)]
     assert {page for page in pages if runs(page)} == {
-        "README.md", "docs/pipeline.md", "docs/data.md", "docs/features.md", "docs/performance.md"}
+        "README.md", "docs/pipeline.md", "docs/data.md", "docs/features.md", "docs/performance.md", "docs/segmentation.md",
+        "docs/video.md"}
 
 
 def test_readme(home: Path, shared: Path) -> None:
@@ -102,6 +105,16 @@ def test_readme(home: Path, shared: Path) -> None:
     assert np.load(home / "vectors.npy").shape == (60, 96)
     assert (home / "vectors.nearest.png").is_file()
     assert (home / "eva02_b.safetensors").is_file()
+
+
+def test_segmentation_and_video(home: Path) -> None:
+    """Sheets of the drawn data, and a stage on it each."""
+    for page in ("docs/segmentation.md", "docs/video.md"):
+        for words in runs(page):
+            run(home, words)
+    assert (home / "runs" / "look" / "val.png").is_file()
+    assert (home / "runs" / "scenes_segment" / "predictions.png").is_file()
+    assert (home / "runs" / "scenes_video" / "classify_video.py").is_file()
 
 
 def test_performance(home: Path, shared: Path) -> None:

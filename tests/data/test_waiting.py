@@ -138,6 +138,7 @@ def test_a_signal_ends_a_run_that_waits(tmp_path: Path, workers: int, number: in
     assert f"going on from step {steps}" in run("classify", recipe, out).stderr
 
 
+@pytest.mark.long
 def test_of_two_processes_each_ends_without_the_other(tmp_path: Path) -> None:
     """They cannot agree on a step; each waits 2 s here, 10 s for users."""
     recipe, _ = waiting(tmp_path, 1)

@@ -150,7 +150,7 @@ def test_what_a_student_learns_of_sam_goes_through_its_neck_and_decoder(small: A
     assert (masks - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mosaic_run_is_the_same_on_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {name: value for name, value in MIM.items() if name != "teacher"} | {
         "teacher": SAM | {"mosaic": True}, "objective": {"kind": "mse"}, "normaliser": {"kind": "channel"},

@@ -405,7 +405,7 @@ def test_a_parent_that_saw_images_normalised_otherwise_is_named(
     write_timm(tmp_path, parent, settings, parent.state_dict())
     if mean is None:
         (tmp_path / "config.json").unlink()
-    recipe = Recipe.model_validate(CLASSIFY | {"init_from": str(tmp_path)})
+    recipe = Recipe.model_validate(CLASSIFY | {"view": {}, "init_from": str(tmp_path)})
     assert seed_from(recipe, child) is not None
     said = capsys.readouterr().err
     expected = f"images are normalised with mean {list(OPENAI_DATASET_MEAN)}, but {tmp_path} was trained with [0.5, 0.5, 0.5]"
