@@ -27,11 +27,12 @@ def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[s
     BEiT's rule as in EVA-01/eva/optim_factory.py and EVA-CLIP/rei/training/optim.py.
 
     `lr_scale` and `decays` are factors on the rates of a step. Weight decay is off for vectors, biases and the parameters that
-    timm lists in `no_weight_decay` (positions, class token); it is on for relative position tables, although timm lists them,
-    and for a mask token. A student without `towers()` has one tower, its trunk. Outside the towers, `student.stem_parameters` are
-    in layer 0 and all other parameters in the top layer, where `student.lr_scales` may give a factor to a parameter by its name
-    (the layers of a probe). With `optim.heads`, `head` is True for parameters whose names begin as `student.head_parts`. Raises
-    UserError if rates shall differ by layer and the layers of the architecture are not known. """
+    timm lists in `no_weight_decay` (positions, class token), as does the student for what is outside its trunk; it is on for
+    relative position tables, although timm lists them, and for a mask token. A student without `towers()` has one tower, its
+    trunk. Outside the towers, `student.stem_parameters` are in layer 0 and all other parameters in the top layer, where
+    `student.lr_scales` may give a factor to a parameter by its name (the layers of a probe). With `optim.heads`, `head` is True
+    for parameters whose names begin as `student.head_parts`. Raises UserError if rates shall differ by layer and the layers of
+    the architecture are not known."""
     rules: dict[int, _Rule] = {}
     towers = _towers(student)
     for name in ("image", "text"):
@@ -44,6 +45,7 @@ def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[s
     parts = getattr(student, "head_parts", ())
     if settings.heads != HeadsSettings() and not parts:
         raise UserError("optim.heads: this student has no heads for teachers' features; leave it out")
+    spared: Any = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()  # type: ignore[operator]
     own_lr = 1.0 if settings.heads.lr is None else settings.heads.lr / settings.lr
     groups: dict[_Rule, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
@@ -51,7 +53,8 @@ def parameter_groups(student: nn.Module, settings: OptimSettings) -> list[dict[s
             continue
         own = rules.get(id(parameter))
         head = settings.heads != HeadsSettings() and name.startswith(parts)
-        rule = own or _Rule(own_lr if head else scales.get(name, 1.0), float(_is_matrix(name, parameter)), head)
+        decays = _is_matrix(name, parameter) and name not in spared
+        rule = own or _Rule(own_lr if head else scales.get(name, 1.0), float(decays), head)
         group = {"params": [], "weight_decay": settings.weight_decay * rule.decays, **rule._asdict()}
         groups.setdefault(rule, group)["params"].append(parameter)
     return list(groups.values())

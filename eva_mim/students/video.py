@@ -36,6 +36,10 @@ class VideoClassifier(Classifier):
             raise UserError(f"student.name: {settings.name} turns patches differently in each layer; set student.time=mean")
         self.time_embed = nn.Parameter(torch.zeros(1, self.frames, 1, facts.width(trunk)))
 
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of parameters outside the trunk that are not decayed, as timm's models do for their positions."""
+        return {"time_embed"}
+
     def forward(self, images: Tensor) -> Tensor:
         """Returns [B, K] logits of videos [B, T, 3, H, W], uint8 or 0 to 255."""
         count = images.shape[1]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from eva_mim.core.errors import UserError
+from eva_mim.optim import OptimSettings
+from eva_mim.optim.groups import parameter_groups
 from eva_mim.students import VideoClassifierSettings
 from eva_mim.students.video import VideoClassifier, resized_times
 from eva_mim.trunks.pixels import normalise
@@ -110,6 +112,16 @@ def test_recomputed_activations_have_the_same_gradients() -> None:
         assert model.time_embed.grad.abs().max() > 0
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_positions_are_not_decayed() -> None:
+    model = classifier()
+    groups = parameter_groups(model, OptimSettings(lr=1.0, weight_decay=0.1, layer_decay=0.5))
+    rules = {id(parameter): group for group in groups for parameter in group["params"]}
+    for position in (model.time_embed, model.trunk.pos_embed):
+        assert rules[id(position)]["weight_decay"] == 0
+    assert rules[id(model.time_embed)]["lr_scale"] == 1
+    assert rules[id(model.trunk.head.weight)]["weight_decay"] == 0.1  # type: ignore[union-attr]
 
 
 def test_trunks_that_have_no_sequence() -> None:
