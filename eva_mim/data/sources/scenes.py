@@ -116,22 +116,19 @@ def open_scenes(settings: SourceSettings, split: str) -> SceneSource:
 
 
 def moving(direction: int, frames: int, size: int, rng: random.Random) -> DrawnFrames:
-    """Returns a video of a thing that moves in one of `DIRECTIONS` over half to all of the picture's side, and comes in again on
-    the other side. It begins anywhere, so that a single frame says nothing of the direction."""
+    """Returns a video of a thing that moves in one of `DIRECTIONS` from one edge to the other. Whatever the direction, it is
+    equally often everywhere, so that a frame tells nothing unless one knows when it was."""
     side = size * OVERSAMPLE
     ground, colour = rng.sample(list(COLOURS), 2)
     thing, length = Thing(rng.choice(SHAPES), rng.choice(TEXTURES), colour), side * rng.randint(30, 45) // 100
-    behind = _ground(ground, side, rng)
+    behind, across = _ground(ground, side, rng), rng.randint(0, side - length)
     texture, stencil = _texture(thing, length), _stencil(thing, length)
-    start, way = (rng.randrange(side), rng.randrange(side)), side * rng.randint(50, 100) // 100
-    step = ((-1, 0), (1, 0), (0, -1), (0, 1))[direction]
+    backward, upright = DIRECTIONS[direction] in ("left", "up"), DIRECTIONS[direction] in ("up", "down")
 
     def frame(number: int) -> Image.Image:
-        image, gone = behind.copy(), way * number // max(1, frames - 1)
-        left, top = ((begin + sign * gone) % side for begin, sign in zip(start, step, strict=True))
-        for across in (left - side, left):
-            for down in (top - side, top):
-                image.paste(texture, (across, down), stencil)
+        image, along = behind.copy(), (side - length) * number // max(1, frames - 1)
+        along = side - length - along if backward else along
+        image.paste(texture, (across, along) if upright else (along, across), stencil)
         return image.reduce(OVERSAMPLE)
 
     return DrawnFrames(frames, frame)
