@@ -34,7 +34,7 @@ class GlobalNorm(_BatchNorm):
             return super().forward(input.float())
         inner = [0, *range(2, input.ndim)]
         exact = input.double() if input.ndim == 2 else input.float()  # maps have too many values for a copy in doubles
-        count = torch.tensor([input.numel() / input.shape[1]], dtype=torch.float64, device=input.device)
+        count = exact.new_full((1,), input.numel() / input.shape[1], dtype=torch.float64)  # filled there: no copy, no wait
         own = torch.cat([exact.sum(inner, dtype=torch.float64), exact.square().sum(inner, dtype=torch.float64), count])
         sums = _SumOverRanks.apply(own)  # type: ignore[no-untyped-call]
         total = sums[-1].detach()
@@ -47,8 +47,8 @@ class GlobalNorm(_BatchNorm):
             self.running_mean.lerp_(mean.float(), self.momentum)
             self.running_var.lerp_((variance * (total / (total - 1).clamp(min=1))).float(), self.momentum)
         shape = (1, -1, *[1] * (input.ndim - 2))
-        scale, shift = (variance + self.eps).rsqrt(), mean
-        standard = (exact - shift.view(shape).to(exact.dtype)) * scale.view(shape).to(exact.dtype)
+        scale = (variance + self.eps).rsqrt()
+        standard = (exact - mean.view(shape).to(exact.dtype)) * scale.view(shape).to(exact.dtype)
         found: Tensor = standard.float()
         if self.affine:
             found = found * self.weight.float().view(shape) + self.bias.float().view(shape)

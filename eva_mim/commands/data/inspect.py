@@ -65,8 +65,9 @@ def inspect(
     """Prints a report on every split; with `out`, writes a contact sheet of each there. At most `images` images of a split are
     examined, evenly spread; classes are counted over all images. Raises UserError if no image can be read."""
     settings = read_data(what, overrides)
+    videos, maps = (any(getattr(one, section) is not None for one in settings.sources.values())
+                    for section in ("video", "segmentation"))
     for name, source in every_split(settings):
-        videos = any(one.video is not None for one in settings.sources.values())
         sys.stdout.write(f"{name}: {len(source)} {'videos' if videos else 'images'}\n")
         if isinstance(source, FileSource) and source.videos:
             _report_videos(source, min(images, len(source)))
@@ -84,7 +85,7 @@ def inspect(
             if videos:
                 places = spread(len(source), min(ROWS, len(source)))
                 cells, count = _video_cells(source, places), COLUMNS * len(places)
-            if any(one.segmentation is not None for one in settings.sources.values()):
+            if maps:
                 places = places[: COLUMNS * ROWS // 2]
                 cells, count = _mapped_cells(source, places, segment_names(settings)), 2 * len(places)
             sheet = write_sheet(cells, count, COLUMNS, out / f"{name}.png")

@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
     @property
     def id(self) -> str:
-        """What tells the same recording in several sets: Kinetics' video id, else the file's name without suffix."""
+        """Name of the recording, the same in several sets: Kinetics' video id, else the file's name without suffix."""
         match = YOUTUBE.fullmatch(self.path.stem)
         return match[1] if match else self.path.stem
 
