@@ -130,6 +130,13 @@ def run_until(
     return finish(python(module, *rest, processes=processes))
 
 
+def masked_stage(home: Path) -> Path:
+    """A finished masked stage of one epoch in `home`, for the next stage to begin from."""
+    tree = MIM | {"teacher": MIM["teacher"] | {"weights": str(teacher_file(home))}}
+    run("mim", write_recipe(home, tree), home / "mim", "run.epochs=1")
+    return home / "mim"
+
+
 def stopped_after(step: int, source: Path, out: Path) -> Path:
     """A copy of a run as a kill right after the checkpoint of `step` and a later log line would have left it."""
     shutil.copytree(source, out)

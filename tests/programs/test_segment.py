@@ -28,16 +28,15 @@ from finetune.segment import StageRecipe
 from tests.conftest import picture
 from tests.tiny import (
     CLASSIFY,
-    MIM,
     SEGMENT,
     VIT,
     environment,
     losses,
+    masked_stage,
     records,
     run,
     run_until,
     same_weights,
-    teacher_file,
     write_recipe,
 )
 
@@ -58,8 +57,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def upernet(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage with UperNet, dropout and stochastic depth, begun from a masked stage."""
     home = tmp_path_factory.mktemp("segment")
-    tree = MIM | {"teacher": MIM["teacher"] | {"weights": str(teacher_file(home))}}
-    run("mim", write_recipe(home, tree), home / "mim", "run.epochs=1")
+    masked_stage(home)
     run("segment", recipe, home / "out", *words(home))
     return home / "out"
 

@@ -20,7 +20,7 @@ from eva_mim.core.settings import parse
 from eva_mim.data import DataSettings
 from eva_mim.data.splits import open_splits
 from tests.data.test_videos import contents, encoded
-from tests.tiny import CLASSIFY, MIM, VIDEO, environment, losses, run, run_until, same_weights, teacher_file, write_recipe
+from tests.tiny import CLASSIFY, VIDEO, environment, losses, masked_stage, run, run_until, same_weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage that began from a masked one, with mixup and stochastic depth."""
     home = tmp_path_factory.mktemp("video")
-    tree = MIM | {"teacher": MIM["teacher"] | {"weights": str(teacher_file(home))}}
-    run("mim", write_recipe(home, tree), home / "mim", "run.epochs=1")
+    masked_stage(home)
     run("video", recipe, home / "out", *words(home))
     return home / "out"
 
